@@ -1,0 +1,80 @@
+"""Checkpoints of everything a trainer needs to go on as if it had never stopped.
+
+A checkpoint is `step-<n>.pt` plus `step-<n>.json` (its SHA-256), the second written last: without it the first
+does not count. Both are written to a temporary name, fsynced and renamed.
+"""
+
+import hashlib
+import json
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rlhf.files import write_atomic, write_json
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Raised by a trainer after it saved because SIGTERM asked it to end."""
+
+
+class StopSignal:
+    """Remembers SIGTERM (a pre-empted machine, a cancelled flow), so that a trainer can save before it ends."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints in one folder."""
+
+    def __init__(self, folder: Path, keep: int = 2, stop: StopSignal | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.stop = stop
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes the state (tensors, numbers, strings, lists, dicts) after `step` finished steps."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        partial = path.with_name(path.name + ".partial")
+        torch.save(state, partial)
+        content = partial.read_bytes()
+        partial.unlink()
+        write_atomic(path, content)
+        write_json(path.with_suffix(".json"), {"sha256": hashlib.sha256(content).hexdigest(), "step": step})
+        for old in self._complete()[: -self.keep]:
+            old.with_suffix(".json").unlink()
+            old.unlink()
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest whole checkpoint as (step, state); damaged ones are reported and passed over."""
+        for path in reversed(self._complete()):
+            try:
+                record = json.loads(path.with_suffix(".json").read_text())
+                if hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
+                    raise ValueError("its bytes are not those that were saved")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (OSError, ValueError, RuntimeError, EOFError) as error:
+                log.warning("checkpoint %s is damaged and not used: %s", path, error)
+                continue
+            return int(record["step"]), state
+        return None
+
+    def end_if_asked(self, step: int, state_of: Any) -> None:
+        """Saves and raises Interrupted when a SIGTERM has come. `state_of()` returns the state to save."""
+        if self.stop is not None and self.stop.requested:
+            self.save(step, state_of())
+            raise Interrupted(f"stopped by SIGTERM after step {step}; run the same command to go on from there")
+
+    def _complete(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*.pt") if path.with_suffix(".json").exists())

@@ -1,0 +1,139 @@
+"""Every parameter of the line: plain dataclasses whose fields carry their limits and their help.
+
+`tasks.params` turns the same classes into pydantic models and reads profiles/<profile>.yaml into them, so each
+limit is written once, here. The library itself needs only the standard library to build them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def param(default: Any, help: str, *, gt: float | None = None, ge: float | None = None, lt: float | None = None,
+          le: float | None = None) -> Any:
+    """A dataclass field with a default, a help text and numeric limits (checked by `tasks.params`)."""
+    limits = {name: value for name, value in (("gt", gt), ("ge", ge), ("lt", lt), ("le", le)) if value is not None}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class IngestParams:
+    """Which data, and how much of it."""
+
+    source: Literal["embedded"] = param("embedded", "where the datasets come from")
+    scale: float = param(1.0, "share of the paper's row counts to make; 1 is 14,378 / 51,094 / 47,329", gt=0, le=1)
+    corpus_documents: int = param(60_000, "pretraining documents", ge=100, le=10_000_000)
+    tax_items: int = param(400, "held-out items per alignment-tax task", ge=10, le=100_000)
+
+
+@dataclass(frozen=True)
+class ValidateParams:
+    """Limits of the data checks."""
+
+    max_prompts_per_user: int = param(200, "prompts one user may have in a dataset [InstructGPT §3.2]", ge=1)
+    max_prompt_chars: int = param(400, "longest prompt, characters", ge=1)
+    max_completion_chars: int = param(400, "longest completion, characters", ge=1)
+
+
+@dataclass(frozen=True)
+class PretrainParams:
+    """The base model: trained here from scratch, or a Hugging Face model taken as it is."""
+
+    base_model: str = param("", "Hugging Face name or folder of a causal model; empty: train a small GPT here")
+    vocab_size: int = param(1024, "byte-level BPE vocabulary", ge=300, le=100_000)
+    n_layer: int = param(4, "transformer blocks", ge=1, le=200)
+    n_head: int = param(4, "attention heads", ge=1, le=200)
+    n_embd: int = param(128, "width", ge=8, le=20_000)
+    context: int = param(128, "positions the model has", ge=16, le=1_000_000)
+    steps: int = param(1000, "optimizer steps", ge=1)
+    batch_size: int = param(32, "sequences of `context` tokens a step", ge=1)
+    lr: float = param(2e-3, "peak learning rate", gt=0, le=1)
+    warmup_steps: int = param(50, "linear warm-up", ge=0)
+    weight_decay: float = param(0.1, "AdamW weight decay on matrices", ge=0, le=10)
+    precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
+
+
+@dataclass(frozen=True)
+class SftParams:
+    """Supervised fine-tuning on demonstrations [InstructGPT App. C.1]."""
+
+    epochs: int = param(2, "passes over the train split", ge=1, le=1000)
+    batch_size: int = param(32, "demonstrations a step", ge=1)
+    lr: float = param(1e-3, "peak learning rate, cosine to 10 %", gt=0, le=1)
+    dropout: float = param(0.0, "residual dropout [InstructGPT: 0.2]", ge=0, lt=1)
+    max_tokens: int = param(96, "longest prompt + completion, tokens; longer rows are left out and counted", ge=2)
+    precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
+
+
+@dataclass(frozen=True)
+class RmParams:
+    """Reward model: SFT backbone, one linear head, K-way ranking loss [InstructGPT §3.5]."""
+
+    max_prompts: int = param(0, "ranked prompts to train on, 0 for all", ge=0)
+    max_valid_prompts: int = param(0, "valid prompts to measure accuracy on, 0 for all", ge=0)
+    epochs: int = param(1, "passes [InstructGPT: 1, more overfits]", ge=1, le=100)
+    batch_size: int = param(64, "prompts a step, all their completions together", ge=1)
+    lr: float = param(5e-4, "peak learning rate, cosine to 10 %", gt=0, le=1)
+    max_tokens: int = param(96, "longest prompt + completion, tokens", ge=2)
+    precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
+
+
+@dataclass(frozen=True)
+class PpoParams:
+    """PPO against the reward model with a KL penalty to the SFT policy [InstructGPT §3.5, App. C.4]."""
+
+    episodes: int = param(15_360, "rollouts in all [InstructGPT: 256K]", ge=1)
+    batch_size: int = param(256, "rollouts an iteration [512]", ge=1)
+    minibatch_size: int = param(64, "rollouts an optimizer step [64]", ge=1)
+    inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
+    samples_per_prompt: int = param(1, "rollouts drawn for each prompt", ge=1)
+    max_prompt_tokens: int = param(64, "longer prompts are left out and counted", ge=1)
+    max_new_tokens: int = param(32, "response length, cut at the first EOS", ge=1)
+    temperature: float = param(1.0, "divides the logits in sampling and in every log-prob", gt=0, le=10)
+    lr: float = param(1e-4, "policy learning rate, constant after the warm-up", gt=0, le=1)
+    value_lr: float = param(3e-4, "value model learning rate", gt=0, le=1)
+    warmup_iterations: int = param(5, "policy learning rate grows from 0.1x over these [10]", ge=0)
+    adam_eps: float = param(1e-5, "Adam epsilon", gt=0, le=1)
+    max_grad_norm: float = param(1.0, "gradient clipping by norm", gt=0)
+    gamma: float = param(1.0, "discount", gt=0, le=1)
+    lam: float = param(0.95, "GAE lambda", ge=0, le=1)
+    clip: float = param(0.2, "PPO ratio clip", gt=0, lt=1)
+    value_clip: float = param(0.2, "value clip", gt=0)
+    whiten_rewards: bool = param(False, "divide rewards by their deviation, mean kept")
+    whiten_advantages: bool = param(True, "normalise advantages over the batch")
+    no_eos_score: float = param(-1.0, "score of a response without EOS (never better than its own)")
+    beta_rule: Literal["step"] = param("step", "rule that adapts beta to KL_goal")
+    beta: float = param(0.05, "initial KL coefficient", gt=0, le=1000)
+    beta_min: float = param(1e-3, "lower bound of beta", gt=0)
+    beta_max: float = param(10.0, "upper bound of beta", gt=0)
+    kl_goal: float = param(2.0, "wanted mean KL(policy || reference) of a response, nats", gt=0, le=1000)
+    beta_interval: int = param(2, "iterations between two looks at the KL", ge=1)
+    beta_smoothing: float = param(0.5, "weight of the newest KL in its moving average", gt=0, le=1)
+    ptx_coef: float = param(0.0, "weight of the pretraining loss [InstructGPT 27.8; 0 is plain PPO]", ge=0)
+    ptx_batch_size: int = param(32, "pretraining sequences a minibatch, where ptx_coef > 0", ge=1)
+    checkpoint_every: int = param(10, "iterations between checkpoints", ge=1)
+    precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
+
+
+@dataclass(frozen=True)
+class EvaluateParams:
+    """Held-out comparison of base, SFT and PPO."""
+
+    prompts: int = param(1000, "held-out prompts", ge=2)
+    max_new_tokens: int = param(32, "response length", ge=1)
+    temperature: float = param(1.0, "sampling temperature", gt=0, le=10)
+    bootstrap: int = param(2000, "bootstrap resamples for the 95 % intervals", ge=100)
+    tax_items: int = param(0, "items per tax task, 0 for all", ge=0)
+    batch_size: int = param(256, "prompts a forward pass", ge=1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One file in profiles/: a section per stage."""
+
+    ingest: IngestParams
+    validate: ValidateParams
+    pretrain: PretrainParams
+    sft: SftParams
+    rm: RmParams
+    ppo: PpoParams
+    evaluate: EvaluateParams

@@ -1,0 +1,158 @@
+"""Reads params.yaml and the profile it names into the typed parameters of `rlhf.params`.
+
+A wrong key or value ends in one line: the file, the key, what was found and what is allowed.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from rlhf.errors import UserError
+from rlhf.params import Profile
+
+PARAMS_FILE = "params.yaml"
+PROFILES_DIR = "profiles"
+LIMIT_WORDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+@dataclass(frozen=True)
+class Params:
+    """params.yaml (seed, profile's name) and the profile itself."""
+
+    seed: int
+    profile: str
+    stages: Profile
+
+
+class _TopLevel(BaseModel):
+    """params.yaml."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    seed: int = Field(ge=0, lt=2**31)
+    profile: str
+
+
+@cache
+def _model(params_class: type) -> type[BaseModel]:
+    """The pydantic model with the fields, types, limits and help texts of a dataclass from `rlhf.params`."""
+    hints = get_type_hints(params_class)
+    definitions: dict[str, Any] = {}
+    for item in fields(params_class):
+        metadata = dict(item.metadata)
+        help_text = metadata.pop("help")
+        definitions[item.name] = (hints[item.name], Field(default=item.default, description=help_text, **metadata))
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return create_model(params_class.__name__, __config__=config, **definitions)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def _allowed(params_class: type, name: str) -> str:
+    """The allowed range of a field in words, for an error line."""
+    item = next(item for item in fields(params_class) if item.name == name)
+    limits = " and ".join(f"{LIMIT_WORDS[key]} {item.metadata[key]:g}" for key in LIMIT_WORDS if key in item.metadata)
+    hint = get_type_hints(params_class)[name]
+    choices = getattr(hint, "__args__", None)
+    kind = "one of " + ", ".join(map(str, choices)) if choices else hint.__name__
+    return kind + (f" {limits}" if limits else "")
+
+
+def _unknown_key(path: Path, key: str, known: list[str]) -> UserError:
+    close = difflib.get_close_matches(key.split(".")[-1], known, n=1)
+    advice = f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(known)
+    return UserError(f"{path}: unknown key {key}; {advice}")
+
+
+def check_section(params_class: type, values: Any, path: Path, section: str) -> Any:
+    """Checks one section of a profile and returns it as an instance of its dataclass.
+
+    Raises UserError with file, key, value and allowed range.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: {section}: expected keys and values, found {values!r}")
+    try:
+        checked = _model(params_class).model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise _unknown_key(path, f"{section}.{name}", [item.name for item in fields(params_class)]) from None
+        raise UserError(
+            f"{path}: {section}.{name} = {first['input']!r}: must be {_allowed(params_class, name)}"
+        ) from None
+    return params_class(**checked.model_dump())
+
+
+def load_params(root: Path = Path(".")) -> Params:
+    """Reads `root`/params.yaml and the profile it names.
+
+    Raises UserError, one line, for a missing file, an unknown profile or key, and a value out of range.
+    """
+    path = root / PARAMS_FILE
+    content = _read_yaml(path)
+    try:
+        top = _TopLevel.model_validate(dict(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise _unknown_key(path, name, list(_TopLevel.model_fields)) from None
+        allowed = {"seed": "an int >= 0 and < 2^31", "profile": "the name of a file in profiles/"}[name]
+        found = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
+        raise UserError(f"{path}: {name} {found}: must be {allowed}") from None
+    profiles = sorted(item.stem for item in (root / PROFILES_DIR).glob("*.yaml"))
+    if top.profile not in profiles:
+        raise UserError(f"{path}: unknown profile {top.profile!r}: must be one of {', '.join(profiles)}")
+    return Params(seed=top.seed, profile=top.profile, stages=load_profile(root / PROFILES_DIR / f"{top.profile}.yaml"))
+
+
+def load_profile(path: Path) -> Profile:
+    """Reads one profile file; sections and keys that are left out take their defaults. Raises UserError."""
+    content = _read_yaml(path)
+    hints = get_type_hints(Profile)
+    for section in content:
+        if section not in hints:
+            raise _unknown_key(path, str(section), list(hints))
+    profile = Profile(**{name: check_section(hints[name], content.get(name, {}), path, name) for name in hints})
+    _check_together(profile, path)
+    return profile
+
+
+def _check_together(profile: Profile, path: Path) -> None:
+    """The rules between parameters."""
+    ppo, pretrain = profile.ppo, profile.pretrain
+    rules = [
+        (ppo.beta_min <= ppo.beta <= ppo.beta_max,
+         f"ppo.beta = {ppo.beta}: must lie between ppo.beta_min = {ppo.beta_min} and ppo.beta_max = {ppo.beta_max}"),
+        (ppo.batch_size % ppo.minibatch_size == 0,
+         f"ppo.batch_size = {ppo.batch_size}: must be a multiple of ppo.minibatch_size = {ppo.minibatch_size}"),
+        (ppo.batch_size % ppo.samples_per_prompt == 0,
+         f"ppo.batch_size = {ppo.batch_size}: must be a multiple of ppo.samples_per_prompt = {ppo.samples_per_prompt}"),
+        (ppo.episodes >= ppo.batch_size,
+         f"ppo.episodes = {ppo.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
+        (pretrain.n_embd % pretrain.n_head == 0,
+         f"pretrain.n_embd = {pretrain.n_embd}: must be a multiple of pretrain.n_head = {pretrain.n_head}"),
+    ]
+    if not pretrain.base_model:
+        longest = max(profile.sft.max_tokens, profile.rm.max_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens)
+        rules.append((longest <= pretrain.context,
+                      f"pretrain.context = {pretrain.context}: must be >= {longest}, the longest sequence of sft, rm or ppo"))
+    for holds, message in rules:
+        if not holds:
+            raise UserError(f"{path}: {message}")

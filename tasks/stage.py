@@ -1,0 +1,122 @@
+"""What every stage module shares: typed parameters, the scratch folder of these inputs, clear errors, the mirror.
+
+A stage reads its declared deps, works in scratch/<stage>/<config-hash>/ and publishes its outputs at the end.
+The config hash covers its deps (code included), its parameters and the seed, as dvc.yaml declares them: a stage
+run again with the same inputs goes on from its checkpoint, with other inputs it starts afresh.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.errors import UserError
+from rlhf.files import hash_paths, publish, write_json
+from tasks.params import Params, load_params
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Stage:
+    """One run of one stage: `stage.params.stages.sft`, `stage.scratch`, `stage.finish(metrics)`."""
+
+    name: str
+    params: Params
+    root: Path
+    scratch: Path
+
+    def publish(self, made: str, target: str) -> None:
+        """Copies a finished file or folder from the scratch folder to its place in the checkout."""
+        publish(self.scratch / made, self.root / target)
+
+    def finish(self, metrics: dict[str, Any], artifacts: list[str] = []) -> None:
+        """Writes metrics/<stage>.json and the journal's copy, and tells the mirror that the run is complete.
+
+        `artifacts`: files and folders of the checkout that belong to the run (model folder, report).
+        """
+        if (self.scratch / "journal.csv").exists():
+            self.publish("journal.csv", f"metrics/{self.name}.csv")
+        write_json(self.root / "metrics" / f"{self.name}.json", metrics)
+        write_json(self.scratch / "done.json", {"metrics": metrics, "artifacts": artifacts})
+
+
+def config_hash(name: str, params: Params, root: Path) -> str:
+    """Hash of what dvc.yaml declares as the stage's inputs: deps by content, its section, the seed."""
+    declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    deps = [root / dep for dep in declared.get("deps", [])]
+    for dep in deps:
+        if not dep.exists():
+            raise UserError(f"{dep.relative_to(root)}: missing, and stage {name} needs it; run `dvc repro {name}`")
+    section = dataclasses.asdict(getattr(params.stages, name))
+    text = json.dumps([params.seed, section, hash_paths(deps)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def die_with_parent() -> None:
+    """Asks the kernel for SIGTERM when the parent (dvc) ends, so that no stage outlives its orchestrator."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_stage(name: str, body: Callable[[Stage], None]) -> None:
+    """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}")
+    parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
+    args = parser.parse_args()
+    die_with_parent()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    root = Path.cwd()
+    try:
+        params = load_params(root)
+        scratch = root / "scratch" / name / config_hash(name, params, root)
+        if args.fresh and scratch.exists():
+            shutil.rmtree(scratch)
+        (scratch / "done.json").unlink(missing_ok=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        stage = Stage(name, params, root, scratch)
+        _start_mirror(stage)
+        body(stage)
+    except UserError as error:
+        fail(name, str(error), 2)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(name, f"no space left on the disk of {root}; free some and run the same command again", 3)
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            fail(name, f"{error.filename}: cannot be written ({error.strerror}); mend its permissions", 3)
+        raise
+
+
+def fail(name: str, message: str, code: int) -> None:
+    """One line on stderr and the exit code."""
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _start_mirror(stage: Stage) -> None:
+    """Writes what the tracker should know of this run and makes sure that a mirror process is alive."""
+    from tasks.mirror import ensure_mirror
+
+    section = dataclasses.asdict(getattr(stage.params.stages, stage.name))
+    write_json(stage.scratch / "run.json", {
+        "stage": stage.name,
+        "profile": stage.params.profile,
+        "seed": stage.params.seed,
+        "line": os.environ.get("INSTRUCTFLOW_LINE", ""),
+        "params": section,
+    })
+    ensure_mirror(stage.root)
