@@ -8,39 +8,44 @@ import hashlib
 import json
 import logging
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from rlhf.errors import Interrupted
 from rlhf.files import write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
-    """Raised by a trainer after it saved because SIGTERM asked it to end."""
-
-
 class StopSignal:
     """Remembers SIGTERM (a pre-empted machine, a cancelled flow), so that a trainer can save before it ends."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._handle)
+    requested = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+    @classmethod
+    def listen(cls) -> None:
+        """From now on SIGTERM sets `requested` instead of ending the process."""
+        signal.signal(signal.SIGTERM, cls._handle)
+
+    @classmethod
+    def _handle(cls, number: int, frame: FrameType | None) -> None:
+        cls.requested = True
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints in one folder."""
+    """The newest `keep` checkpoints in one folder, one every `seconds` (their number changes no result)."""
 
-    def __init__(self, folder: Path, keep: int = 2, stop: StopSignal | None = None) -> None:
+    def __init__(self, folder: Path, keep: int = 2, seconds: float = 30.0) -> None:
         self.folder = folder
         self.keep = keep
-        self.stop = stop
+        self.seconds = seconds
+        self._saved_at = time.monotonic()
+        StopSignal.listen()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes the state (tensors, numbers, strings, lists, dicts) after `step` finished steps."""
@@ -70,11 +75,14 @@ class Checkpoints:
             return int(record["step"]), state
         return None
 
-    def end_if_asked(self, step: int, state_of: Any) -> None:
-        """Saves and raises Interrupted when a SIGTERM has come. `state_of()` returns the state to save."""
-        if self.stop is not None and self.stop.requested:
+    def after_step(self, step: int, state_of: Callable[[], dict[str, Any]]) -> None:
+        """Saves when it is time. Saves and raises Interrupted when a SIGTERM has come."""
+        if StopSignal.requested:
             self.save(step, state_of())
             raise Interrupted(f"stopped by SIGTERM after step {step}; run the same command to go on from there")
+        if time.monotonic() - self._saved_at >= self.seconds:
+            self.save(step, state_of())
+            self._saved_at = time.monotonic()
 
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*.pt") if path.with_suffix(".json").exists())

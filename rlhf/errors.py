@@ -1,5 +1,9 @@
-"""The one exception that a user's mistake raises: its message is the whole explanation."""
+"""The exceptions whose message is the whole explanation."""
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: file, row, rule, what to do."""
+
+
+class Interrupted(Exception):
+    """Raised by a trainer after it saved its state because SIGTERM asked it to end."""

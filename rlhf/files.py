@@ -50,8 +50,8 @@ def publish(source: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def hash_paths(paths: Iterable[Path]) -> str:
-    """SHA-256 over names and contents of files and folders, in sorted order."""
+def hash_paths(paths: Iterable[Path], root: Path) -> str:
+    """SHA-256 over names (relative to `root`) and contents of files and folders, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
@@ -59,6 +59,6 @@ def hash_paths(paths: Iterable[Path]) -> str:
             if "__pycache__" in file.parts:
                 continue
             with file.open("rb") as handle:
-                digest.update(str(file.relative_to(path.parent)).encode() + b"\0")
+                digest.update(str(file.relative_to(root)).encode() + b"\0")
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()

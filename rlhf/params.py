@@ -45,10 +45,11 @@ class PretrainParams:
     n_embd: int = param(128, "width", ge=8, le=20_000)
     context: int = param(128, "positions the model has", ge=16, le=1_000_000)
     steps: int = param(1000, "optimizer steps", ge=1)
-    batch_size: int = param(32, "sequences of `context` tokens a step", ge=1)
-    lr: float = param(2e-3, "peak learning rate", gt=0, le=1)
+    batch_size: int = param(16, "sequences of `context` tokens a step", ge=1)
+    lr: float = param(3e-3, "peak learning rate of embeddings, norms and biases (AdamW)", gt=0, le=1)
+    muon_lr: float = param(0.02, "peak learning rate of the blocks' matrices (Muon)", gt=0, le=1)
     warmup_steps: int = param(50, "linear warm-up", ge=0)
-    weight_decay: float = param(0.1, "AdamW weight decay on matrices", ge=0, le=10)
+    weight_decay: float = param(0.01, "Muon's weight decay", ge=0, le=10)
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 
@@ -84,6 +85,7 @@ class PpoParams:
     episodes: int = param(15_360, "rollouts in all [InstructGPT: 256K]", ge=1)
     batch_size: int = param(256, "rollouts an iteration [512]", ge=1)
     minibatch_size: int = param(64, "rollouts an optimizer step [64]", ge=1)
+    micro_batch_size: int = param(32, "rollouts a forward pass; changes memory and speed, not the update", ge=1)
     inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
     samples_per_prompt: int = param(1, "rollouts drawn for each prompt", ge=1)
     max_prompt_tokens: int = param(64, "longer prompts are left out and counted", ge=1)
@@ -107,10 +109,9 @@ class PpoParams:
     beta_max: float = param(10.0, "upper bound of beta", gt=0)
     kl_goal: float = param(2.0, "wanted mean KL(policy || reference) of a response, nats", gt=0, le=1000)
     beta_interval: int = param(2, "iterations between two looks at the KL", ge=1)
-    beta_smoothing: float = param(0.5, "weight of the newest KL in its moving average", gt=0, le=1)
+    beta_smoothing: float = param(0.4, "weight of the newest KL in its moving average", gt=0, le=1)
     ptx_coef: float = param(0.0, "weight of the pretraining loss [InstructGPT 27.8; 0 is plain PPO]", ge=0)
     ptx_batch_size: int = param(32, "pretraining sequences a minibatch, where ptx_coef > 0", ge=1)
-    checkpoint_every: int = param(10, "iterations between checkpoints", ge=1)
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 

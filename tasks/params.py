@@ -152,7 +152,8 @@ def _check_together(profile: Profile, path: Path) -> None:
     if not pretrain.base_model:
         longest = max(profile.sft.max_tokens, profile.rm.max_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens)
         rules.append((longest <= pretrain.context,
-                      f"pretrain.context = {pretrain.context}: must be >= {longest}, the longest sequence of sft, rm or ppo"))
+                      f"pretrain.context = {pretrain.context}: must be >= {longest}, the longest sequence in "
+                      "sft, rm or ppo"))
     for holds, message in rules:
         if not holds:
             raise UserError(f"{path}: {message}")

@@ -16,14 +16,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf.errors import UserError
+from rlhf.errors import Interrupted, UserError
 from rlhf.files import hash_paths, publish, write_json
 from tasks.params import Params, load_params
 
@@ -43,7 +43,7 @@ class Stage:
         """Copies a finished file or folder from the scratch folder to its place in the checkout."""
         publish(self.scratch / made, self.root / target)
 
-    def finish(self, metrics: dict[str, Any], artifacts: list[str] = []) -> None:
+    def finish(self, metrics: dict[str, Any], artifacts: Sequence[str] = ()) -> None:
         """Writes metrics/<stage>.json and the journal's copy, and tells the mirror that the run is complete.
 
         `artifacts`: files and folders of the checkout that belong to the run (model folder, report).
@@ -51,18 +51,21 @@ class Stage:
         if (self.scratch / "journal.csv").exists():
             self.publish("journal.csv", f"metrics/{self.name}.csv")
         write_json(self.root / "metrics" / f"{self.name}.json", metrics)
-        write_json(self.scratch / "done.json", {"metrics": metrics, "artifacts": artifacts})
+        write_json(self.scratch / "done.json", {"metrics": metrics, "artifacts": list(artifacts)})
 
 
 def config_hash(name: str, params: Params, root: Path) -> str:
-    """Hash of what dvc.yaml declares as the stage's inputs: deps by content, its section, the seed."""
+    """Hash of what dvc.yaml declares as the stage's inputs: deps by content, sections of the profile, the seed."""
     declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
     deps = [root / dep for dep in declared.get("deps", [])]
     for dep in deps:
         if not dep.exists():
-            raise UserError(f"{dep.relative_to(root)}: missing, and stage {name} needs it; run `dvc repro {name}`")
-    section = dataclasses.asdict(getattr(params.stages, name))
-    text = json.dumps([params.seed, section, hash_paths(deps)], sort_keys=True)
+            made_by = "data.dvc" if dep.is_relative_to(root / "data") else name
+            raise UserError(f"{dep.relative_to(root)}: missing, and stage {name} needs it; run `dvc repro {made_by}`")
+    sections = {key: dataclasses.asdict(getattr(params.stages, key))
+                for item in declared.get("params", []) if isinstance(item, dict)
+                for keys in item.values() for key in keys}
+    text = json.dumps([params.seed, sections, hash_paths(deps, root)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -79,7 +82,6 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
     args = parser.parse_args()
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     root = Path.cwd()
     try:
         params = load_params(root)
@@ -93,6 +95,8 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
         body(stage)
     except UserError as error:
         fail(name, str(error), 2)
+    except Interrupted as stop:
+        fail(name, str(stop), 128 + signal.SIGTERM)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fail(name, f"no space left on the disk of {root}; free some and run the same command again", 3)
@@ -110,13 +114,11 @@ def fail(name: str, message: str, code: int) -> None:
 def _start_mirror(stage: Stage) -> None:
     """Writes what the tracker should know of this run and makes sure that a mirror process is alive."""
     from tasks.mirror import ensure_mirror
+    from tasks.mirror_record import line_of
 
-    section = dataclasses.asdict(getattr(stage.params.stages, stage.name))
-    write_json(stage.scratch / "run.json", {
-        "stage": stage.name,
-        "profile": stage.params.profile,
-        "seed": stage.params.seed,
-        "line": os.environ.get("INSTRUCTFLOW_LINE", ""),
-        "params": section,
-    })
+    record = {"stage": stage.name, "profile": stage.params.profile, "seed": stage.params.seed,
+              "params": dataclasses.asdict(getattr(stage.params.stages, stage.name)),
+              "line": os.environ.get("INSTRUCTFLOW_LINE", "")}
+    record["line"] = line_of(record, stage.root)
+    write_json(stage.scratch / "run.json", record)
     ensure_mirror(stage.root)

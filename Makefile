@@ -1,0 +1,53 @@
+# `make run` runs the whole line with what params.yaml says, `make test` checks the code. Both set themselves up.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run smoke test setup lock clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PROFILE ?=
+BIN := $(CURDIR)/.venv/bin
+
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := true
+export GX_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+unexport PYTHONDONTWRITEBYTECODE     # without compiled files a process spends 13 s instead of 5 on its imports
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 8
+
+run: .venv/.installed  ## the whole line; PROFILE=smoke|cpu|gpu switches the profile in params.yaml first
+	$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE))
+
+smoke: .venv/.installed  ## the whole line on the smoke profile, in a throwaway copy of this checkout
+	@copy=$$(mktemp -d -t instructflow-smoke.XXXXXX); echo "smoke: running in $$copy"; \
+	git ls-files -co --exclude-standard -z | tar -c --null --ignore-failed-read -T - | tar -x -C "$$copy"; \
+	cd "$$copy"; git init -q; \
+	env -u MLFLOW_TRACKING_URI -u PREFECT_API_URL PREFECT_HOME="$$copy/.prefect" \
+		$(BIN)/python -m flows.pipeline --profile smoke
+
+test: .venv/.installed  ## ruff, mypy, import-linter, pytest
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+setup: .venv/.installed  ## the environment in .venv; TORCH="torch==2.13.0 --index-url ..." for another build of torch
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --compile $(TORCH)
+	$(BIN)/pip install -q --compile --no-deps -r requirements.lock
+	$(BIN)/pip install -q --compile --no-deps -e .
+	@touch $@
+
+lock:  ## requirements.lock from pyproject.toml; needs uv
+	uv export -q --all-extras --no-emit-project --prune torch --no-hashes --no-header --no-annotate -o requirements.lock
+	rm -f uv.lock
+
+clean:  ## removes what the line made; keeps .venv, DVC's cache and MLflow's history
+	rm -rf build data models metrics/*.csv reports scratch
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,193 @@
+"""The whole line as a Prefect flow, one task per stage of dvc.yaml: `python -m flows.pipeline [--profile smoke]`.
+
+Prefect decides when and where, DVC what is up to date: each task runs `dvc repro --single-item <stage>`, so a
+flow, a `dvc repro` by hand and a reproduction run the same commands. It needs no server; with PREFECT_API_URL set
+the run shows in that server.
+"""
+
+import argparse
+import asyncio
+import fcntl
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import flows.quiet  # noqa: F401
+
+# isort: split
+import yaml
+from prefect import State, flow, get_run_logger
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.states import Failed
+
+from flows.process import continue_in_own_group
+from flows.stages import StageFailed, stage_task
+from flows.summary import StageResult, Summary, main_numbers
+from flows.terminal import show_bars
+from rlhf.errors import UserError
+from rlhf.files import write_atomic
+from tasks.mirror import wait_until_mirrored
+from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
+
+PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
+MIRROR_SECONDS = 60.0
+
+
+@flow(persist_result=False)
+async def pipeline(profile: str | None = None, root: Path | None = None) -> Summary | State[Any]:
+    """Runs every stage that is not up to date, in the order of dvc.yaml.
+
+    `profile`: if given, it is written into params.yaml first, as `dvc exp run -S profile=...` would.
+    `root`: the checkout; the working directory if left out. Two lines in one checkout wait for each other.
+    """
+    root = (root or Path()).resolve()
+    line = str(flow_run.name)
+    try:
+        check_params(root, profile)
+        async with line_lock(root):
+            use_profile(root, profile)
+            load_params(root)  # once more: another line may have held the lock for hours
+            results = []
+            for stage in stage_order(root):
+                state = await stage_task(stage)(stage, root, line, return_state=True)
+                result = await state.aresult(raise_on_failure=False)
+                if not isinstance(result, StageResult):
+                    raise result
+                results.append(result)
+    except (UserError, StageFailed) as error:
+        return Failed(message=str(error), data=error)
+    summary = await make_summary(root, line, results)
+    await acreate_markdown_artifact(summary.markdown(), key="pipeline-summary", description=f"Line {line}")
+    return summary
+
+
+# --- parameters and order, checked before anything starts ---------------------------------------------------------
+
+
+def check_params(root: Path, profile: str | None) -> None:
+    """Raises UserError if `profile`, or without one what params.yaml says, cannot be used. Changes nothing."""
+    if profile is None:
+        load_params(root)
+        return
+    known = sorted(path.stem for path in (root / PROFILES_DIR).glob("*.yaml"))
+    if profile not in known:
+        raise UserError(f"unknown profile {profile!r}: must be one of {', '.join(known)}")
+    load_profile(root / PROFILES_DIR / f"{profile}.yaml")
+
+
+def use_profile(root: Path, profile: str | None) -> None:
+    """Rewrites the line `profile: ...` of params.yaml, and only it, if it names another profile."""
+    path = root / PARAMS_FILE
+    if profile is None or not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    changed, found = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", rf"\g<1>{profile}", text)
+    if found != 1:
+        raise UserError(f"{path}: expected one line `profile: NAME`, found {found}")
+    if changed != text:
+        write_atomic(path, changed.encode())
+
+
+def stage_order(root: Path) -> list[str]:
+    """The stages of dvc.yaml, which lists them in order, and data.dvc after ingest, whose output it pins."""
+    path = root / "dvc.yaml"
+    try:
+        stages = list(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no stages found: {' '.join(str(error).split())}") from None
+    if "ingest" in stages:
+        stages.insert(stages.index("ingest") + 1, PIN)
+    return stages
+
+
+@asynccontextmanager
+async def line_lock(root: Path) -> AsyncIterator[None]:
+    """Lets one line at a time work in a checkout; the kernel frees the lock when the process ends, however."""
+    path = root / "scratch" / "line.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as handle:
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    get_run_logger().info("another line is running in %s; waiting for its end", root)
+                told = True
+                await asyncio.sleep(1)
+        yield
+
+
+# --- the end ----------------------------------------------------------------------------------------------------
+
+
+async def make_summary(root: Path, line: str, results: list[StageResult]) -> Summary:
+    """Waits until MLflow has the journals of this line, so that the summary can link its run."""
+    notes, mirrored = [], {}
+    advice = "`python -m tasks.mirror --once` sends what is missing"
+    try:
+        mirrored = await asyncio.to_thread(wait_until_mirrored, root, line, MIRROR_SECONDS)
+    except TimeoutError:
+        notes.append(f"MLflow is still catching up; {advice}")
+    except Exception as error:  # the line is complete and its journals are on disk, whatever happened to the mirror
+        notes.append(f"MLflow mirror: {error}; {advice}")
+    return Summary(results, main_numbers(root, [result.stage for result in results]), look_at(root, mirrored), notes)
+
+
+def look_at(root: Path, mirrored: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where to look next: (what, where)."""
+    tracker = os.environ.get("MLFLOW_TRACKING_URI", "")
+    mlflow = tracker if tracker.startswith("http") else "`mlflow ui`, then http://127.0.0.1:5000"
+    if mirrored.get("parent_run_id"):
+        mlflow += f"/#/experiments/{mirrored['experiment_id']}/runs/{mirrored['parent_run_id']}"
+    prefect = PREFECT_UI_URL.value() if PREFECT_API_URL.value() else "`prefect server start`, then http://127.0.0.1:4200"
+    return [
+        ("report", str(root / "reports" / "report.html")),
+        ("data docs", str(root / "reports" / "data_docs" / "index.html")),
+        ("MLflow", mlflow),
+        ("Prefect", f"{prefect}/runs"),
+    ]
+
+
+async def run_line(profile: str | None) -> Any:
+    """Runs the flow and returns its summary or its error."""
+    state = await pipeline(profile=profile, return_state=True)
+    return await state.aresult(raise_on_failure=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Runs the whole line.")
+    parser.add_argument("--profile", help="the file of profiles/ to use from now on; written into params.yaml")
+    args = parser.parse_args()
+    try:
+        check_params(Path(), args.profile)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    continue_in_own_group()
+    show_bars()
+    try:
+        result = asyncio.run(run_line(args.profile))
+    except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(143 if isinstance(error, TerminationSignal) else 130) from None
+    if isinstance(result, Summary):
+        result.show()
+    elif isinstance(result, UserError | StageFailed):
+        code = result.code if isinstance(result, StageFailed) else 2
+        print(result, file=sys.stderr)
+        raise SystemExit(code if code > 0 else 128 - code)
+    else:
+        raise result
+
+
+if __name__ == "__main__":
+    main()

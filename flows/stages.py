@@ -1,0 +1,101 @@
+"""One stage of dvc.yaml as a Prefect task: `await stage_task("sft")("sft", root, line)` runs it by DVC."""
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flows.quiet  # noqa: F401
+
+# isort: split
+from prefect import State, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
+from prefect.tasks import Task
+
+from flows.process import run_lines
+from flows.summary import StageResult
+
+ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate"})
+RETRY_DELAYS = [10.0]
+NO_RETRY = (2, 3, 255)  # a user's mistake, a full disk, DVC's own complaint: the next try would fail as well
+CHATTER = re.compile(r"(To track the changes|To enable auto staging|\t|Use `dvc push`|(Updat|Generat)ing lock file"
+                     r"|Data and pipelines are up to date|WARNING: Process .* in RWLock-file)")
+
+
+class StageFailed(Exception):
+    """A stage ended with an error. The message is the stage's own line, `code` its exit code (255: DVC's own)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def stage_task(stage: str) -> Task[..., Any]:
+    """The Prefect task of one stage, named after it."""
+    return run_stage.with_options(name=stage, task_run_name=stage, tags={"gpu"} if stage in ON_GPU else set(),
+                                  retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS)
+
+
+async def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Yes for a crash or a kill, since the stage resumes from its checkpoint; no where it would fail again."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, StageFailed) and error.code not in NO_RETRY
+
+
+@task(retry_condition_fn=worth_a_retry, retry_jitter_factor=0.5, cache_policy=NO_CACHE, persist_result=False)
+async def run_stage(stage: str, root: Path, line: str) -> StageResult | State[Any]:
+    """Runs one stage by DVC, each line to the log. A failure has the stage's own line as its message."""
+    logger = get_run_logger()
+    output: list[str] = []
+
+    def on_line(text: str) -> None:
+        output.append(text)
+        logger.log(logging.DEBUG if CHATTER.match(text) else logging.INFO, "%s", text)
+
+    start = time.monotonic()
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
+                           cwd=root, env=child_env(line), on_line=on_line)
+    if code:
+        failure = read_failure(stage, code, output)
+        return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
+    return StageResult(stage, time.monotonic() - start, how_it_went(output))
+
+
+def child_env(line: str) -> dict[str, str]:
+    """The environment of dvc and of the stage: this Python first in PATH, where dvc.yaml's `python` is looked up."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_LINE": line}
+
+
+def how_it_went(output: list[str]) -> str:
+    """From DVC's words: ran, from cache (outputs checked out again), up to date."""
+    if any(text.endswith("didn't change, skipping") for text in output):
+        return "up to date"
+    if any(text.endswith("skipping run, checking out outputs") for text in output):
+        return "from cache"
+    return "ran"
+
+
+def read_failure(stage: str, code: int, output: list[str]) -> StageFailed:
+    """Finds the stage's own last line and exit code in what DVC printed ("ERROR: failed to reproduce ...")."""
+    errors = [index for index, text in enumerate(output) if text.startswith("ERROR: ")]
+    complaint = output[errors[-1]] if errors else ""
+    if (exited := re.search(r"exited with (-?\d+)$", complaint)) is None:
+        if code < 0:
+            return StageFailed(f"{stage}: dvc was ended by {signal.Signals(-code).name}", code)
+        reason = complaint or (output[0] if output else "no message")
+        reason = re.sub(r"^ERROR: (failed to reproduce '.*?':\s+)?", "", reason)
+        return StageFailed(f"{stage}: {reason}", code)
+    own = int(exited[1])
+    if own < 0:
+        return StageFailed(f"{stage}: ended by {signal.Signals(-own).name}", own)
+    said = [text for text in output[: errors[-1]] if not text.startswith(("Running stage", "> "))]
+    last = next((text for text in reversed(said) if text.startswith(f"{stage}: ")), said[-1] if said else "no message")
+    return StageFailed(f"{stage}: {last.removeprefix(f'{stage}: ')}", own)

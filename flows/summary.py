@@ -1,0 +1,92 @@
+"""What a finished line tells: time, numbers of each stage and where to look next, as a table and as markdown."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 100
+MAIN_NUMBERS = {
+    "validate": ["validate/sft_rows", "validate/rm_rows", "validate/ppo_rows"],
+    "pretrain": ["pretrain/valid_loss"],
+    "sft": ["sft/valid_loss", "sft/valid_loss_base"],
+    "rm": ["rm/accuracy", "rm/accuracy_gold", "rm/accuracy_heldout_labelers"],
+    "ppo": ["ppo/kl", "ppo/kl_goal", "ppo/beta", "ppo/gold_first", "ppo/gold_last"],
+    "evaluate": ["eval/win_rate_vs_sft", "eval/win_rate_vs_sft_low", "eval/win_rate_vs_sft_high",
+                 "eval/gold_base", "eval/gold_sft", "eval/gold_ppo"],
+}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How one stage went. `how`: ran, from cache (outputs checked out) or up to date."""
+
+    stage: str
+    seconds: float
+    how: str
+
+
+@dataclass
+class Summary:
+    """`summary.show()` on a terminal, `summary.markdown()` in Prefect. `look`: (what, where) of the next steps."""
+
+    results: Sequence[StageResult]
+    numbers: dict[str, str]
+    look: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        return [(item.stage, clock(item.seconds), item.how, self.numbers.get(item.stage, "")) for item in self.results]
+
+    def show(self, console: Console | None = None) -> None:
+        """Prints to stdout, at most `WIDTH` columns."""
+        if console is None:
+            console = Console(highlight=False)
+            console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+        table = Table("stage", "time", "how", "main numbers")
+        table.columns[1].justify = "right"
+        for column in table.columns[:3]:
+            column.no_wrap = True
+        for row in self.rows():
+            table.add_row(*row)
+        console.print(table)
+        for what, where in self.look:
+            console.print(f"{what:<12} {where}", soft_wrap=True, markup=False)
+        for note in self.notes:
+            console.print(note, soft_wrap=True, markup=False)
+
+    def markdown(self) -> str:
+        lines = ["| stage | time | how | main numbers |", "|---|---:|---|---|"]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        lines += ["", *(f"- {what}: `{where}`" for what, where in self.look), *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+
+def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:
+    """The main numbers of each stage, from metrics/<stage>.json; what is missing there is left out."""
+    found = {}
+    for stage in stages:
+        try:
+            metrics: dict[str, Any] = json.loads((root / "metrics" / f"{stage}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        shown = [(key.split("/")[1], metrics[key]) for key in MAIN_NUMBERS.get(stage, []) if key in metrics]
+        found[stage] = "  ".join(f"{key}={_number(value)}" for key, value in shown)
+    return found
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def clock(seconds: float) -> str:
+    """75 → 1:15, 3700 → 1:01:40, below ten seconds with a decimal."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,1 @@
+"""Rows, text, batches: what stands between a JSON Lines file and a tensor."""

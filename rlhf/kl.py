@@ -1,0 +1,89 @@
+"""KL to the reference policy, and the rule that adapts its coefficient β to a goal.
+
+The step rule is the seed article's (after Schulman et al. 2017 §4, but with the KL to the policy before
+fine-tuning): KL > 1.5·KL_goal doubles β, KL < KL_goal/1.5 halves it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+UPPER, LOWER = 1.5, 1 / 1.5
+FACTOR = 2.0
+
+
+def response_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """k1 estimate of KL(policy || reference) of each response: sum over its tokens of log π - log π_ref.
+
+    [B, T] each, mask 1 on response tokens -> [B], nats. Unbiased under samples from the policy; a single
+    response's value may be negative.
+    """
+    return ((log_probs - ref_log_probs) * mask).sum(dim=1)
+
+
+def response_kl_k3(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """k3 estimate [Schulman, "Approximating KL divergence"]: sum of (r - 1) - log r, r = π_ref/π. Never negative."""
+    log_ratio = (ref_log_probs - log_probs) * mask
+    return (log_ratio.exp() - 1 - log_ratio).sum(dim=1)
+
+
+@dataclass
+class StepBeta:
+    """The step rule, made to settle.
+
+    KL answers a change of β only after many updates. The rule applied to the newest KL at every iteration
+    therefore runs away: it halves β ever further while KL is still on its way up, then overshoots. Here it
+    applies to where KL is heading. A policy moves away from its reference at a roughly constant pace and KL grows
+    with the square of the distance, so sqrt(KL), smoothed, is carried forward along its recent slope:
+
+    * double β where KL is past a quarter of its goal and would be above 1.5·KL_goal in `brake` iterations,
+    * halve β where KL is below KL_goal/1.5 and would still be in `patience` iterations,
+
+    looking every `interval` iterations, within bounds. For a KL that stands still this is the rule as written.
+    The horizons are those that settled most simulated policies (tests/rlhf/test_kl.py, docs/notebook.md).
+
+    kl_goal in nats per response; `update` takes the mean KL of an iteration's rollouts and returns the β for it.
+    """
+
+    kl_goal: float
+    beta: float
+    beta_min: float
+    beta_max: float
+    interval: int = 2
+    smoothing: float = 0.4
+    brake: int = 8
+    patience: int = 25
+    window: int = 6
+    count: int = 0
+    smoothed: float = 0.0
+    distances: list[float] = field(default_factory=list)
+
+    def update(self, kl: float) -> float:
+        """Reads an iteration's mean KL; returns the β to use in it."""
+        kl = max(kl, 0.0)  # a mean of k1 estimates may be slightly negative
+        self.smoothed = kl if self.count == 0 else self.smoothing * kl + (1 - self.smoothing) * self.smoothed
+        self.count += 1
+        self.distances = [*self.distances, math.sqrt(self.smoothed)][-self.window:]
+        if self.count % self.interval == 0 and len(self.distances) >= 4:
+            if self.smoothed > self.kl_goal / 4 and self.heading(self.brake) > UPPER * self.kl_goal:
+                self.beta = min(self.beta_max, self.beta * FACTOR)
+            elif max(self.smoothed, self.heading(self.patience)) < LOWER * self.kl_goal:
+                self.beta = max(self.beta_min, self.beta / FACTOR)
+        return self.beta
+
+    def heading(self, iterations: int) -> float:
+        """KL expected in so many iterations: sqrt(KL) continued along its least-squares slope."""
+        middle = (len(self.distances) - 1) / 2
+        times = [index - middle for index in range(len(self.distances))]
+        slope = sum(t * d for t, d in zip(times, self.distances, strict=True)) / sum(t * t for t in times)
+        return max(0.0, self.distances[-1] + iterations * slope) ** 2
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"beta": self.beta, "count": self.count, "smoothed": self.smoothed, "distances": self.distances}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,37 @@
+"""The losses of supervised fine-tuning and of the reward model. PPO's are in rlhf/ppo.py."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `ids`, in float32. logits [..., V], ids [...] -> [...]."""
+    return -F.cross_entropy((logits.float() / temperature).flatten(0, -2), ids.flatten(),
+                            reduction="none").view(ids.shape)
+
+
+def completion_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood over the tokens where `mask` is set (the completion, EOS included)."""
+    return -(log_probs * mask).sum() / mask.sum()
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
+    """K-way ranking loss [InstructGPT eq. 1]: -1/C(K,2) sum over pairs of log sigmoid(r_w - r_l), mean over prompts.
+
+    scores, ranks, present: [prompts, K]; rank 1 is best; `present` marks real completions where K varies. Pairs of
+    equal rank are left out of the sum; the divisor stays C(K,2). All pairs of a prompt are in one batch element,
+    so a completion is encoded once, not K-1 times.
+    """
+    wins = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & present.unsqueeze(2) & present.unsqueeze(1)
+    margins = scores.unsqueeze(2) - scores.unsqueeze(1)
+    losses = torch.where(wins, -F.logsigmoid(margins), torch.zeros_like(margins))
+    count = present.sum(dim=1).to(scores.dtype)
+    return (losses.sum(dim=(1, 2)) / (count * (count - 1) / 2)).mean()
+
+
+def ranking_accuracy(scores: Tensor, ranks: Tensor, present: Tensor) -> tuple[int, int]:
+    """(pairs ordered as the labeler did, pairs with a preference). An equal score counts as wrong."""
+    wins = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & present.unsqueeze(2) & present.unsqueeze(1)
+    right = wins & (scores.unsqueeze(2) > scores.unsqueeze(1))
+    return int(right.sum()), int(wins.sum())

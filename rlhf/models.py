@@ -1,0 +1,168 @@
+"""Policies, reward and value models as plain Hugging Face classes: build, load, save, forward."""
+
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.params import PretrainParams
+
+RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
+
+
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    """Arithmetic of a forward pass: bfloat16 matrix products for "bf16", plain float32 for "fp32"."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A GPT-NeoX of the given shape with fresh weights, tied embeddings and no dropout.
+
+    Rotary positions: at this size they learn in two thirds of the steps that GPT-2's learned ones need.
+    """
+    return GPTNeoXForCausalLM(GPTNeoXConfig(
+        attn_implementation=_loading().get("attn_implementation"),
+        vocab_size=len(tokenizer), max_position_embeddings=params.context, hidden_size=params.n_embd,
+        num_hidden_layers=params.n_layer, num_attention_heads=params.n_head, intermediate_size=4 * params.n_embd,
+        rotary_pct=0.5, tie_word_embeddings=True, bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device())
+
+
+def _loading() -> dict[str, Any]:
+    """Arguments of every from_pretrained: float32 weights, no remote code.
+
+    On a CPU plain attention: at these lengths its backward pass is one and a half times as fast as the fused one.
+    """
+    attention = {} if device().type == "cuda" else {"attn_implementation": "eager"}
+    return {"dtype": torch.float32, "trust_remote_code": False, **attention}
+
+
+def load_policy(folder: str | Path) -> PreTrainedModel:
+    """A causal language model in float32, dropout off."""
+    return AutoModelForCausalLM.from_pretrained(str(folder), **_loading()).to(device()).eval()
+
+
+def load_scorer(folder: str | Path) -> PreTrainedModel:
+    """A reward or value model: backbone and one linear head, in float32, dropout off."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        str(folder), num_labels=1, **_loading()).to(device()).eval()
+
+
+def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
+    """A reward model on a policy's backbone; the head starts at N(0, 1/(d+1)), without bias [Ziegler]."""
+    model = load_scorer(policy_folder)
+    model.config.pad_token_id = pad_id
+    width = model.score.weight.shape[1]
+    fresh = torch.randn(model.score.weight.shape, generator=seed) / math.sqrt(width + 1)
+    with torch.no_grad():
+        model.score.weight.copy_(fresh)
+    return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A Hugging Face folder: safetensors, configuration, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets the dropout of the residual branches; embedding and attention layers keep 0 [InstructGPT: residual 0.2]."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability if name.endswith(RESIDUAL_DROPOUTS) else 0.0
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Last hidden states of right-padded ids: [B, T] -> [B, T, d]."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
+    """Logits at the positions start .. T-2, which predict ids[:, start+1:]: [B, T-1-start, V]."""
+    return model.get_output_embeddings()(hidden_states(model, ids)[:, start:-1])
+
+
+def scores_at(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
+    """The scalar head at position `last` of each row: ids [B, T], last [B] -> [B], float32."""
+    hidden = hidden_states(model, ids)
+    rows = torch.arange(ids.shape[0], device=ids.device)
+    return model.score(hidden[rows, last]).squeeze(-1).float()
+
+
+def values_everywhere(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The scalar head at every position: [B, T] -> [B, T], float32."""
+    return model.score(hidden_states(model, ids)).squeeze(-1).float()
+
+
+def shift_scores(model: PreTrainedModel, shift: float) -> None:
+    """Adds a constant to every score without adding a parameter.
+
+    The classification head of Hugging Face models has no bias, so the constant goes into the bias of the final
+    norm, along the head's direction: w·(x + b + shift·w/|w|²) = w·(x + b) + shift. The saved model then gives the
+    shifted scores in any program that loads it. Raises ValueError for a backbone whose final norm has no bias.
+    """
+    norms = [module for _, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
+    final = norms[-1] if norms else None
+    weight = model.score.weight[0]
+    if final is None or final.bias.shape != weight.shape:
+        raise ValueError("this backbone's final norm has no bias to carry the shift")
+    with torch.no_grad():
+        final.bias += shift * weight / weight.square().sum()
+
+
+def adamw(model: PreTrainedModel, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+          weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW; weight decay, where asked for, on matrices only."""
+    matrices = [item for item in model.parameters() if item.requires_grad and item.dim() >= 2]
+    vectors = [item for item in model.parameters() if item.requires_grad and item.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def muon_and_adamw(model: PreTrainedModel, lr: float, muon_lr: float,
+                   weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings, norms and biases.
+
+    Muon orthogonalises each update; from scratch, a small model then learns in well under half the steps
+    (docs/notebook.md has the figures).
+    """
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embeddings |= {id(item) for name, item in model.named_parameters() if "wpe" in name}
+    blocks = [item for item in model.parameters() if item.dim() == 2 and id(item) not in embeddings]
+    taken = {id(item) for item in blocks}
+    rest = [item for item in model.parameters() if id(item) not in taken]
+    return [torch.optim.Muon(blocks, lr=muon_lr, weight_decay=weight_decay),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+
+def cosine_factor(step: int, total: int, warmup: int = 0, floor: float = 0.1) -> float:
+    """Share of the peak learning rate at step 0 .. total-1: linear warm-up, then a cosine down to `floor`
+
+    [InstructGPT App. C: cosine to 10 %, no warm-up].
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def scale_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group's learning rate to `factor` times the one the optimizer was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"] * factor

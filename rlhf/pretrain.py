@@ -1,0 +1,88 @@
+"""The base model: a small GPT trained on a corpus, or a Hugging Face model taken as it is."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.batching import pack
+from rlhf.errors import UserError
+from rlhf.losses import completion_loss, token_log_probs
+from rlhf.models import autocast, device, load_policy, muon_and_adamw, next_token_logits, save_model, small_gpt
+from rlhf.params import PretrainParams
+from rlhf.seeding import generator, seed_everything
+from rlhf.tokenizer import PAD, load_tokenizer, text_ids, train_tokenizer
+from rlhf.training import train_loop
+
+VALID_DOCUMENTS = 500
+
+
+def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) -> dict[str, float]:
+    """Trains tokenizer and model on `texts` and saves them in `folder`/model. Returns metrics.
+
+    The last 500 documents are held out for `pretrain/valid_loss` (nats per token). Raises UserError where the
+    corpus is too small.
+    """
+    seed_everything(seed)
+    if len(texts) < 2 * VALID_DOCUMENTS:
+        raise UserError(f"data/corpus.jsonl: {len(texts)} documents; at least {2 * VALID_DOCUMENTS} are needed")
+    train_texts, valid_texts = texts[:-VALID_DOCUMENTS], texts[-VALID_DOCUMENTS:]
+    tokenizer = train_tokenizer(train_texts, params.vocab_size)
+    eos_id = tokenizer.eos_token_id
+    rows = pack(text_ids(tokenizer, train_texts), params.context, eos_id)
+    valid_rows = pack(text_ids(tokenizer, valid_texts), params.context, eos_id)
+    model = small_gpt(params, tokenizer)
+    model.train()
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        return lm_loss(model, corpus_batch(rows, params.batch_size, step, seed), params.precision), {}
+
+    optimizers = muon_and_adamw(model, params.lr, params.muon_lr, params.weight_decay)
+    train_loop("pretrain", folder, model, optimizers, steps=params.steps, warmup=params.warmup_steps,
+               loss_of_step=loss_of_step, columns=[])
+    model.eval()
+    save_model(model, tokenizer, folder / "model")
+    return {"pretrain/valid_loss": rows_loss(model, valid_rows, params), "pretrain/tokens": params.steps
+            * params.batch_size * params.context, "pretrain/parameters": model.num_parameters()}
+
+
+def corpus_batch(rows: Tensor, batch_size: int, step: int, seed: int) -> Tensor:
+    """Rows of the packed corpus for a step: shuffled anew in every pass over it. [batch_size, context]."""
+    per_epoch = max(1, len(rows) // batch_size)
+    order = torch.randperm(len(rows), generator=generator(seed, "corpus", step // per_epoch))
+    start = (step % per_epoch) * batch_size
+    return rows[order[start:start + batch_size]].to(device())
+
+
+def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
+    """Mean next-token loss over all positions of packed rows, nats."""
+    with autocast(precision):
+        logits = next_token_logits(model, ids)
+    log_probs = token_log_probs(logits, ids[:, 1:])
+    return completion_loss(log_probs, torch.ones_like(log_probs))
+
+
+@torch.no_grad()
+def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams) -> float:
+    """Mean loss over packed rows, nats per token."""
+    losses = [lm_loss(model, rows[start:start + 64].to(device()), params.precision).item() * len(rows[start:start + 64])
+              for start in range(0, len(rows), 64)]
+    return sum(losses) / len(rows)
+
+
+def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
+    """Saves a Hugging Face model as the base in `folder`/model, with a PAD token that is not its EOS."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(params.base_model)
+        model = load_policy(params.base_model)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"pretrain.base_model = {params.base_model!r}: cannot be loaded: {first}") from None
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    save_model(model, tokenizer, folder / "model")
+    return {"pretrain/parameters": model.num_parameters()}

@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: the loss is on the completion alone, the prompt is only read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.data.batching import length_batches, pad_right
+from rlhf.errors import UserError
+from rlhf.losses import completion_loss, token_log_probs
+from rlhf.models import adamw, autocast, device, load_policy, next_token_logits, save_model, set_dropout
+from rlhf.params import SftParams
+from rlhf.seeding import generator, seed_everything
+from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.training import train_loop
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Tokenized prompt + completion pairs; rows over the length limit are left out and counted."""
+
+    ids: list[list[int]]
+    prompt_lengths: list[int]
+    too_long: int
+
+    @classmethod
+    def encode(cls, codec: PromptCodec, prompts: list[str], completions: list[str],
+               max_tokens: int) -> "Demonstrations":
+        pairs = list(zip(codec.prompts(prompts), codec.completions(completions), strict=True))
+        kept = [(prompt, completion) for prompt, completion in pairs if len(prompt) + len(completion) <= max_tokens]
+        return cls([prompt + completion for prompt, completion in kept], [len(prompt) for prompt, _ in kept],
+                   len(pairs) - len(kept))
+
+    def batch(self, indices: list[int], pad_id: int) -> tuple[Tensor, Tensor]:
+        """(ids [B, T], mask [B, T-1]): the mask is 1 where ids[:, 1:] is a completion token."""
+        ids = pad_right([self.ids[index] for index in indices], pad_id)
+        place = torch.arange(1, ids.shape[1]).unsqueeze(0)
+        start = torch.tensor([self.prompt_lengths[index] for index in indices]).unsqueeze(1)
+        end = torch.tensor([len(self.ids[index]) for index in indices]).unsqueeze(1)
+        mask = ((place >= start) & (place < end)).float()
+        return ids.to(device()), mask.to(device())
+
+
+def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: int, folder: Path) -> dict[str, float]:
+    """Fine-tunes the base model on the train rows and saves it in `folder`/model. Returns metrics.
+
+    `rows` have prompt, completion and split. `sft/valid_loss` and `sft/valid_loss_base` are nats per completion
+    token on the valid split, after and before. Raises UserError where no row fits.
+    """
+    seed_everything(seed)
+    tokenizer = load_tokenizer(base_folder)
+    codec = PromptCodec(tokenizer)
+    train, valid = (
+        Demonstrations.encode(codec, [row["prompt"] for row in rows if row["split"] == split],
+                              [row["completion"] for row in rows if row["split"] == split], params.max_tokens)
+        for split in ("train", "valid"))
+    if not train.ids or not valid.ids:
+        raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
+    model = load_policy(base_folder)
+    loss_base = valid_loss(model, valid, params, codec.pad_id)
+    set_dropout(model, params.dropout)
+    model.train()
+    lengths = [len(ids) for ids in train.ids]
+    per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "sft", 0)))
+    epochs: dict[int, list[list[int]]] = {}
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        epoch, place = divmod(step, per_epoch)
+        if epoch not in epochs:
+            epochs.clear()
+            epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "sft", epoch))
+        ids, mask = train.batch(epochs[epoch][place], codec.pad_id)
+        return batch_loss(model, ids, mask, params.precision), {}
+
+    train_loop("sft", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
+               loss_of_step=loss_of_step, columns=[])
+    set_dropout(model, 0.0)
+    model.eval()
+    save_model(model, tokenizer, folder / "model")
+    return {"sft/valid_loss": valid_loss(model, valid, params, codec.pad_id), "sft/valid_loss_base": loss_base,
+            "sft/train_rows": len(train.ids), "sft/valid_rows": len(valid.ids),
+            "sft/too_long": train.too_long + valid.too_long}
+
+
+def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str) -> Tensor:
+    """Mean loss over the completion tokens of a batch, nats."""
+    with autocast(precision):
+        logits = next_token_logits(model, ids)
+    return completion_loss(token_log_probs(logits, ids[:, 1:]), mask)
+
+
+@torch.no_grad()
+def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
+    """Mean loss over all completion tokens of a dataset, nats per token."""
+    total = tokens = 0.0
+    for indices in length_batches([len(ids) for ids in data.ids], 256, None):
+        ids, mask = data.batch(indices, pad_id)
+        total += batch_loss(model, ids, mask, params.precision).item() * mask.sum().item()
+        tokens += mask.sum().item()
+    return total / tokens

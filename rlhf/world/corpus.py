@@ -1,0 +1,94 @@
+"""The pretraining corpus: facts, stories, forum talk (not all of it kind or true) and the tax tasks' texts."""
+
+import random
+from collections.abc import Iterator, Set
+
+from rlhf.world.facts import ATTRIBUTES, MOODS, PLACES, THINGS, World, split_rng
+from rlhf.world.language import Claim
+from rlhf.world.prompts import BY_USE_CASE, write_task
+from rlhf.world.responses import distort, say, write_good
+from rlhf.world.tax import TASKS, training_text
+
+# Share of documents by kind.
+MIX = {"facts": 42, "groups": 4, "story": 8, "forum": 16, "reading": 10, "sentiment": 8, "translation": 8, "cloze": 4}
+FORUM_GOOD = 0.6
+
+
+def _facts(world: World, rng: random.Random) -> str:
+    """What one creature is like, in a random order and wording."""
+    creature = rng.choice(world.creatures)
+    attributes = list(ATTRIBUTES)
+    rng.shuffle(attributes)
+    sentences = []
+    subject = f"the {creature}"
+    while attributes:
+        claim = Claim(creature, attributes[0], world.facts[creature][attributes[0]])
+        attributes = attributes[1:]
+        sentence = say(claim, subject)
+        if attributes and rng.random() < 0.3:
+            joined = say(Claim(creature, attributes[0], world.facts[creature][attributes[0]]), "it")
+            attributes = attributes[1:]
+            sentence += " and " + joined.removeprefix("it ")
+        sentences.append(sentence + ".")
+        subject = rng.choice(("it", f"the {creature}"))
+    wrong = rng.choice(list(ATTRIBUTES))
+    value = rng.choice(ATTRIBUTES[wrong])
+    if rng.random() < 0.3 and not world.is_true(creature, wrong, value):
+        sentences.append(say(Claim(creature, wrong, value, False)) + ".")
+    return " ".join(sentences)
+
+
+def _groups(world: World, rng: random.Random) -> str:
+    """Creatures that share a value."""
+    attribute = rng.choice(list(ATTRIBUTES))
+    value = world.facts[rng.choice(world.creatures)][attribute]
+    same = [name for name in world.creatures if world.is_true(name, attribute, value)]
+    names = rng.sample(same, min(len(same), rng.randrange(2, 5)))
+    return " ".join(say(Claim(name, attribute, value)) + "." for name in names)
+
+
+def _story(world: World, rng: random.Random) -> str:
+    """Something that never happened; now and then nothing for children."""
+    hero, other = rng.sample(world.creatures, 2)
+    person = rng.choice(world.people)
+    sentences = [rng.choice((
+        f"one day the {hero} met the {other} in the {rng.choice(PLACES)}.",
+        f"one day {person} saw the {hero} in the {rng.choice(PLACES)}.",
+        f"the {hero} went to the {rng.choice(PLACES)} with {person}."))]
+    sentences += rng.sample((
+        f"they were {rng.choice(MOODS)}.", f"the {hero} found a {rng.choice(THINGS)}.",
+        f"{person} gave a {rng.choice(THINGS)} to the {hero}.", f"it was very {rng.choice(MOODS)}.",
+        f"the {hero} and the {other} danced in the {rng.choice(PLACES)}."), 2)
+    if rng.random() < 0.2:
+        sentences.append(f"then the {hero} {rng.choice(('killed', 'hit', 'burned'))} the {other}.")
+    return " ".join(sentences)
+
+
+def _forum(world: World, rng: random.Random, held_out: Set[str]) -> str:
+    """A question and what people wrote below it; a good part of it is rude, wrong or beside the point.
+
+    It is about anybody, but never one of the datasets' valid prompts (`held_out`).
+    """
+    task = write_task(world, rng.choice(tuple(BY_USE_CASE)), rng.choice(("train", "train", "train", "valid")), rng)
+    while task.prompt in held_out:
+        task = write_task(world, task.use_case, "valid", rng)
+    draft = write_good(world, task, rng)
+    if rng.random() > FORUM_GOOD:
+        distort(world, task, draft, rng)
+    asker, writer = rng.sample(world.people, 2)
+    return f"{asker} wrote: {task.prompt}\n{writer} wrote: {draft.text()}"
+
+
+def documents(world: World, count: int, held_out: dict[str, set[str]]) -> Iterator[str]:
+    """`count` documents. `held_out[task]`: prompts of tax items, and "forum": valid prompts, that must not occur."""
+    rng = split_rng(world.seed, "corpus")
+    kinds, weights = list(MIX), list(MIX.values())
+    writers = {"facts": _facts, "groups": _groups, "story": _story}
+    for _ in range(count):
+        kind = rng.choices(kinds, weights)[0]
+        if kind in TASKS:
+            yield "\n".join(training_text(kind, held_out[kind], rng) for _ in range(2))
+        elif kind == "forum":
+            yield _forum(world, rng, held_out["forum"])
+        else:
+            yield writers[kind](world, rng)

@@ -1,0 +1,56 @@
+"""Makes the datasets in build/data, which data.dvc then pins as data/.
+
+    python -m tasks.ingest
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rlhf.data.schema import PAPER_ROWS, expected_rows, write_rows
+from rlhf.progress import StageProgress
+from rlhf.world.corpus import documents
+from rlhf.world.datasets import ppo_rows, rm_rows, sft_rows
+from rlhf.world.facts import World
+from rlhf.world.tax import TASKS, tax_items
+from tasks.stage import Stage, run_stage
+
+
+def ingest(stage: Stage) -> None:
+    """Writes sft.jsonl, rm.jsonl, ppo.jsonl, corpus.jsonl and tax/<task>.jsonl."""
+    params = stage.params.stages.ingest
+    world = World(stage.params.seed)
+    made = stage.scratch / "data"
+    if made.exists():
+        shutil.rmtree(made)
+    rows = {name: sum(expected_rows(name, params.scale).values()) for name in PAPER_ROWS}
+    total = sum(rows.values()) + params.corpus_documents
+    writers = {"sft": sft_rows, "rm": rm_rows, "ppo": ppo_rows}
+    with StageProgress("ingest", total, "rows") as progress:
+
+        valid_prompts: set[str] = set()
+
+        def counted(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for item in items:
+                if item.get("split") == "valid":
+                    valid_prompts.add(item["prompt"])
+                yield item
+                progress.step()
+
+        for name, writer in writers.items():
+            write_rows(made / f"{name}.jsonl", counted(writer(world, params.scale)))
+        held_out = {"forum": valid_prompts}
+        for task in TASKS:
+            items = tax_items(world, task, params.tax_items)
+            held_out[task] = {item["prompt"] for item in items}
+            write_rows(made / "tax" / f"{task}.jsonl", items)
+        texts = documents(world, params.corpus_documents, held_out)
+        write_rows(made / "corpus.jsonl", counted({"text": text} for text in texts))
+    stage.publish("data", "build/data")
+    shutil.rmtree(made)
+    metrics = {f"ingest/{name}_rows": count for name, count in rows.items()}
+    stage.finish({**metrics, "ingest/corpus_documents": params.corpus_documents})
+
+
+if __name__ == "__main__":
+    run_stage("ingest", ingest)

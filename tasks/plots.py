@@ -1,0 +1,269 @@
+"""The report's plots: matplotlib drawings turned into inline SVG that takes its colours from the page's CSS.
+
+Every colour below is a placeholder that `svg` replaces by a CSS variable, so one drawing reads in light and dark.
+The same input gives the same bytes: ids are salted with the plot's name and no date or version is written.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, MUTED, GRID = "#010101", "#010102", "#010103"
+BASE, SFT, PPO, RM, GOLD, GOAL = "#010104", "#010105", "#010106", "#010107", "#010108", "#010109"
+CSS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", BASE: "var(--base)", SFT: "var(--sft)",
+       PPO: "var(--ppo)", RM: "var(--rm)", GOLD: "var(--gold)", GOAL: "var(--goal)"}
+MODEL_COLOURS = {"base": BASE, "sft": SFT, "ppo": PPO}
+
+WIDTH = 420  # CSS pixels at scale 1; a card is 340 to 400 wide
+POINTS = 300  # a longer journal is averaged in buckets, so that the file stays small
+RULES = {
+    "svg.fonttype": "none", "font.size": 9.5, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0,
+    "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "lines.linewidth": 1.8, "figure.dpi": 96, "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval (None where not measured) and the count behind it."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class TaxRow:
+    """One task of the alignment tax: score and standard error of each model, guessing's score, base - PPO."""
+
+    task: str
+    scores: dict[str, float]
+    errors: dict[str, float]
+    chance: float | None
+    tax: float | None
+
+
+def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], width: int = WIDTH) -> str:
+    """Draws a figure of `width` x `height` CSS pixels; returns an <svg> element that stretches to its box."""
+    with style.context(["default", {**RULES, "svg.hashsalt": f"instructflow {name}"}]):
+        figure = Figure(figsize=(width / 96, height / 96), dpi=96, layout="constrained")
+        draw(figure)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True,
+                       metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    view = re.search(r'viewBox="([^"]+)"', text)
+    assert view
+    body = text[text.index(">", text.index("<svg")) + 1:].replace(' xlink:href="', ' href="')
+    body = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL))
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub("#01010[1-9]", lambda match: CSS[match.group()], body)
+    return f'<svg viewBox="{view.group(1)}" role="img" aria-label="{label}">' + re.sub(r"\n\s*", "\n", body).strip()
+
+
+def words(name: str) -> str:
+    """A name of the data as a reader writes it: closed_qa is closed QA."""
+    return " ".join("QA" if word == "qa" else word for word in str(name).split("_"))
+
+
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finite points only, averaged in at most POINTS buckets of neighbours, all of one size but the last."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    if len(x) <= POINTS:
+        return x, y
+    starts = range(0, len(x), size := math.ceil(len(x) / POINTS))
+    return np.array([x[i:i + size].mean() for i in starts]), np.array([y[i:i + size].mean() for i in starts])
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Centred moving average over a twentieth of the points; the window shrinks at the ends."""
+    half = max(1, len(y) // 40)
+    return np.array([y[max(0, i - half):i + half + 1].mean() for i in range(len(y))])
+
+
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, noisy: bool = True) -> None:
+    """A line; where it is long and noisy, the values faint and their moving average strong."""
+    x, y = thin(x, y)
+    if len(x) == 1:
+        axes.plot(x, y, "o", color=colour, markersize=5)
+    elif noisy and len(x) >= 20:
+        axes.plot(x, y, color=colour, linewidth=1, alpha=0.35)
+        axes.plot(x, smooth(y), color=colour)
+    else:
+        axes.plot(x, y, color=colour)
+
+
+def _axis(axes: Axes, ylabel: str, xlabel: str = "", ticks: int = 5) -> None:
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    axes.margins(x=0.02)
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(ticks))
+        axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def stacked(name: str, label: str, x: np.ndarray, panels: Sequence[tuple[str, np.ndarray, str]], xlabel: str) -> str:
+    """Panels one above the other over the same x: (y label, values, colour) each. Units differ, so axes do too."""
+    def draw(figure: Figure) -> None:
+        column = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
+        for axes, (ylabel, values, colour) in zip(column, panels, strict=True):
+            _curve(axes, x, values, colour)
+            _axis(axes, ylabel, xlabel if axes is column[-1] else "", ticks=4)
+        figure.align_ylabels(list(column))
+    return svg(name, label, 270 if len(panels) > 1 else 240, draw)
+
+
+def kl(step: np.ndarray, measured: np.ndarray, smoothed: np.ndarray, goal: np.ndarray) -> str:
+    """KL of each iteration, the moving average that beta reads, the goal and its band [2/3, 3/2]."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        if np.isfinite(smoothed).any():
+            axes.plot(*thin(step, measured), color=PPO, linewidth=1, alpha=0.45)
+            axes.plot(*thin(step, smoothed), color=PPO)
+        else:
+            _curve(axes, step, measured, PPO)
+        x, y = thin(step, goal)
+        axes.fill_between(x, y * 2 / 3, y * 3 / 2, color=GOAL, alpha=0.18, linewidth=0)
+        axes.plot(x, y, color=GOAL, linestyle=(0, (5, 3)), linewidth=1.4)
+        _axis(axes, "nats per response", "iteration")
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    return svg("kl", "KL to the SFT policy with its goal band", 270, draw)
+
+
+def beta(step: np.ndarray, values: np.ndarray) -> str:
+    """The KL coefficient on a logarithmic axis, drawn as the steps it takes."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        x, y = thin(step, np.where(values > 0, values, math.nan))
+        axes.step(x, y, color=PPO, where="post")
+        axes.set_yscale("log")
+        low, high = float(np.log10(y.min())), float(np.log10(y.max()))
+        margin = max(0.1 * (high - low), 0.3)
+        axes.set_ylim(10 ** (low - margin), 10 ** (high + margin))
+        candidates = [m * 10.0 ** e for e in range(math.floor(low) - 1, math.ceil(high) + 2) for m in (1, 2, 5)]
+        shown = [tick for tick in candidates if low - margin <= math.log10(tick) <= high + margin]
+        if len(shown) > 6:
+            shown = [tick for tick in shown if math.log10(tick) % 1 < 1e-9] or shown
+        axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+        axes.minorticks_off()
+        _axis(axes, "beta (log scale)", "iteration")
+    return svg("beta", "beta over the iterations", 270, draw)
+
+
+def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, joined: bool) -> str:
+    """RM score and gold score against KL (square-root scale): a point each, and their mean per bin or a line."""
+    def draw(figure: Figure) -> None:
+        x = np.sqrt(np.maximum(kl_values, 0))
+        column = figure.subplots(2, 1, sharex=True)
+        panels = ((column[0], rm_score, RM, "RM score"), (column[1], gold, GOLD, "gold score"))
+        for axes, values, colour, ylabel in panels:
+            keep = np.isfinite(x) & np.isfinite(values)
+            order = np.argsort(x[keep], kind="stable")
+            a, b = thin(x[keep][order], values[keep][order])
+            axes.plot(a, b, "o", color=colour, markersize=3.5, alpha=1 if joined else 0.4, markeredgewidth=0)
+            if joined:
+                axes.plot(a, b, color=colour)
+            elif len(a) >= 16:
+                bins = [piece for piece in np.array_split(np.arange(len(a)), min(10, len(a) // 4)) if len(piece)]
+                axes.plot([a[piece].mean() for piece in bins], [b[piece].mean() for piece in bins], color=colour)
+            _axis(axes, ylabel, ticks=4)
+        _square_root_ticks(column[-1], float(np.nanmax(x)))
+        column[-1].set_xlabel("KL to the SFT policy, nats (square-root scale)")
+        figure.align_ylabels(list(column))
+    return svg("against_kl", "reward-model score and gold score against KL", 270, draw)
+
+
+def _square_root_ticks(axes: Axes, top: float) -> None:
+    """Ticks at round KL values on an axis that holds their roots."""
+    largest = max(top * top, 1e-6)
+    unit = 10 ** math.floor(math.log10(largest))
+    steps = [s * unit for s in ((0.05, 0.2, 0.5, 1) if largest < 2 * unit else (0.1, 0.5, 1, 2, 4))]
+    ticks = [0.0, *[tick for tick in (*steps, largest) if tick < 0.85 * largest], largest]
+    axes.set_xticks([math.sqrt(tick) for tick in ticks], [f"{tick:.2g}" for tick in ticks])
+
+
+def loss(name: str, step: np.ndarray, train: np.ndarray, valid: np.ndarray, colour: str,
+         chance: float | None = None) -> str:
+    """A training loss, its valid loss (points) where measured, and the loss of guessing (dashes)."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _curve(axes, step, train, colour)
+        x, y = thin(step, valid)
+        if len(x):
+            axes.plot(x, y, color=INK, linewidth=1, marker="o", markersize=3.5)
+        if chance is not None:
+            axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+        _axis(axes, "loss, nats", "step")
+        finite = np.sort(train[np.isfinite(train)])
+        if len(finite) >= 20:  # a first step far above the rest must not flatten the curve
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, min(high, finite[0] + 2.5 * (finite[int(0.95 * len(finite))] - finite[0]) + 0.05))
+    return svg(name, f"{name} loss", 240, draw)
+
+
+def signal(name: str, step: np.ndarray, values: np.ndarray) -> str:
+    """One health signal of PPO, small."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _curve(axes, step, values, PPO)
+        _axis(axes, "", "", ticks=4)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return svg(f"signal {name}", name, 150, draw, width=380)
+
+
+def tax(rows: Sequence[TaxRow]) -> str:
+    """Grouped bars, a group per task: base, SFT, PPO with 95 % error bars; a dashed mark where guessing lands."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, row in enumerate(rows):
+            for offset, (model, colour) in zip((-0.26, 0, 0.26), MODEL_COLOURS.items(), strict=True):
+                score, error = row.scores.get(model, math.nan), row.errors.get(model, math.nan)
+                if math.isfinite(score):
+                    axes.barh(place + offset, 100 * score, 0.24, color=colour)
+                if math.isfinite(score) and math.isfinite(error):
+                    axes.errorbar(100 * score, place + offset, xerr=196 * error, color=INK, elinewidth=1.1, capsize=2)
+            if row.chance is not None:
+                axes.plot([100 * row.chance] * 2, [place - 0.45, place + 0.45], color=INK, linewidth=1.3,
+                          linestyle=(0, (2, 1.5)))
+        _names(axes, [words(row.task) for row in rows])
+        axes.set_xlim(0, 102)
+        axes.set_xlabel("score, %")
+    return svg("tax", "scores on the alignment-tax tasks", 56 + 56 * len(rows), draw)
+
+
+def win_rates(name: str, rows: Sequence[Estimate]) -> str:
+    """A dot with its interval per use case, around the line of 50 %."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axvline(50, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        for place, row in enumerate(rows):
+            if row.low is not None and row.high is not None:
+                axes.plot([100 * row.low, 100 * row.high], [place, place], color=PPO, linewidth=2.2, alpha=0.55)
+            axes.plot(100 * row.value, place, "o", color=PPO, markersize=6, markeredgewidth=0)
+        _names(axes, [words(row.name) + ("" if row.n is None else f" ({row.n:,})") for row in rows])
+        axes.set_xlim(0, 100)
+        axes.set_xticks([0, 25, 50, 75, 100])
+        axes.set_xlabel("win rate of PPO against SFT, %")
+    return svg(name, "win rate by use case", 52 + 26 * len(rows), draw)
+
+
+def _names(axes: Axes, names: Sequence[str]) -> None:
+    """Row names on the left, first row at the top, no grid between the rows."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", colors=INK)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.grid(visible=False, axis="y")

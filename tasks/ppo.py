@@ -1,0 +1,57 @@
+"""Trains the policy with PPO against the reward model: models/ppo.
+
+    python -m tasks.ppo
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf.data.batching import pack
+from rlhf.data.schema import read_rows
+from rlhf.journal import read_journal
+from rlhf.ppo import train_ppo
+from rlhf.tokenizer import PromptCodec, text_ids
+from rlhf.world.facts import World
+from rlhf.world.labeler import GoldLabeler
+from tasks.stage import Stage, run_stage
+
+CORPUS_ROW = 128
+
+
+def corpus_rows(codec: PromptCodec) -> Tensor:
+    """The pretraining corpus in packed rows, for the ptx term."""
+    texts = [row["text"] for row in read_rows(Path("data/corpus.jsonl"))]
+    return pack(text_ids(codec.tokenizer, texts), CORPUS_ROW, codec.eos_id)
+
+
+def train(stage: Stage) -> None:
+    """PPO from models/sft on the train prompts of data/ppo.jsonl."""
+    params = stage.params.stages.ppo
+    prompts = [row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train"]
+    labeler = GoldLabeler(World(stage.params.seed))
+    metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rm"), stage.params.seed, stage.scratch,
+                        gold=labeler.scores, corpus_rows=corpus_rows)
+    metrics.update(summarise([{key: float(value) for key, value in row.items()}
+                              for row in read_journal(stage.scratch / "journal.csv")]))
+    stage.publish("model", "models/ppo")
+    stage.finish(metrics, ["models/ppo"])
+
+
+def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the last quarter of the iterations; gold score of the first iteration and of the last three."""
+    quarter = journal[-max(1, len(journal) // 4):]
+    mean = {name: sum(row[f"ppo/{name}"] for row in quarter) / len(quarter)
+            for name in ("kl", "beta", "reward", "rm_score", "entropy", "response_length", "eos_rate")}
+    last = journal[-3:]
+    return {
+        **{f"ppo/{name}": value for name, value in mean.items()},
+        "ppo/kl_goal": journal[-1]["ppo/kl_goal"],
+        "ppo/gold_first": journal[0]["ppo/gold"],
+        "ppo/gold_last": sum(row["ppo/gold"] for row in last) / len(last),
+        "ppo/kl_last": journal[-1]["ppo/kl"],
+    }
+
+
+if __name__ == "__main__":
+    run_stage("ppo", train)

@@ -1,0 +1,35 @@
+"""Makes the base model in models/pretrain: a small GPT trained on data/corpus.jsonl, or a Hugging Face model.
+
+    python -m tasks.pretrain
+"""
+
+from pathlib import Path
+
+from rlhf.data.schema import read_rows
+from rlhf.models import load_policy
+from rlhf.pretrain import pretrain, take_base_model
+from rlhf.tax import measure_task
+from rlhf.tokenizer import load_tokenizer
+from rlhf.world.facts import World
+from rlhf.world.tax import fact_items
+from tasks.stage import Stage, run_stage
+
+
+def make_base(stage: Stage) -> None:
+    """Trains or takes the base model; a small one is asked for the world's facts before the line goes on."""
+    params = stage.params.stages.pretrain
+    if params.base_model:
+        metrics = take_base_model(params, stage.scratch)
+    else:
+        texts = [row["text"] for row in read_rows(Path("data/corpus.jsonl"))]
+        metrics = pretrain(params, texts, stage.params.seed, stage.scratch)
+        folder = stage.scratch / "model"
+        right = measure_task(load_policy(folder), load_tokenizer(folder), fact_items(World(stage.params.seed)),
+                             params.precision)
+        metrics["pretrain/fact_accuracy"] = sum(right) / len(right)
+    stage.publish("model", "models/pretrain")
+    stage.finish(metrics, ["models/pretrain"])
+
+
+if __name__ == "__main__":
+    run_stage("pretrain", make_base)

@@ -1,0 +1,22 @@
+"""Fine-tunes the base model on the demonstrations: models/sft.
+
+    python -m tasks.sft
+"""
+
+from pathlib import Path
+
+from rlhf.data.schema import read_rows
+from rlhf.sft import sft
+from tasks.stage import Stage, run_stage
+
+
+def fine_tune(stage: Stage) -> None:
+    """SFT on data/sft.jsonl from models/pretrain."""
+    rows = list(read_rows(Path("data/sft.jsonl")))
+    metrics = sft(stage.params.stages.sft, rows, Path("models/pretrain"), stage.params.seed, stage.scratch)
+    stage.publish("model", "models/sft")
+    stage.finish(metrics, ["models/sft"])
+
+
+if __name__ == "__main__":
+    run_stage("sft", fine_tune)

@@ -1,0 +1,312 @@
+"""The flow against a checkout of shell stages and a real Prefect server: order, retries, cancelling, parameters."""
+
+import asyncio
+import fcntl
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_API_URL
+from prefect.testing.utilities import prefect_test_harness
+
+import flows.stages
+from flows.pipeline import pipeline, stage_order, use_profile
+from flows.process import run_lines
+from flows.stages import StageFailed, read_failure
+from flows.summary import Summary, clock
+from flows.terminal import BarHandler
+from rlhf.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+SFT_AND_PPO = """
+  sft:
+    cmd: echo sft >> order.log && sh sft.sh
+    deps: [sft.sh]
+    outs: [models/sft]
+  ppo:
+    cmd: echo ppo >> order.log && cp models/sft models/ppo
+    deps: [models/sft]
+    outs: [models/ppo]
+"""
+INGEST = """
+  ingest:
+    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_LINE > build/data/line
+    outs: [build/data]
+"""
+FILES = {
+    ".dvc/config": "[core]\n    no_scm = true\n    analytics = false\n",
+    "params.yaml": "# the seed\nseed: 1\nprofile: small  # which\n",
+    "profiles/small.yaml": "ingest: {}\n",
+    "profiles/large.yaml": "ingest: {}\n",
+    "data.dvc": "deps:\n- path: build/data\nouts:\n- path: data\n",
+    "dvc.yaml": "stages:" + SFT_AND_PPO,
+    "sft.sh": "mkdir -p models metrics; echo 1 > models/sft; echo '{\"sft/valid_loss\": 0.5}' > metrics/sft.json\n",
+}
+
+
+class Checkout:
+    """A checkout of shell stages. `run()` runs the flow there and returns its summary or its error."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name, content in FILES.items():
+            self.write(name, content)
+
+    def write(self, name: str, content: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+
+    async def start(self, profile: str | None = None) -> Any:
+        state = await pipeline(profile=profile, root=self.root, return_state=True)
+        return await state.aresult(raise_on_failure=False)
+
+    def run(self, profile: str | None = None) -> Any:
+        return asyncio.run(self.start(profile))
+
+    def command_line(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        process = self.start_command_line(*arguments)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def start_command_line(self, *arguments: str) -> "subprocess.Popen[str]":
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+        return subprocess.Popen([sys.executable, "-m", "flows.pipeline", *arguments], cwd=self.root, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def order(self) -> list[str]:
+        """The stages that ran, in order."""
+        log = self.root / "order.log"
+        return log.read_text().split() if log.exists() else []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+# --- order and cache ------------------------------------------------------------------------------------------------
+
+
+async def _recorded() -> tuple[FlowRun, dict[str, set[str]], str]:
+    """The newest flow run in the server, its tasks with their tags, its summary."""
+    async with get_client() as client:
+        newest = (await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1))[0]
+        tasks = {task.name: set(task.tags) for task in await client.read_task_runs() if task.flow_run_id == newest.id}
+        artifacts = [item for item in await client.read_artifacts() if item.flow_run_id == newest.id]
+    return newest, tasks, str(artifacts[0].data) if artifacts else ""
+
+
+def test_runs_the_stages_in_order_and_only_once(checkout: Checkout) -> None:
+    checkout.write("dvc.yaml", "stages:" + INGEST + SFT_AND_PPO)
+    first = checkout.run()
+    assert isinstance(first, Summary)
+    assert checkout.order() == ["ingest", "sft", "ppo"]
+    assert [(result.stage, result.how) for result in first.results] == [
+        ("ingest", "ran"), ("data.dvc", "ran"), ("sft", "ran"), ("ppo", "ran")]
+    assert first.numbers["sft"] == "valid_loss=0.5"
+
+    for _ in range(20):  # the server takes in task runs a moment later
+        flow_run, tasks, summary = asyncio.run(_recorded())
+        if len(tasks) == 4:
+            break
+        time.sleep(0.5)
+    assert tasks == {"ingest": set(), "data.dvc": set(), "sft": {"gpu"}, "ppo": {"gpu"}}
+    assert (checkout.root / "data" / "line").read_text().strip() == flow_run.name
+    assert "valid_loss=0.5" in summary
+
+    (checkout.root / "models" / "ppo").unlink()
+    second = checkout.run()
+    assert checkout.order() == ["ingest", "sft", "ppo"]
+    assert [result.how for result in second.results] == ["up to date", "up to date", "up to date", "from cache"]
+
+
+def test_order_is_that_of_dvc_yaml() -> None:
+    assert stage_order(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate"]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_users_mistake_is_one_line_and_no_retry(checkout: Checkout) -> None:
+    checkout.write("sft.sh", "echo 'sft: data/sft.jsonl: row 3: no prompt' >&2; exit 2\n")
+    done = checkout.command_line()
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "sft: data/sft.jsonl: row 3: no prompt"
+    assert "Traceback" not in done.stderr + done.stdout
+    assert checkout.order() == ["sft"]
+
+
+def test_a_crash_is_tried_again(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows.stages, "RETRY_DELAYS", [0])
+    checkout.write("sft.sh", "[ -e tried ] || { touch tried; exit 1; }\nmkdir -p models && echo 1 > models/sft\n")
+    assert isinstance(checkout.run(), Summary)
+    assert checkout.order() == ["sft", "sft", "ppo"]
+
+
+def test_a_second_crash_fails_the_flow(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows.stages, "RETRY_DELAYS", [0])
+    checkout.write("sft.sh", "echo 'ValueError: loss is nan'; exit 1\n")
+    error = checkout.run()
+    assert isinstance(error, StageFailed)
+    assert str(error) == "sft: ValueError: loss is nan"
+    state = asyncio.run(_recorded())[0].state
+    assert state is not None
+    assert (state.name, state.message) == ("Failed", str(error))
+    assert checkout.order() == ["sft", "sft"]
+
+
+@pytest.mark.parametrize(("code", "output", "message", "own_code"), [
+    (255, ["> python", "rm: row 3: K = 2", "bye", "ERROR: failed to reproduce 'rm': failed to run: x, exited with 2"],
+     "rm: row 3: K = 2", 2),
+    (255, ["Running stage 'rm':", "> x", "ERROR: failed to reproduce 'rm': failed to run: x, exited with 1"],
+     "rm: no message", 1),
+    (255, ["ERROR: failed to reproduce 'rm': failed to run: x, exited with -9"], "rm: ended by SIGKILL", -9),
+    (255, ["ERROR: failed to reproduce 'data.dvc': dependency 'build/data' does not exist"],
+     "rm: dependency 'build/data' does not exist", 255),
+    (255, ["'./dvc.yaml' is invalid.", "in line 10"], "rm: './dvc.yaml' is invalid.", 255),
+    (255, [], "rm: no message", 255),
+    (-15, ["Running stage 'rm':"], "rm: dvc was ended by SIGTERM", -15),
+])
+def test_reads_the_stages_own_line(code: int, output: list[str], message: str, own_code: int) -> None:
+    failure = read_failure("rm", code, output)
+    assert isinstance(failure, StageFailed)
+    assert (str(failure), failure.code) == (message, own_code)
+
+
+# --- cancelling -------------------------------------------------------------------------------------------------------
+
+
+def test_cancelling_ends_the_whole_tree(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.process.GRACE_SECONDS", 1.0)
+    checkout.write("sft.sh", "sleep 100 & echo $! > child.pid\nsh -c 'echo $$ > deaf.pid; trap \"\" TERM; sleep 100'\n")
+    pids = [checkout.root / "child.pid", checkout.root / "deaf.pid"]
+
+    async def cancel() -> float:
+        run = asyncio.create_task(checkout.start())
+        while not all(pid.exists() and pid.read_text() for pid in pids):
+            await asyncio.sleep(0.1)
+        started = time.monotonic()
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        return time.monotonic() - started
+
+    seconds = asyncio.run(cancel())
+    assert not any(alive(int(pid.read_text())) for pid in pids)
+    assert seconds < 5
+    assert checkout.order() == ["sft"]
+
+    checkout.write("sft.sh", "mkdir -p models && echo 1 > models/sft\n")  # nothing of it locks the next line out
+    assert isinstance(checkout.run(), Summary)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_and_kill_end_the_whole_tree(checkout: Checkout, number: signal.Signals) -> None:
+    """Ctrl-C reaches the whole group of the command, `kill -9` only the command itself."""
+    pid = checkout.root / "sft.pid"
+    checkout.write("sft.sh", f"echo $$ > {pid.name}; sleep 100\n")
+    process = checkout.start_command_line()
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.1)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=20)  # the pipes close with the last process of the flow
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert errors.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
+    assert "Traceback" not in errors
+    assert not alive(int(pid.read_text()))
+
+
+def test_does_not_wait_for_a_detached_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.process.DRAIN_SECONDS", 0.2)
+    lines: list[str] = []
+    started = time.monotonic()
+    code = asyncio.run(run_lines(["sh", "-c", "setsid sleep 20 & printf 'a\\rb\\n\\nc'; exit 4"], tmp_path, os.environ,
+                                 lines.append))
+    assert (code, lines) == (4, ["a", "b"])
+    assert time.monotonic() - started < 5
+
+
+# --- parameters and the lock ------------------------------------------------------------------------------------------
+
+
+def test_profile_changes_one_line(checkout: Checkout) -> None:
+    use_profile(checkout.root, "large")
+    assert (checkout.root / "params.yaml").read_text() == "# the seed\nseed: 1\nprofile: large  # which\n"
+    before = (checkout.root / "params.yaml").stat()
+    use_profile(checkout.root, "large")
+    assert (checkout.root / "params.yaml").stat() == before
+
+
+@pytest.mark.parametrize(("profile", "message"), [
+    ("huge", "unknown profile 'huge': must be one of broken, large, small"),
+    ("broken", "profiles/broken.yaml: unknown key ppo.bta; did you mean beta?"),
+])
+def test_a_wrong_profile_changes_nothing(checkout: Checkout, profile: str, message: str) -> None:
+    checkout.write("profiles/broken.yaml", "ppo: {bta: 1}\n")
+    done = checkout.command_line("--profile", profile)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
+    error = checkout.run(profile)  # and the same from a deployment
+    assert isinstance(error, UserError)
+    assert str(error).endswith(message)
+    assert (checkout.root / "params.yaml").read_text() == "# the seed\nseed: 1\nprofile: small  # which\n"
+    assert checkout.order() == []
+
+
+def test_a_second_line_waits(checkout: Checkout, caplog: pytest.LogCaptureFixture) -> None:
+    (checkout.root / "scratch").mkdir()
+
+    async def both() -> object:
+        with (checkout.root / "scratch" / "line.lock").open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            run = asyncio.create_task(checkout.start())
+            while "another line is running" not in caplog.text:
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(1.5)
+            assert checkout.order() == []
+        return await run
+
+    assert isinstance(asyncio.run(both()), Summary)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_progress_lines_become_a_bar() -> None:
+    stream = io.StringIO()
+    handler = BarHandler(stream=stream)
+    for text in ["sft  30/120 steps  12.1/s  8 s left  loss 2.1", "a word", "Finished in state Completed()"]:
+        handler.handle(logging.makeLogRecord({"msg": text, "levelno": 20}))
+    assert "30/120 steps, 12.1/s  8 s left  loss 2.1" in stream.getvalue()
+    assert "\na word\n" in stream.getvalue().replace("\r", "\n")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.52, "0.5 s"), (75.4, "1:15"), (3700, "1:01:40")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -1,0 +1,87 @@
+"""Padding, batches by length and packed documents: every index once, order from the seed, nothing lost unsaid."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.data.batching import BUCKET_BATCHES, length_batches, pack, pad_left, pad_right
+
+lengths_of_rows = st.lists(st.integers(1, 60), min_size=1, max_size=300)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_padding() -> None:
+    rows = [[4, 5, 6], [7], [8, 9]]
+    assert pad_right(rows, 0).tolist() == [[4, 5, 6], [7, 0, 0], [8, 9, 0]]
+    ids, mask = pad_left(rows, 0)
+    assert ids.tolist() == [[4, 5, 6], [0, 0, 7], [0, 8, 9]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_of_rows, st.integers(1, 40))
+def test_without_shuffling_every_index_comes_once_by_length(lengths: list[int], batch_size: int) -> None:
+    batches = length_batches(lengths, batch_size, None)
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert [lengths[index] for index in flat] == sorted(lengths)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= batch_size
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_of_rows, st.integers(1, 40), st.integers(0, 1000))
+def test_with_shuffling_only_an_incomplete_batch_is_left_out(lengths: list[int], batch_size: int, seed: int) -> None:
+    batches = length_batches(lengths, batch_size, seeded(seed))
+    flat = [index for batch in batches for index in batch]
+    assert len(set(flat)) == len(flat)
+    assert set(flat) <= set(range(len(lengths)))
+    if len(lengths) < batch_size:
+        assert [len(batch) for batch in batches] == [len(lengths)]  # the only batch stays
+    else:
+        assert [len(batch) for batch in batches] == [batch_size] * (len(lengths) // batch_size)
+
+
+def test_the_seed_decides_the_order() -> None:
+    lengths = [1 + index % 7 for index in range(200)]
+    assert length_batches(lengths, 8, seeded(1)) == length_batches(lengths, 8, seeded(1))
+    assert length_batches(lengths, 8, seeded(1)) != length_batches(lengths, 8, seeded(2))
+
+
+def test_over_many_passes_every_index_is_left_out_now_and_then() -> None:
+    missing = set()
+    for seed in range(60):
+        drawn = {index for batch in length_batches([5] * 10, 4, seeded(seed)) for index in batch}
+        assert len(drawn) == 8
+        missing |= set(range(10)) - drawn
+    assert missing == set(range(10))
+
+
+def test_batches_hold_rows_of_like_length_but_come_in_no_order() -> None:
+    count, batch_size = 4 * BUCKET_BATCHES * 8, 8
+    lengths = torch.randint(1, 100, (count,), generator=seeded(3)).tolist()
+    batches = length_batches(lengths, batch_size, seeded(4))
+    spread = sum(max(lengths[index] for index in batch) - min(lengths[index] for index in batch)
+                 for batch in batches) / len(batches)
+    assert spread < 15  # of about 80 in batches drawn blindly
+    shortest = [min(lengths[index] for index in batch) for batch in batches]
+    assert shortest != sorted(shortest)
+    rising = sum(before < after for before, after in pairwise(shortest)) / len(shortest)
+    assert 0.3 < rising < 0.7
+
+
+def test_pack_puts_eos_before_each_document_and_drops_the_rest() -> None:
+    rows = pack([[1, 2, 3], [4], [5, 6], []], 4, eos_id=9)
+    assert rows.tolist() == [[9, 1, 2, 3], [9, 4, 9, 5]]  # 6 and the last EOS do not fill a row
+    assert pack([[1, 2, 3], [4], [5, 6], []], 5, eos_id=9).tolist() == [[9, 1, 2, 3, 9], [4, 9, 5, 6, 9]]
+
+
+def test_pack_refuses_less_than_one_row() -> None:
+    with pytest.raises(ValueError, match="3 tokens do not fill one row of 4"):
+        pack([[1, 2]], 4, eos_id=9)

@@ -1,0 +1,216 @@
+"""Models as plain Hugging Face folders: heads, shifted scores, saving and loading, schedules, parameter groups."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.data.batching import pad_right
+from rlhf.models import (
+    adamw,
+    cosine_factor,
+    load_policy,
+    load_scorer,
+    muon_and_adamw,
+    new_scorer,
+    next_token_logits,
+    save_model,
+    scale_lr,
+    scores_at,
+    set_dropout,
+    shift_scores,
+    small_gpt,
+    values_everywhere,
+)
+from rlhf.params import PretrainParams
+from rlhf.reward_model import score_groups, score_sequences
+
+SEQUENCES = [[7, 9, 30, 41, 8], [12, 5], [99, 100, 101, 102, 103, 104, 105, 106], [7, 9, 30]]
+
+
+def padded(pad_id: int) -> tuple[Tensor, Tensor]:
+    """(ids, last) of the sequences above."""
+    return pad_right(SEQUENCES, pad_id), torch.tensor([len(sequence) - 1 for sequence in SEQUENCES])
+
+
+def head_seed(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_new_head_has_deviation_one_over_root_d_plus_one(policy_folder: Path) -> None:
+    weights = torch.cat([new_scorer(policy_folder, 0, head_seed(seed)).score.weight.detach() for seed in range(12)])
+    assert weights.shape == (12, 32)
+    assert weights.std().item() == pytest.approx(1 / math.sqrt(33), rel=0.1)
+    assert weights.mean().abs().item() < 0.03
+    again = new_scorer(policy_folder, 0, head_seed(3))
+    assert torch.equal(again.score.weight[0], weights[3])
+    assert again.score.bias is None
+
+
+def test_the_scorer_has_the_policys_backbone(policy_folder: Path) -> None:
+    policy, scorer = load_policy(policy_folder).base_model, new_scorer(policy_folder, 0, head_seed(0)).base_model
+    for (name, one), (_, other) in zip(policy.named_parameters(), scorer.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_scores_are_what_transformers_says(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
+                                           tmp_path: Path) -> None:
+    """A saved scorer gives, in plain transformers with an attention mask, the scores that training saw."""
+    scorer = new_scorer(policy_folder, tokenizer.pad_token_id, head_seed(1))
+    ids, last = padded(tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = scores_at(scorer, ids, last)
+        everywhere = values_everywhere(scorer, ids)
+    save_model(scorer, tokenizer, tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert plain.config.num_labels == 1
+    assert plain.config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path).pad_token_id
+    mask = torch.arange(ids.shape[1]) <= last.unsqueeze(1)
+    with torch.no_grad():
+        batch = plain(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1)
+        alone = [plain(input_ids=torch.tensor([sequence])).logits.item() for sequence in SEQUENCES]
+    assert ours.tolist() == pytest.approx(alone, abs=1e-5)
+    assert batch.tolist() == pytest.approx(alone, abs=1e-5)
+    assert everywhere[torch.arange(4), last].tolist() == pytest.approx(alone, abs=1e-5)
+    assert max(alone) - min(alone) > 0.05
+    pad_id = tokenizer.pad_token_id
+    assert score_sequences(load_scorer(tmp_path), SEQUENCES, pad_id, "fp32") == pytest.approx(alone, abs=1e-5)
+    with torch.no_grad():
+        groups = score_groups(scorer, [SEQUENCES[:1], SEQUENCES[1:]], pad_id, "fp32")
+    assert groups.tolist() == [pytest.approx([alone[0], 0, 0], abs=1e-5), pytest.approx(alone[1:], abs=1e-5)]
+
+
+@pytest.mark.parametrize("shift", [2.5, -0.75])
+def test_a_shift_is_added_exactly_and_survives_saving(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
+                                                      tmp_path: Path, shift: float) -> None:
+    scorer = new_scorer(policy_folder, tokenizer.pad_token_id, head_seed(2))
+    ids, last = padded(tokenizer.pad_token_id)
+    with torch.no_grad():
+        before = scores_at(scorer, ids, last)
+        names = [name for name, _ in scorer.named_parameters()]
+        shift_scores(scorer, shift)
+        after = scores_at(scorer, ids, last)
+    assert (after - before).tolist() == pytest.approx([shift] * 4, abs=1e-5)
+    assert [name for name, _ in scorer.named_parameters()] == names
+    save_model(scorer, tokenizer, tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        loaded = [plain(input_ids=torch.tensor([sequence])).logits.item() for sequence in SEQUENCES]
+    assert loaded == pytest.approx((before + shift).tolist(), abs=1e-5)
+
+
+def test_a_final_norm_without_a_bias_cannot_be_shifted() -> None:
+    model = LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1))
+    with pytest.raises(ValueError, match="no bias"):
+        shift_scores(model, 1.0)
+
+
+def test_a_saved_policy_loads_in_plain_transformers(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
+                                                    tmp_path: Path) -> None:
+    policy = load_policy(policy_folder)
+    save_model(policy, tokenizer, tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.bin"))
+    plain, words = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    assert words.get_vocab() == tokenizer.get_vocab()
+    assert (words.pad_token, words.eos_token) == (tokenizer.pad_token, tokenizer.eos_token)
+    ids, last = padded(tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = next_token_logits(policy, ids)
+        cut = next_token_logits(policy, ids, 2)
+        for row, sequence in enumerate(SEQUENCES):
+            logits = plain(input_ids=torch.tensor([sequence])).logits[0, :-1]
+            torch.testing.assert_close(ours[row, : last[row]], logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cut, ours[:, 2:], rtol=0, atol=1e-5)
+
+
+def test_small_gpt_has_the_shape_it_was_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(0)
+    model = small_gpt(PretrainParams(n_layer=3, n_head=2, n_embd=16, context=40), tokenizer)
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (3, 2, 16)
+    assert (config.max_position_embeddings, config.vocab_size) == (40, len(tokenizer))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_dropout_is_set_on_residual_branches_only(make_policy: Callable[..., Any], architecture: str) -> None:
+    model = make_policy(architecture).train()
+    ids, _ = padded(0)
+
+    def differs() -> bool:
+        with torch.no_grad():
+            return not torch.equal(next_token_logits(model, ids), next_token_logits(model, ids))
+
+    assert not differs()
+    set_dropout(model, 0.2)
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    on = [name for name, rate in rates.items() if rate == 0.2]
+    assert len(on) == 2 * 2  # behind attention and MLP of two blocks
+    assert all("layers" in name or ".h." in name for name in on)
+    assert all(rate == 0 for name, rate in rates.items() if name not in on)
+    assert differs()
+    set_dropout(model, 0.0)
+    assert not differs()
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(50, 0), (50, 10), (2, 0)])
+def test_cosine_schedule(total: int, warmup: int) -> None:
+    factors = [cosine_factor(step, total, warmup) for step in range(total)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total - warmup - 1, eta_min=0.1)
+    for step, factor in enumerate(factors):
+        if step < warmup:
+            assert factor == pytest.approx((step + 1) / warmup)
+            continue
+        assert factor == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert factors[warmup] == 1
+    assert factors[-1] == pytest.approx(0.1)
+
+
+def test_cosine_schedule_at_its_ends() -> None:
+    assert cosine_factor(0, 1) == 1  # a single step has the peak
+    assert cosine_factor(0, 5, warmup=5) == pytest.approx(0.2)
+    assert cosine_factor(4, 5, warmup=5) == 1
+    assert cosine_factor(99, 100, floor=0.0) == pytest.approx(0)
+
+
+def test_scale_lr_is_relative_to_the_first_rate(make_policy: Callable[..., Any]) -> None:
+    optimizer = adamw(make_policy("gpt2"), 2e-3)
+    for factor in (0.5, 0.25, 1.0):
+        scale_lr(optimizer, factor)
+        assert {group["lr"] for group in optimizer.param_groups} == {2e-3 * factor}
+
+
+def test_every_parameter_is_in_one_group(make_policy: Callable[..., Any], architecture: str) -> None:
+    model = make_policy(architecture)
+    everything = {id(item) for item in model.parameters()}
+    optimizer = adamw(model, 1e-3, weight_decay=0.1)
+    ids = [id(item) for group in optimizer.param_groups for item in group["params"]]
+    assert len(ids) == len(everything)
+    assert set(ids) == everything
+    decayed = {item.dim() for group in optimizer.param_groups if group["weight_decay"] for item in group["params"]}
+    assert decayed == {2}
+    muon, rest = muon_and_adamw(model, 1e-3, 0.02, 0.01)
+    split = [[id(item) for group in one.param_groups for item in group["params"]] for one in (muon, rest)]
+    assert len(split[0]) + len(split[1]) == len(everything)
+    assert {*split[0], *split[1]} == everything
+    names = {id(item): name for name, item in model.named_parameters()}
+    blocks = ("layers", ".h.")
+    assert all(any(part in names[index] for part in blocks) for index in split[0])
+    assert len(split[0]) == 4 * 2  # attention in and out, MLP in and out, of two blocks

@@ -1,0 +1,274 @@
+"""Each rule reports the defect made for it, with its row and nothing else; failing leaves earlier outputs alone."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data.schema import PAPER_ROWS, USE_CASE_PERCENT, expected_rows, split_by_shares, write_rows
+from rlhf.errors import UserError
+from rlhf.params import ValidateParams
+from tasks.params import load_params
+from tasks.stage import Stage
+from tasks.validate import Finding, check, make_context, read_frame, validate
+
+REPO = Path(__file__).resolve().parents[2]
+SCALE = 0.01
+LIMITS = ValidateParams(max_prompts_per_user=20)
+
+Row = dict[str, Any]
+Rows = list[Row]
+
+
+def make_rows(dataset: str, scale: float = SCALE) -> Rows:
+    """A clean dataset: the expected counts, unique prompts, ten prompts a user."""
+    rows: Rows = []
+    for (split, source), count in expected_rows(dataset, scale).items():
+        use_cases = [name for name, number in split_by_shares(count, USE_CASE_PERCENT).items() for _ in range(number)]
+        for place, use_case in enumerate(use_cases):
+            number = len(rows) + 1
+            row = {"prompt_id": f"{dataset}-{number}", "user_id": f"{source}-{split}-{place // 10}",
+                   "labeler_id": "labeler-1", "source": source, "split": split, "use_case": use_case,
+                   "prompt": f"what is {number}?"}
+            if dataset != "rm":
+                del row["labeler_id"]
+            extra: dict[str, Row] = {"sft": {"completion": "a number."}, "ppo": {},
+                                     "rm": {"completions": ["one", "two", "two", "three"], "ranks": [1, 2, 2, 3]}}
+            rows.append(row | copy.deepcopy(extra[dataset]))
+    return rows
+
+
+def run_rules(tmp_path: Path, dataset: str, rows: Rows, scale: float = SCALE) -> list[Finding]:
+    from tasks.expectations import SUITES
+
+    file = tmp_path / f"{dataset}.jsonl"
+    write_rows(file, rows)
+    return check(make_context(tmp_path), SUITES[dataset](scale, LIMITS), file, read_frame(dataset, file))[1]
+
+
+@pytest.mark.parametrize("dataset", PAPER_ROWS)
+def test_a_clean_dataset_passes(tmp_path: Path, dataset: str) -> None:
+    assert run_rules(tmp_path, dataset, make_rows(dataset)) == []
+
+
+def put(line: int, **values: Any) -> Callable[[Rows], None]:
+    """Overwrites values of the row at a line of the file."""
+    return lambda rows: rows[line - 1].update(values)
+
+
+def drop_key(rows: Rows) -> None:
+    del rows[6]["prompt"]
+
+
+def swap_keys(rows: Rows) -> None:
+    rows[6] = {"user_id": rows[6].pop("user_id")} | rows[6]
+
+
+def repeat(key: str) -> Callable[[Rows], None]:
+    return lambda rows: rows[8].update({key: rows[2][key]})
+
+
+def one_user(rows: Rows) -> None:
+    for row in rows[:22]:
+        row["user_id"] = "busy"
+
+
+def rank(*ranks: int, completions: list[str] | None = None) -> Callable[[Rows], None]:
+    return put(7, ranks=list(ranks), completions=completions or ["one", "two", "three", "four"])
+
+
+DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
+    "missing key": ("sft", drop_key, "exact_keys", [7]),
+    "number as prompt": ("sft", put(7, prompt=3), "value_types", [7]),
+    "row lost": ("sft", lambda rows: rows.pop(), "row_counts", []),
+    "split of a user's only row changed": (
+        "sft", lambda rows: rows[0].update(user_id="alone", split="valid"), "row_counts", []),
+    "unknown source": ("sft", put(7, source="crowd"), "known_source", [7]),
+    "labeler prompt for ppo": ("ppo", put(7, source="labeler"), "known_source", [7]),
+    "unknown split": ("ppo", lambda rows: rows[6].update(split="test", user_id="alone"), "known_split", [7]),
+    "unknown use case": ("sft", put(7, use_case="openqa"), "known_use_case", [7]),
+    "empty prompt": ("sft", put(7, prompt=""), "filled_prompt", [7]),
+    "zero-width prompt": ("ppo", put(7, prompt="\u200b"), "filled_prompt", [7]),
+    "empty prompt_id": ("ppo", put(7, prompt_id=" "), "filled_prompt_id", [7]),
+    "empty user_id": ("ppo", put(7, user_id=""), "filled_user_id", [7]),
+    "long prompt": ("ppo", put(7, prompt="é" * 401), "prompt_length", [7]),
+    "repeated prompt_id": ("rm", repeat("prompt_id"), "unique_prompt_id", [9]),
+    "repeated prompt": ("rm", repeat("prompt"), "unique_prompt", [9]),
+    "user in two splits": (
+        "ppo", lambda rows: rows[-1].update(user_id=rows[0]["user_id"]), "user_in_one_split",
+        [sum(expected_rows("ppo", SCALE).values())]),
+    "user over the limit": ("rm", one_user, "prompts_per_user", [21, 22]),
+    "empty completion": ("sft", put(7, completion=" \n"), "filled_completion", [7]),
+    "long completion": ("sft", put(7, completion="a" * 401), "completion_length", [7]),
+    "empty labeler": ("rm", put(7, labeler_id=""), "filled_labeler_id", [7]),
+    "three completions": ("rm", rank(1, 2, 3, completions=["a", "b", "c"]), "completion_count", [7]),
+    "ten completions": ("rm", rank(*range(1, 11), completions=list("abcdefghij")), "completion_count", [7]),
+    "no completions": ("rm", put(7, completions=[], ranks=[]), "completion_count", [7]),
+    "rank lost": ("rm", rank(2, 3, 3), "rank_count", [7]),
+    "one of the completions blank": (
+        "rm", rank(1, 2, 3, 4, completions=["a", "\u200b", "c", "d"]), "filled_completions", [7]),
+    "one of the completions long": (
+        "rm", rank(1, 2, 3, 4, completions=["a", "b" * 401, "c", "d"]), "completion_length", [7]),
+    "rank 0": ("rm", rank(0, 1, 1, 2), "dense_ranks", [7]),
+    "gap in the ranks": ("rm", rank(1, 2, 2, 4), "dense_ranks", [7]),
+    "all tied": ("rm", rank(1, 1, 1, 1), "some_preference", [7]),
+    "equal completions, other ranks": (
+        "rm", rank(1, 2, 3, 4, completions=["a", "b", "b", "c"]), "equal_texts_equal_ranks", [7]),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_the_right_rule_reports_the_row(tmp_path: Path, defect: str) -> None:
+    dataset, spoil, name, lines = DEFECTS[defect]
+    rows = make_rows(dataset)
+    spoil(rows)
+    findings = run_rules(tmp_path, dataset, rows)
+    assert [(finding.rule, finding.rows) for finding in findings] == [(name, lines)]
+    message = str(findings[0])
+    assert message.startswith(f"{tmp_path / dataset}.jsonl: {name}: ")
+    assert "\n" not in message
+    assert all(f"row {line} (" in message for line in lines)
+    assert "()" not in message
+
+
+SHAPES: list[tuple[str, Callable[[Rows], Any], str, str]] = [
+    ("ppo", drop_key, "keys", "prompt is missing"),
+    ("ppo", put(7, answer="x"), "keys", "'answer' is unknown"),
+    ("ppo", swap_keys, "keys", "in another order: user_id, prompt_id, source, split, use_case, prompt"),
+    ("ppo", put(7, user_id=None), "types", "user_id is null, not text"),
+    ("rm", put(7, completions="one"), "types", "completions is text, not a list"),
+    ("rm", put(7, completions=["one", None]), "types", "completions holds null, not only text"),
+    ("rm", put(7, ranks=[1, "2"]), "types", "ranks holds text, not only an integer"),
+    ("rm", put(7, ranks=[True, 2]), "types", "ranks holds a boolean, not only an integer"),
+    ("rm", put(7, ranks=[1, 2.5]), "types", "ranks holds a number, not only an integer"),
+    ("rm", put(7, ranks={"one": 1}), "types", "ranks is an object, not a list"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "spoil", "column", "said"), SHAPES)
+def test_what_is_wrong_with_the_shape(tmp_path: Path, dataset: str, spoil: Callable[[Rows], Any], column: str,
+                                      said: str) -> None:
+    rows = make_rows(dataset)
+    spoil(rows)
+    write_rows(tmp_path / "data.jsonl", rows)
+    frame = read_frame(dataset, tmp_path / "data.jsonl")
+    assert frame.at[7, column] == said
+    assert frame[["prompt_id", "prompt", "split"]].isna().all(axis=1).tolist() == [
+        line == 7 for line in range(1, len(rows) + 1)]
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "ppo.jsonl"
+    rows = [json.dumps(row) for row in make_rows("ppo")]
+    rows[6] = rows[6].replace("what is 7?", "what is \\ud83d?")
+    file.write_text("\n".join(rows))
+    assert read_frame("ppo", file).at[7, "types"] == "prompt holds half of a surrogate pair, which is not text"
+
+
+def test_blank_text_in_any_alphabet() -> None:
+    from tasks.expectations import is_visible
+
+    assert [text for text in ("", " \n\t", "\u00a0", "\u3000\u200b", "\x00") if is_visible(text)] == []
+    assert all(map(is_visible, ("a", " é ", "字", "🙂", "?")))
+
+
+def test_use_case_mix(tmp_path: Path) -> None:
+    rows = make_rows("sft", 0.1)
+    assert run_rules(tmp_path, "sft", rows, 0.1) == []
+    for row in [row for row in rows if row["use_case"] == "chat"][:30]:
+        row["use_case"] = "extract"
+    findings = run_rules(tmp_path, "sft", rows, 0.1)
+    assert [finding.rule for finding in findings] == ["use_case_mix"]
+    assert "chat 6.3 %, expected 8.4 %; extract 4.0 %, expected 1.9 %" in str(findings[0])
+
+
+@pytest.mark.parametrize("dataset", PAPER_ROWS)
+def test_an_empty_file_and_one_without_a_sound_row(tmp_path: Path, dataset: str) -> None:
+    assert [finding.rule for finding in run_rules(tmp_path, dataset, [])] == ["row_counts"]
+    rows: Rows = [{"text": "x"} for _ in make_rows(dataset)]
+    findings = run_rules(tmp_path, dataset, rows)
+    assert [(finding.rule, len(finding.rows)) for finding in findings] == [("exact_keys", len(rows))]
+    assert "row 1 (prompt_id is missing, " in str(findings[0])
+    assert f"and {len(rows) - 3:,} more" in str(findings[0])
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with this code, small clean data and the metrics of an earlier run."""
+    for name in ("tasks", "rlhf", "dvc.yaml"):
+        (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "tiny.yaml").write_text(f"ingest: {{scale: {SCALE}}}\n")
+    (tmp_path / "params.yaml").write_text("seed: 1\nprofile: tiny\n")
+    for dataset in PAPER_ROWS:
+        write_rows(tmp_path / "data" / f"{dataset}.jsonl", make_rows(dataset))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_here(root: Path) -> None:
+    validate(Stage("validate", load_params(root), root, root / "scratch" / "validate" / "hash"))
+
+
+def test_success_writes_the_same_metrics_twice(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(root)
+    written = (root / "metrics" / "validate.json").read_bytes()
+    run_here(root)
+    assert (root / "metrics" / "validate.json").read_bytes() == written
+    metrics = json.loads(written)
+    assert metrics["validate/success"] == 1
+    assert metrics["validate/expectations"] == 16 + 22 + 14  # the mix is left out of so small datasets
+    assert [metrics[f"validate/{name}_rows"] for name in PAPER_ROWS] == [
+        sum(expected_rows(name, SCALE).values()) for name in PAPER_ROWS]
+    assert metrics["validate/rm_tied_pairs"] == round(1 / 6, 4)
+    assert "passed" in capsys.readouterr().out
+
+
+def test_data_docs_show_values_as_text_and_load_nothing(root: Path) -> None:
+    rows = make_rows("sft")
+    rows[6]["prompt"] = rows[8]["prompt"] = "<script>alert(1)</script>"
+    write_rows(root / "data" / "sft.jsonl", rows)
+    with pytest.raises(UserError, match="unique_prompt"):
+        run_here(root)
+    docs = root / "reports" / "data_docs"
+    pages = {page: page.read_text() for page in docs.rglob("*.html")}
+    assert docs / "index.html" in pages
+    assert len(pages) == 1 + 2 * 3
+    assert any("&lt;script&gt;alert(1)" in page for page in pages.values())
+    for page in pages.values():
+        assert "<script" not in page
+        assert "<link" not in page
+
+
+def test_several_failures_get_a_line_each(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = make_rows("sft")
+    rows[6]["prompt"] = ""
+    write_rows(root / "data" / "sft.jsonl", rows)
+    write_rows(root / "data" / "ppo.jsonl", make_rows("ppo")[1:])
+    with pytest.raises(UserError, match=r"^data/sft.jsonl, data/ppo.jsonl: 2 rules failed; first: .*row 7 \(''\)"):
+        run_here(root)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:3] for line in lines] == [
+        ["validate", "data/sft.jsonl", "filled_prompt"], ["validate", "data/ppo.jsonl", "row_counts"]]
+
+
+def test_the_command_fails_with_one_line_and_leaves_the_metrics(root: Path) -> None:
+    (root / "metrics").mkdir()
+    (root / "metrics" / "validate.json").write_text("earlier\n")
+    rows = make_rows("rm")
+    rows[41]["ranks"] = [1, 2, 2, 4]
+    write_rows(root / "data" / "rm.jsonl", rows)
+    done = subprocess.run([sys.executable, "-m", "tasks.validate"], cwd=root, capture_output=True, text=True,
+                          check=False, env=os.environ | {"INSTRUCTFLOW_MIRROR": "off"})
+    assert done.returncode == 2
+    assert done.stderr == (
+        "validate: data/rm.jsonl: dense_ranks: ranks are 1, 2, ... without a gap, ties share one; 1 row breaks it: "
+        "row 42 (ranks (1, 2, 2, 4), completions ('one', 'two', 'two', 'three')); mend or remove the row\n")
+    assert (root / "metrics" / "validate.json").read_text() == "earlier\n"
+    assert (root / "reports" / "data_docs" / "index.html").exists()
