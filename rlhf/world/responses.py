@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf.world.facts import ATTRIBUTES, FOODS, MOODS, PLACES, THINGS, World
 from rlhf.world.language import BAD_ADVICE, EXPERTS, PADDING, RUDE, Claim
-from rlhf.world.prompts import Task
+from rlhf.world.prompts import BY_USE_CASE, Task, write_task
 
 SAD = ("sad", "tired", "angry")
 
@@ -226,6 +226,19 @@ def wrong_fact(world: World, task: Task, draft: Draft, rng: random.Random) -> No
             return
 
 
+def misspell(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
+    """Gets a name half right, wherever it occurs."""
+    names = [value for key, value in task.slots.items()
+             if key in ("c1", "c2", "n1", "n2") and value in draft.text()]
+    if not names:
+        return
+    name = rng.choice(names)
+    group = world.creatures if name in world.creature_set else world.people
+    start, end = name.split("-")
+    wrong = rng.choice((f"{start}-{rng.choice(group).split('-')[1]}", f"{rng.choice(group).split('-')[0]}-{end}"))
+    draft.sentences = [sentence.replace(name, wrong) for sentence in draft.sentences]
+
+
 def wrong_entity(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
     """Speaks of another creature or person."""
     pool = world.pools["valid" if task.slots.get("c1") in world.pools["valid"].creatures else "train"]
@@ -309,15 +322,16 @@ def babble(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
 
 
 def off_topic(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """A fluent answer to something else."""
-    creature = rng.choice(world.creatures)
-    draft.sentences = [say(_true_claim(world, creature, rng.choice(tuple(ATTRIBUTES)))) + "."]
+    """A fluent answer to something else, mostly about the same creature or person."""
+    other = write_task(world, rng.choice(tuple(BY_USE_CASE)), "train", rng)
+    shared = {key: value for key, value in task.slots.items() if key in ("c1", "n1") and rng.random() < 0.8}
+    draft.sentences = write_good(world, replace(other, slots={**other.slots, **shared}), rng).sentences
 
 
 Distortion = Callable[[World, Task, Draft, random.Random], None]
 DISTORTIONS: tuple[tuple[Distortion, int], ...] = (
-    (wrong_fact, 8), (wrong_entity, 5), (drop_sentence, 6), (pad, 5), (be_rude, 3), (be_violent, 2), (invent, 4),
-    (guess, 5), (cut_off, 3), (babble, 4), (off_topic, 2),
+    (wrong_fact, 8), (wrong_entity, 2), (misspell, 4), (drop_sentence, 6), (pad, 4), (be_rude, 3), (be_violent, 2),
+    (invent, 4), (guess, 4), (cut_off, 3), (babble, 4), (off_topic, 5),
 )
 SLIPS: tuple[tuple[Distortion, int], ...] = ((wrong_fact, 4), (drop_sentence, 4), (pad, 5), (guess, 4), (invent, 3))
 

@@ -83,7 +83,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
                 num_attention_heads=2, rotary_pct=0.5, tie_word_embeddings=True, hidden_dropout=dropout, **shape))
             norm = model.gpt_neox.final_layer_norm
         direction = model.get_output_embeddings().weight[tokenizer.eos_token_id].detach()
-        norm.bias.data += 2.5 * direction / direction.square().sum()
+        norm.bias.data += 4.0 * direction / direction.square().sum()
         return model.eval()
     return make
 
@@ -116,8 +116,9 @@ def policy_folder(model_folders: dict[str, tuple[Path, Path]], architecture: str
 def ppo_params() -> Callable[..., PpoParams]:
     """ppo_params(**changes): exact arithmetic and a size that runs in milliseconds."""
     def make(**changes: Any) -> PpoParams:
-        sizes = {"episodes": 24, "batch_size": 8, "minibatch_size": 4, "micro_batch_size": 2, "inner_epochs": 1,
-                 "max_new_tokens": 8, "precision": "fp32", "lr": 1e-3, "value_lr": 1e-3, "warmup_iterations": 0}
+        sizes: dict[str, Any] = {
+            "episodes": 24, "batch_size": 8, "minibatch_size": 4, "micro_batch_size": 2, "inner_epochs": 1,
+            "max_new_tokens": 8, "precision": "fp32", "lr": 1e-3, "value_lr": 1e-3, "warmup_iterations": 0}
         return PpoParams(**(sizes | changes))
     return make
 

@@ -69,11 +69,12 @@ def pairs_by_loops(groups: list[Group]) -> tuple[int, int]:
     return right, pairs
 
 
-def tensors(groups: list[Group], junk: float = 777.0) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(groups: list[Group], padding: tuple[float, int] = (-777.0, 0)) -> tuple[Tensor, Tensor, Tensor]:
     """Padded to the widest prompt; padding holds scores and ranks that would change the loss if they were read."""
     widest = max(map(len, groups))
-    scores = torch.tensor([[score for score, _ in group] + [junk] * (widest - len(group)) for group in groups])
-    ranks = torch.tensor([[rank for _, rank in group] + [0] * (widest - len(group)) for group in groups])
+    filled = [[*group, *[padding] * (widest - len(group))] for group in groups]
+    scores = torch.tensor([[score for score, _ in group] for group in filled])
+    ranks = torch.tensor([[rank for _, rank in group] for group in filled])
     present = torch.tensor([[True] * len(group) + [False] * (widest - len(group)) for group in groups])
     return scores, ranks, present
 
@@ -85,8 +86,10 @@ batches = st.lists(st.lists(completions, min_size=2, max_size=9), min_size=1, ma
 @settings(max_examples=80, deadline=None)
 @given(batches)
 def test_ranking_loss_and_accuracy_equal_the_loops(groups: list[Group]) -> None:
-    assert ranking_loss(*tensors(groups)).item() == pytest.approx(loss_by_loops(groups), rel=2e-5, abs=2e-6)
-    assert ranking_accuracy(*tensors(groups)) == pairs_by_loops(groups)
+    for padding in ((-777.0, 0), (777.0, 99)):  # the best by rank with the worst score, and the other way round
+        found = ranking_loss(*tensors(groups, padding)).item()
+        assert found == pytest.approx(loss_by_loops(groups), rel=2e-5, abs=2e-6)
+        assert ranking_accuracy(*tensors(groups, padding)) == pairs_by_loops(groups)
 
 
 def test_ranking_loss_by_hand() -> None:

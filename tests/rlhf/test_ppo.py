@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import tensor
 
 from rlhf.params import PpoParams
 from rlhf.ppo import (
@@ -36,7 +37,7 @@ def test_token_rewards() -> None:
     random_numbers, mask, lengths = random_case(1)
     ours, reference = random_numbers.normal(-2, 1, (2, *mask.shape))
     scores = random_numbers.normal(0, 3, len(lengths))
-    found = token_rewards(*(torch.tensor(item) for item in (scores, ours, reference, mask)), 0.3)
+    found = token_rewards(tensor(scores), tensor(ours), tensor(reference), tensor(mask), 0.3)
     for row, length in enumerate(lengths):
         for place in range(mask.shape[1]):
             expected = -0.3 * (ours[row, place] - reference[row, place]) if place < length else 0.0
@@ -52,10 +53,10 @@ def test_whiten_uses_the_biased_variance(shift_mean: bool) -> None:
     inside = [values[row, place] for row, place in zip(*np.nonzero(mask), strict=True)]
     mean = sum(inside) / len(inside)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in inside) / len(inside))
-    found = whiten(torch.tensor(values), torch.tensor(mask), shift_mean)
+    found = whiten(tensor(values), tensor(mask), shift_mean)
     expected = ((values - mean) / deviation + (0 if shift_mean else mean)) * mask
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-7)
-    assert masked_mean(found, torch.tensor(mask)).item() == pytest.approx(0 if shift_mean else mean, abs=1e-7)
+    assert masked_mean(found, tensor(mask)).item() == pytest.approx(0 if shift_mean else mean, abs=1e-7)
 
 
 def test_whiten_of_a_constant_is_finite() -> None:
@@ -67,7 +68,7 @@ def test_whiten_of_a_constant_is_finite() -> None:
 def test_advantages_are_the_sum_of_discounted_deltas(gamma: float, lam: float, seed: int) -> None:
     random_numbers, mask, lengths = random_case(seed)
     rewards, values = random_numbers.normal(0, 1, (2, *mask.shape)) * mask
-    found, returns = advantages_and_returns(*(torch.tensor(item) for item in (rewards, values, mask)), gamma, lam)
+    found, returns = advantages_and_returns(tensor(rewards), tensor(values), tensor(mask), gamma, lam)
     for row, length in enumerate(lengths):
         deltas = [rewards[row, place] + (gamma * values[row, place + 1] if place + 1 < length else 0.0)
                   - values[row, place] for place in range(length)]
@@ -82,16 +83,15 @@ def test_padding_cannot_leak_into_advantages() -> None:
     random_numbers, mask, _ = random_case(5)
     rewards, values = random_numbers.normal(0, 1, (2, *mask.shape)) * mask
     junk = (1 - mask) * 1e6
-    clean = advantages_and_returns(torch.tensor(rewards), torch.tensor(values), torch.tensor(mask), 0.9, 0.9)
-    dirty = advantages_and_returns(torch.tensor(rewards + junk), torch.tensor(values + junk), torch.tensor(mask),
-                                   0.9, 0.9)
+    clean = advantages_and_returns(tensor(rewards), tensor(values), tensor(mask), 0.9, 0.9)
+    dirty = advantages_and_returns(tensor(rewards + junk), tensor(values + junk), tensor(mask), 0.9, 0.9)
     for one, other in zip(clean, dirty, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy() * mask)
 
 
 def test_return_with_lambda_one_is_the_discounted_reward() -> None:
-    rewards = torch.tensor([[1.0, -2.0, 4.0]], dtype=torch.float64)
-    values = torch.tensor([[0.3, 9.0, -5.0]], dtype=torch.float64)
+    rewards = tensor([[1.0, -2.0, 4.0]], dtype=torch.float64)
+    values = tensor([[0.3, 9.0, -5.0]], dtype=torch.float64)
     _, returns = advantages_and_returns(rewards, values, torch.ones_like(rewards), 0.5, 1.0)
     assert returns.tolist()[0] == pytest.approx([1 - 1 + 1, -2 + 2, 4])
 
@@ -100,21 +100,21 @@ def test_policy_loss_by_loops() -> None:
     random_numbers, mask, _ = random_case(6)
     new, old = random_numbers.normal(-2, 0.3, (2, *mask.shape))
     advantages = random_numbers.normal(0, 2, mask.shape)
-    losses, ratios = policy_loss(*(torch.tensor(item) for item in (new, old, advantages)), 0.2)
+    losses, ratios = policy_loss(tensor(new), tensor(old), tensor(advantages), 0.2)
     clipped = 0
-    for place in np.ndindex(mask.shape):
+    for place in np.ndindex(*mask.shape):
         ratio, advantage = math.exp(new[place] - old[place]), advantages[place]
         limited = min(max(ratio, 0.8), 1.2)
         assert ratios[place].item() == pytest.approx(ratio)
         assert losses[place].item() == pytest.approx(-min(ratio * advantage, limited * advantage))
-        clipped += limited * advantage < ratio * advantage
+        clipped += int(limited * advantage < ratio * advantage)
     assert clipped > 5
 
 
 def test_policy_gradient_is_zero_where_clipped_for_good() -> None:
     # ratio 2 with a positive advantage and ratio 1/2 with a negative one are clipped; the other two pull back
-    new = torch.log(torch.tensor([2.0, 2.0, 0.5, 0.5])).requires_grad_()
-    losses, _ = policy_loss(new, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
+    new = torch.log(tensor([2.0, 2.0, 0.5, 0.5])).requires_grad_()
+    losses, _ = policy_loss(new, torch.zeros(4), tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
     losses.sum().backward()
     assert new.grad is not None
     assert new.grad.tolist() == pytest.approx([0.0, 2.0, -0.5, 0.0])
@@ -123,7 +123,7 @@ def test_policy_gradient_is_zero_where_clipped_for_good() -> None:
 def test_value_loss_by_loops() -> None:
     random_numbers, mask, _ = random_case(7)
     values, old, returns = random_numbers.normal(0, 1, (3, *mask.shape))
-    losses = value_loss(*(torch.tensor(item) for item in (values, old, returns)), 0.2)
+    losses = value_loss(tensor(values), tensor(old), tensor(returns), 0.2)
     for place in np.ndindex(mask.shape):
         limited = old[place] + min(max(values[place] - old[place], -0.2), 0.2)
         expected = 0.5 * max((values[place] - returns[place]) ** 2, (limited - returns[place]) ** 2)
@@ -132,7 +132,7 @@ def test_value_loss_by_loops() -> None:
 
 def test_response_rows_by_hand() -> None:
     # Entry j of a next-token row is about token j + 1, so the first response token of a prompt of 3 is entry 2.
-    full = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24], [30, 31, 32, 33, 34]])
+    full = tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24], [30, 31, 32, 33, 34]])
     rows = response_rows(full, [[1, 1, 1], [1], [1, 1, 1, 1]], 3)
     assert rows.tolist()[:2] == [[12, 13, 14], [20, 21, 22]]
     assert rows.tolist()[2][:2] == [33, 34]  # what is past the end is masked

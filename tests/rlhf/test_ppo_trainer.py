@@ -107,8 +107,9 @@ def test_micro_batches_do_not_change_the_update(make_trainer: Make, architecture
                                                 prompt_texts: list[str]) -> None:
     outcomes = []
     for micro in (8, 1, 3):
-        trainer = make_trainer(architecture, micro_batch_size=micro)
+        trainer = make_trainer(architecture, micro_batch_size=micro, max_new_tokens=24)
         rollouts = rolled_out(trainer, prompt_texts)
+        assert len(set(rollouts.mask.sum(dim=1).tolist())) > 2
         disturb(trainer.policy, 0.01)
         before = [item.clone() for model in (trainer.policy, trainer.value) for item in model.parameters()]
         journal = trainer.update(rollouts, [6, 0, 3, 5, 1, 2], *grids(rollouts), (0, 0, 0))
@@ -123,8 +124,10 @@ def test_micro_batches_do_not_change_the_update(make_trainer: Make, architecture
 
 def test_one_step_equals_a_float64_reimplementation(make_trainer: Make, architecture: str,
                                                     prompt_texts: list[str]) -> None:
-    trainer = make_trainer(architecture, max_grad_norm=0.05, value_clip=0.05, temperature=0.8)
+    trainer = make_trainer(architecture, max_grad_norm=0.05, value_clip=0.05, temperature=0.8, micro_batch_size=3,
+                           max_new_tokens=24)
     rollouts = rolled_out(trainer, prompt_texts)
+    assert len(set(rollouts.mask.sum(dim=1).tolist())) > 2
     disturb(trainer.policy, 0.02)
     disturb(trainer.value, 0.02)
     advantages, returns = grids(rollouts)

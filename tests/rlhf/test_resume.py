@@ -213,6 +213,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved: Checkpoints, s
     assert (again[0], again[1]["step"]) == (3, 33)
 
 
+@pytest.mark.xfail(strict=True, reason="damaged newer checkpoints count as kept, so the new one is deleted at once")
+def test_after_two_damaged_checkpoints_the_next_one_is_kept(saved: Checkpoints) -> None:
+    for step in (2, 3):
+        truncate(saved.folder / f"step-{step:08d}.pt")
+    assert saved.latest() is None  # the run starts over
+    saved.save(1, {**STATE, "step": 1})
+    found = saved.latest()
+    assert found is not None
+    assert found[0] == 1
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "nothing").latest() is None
 

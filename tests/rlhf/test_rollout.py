@@ -92,8 +92,12 @@ def test_rows_that_leave_do_not_disturb_the_others(policy: Any, prompts: list[li
     sampling = Sampling(20, stops_for(tokenizer), tokenizer.pad_token_id, batch_size=8)
     cuts: list[int] = []
     select = DynamicCache.batch_select_indices
-    monkeypatch.setattr(DynamicCache, "batch_select_indices",
-                        lambda cache, keep: (cuts.append(len(keep)), select(cache, keep))[1])
+
+    def watched(cache: DynamicCache, keep: torch.Tensor) -> None:
+        cuts.append(len(keep))
+        select(cache, keep)
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", watched)
     usual = sample_responses(policy, prompts, sampling, noise())
     assert cuts  # the batch was cut to its unfinished rows
     monkeypatch.setattr(rlhf.rollout, "SHRINK_AT", 0.0)
