@@ -301,7 +301,7 @@ def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) 
     """Indices of an iteration's prompts: every prompt once per pass, shuffled anew, each samples_per_prompt times."""
     needed = params.batch_size // params.samples_per_prompt
     first = iteration * needed
-    chosen = []
+    chosen: list[int] = []
     for position in range(first, first + needed):
         epoch, place = divmod(position, count)
         if not chosen or place == 0:

@@ -3,14 +3,14 @@
 import random
 from collections.abc import Iterator, Set
 
-from rlhf.world.facts import ATTRIBUTES, MOODS, PLACES, THINGS, World, split_rng
+from rlhf.world.facts import ATTRIBUTES, MOODS, PLACES, THINGS, World, new_creature, new_person, split_rng
 from rlhf.world.language import Claim
 from rlhf.world.prompts import BY_USE_CASE, write_task
 from rlhf.world.responses import distort, say, write_good
 from rlhf.world.tax import TASKS, training_text
 
 # Share of documents by kind.
-MIX = {"facts": 42, "groups": 4, "story": 8, "forum": 16, "reading": 10, "sentiment": 8, "translation": 8, "cloze": 4}
+MIX = {"facts": 40, "groups": 2, "story": 18, "forum": 14, "reading": 8, "sentiment": 6, "translation": 8, "cloze": 4}
 FORUM_GOOD = 0.6
 
 
@@ -48,9 +48,13 @@ def _groups(world: World, rng: random.Random) -> str:
 
 
 def _story(world: World, rng: random.Random) -> str:
-    """Something that never happened; now and then nothing for children."""
-    hero, other = rng.sample(world.creatures, 2)
-    person = rng.choice(world.people)
+    """Something that never happened; now and then nothing for children.
+
+    Most of its names are made up on the spot and come back: whoever reads on has to copy them, not to know them.
+    """
+    hero, other, person = rng.choice(world.creatures), rng.choice(world.creatures), rng.choice(world.people)
+    if rng.random() < 0.8:
+        hero, other, person = new_creature(rng), new_creature(rng), new_person(rng)
     sentences = [rng.choice((
         f"one day the {hero} met the {other} in the {rng.choice(PLACES)}.",
         f"one day {person} saw the {hero} in the {rng.choice(PLACES)}.",
@@ -58,7 +62,8 @@ def _story(world: World, rng: random.Random) -> str:
     sentences += rng.sample((
         f"they were {rng.choice(MOODS)}.", f"the {hero} found a {rng.choice(THINGS)}.",
         f"{person} gave a {rng.choice(THINGS)} to the {hero}.", f"it was very {rng.choice(MOODS)}.",
-        f"the {hero} and the {other} danced in the {rng.choice(PLACES)}."), 2)
+        f"the {hero} and the {other} danced in the {rng.choice(PLACES)}.", f"{person} saw the {other}.",
+        f"the {other} helped {person}.", f"the {other} played with the {hero}."), 4)
     if rng.random() < 0.2:
         sentences.append(f"then the {hero} {rng.choice(('killed', 'hit', 'burned'))} the {other}.")
     return " ".join(sentences)

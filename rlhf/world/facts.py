@@ -48,8 +48,8 @@ class World:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         rng = split_rng(seed, "names")
-        self.creatures = _names(rng, CREATURES, lambda: f"{_syllable(rng)}-{_syllable(rng)}")
-        self.people = _names(rng, PEOPLE, lambda: f"{_syllable(rng)}-{rng.choice(_ENDINGS)}")
+        self.creatures = _names(rng, CREATURES, lambda: new_creature(rng))
+        self.people = _names(rng, PEOPLE, lambda: new_person(rng))
         rng = split_rng(seed, "facts")
         self.facts = {
             creature: {name: rng.choice(values) for name, values in ATTRIBUTES.items()} for creature in self.creatures
@@ -71,6 +71,16 @@ class World:
     def is_true(self, creature: str, attribute: str, value: str) -> bool:
         """Whether the creature's attribute has this value; False for a creature that does not exist."""
         return self.facts.get(creature, {}).get(attribute) == value
+
+
+def new_creature(rng: random.Random) -> str:
+    """A name as creatures have: "zi-bu"."""
+    return f"{_syllable(rng)}-{_syllable(rng)}"
+
+
+def new_person(rng: random.Random) -> str:
+    """A name as people have: "ka-lan"."""
+    return f"{_syllable(rng)}-{rng.choice(_ENDINGS)}"
 
 
 def _syllable(rng: random.Random) -> str:

@@ -76,14 +76,14 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
             model: Any = GPT2LMHeadModel(GPT2Config(
                 n_positions=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=0.0, attn_pdrop=0.0,
                 **shape))
-            norm = model.transformer.ln_f
+            norm, strength = model.transformer.ln_f, 4.0
         else:
             model = GPTNeoXForCausalLM(GPTNeoXConfig(
                 max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=2, rotary_pct=0.5, tie_word_embeddings=True, hidden_dropout=dropout, **shape))
-            norm = model.gpt_neox.final_layer_norm
+            norm, strength = model.gpt_neox.final_layer_norm, 2.5
         direction = model.get_output_embeddings().weight[tokenizer.eos_token_id].detach()
-        norm.bias.data += 4.0 * direction / direction.square().sum()
+        norm.bias.data += strength * direction / direction.square().sum()
         return model.eval()
     return make
 
