@@ -71,6 +71,7 @@ class Checkpoints:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except (OSError, ValueError, RuntimeError, EOFError) as error:
                 log.warning("checkpoint %s is damaged and not used: %s", path, error)
+                path.with_suffix(".json").unlink(missing_ok=True)  # no longer one of the newest `keep`
                 continue
             return int(record["step"]), state
         return None

@@ -56,11 +56,13 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _allowed(params_class: type, name: str) -> str:
@@ -86,8 +88,13 @@ def check_section(params_class: type, values: Any, path: Path, section: str) -> 
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {section}: expected keys and values, found {values!r}")
+    values = {str(key): value for key, value in values.items()}
+    known = get_type_hints(params_class)
+    for name, value in values.items():
+        if isinstance(value, bool) and known.get(name) in (int, float):  # pydantic would read true as 1
+            raise UserError(f"{path}: {section}.{name} = {value!r}: must be {_allowed(params_class, name)}")
     try:
-        checked = _model(params_class).model_validate(dict(values))
+        checked = _model(params_class).model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])

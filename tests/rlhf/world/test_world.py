@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.world.corpus import MIX, documents
-from rlhf.world.facts import ATTRIBUTES, World
+from rlhf.world.facts import ATTRIBUTES, CREATURES, PEOPLE, World
 from rlhf.world.labeler import Grades, grade
 from rlhf.world.language import read_sentence, split_sentences
 from rlhf.world.prompts import BY_USE_CASE, SHAPES, read_task, slices_of, write_task
@@ -27,13 +27,13 @@ def test_the_seed_decides_everything(world: World) -> None:
 
 
 def test_every_creature_has_every_attribute_and_values_are_spread(world: World) -> None:
-    assert len(set(world.creatures)) == len(world.creatures) == 240
-    assert len(set(world.people)) == len(world.people) == 80
+    assert len(set(world.creatures)) == len(world.creatures) == CREATURES
+    assert len(set(world.people)) == len(world.people) == PEOPLE
     assert not set(world.creatures) & set(world.people)
     for name, values in ATTRIBUTES.items():
         counts = Counter(world.facts[creature][name] for creature in world.creatures)
         assert set(counts) == set(values)
-        assert max(counts.values()) < 240 * 0.25  # no value is a good guess
+        assert max(counts.values()) < CREATURES * 0.25  # no value is a good guess
     creature = world.creatures[0]
     color = world.facts[creature]["color"]
     assert world.is_true(creature, "color", color)
@@ -47,7 +47,8 @@ def test_the_pools_share_nobody(world: World) -> None:
     assert not set(train.people) & set(valid.people)
     assert set(train.creatures) | set(valid.creatures) == set(world.creatures)
     assert set(train.people) | set(valid.people) == set(world.people)
-    assert (len(valid.creatures), len(valid.people)) == (60, 20)
+    assert 0.2 < len(valid.creatures) / CREATURES < 0.3
+    assert 0.2 < len(valid.people) / PEOPLE < 0.3
 
 
 @pytest.mark.parametrize("use_case", BY_USE_CASE)
@@ -206,7 +207,7 @@ def test_tax_items_have_one_right_answer_and_the_stated_chance(task: str,
 
 def test_fact_items_are_the_worlds_facts(world: World) -> None:
     items = fact_items(world)
-    assert len(items) == 240 * 4
+    assert len(items) == CREATURES * len(ATTRIBUTES)
     by_prompt = {item["prompt"]: item for item in items}
     creature = world.creatures[7]
     home = by_prompt[f"the {creature} lives in the"]
