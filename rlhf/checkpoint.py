@@ -69,7 +69,7 @@ class Checkpoints:
                 if hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
                     raise ValueError("its bytes are not those that were saved")
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError, EOFError) as error:
+            except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError) as error:
                 log.warning("checkpoint %s is damaged and not used: %s", path, error)
                 path.with_suffix(".json").unlink(missing_ok=True)  # no longer one of the newest `keep`
                 continue
