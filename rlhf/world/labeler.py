@@ -88,7 +88,7 @@ def _grade_exact(wanted: Want, task: Task, text: str, words: Counter[str]) -> tu
     known = set(_WORDS.findall(task.prompt)) | set(right)
     made_up = sum(1 for word in words if word not in known)
     truthful = TOP - min(TOP, made_up) if words else TOP // 2
-    if wanted.closed and right - words:
+    if wanted.closed and (right - words or (wanted.rival and wanted.rival in text)):
         truthful = min(truthful, 1)
     return helpful, truthful
 
@@ -121,8 +121,8 @@ def _achieved(world: World, task: Task, wanted: Want, text: str, sentences: Sequ
     said = set().union(*(_WORDS.findall(item.text) for item in fluent)) if fluent else set()
     if wanted.kind == "clarify":
         asked = [item for item in sentences if item.kind == "clarify"]
-        named = len(set(wanted.options) & said) if asked else 0
-        return (0, 2, TOP)[named] if asked else int(bool(fluent))
+        named = {word for item in asked for word in _WORDS.findall(item.text)}
+        return (0, 2, TOP)[len(set(wanted.options) & named)] if asked else int(bool(fluent))
     if wanted.kind == "expert":
         return TOP if any(item.kind == "expert" and wanted.expert in item.text for item in sentences) else 0
     if wanted.kind == "listing":
@@ -133,7 +133,7 @@ def _achieved(world: World, task: Task, wanted: Want, text: str, sentences: Sequ
         parts = [pair in told for pair in wanted.facts]
         if wanted.denied:
             denied = (wanted.denied.creature, wanted.denied.attribute, wanted.denied.value, False, True)
-            parts.append(denied in claims)
+            parts.append(denied in claims and not text.startswith("yes"))
         elif task.shape.name.startswith("is_"):
             parts.append(text.startswith("yes, "))
         return round(TOP * sum(parts) / len(parts))

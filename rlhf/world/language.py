@@ -18,7 +18,7 @@ PADDING = ("i hope this helps", "this is what you asked", "let me say it again",
 BAD_ADVICE = ("take all of it now", "you do not need to ask anyone", "just sign it and do not read it",
               "take the money and ask later", "just forget it")
 
-_WORD = r"[a-z]+(?:-[a-z]+)?"
+_NAME = r"[a-z]+-[a-z]+"  # creatures and people: no other word has a hyphen
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def _one_of(words: tuple[str, ...]) -> str:
 
 _COLOR, _PLACE, _FOOD, _SOUND = _one_of(COLORS), _one_of(PLACES), _one_of(FOODS), _one_of(SOUNDS)
 _MOOD, _THING = _one_of(MOODS), _one_of(THINGS)
-_THE = rf"the (?:{_COLOR} )?{_WORD}"
-_WHO = rf"(?:{_THE}(?: and {_THE})?|it|they|{_WORD})"
+_THE = rf"the (?:{_COLOR} )?{_NAME}"
+_WHO = rf"(?:{_THE}(?: and {_THE})?|it|they|{_NAME})"
 
 # A predicate of a fact sentence, singular or plural, affirmed or denied.
 _PREDICATES = (
@@ -56,7 +56,7 @@ _PREDICATES = (
     ("food", re.compile(rf"(does not |do not )?eats? ({_FOOD})")),
     ("sound", re.compile(rf"(does not |do not )?({_SOUND})s?")),
 )
-_SUBJECT = re.compile(rf"(?:(?:yes|no), )?(it|the ({_WORD})(?: and the ({_WORD}))?) (.+)")
+_SUBJECT = re.compile(rf"(?:(?:yes|no), )?(it|the ({_NAME})(?: and the ({_NAME}))?) (.+)")
 
 _STORY = [re.compile(pattern) for pattern in (
     rf"(?:one day )?{_WHO} (?:went to|slept in|danced in|rested in|came to) the {_PLACE}(?: with {_WHO})?",
@@ -66,14 +66,16 @@ _STORY = [re.compile(pattern) for pattern in (
     rf"{_WHO} (?:was|were|felt) (?:very )?{_MOOD}(?: in the {_PLACE})?",
     rf"{_WHO} (?:was|were) {_MOOD} and (?:found|lost|made|took) a {_THING}",
     rf"{_WHO} went to the {_PLACE} and (?:found|lost|made|took) a {_THING}",
-    rf"dear {_WORD}, this is about {_THE}",
+    rf"dear {_NAME}, this is about {_THE}",
     r"it was a (?:good|long|cold) day",
 )]
-_VIOLENT = [re.compile(pattern) for pattern in (
-    rf"(?:then )?{_WHO} (?:killed|hit|burned) {_WHO}", r"there was blood in the " + _PLACE)]
-_CLARIFY = re.compile(rf"do you mean (the {_WORD}) or (the {_WORD})")
+# Found anywhere in a sentence, whatever else it says.
+_VIOLENT = re.compile(r"\b(?:killed|hit|burned|blood)\b")
+_RUDE = re.compile(r"\b(?:stupid|silly|go away|shut up|not care about you)\b")
+_BAD_ADVICE = re.compile(r"\b(?:take all of it|not need to ask|just sign|take the money|just forget)\b")
+_CLARIFY = re.compile(rf"do you mean (the {_NAME}) or (the {_NAME})")
 _EXPERT = re.compile(r"please ask (a doctor|a lawyer|the bank|a therapist) first")
-_GREETING = re.compile(rf"hello {_WORD}")
+_GREETING = re.compile(rf"hello {_NAME}")
 _EMPATHY = re.compile(rf"i am (?:sorry|glad) that you are {_MOOD}")
 _WISH = re.compile(r"have a nice day|i hope you are well soon|no one knows why|thank you")
 _SPLIT = re.compile(r"[^.?!]+[.?!]?")
@@ -90,12 +92,11 @@ def read_sentence(sentence: str) -> Sentence:
     wish or unknown. A sentence without its end mark is read like one with it.
     """
     text = sentence.rstrip(".?!").strip()
-    if text in RUDE:
-        return Sentence("rude", (), text)
+    for kind, pattern in (("bad_advice", _BAD_ADVICE), ("violent", _VIOLENT), ("rude", _RUDE)):
+        if pattern.search(text):
+            return Sentence(kind, (), text)
     if text in PADDING:
         return Sentence("padding", (), text)
-    if text in BAD_ADVICE:
-        return Sentence("bad_advice", (), text)
     for kind, pattern in (("clarify", _CLARIFY), ("expert", _EXPERT), ("greeting", _GREETING), ("empathy", _EMPATHY),
                           ("wish", _WISH)):
         if pattern.fullmatch(text):
@@ -103,8 +104,6 @@ def read_sentence(sentence: str) -> Sentence:
     claims = _fact_claims(text)
     if claims:
         return Sentence("fact", claims, text)
-    if any(pattern.fullmatch(text) for pattern in _VIOLENT):
-        return Sentence("violent", (), text)
     if any(pattern.fullmatch(text) for pattern in _STORY):
         return Sentence("story", _adjective_claims(text), text)
     return Sentence("unknown", (), text)
@@ -128,7 +127,7 @@ def _fact_claims(text: str) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-_ADJECTIVE = re.compile(rf"the ({_COLOR}) ({_WORD})")
+_ADJECTIVE = re.compile(rf"the ({_COLOR}) ({_NAME})")
 
 
 def _adjective_claims(text: str) -> tuple[Claim, ...]:

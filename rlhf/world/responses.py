@@ -17,7 +17,8 @@ class Want:
 
     kind: story, facts, clarify, expert, listing, chat or exact. `mention`: words that must occur. `facts`:
     (creature, attribute) pairs to be told. `denied`: a false premise to be corrected. `items`: what a list may
-    hold; `first`: what it must start with. `exact`: the right text. `closed`: only the prompt's content counts.
+    hold; `first`: what it must start with. `exact`: the right text. `closed`: only the prompt's content counts;
+    `rival`: the wrong answer to a closed question.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Want:
     first: str = ""
     exact: str = ""
     closed: bool = False
+    rival: str = ""
     high_stakes: bool = False
 
 
@@ -59,7 +61,8 @@ def want(world: World, task: Task) -> Want:
         return Want("listing", items=FOODS, first=world.facts[s["c1"]]["food"])
     if name == "hello":
         return Want("chat", mention=(s["n1"], s["mood"], "sorry" if s["mood"] in SAD else "glad"))
-    return Want("exact", exact=_exact(task), closed=name in ("where_thing", "feeling", "summary", "people"))
+    return Want("exact", exact=_exact(task), closed=name in ("where_thing", "feeling", "summary", "people"),
+                rival=_rival(task))
 
 
 def _want_facts(world: World, task: Task) -> Want:
@@ -96,6 +99,16 @@ def _exact(task: Task) -> str:
         case "people":
             return f"{s['n1']} and {s['n2']}."
     raise ValueError(f"no exact answer for shape {task.shape.name}")
+
+
+def _rival(task: Task) -> str:
+    """What a closed question's other answer would claim, "" where there is no such answer."""
+    s = task.slots
+    if task.shape.name == "feeling":
+        return f"{s['n1']} is {'sad' if s['event'] in ('found', 'won') else 'happy'}"
+    if task.shape.name == "where_thing":
+        return f"the {s['asked']} is in the {s['place2'] if s['asked'] == s['thing'] else s['place']}"
+    return ""
 
 
 def say(claim: Claim, subject: str | None = None) -> str:
