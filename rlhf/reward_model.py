@@ -149,6 +149,9 @@ def demonstration_mean(model: PreTrainedModel, codec: PromptCodec, demonstration
     completions = codec.completions([row["completion"] for row in demonstrations])
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)
                  if len(prompt) + len(completion) <= params.max_tokens]
+    if not sequences:
+        raise UserError(f"data/sft.jsonl: no valid labeler row of at most rm.max_tokens = {params.max_tokens} tokens, "
+                        "and the reward model's scores are shifted by those")
     scores = score_sequences(model, sequences, codec.pad_id, params.precision)
     return sum(scores) / len(scores)
 

@@ -12,6 +12,7 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.journal import Journal
 from rlhf.models import cosine_factor, scale_lr
 from rlhf.progress import StageProgress
+from rlhf.seeding import restore_rng, rng_state
 
 
 def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], *,
@@ -30,12 +31,12 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
+        restore_rng(state["rng"])
 
     def state_now() -> dict[str, Any]:
         journal.sync()
         return {"model": model.state_dict(), "optimizers": [item.state_dict() for item in optimizers],
-                "rng": torch.get_rng_state()}
+                "rng": rng_state()}
 
     journal = Journal(folder / "journal.csv", [f"{name}/loss", f"{name}/lr", f"{name}/grad_norm", *columns],
                       resume_after=start if found else None)
