@@ -46,12 +46,28 @@ for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def tracking_uri(root: Path) -> str:
+    """Where everything goes: MLFLOW_TRACKING_URI, or mlflow.db in the checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
+
+
+def experiment_id(client: MlflowClient, root: Path) -> str:
+    """The project's experiment, made or restored where it is missing; artifacts lie beside a database of our own."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        location = (root / "mlartifacts").as_uri() if tracking_uri(root).startswith("sqlite:") else None
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
 class MlflowTracker:
     """`tasks.mirror_record.Tracker` for MLflow. Makes no request before it is asked something."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root}/mlflow.db"
+        self.uri = tracking_uri(self.root)
 
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         stage, start_ms = run["stage"], record.started_ns // 1_000_000
@@ -113,13 +129,7 @@ class MlflowTracker:
 
     @cached_property
     def _experiment(self) -> str:
-        found = self._client.get_experiment_by_name(EXPERIMENT)
-        if found is None:
-            location = (self.root / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
-            return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
-        if found.lifecycle_stage == LifecycleStage.DELETED:
-            self._client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+        return experiment_id(self._client, self.root)
 
     def _find_or_create(self, key: str, name: str, start_ms: int, tags: Mapping[str, str]) -> Run:
         found = self._client.search_runs([self._experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1,
