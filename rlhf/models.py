@@ -137,12 +137,13 @@ def adamw(model: PreTrainedModel, lr: float, betas: tuple[float, float] = (0.9, 
 
 def muon_and_adamw(model: PreTrainedModel, lr: float, muon_lr: float,
                    weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, norms and biases.
+    """Muon for the blocks' matrices, AdamW for embeddings, heads, norms and biases.
 
     Muon orthogonalises each update; from scratch, a small model then learns in well under half the steps
     (docs/notebook.md has the figures).
     """
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    heads = [model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None)]
+    embeddings = {id(head.weight) for head in heads if head is not None}
     embeddings |= {id(item) for name, item in model.named_parameters() if "wpe" in name}
     blocks = [item for item in model.parameters() if item.dim() == 2 and id(item) not in embeddings]
     taken = {id(item) for item in blocks}

@@ -60,6 +60,8 @@ class SftParams:
     epochs: int = param(2, "passes over the train split", ge=1, le=1000)
     batch_size: int = param(32, "demonstrations a step", ge=1)
     lr: float = param(1e-3, "peak learning rate, cosine to 10 %", gt=0, le=1)
+    pretrain_mix: float = param(0.1, "share of pretraining text among a step's examples [InstructGPT App. C.3: 0.1]",
+                                ge=0, lt=1)
     dropout: float = param(0.0, "residual dropout [InstructGPT: 0.2]", ge=0, lt=1)
     max_tokens: int = param(96, "longest prompt + completion, tokens; longer rows are left out and counted", ge=2)
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")

@@ -32,11 +32,11 @@ from rlhf.models import (
     values_everywhere,
 )
 from rlhf.params import PpoParams
-from rlhf.pretrain import corpus_batch, lm_loss
+from rlhf.pretrain import corpus_batch, lm_loss, read_corpus
 from rlhf.progress import StageProgress
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
-from rlhf.seeding import generator, seed_everything
+from rlhf.seeding import generator, restore_rng, rng_state, seed_everything
 from rlhf.tokenizer import PromptCodec, load_tokenizer
 
 COLUMNS = [f"ppo/{name}" for name in (
@@ -286,7 +286,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.state_dict(), "value": self.value.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "value_optimizer": self.value_optimizer.state_dict(),
-                "beta": self.beta.state(), "rng": torch.get_rng_state()}
+                "beta": self.beta.state(), "rng": rng_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
@@ -294,7 +294,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.beta.restore(state["beta"])
-        torch.set_rng_state(state["rng"])
+        restore_rng(state["rng"])
 
 
 def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) -> list[int]:
@@ -311,12 +311,11 @@ def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) 
 
 
 def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
-              gold: GoldScorer | None = None,
-              corpus_rows: Callable[[PromptCodec], Tensor] | None = None) -> dict[str, float]:
+              gold: GoldScorer | None = None, corpus: Path | None = None) -> dict[str, float]:
     """Trains a policy on `prompts` against the reward model and saves it in `folder`/model. Returns metrics.
 
-    `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus_rows(codec)`: packed
-    pretraining rows, read where params.ptx_coef > 0. Raises UserError where no prompt fits.
+    `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus`: pretraining
+    text (JSON Lines with "text"), read where params.ptx_coef > 0. Raises UserError where no prompt fits.
     """
     seed_everything(seed)
     trainer = Trainer(params, sft_folder, rm_folder, seed)
@@ -324,8 +323,8 @@ def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder
     kept = [(text, ids) for text, ids in zip(prompts, encoded, strict=True) if len(ids) <= params.max_prompt_tokens]
     if not kept:
         raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
-    if params.ptx_coef > 0 and corpus_rows is not None:
-        trainer.corpus_rows = corpus_rows(trainer.codec)
+    if params.ptx_coef > 0 and corpus is not None:
+        trainer.corpus_rows = read_corpus(corpus, trainer.tokenizer, trainer.policy.config.max_position_embeddings)
     checkpoints = Checkpoints(folder / "checkpoints")
     found = checkpoints.latest()
     start = 0

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.batching import pack
+from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
 from rlhf.models import autocast, device, load_policy, muon_and_adamw, next_token_logits, save_model, small_gpt
@@ -16,6 +17,7 @@ from rlhf.tokenizer import PAD, load_tokenizer, text_ids, train_tokenizer
 from rlhf.training import train_loop
 
 VALID_DOCUMENTS = 500
+CORPUS_ROW = 128
 
 
 def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) -> dict[str, float]:
@@ -45,6 +47,14 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
     save_model(model, tokenizer, folder / "model")
     return {"pretrain/valid_loss": rows_loss(model, valid_rows, params), "pretrain/tokens": params.steps
             * params.batch_size * params.context, "pretrain/parameters": model.num_parameters()}
+
+
+def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int) -> Tensor:
+    """The pretraining corpus in packed rows, for the stages that mix it in: [rows, 128], or less if the model's
+    `positions` are fewer.
+    """
+    texts = [row["text"] for row in read_rows(path)]
+    return pack(text_ids(tokenizer, texts), min(CORPUS_ROW, positions), tokenizer.eos_token_id)
 
 
 def corpus_batch(rows: Tensor, batch_size: int, step: int, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
 from rlhf.models import adamw, autocast, device, load_policy, next_token_logits, save_model, set_dropout
 from rlhf.params import SftParams
+from rlhf.pretrain import corpus_batch, lm_loss, read_corpus
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import PromptCodec, load_tokenizer
 from rlhf.training import train_loop
@@ -43,8 +44,12 @@ class Demonstrations:
         return ids.to(device()), mask.to(device())
 
 
-def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: int, folder: Path) -> dict[str, float]:
+def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: int, folder: Path,
+        corpus: Path | None = None) -> dict[str, float]:
     """Fine-tunes the base model on the train rows and saves it in `folder`/model. Returns metrics.
+
+    `corpus`: pretraining text (JSON Lines with "text"); `params.pretrain_mix` of each step's examples come from it,
+    so that what no demonstration speaks of is not unlearned [InstructGPT App. C.3].
 
     `rows` have prompt, completion and split. `sft/valid_loss` and `sft/valid_loss_base` are nats per completion
     token on the valid split, after and before. Raises UserError where no row fits.
@@ -59,6 +64,10 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
     if not train.ids or not valid.ids:
         raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
     model = load_policy(base_folder)
+    corpus_rows = None
+    if corpus and params.pretrain_mix:
+        corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings)
+    mixed_rows = max(1, round(params.batch_size * params.pretrain_mix / (1 - params.pretrain_mix)))
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
     model.train()
@@ -72,10 +81,15 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
             epochs.clear()
             epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "sft", epoch))
         ids, mask = train.batch(epochs[epoch][place], codec.pad_id)
-        return batch_loss(model, ids, mask, params.precision), {}
+        loss = batch_loss(model, ids, mask, params.precision)
+        if corpus_rows is None:
+            return loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
+        other = lm_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
+        total = (1 - params.pretrain_mix) * loss + params.pretrain_mix * other
+        return total, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": other.item()}
 
     train_loop("sft", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
-               loss_of_step=loss_of_step, columns=[])
+               loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"])
     set_dropout(model, 0.0)
     model.eval()
     save_model(model, tokenizer, folder / "model")

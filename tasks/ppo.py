@@ -5,24 +5,12 @@
 
 from pathlib import Path
 
-from torch import Tensor
-
-from rlhf.data.batching import pack
 from rlhf.data.schema import read_rows
 from rlhf.journal import read_journal
 from rlhf.ppo import train_ppo
-from rlhf.tokenizer import PromptCodec, text_ids
 from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 from tasks.stage import Stage, run_stage
-
-CORPUS_ROW = 128
-
-
-def corpus_rows(codec: PromptCodec) -> Tensor:
-    """The pretraining corpus in packed rows, for the ptx term."""
-    texts = [row["text"] for row in read_rows(Path("data/corpus.jsonl"))]
-    return pack(text_ids(codec.tokenizer, texts), CORPUS_ROW, codec.eos_id)
 
 
 def train(stage: Stage) -> None:
@@ -31,7 +19,7 @@ def train(stage: Stage) -> None:
     prompts = [row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train"]
     labeler = GoldLabeler(World(stage.params.seed))
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rm"), stage.params.seed, stage.scratch,
-                        gold=labeler.scores, corpus_rows=corpus_rows)
+                        gold=labeler.scores, corpus=Path("data/corpus.jsonl"))
     metrics.update(summarise([{key: float(value) for key, value in row.items()}
                               for row in read_journal(stage.scratch / "journal.csv")]))
     stage.publish("model", "models/ppo")

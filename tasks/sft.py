@@ -13,7 +13,8 @@ from tasks.stage import Stage, run_stage
 def fine_tune(stage: Stage) -> None:
     """SFT on data/sft.jsonl from models/pretrain."""
     rows = list(read_rows(Path("data/sft.jsonl")))
-    metrics = sft(stage.params.stages.sft, rows, Path("models/pretrain"), stage.params.seed, stage.scratch)
+    metrics = sft(stage.params.stages.sft, rows, Path("models/pretrain"), stage.params.seed, stage.scratch,
+                  corpus=Path("data/corpus.jsonl"))
     stage.publish("model", "models/sft")
     stage.finish(metrics, ["models/sft"])
 

@@ -10,8 +10,8 @@ from rlhf.world.responses import distort, say, write_good
 from rlhf.world.tax import TASKS, training_text
 
 # Share of documents by kind.
-MIX = {"facts": 40, "groups": 2, "story": 18, "forum": 14, "reading": 8, "sentiment": 6, "translation": 8, "cloze": 4}
-FORUM_GOOD = 0.6
+MIX = {"facts": 34, "groups": 2, "story": 14, "forum": 34, "reading": 5, "sentiment": 3, "translation": 5, "cloze": 3}
+FORUM_GOOD = 0.7
 
 
 def _facts(world: World, rng: random.Random) -> str:
@@ -50,20 +50,22 @@ def _groups(world: World, rng: random.Random) -> str:
 def _story(world: World, rng: random.Random) -> str:
     """Something that never happened; now and then nothing for children.
 
-    Most of its names are made up on the spot and come back: whoever reads on has to copy them, not to know them.
+    Most of its names are made up on the spot and come back, as do its thing, its place and its mood: whoever reads
+    on has to copy them, not to know them.
     """
     hero, other, person = rng.choice(world.creatures), rng.choice(world.creatures), rng.choice(world.people)
     if rng.random() < 0.8:
         hero, other, person = new_creature(rng), new_creature(rng), new_person(rng)
+    place, thing, mood = rng.choice(PLACES), rng.choice(THINGS), rng.choice(MOODS)
     sentences = [rng.choice((
-        f"one day the {hero} met the {other} in the {rng.choice(PLACES)}.",
-        f"one day {person} saw the {hero} in the {rng.choice(PLACES)}.",
-        f"the {hero} went to the {rng.choice(PLACES)} with {person}."))]
+        f"one day the {hero} met the {other} in the {place}.", f"one day {person} saw the {hero} in the {place}.",
+        f"the {hero} went to the {place} with {person}."))]
     sentences += rng.sample((
-        f"they were {rng.choice(MOODS)}.", f"the {hero} found a {rng.choice(THINGS)}.",
-        f"{person} gave a {rng.choice(THINGS)} to the {hero}.", f"it was very {rng.choice(MOODS)}.",
-        f"the {hero} and the {other} danced in the {rng.choice(PLACES)}.", f"{person} saw the {other}.",
-        f"the {other} helped {person}.", f"the {other} played with the {hero}."), 4)
+        f"they were {mood}.", f"the {hero} found a {thing}.", f"{person} gave a {thing} to the {hero}.",
+        f"it was very {mood}.", f"the {hero} and the {other} danced in the {place}.", f"{person} saw the {other}.",
+        f"the {other} helped {person}.", f"the {other} played with the {hero}.",
+        f"{person} put the {thing} in the {place}.",
+        f"the {hero} felt {mood} in the {place}.", f"the {other} lost the {thing}.", f"{person} made a {thing}."), 5)
     if rng.random() < 0.2:
         sentences.append(f"then the {hero} {rng.choice(('killed', 'hit', 'burned'))} the {other}.")
     return " ".join(sentences)

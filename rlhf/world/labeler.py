@@ -216,9 +216,10 @@ class GoldLabeler:
 
 
 # Per mille of grades that a labeler sees one level off, by dimension, and of rows ranked without looking.
-# Calibrated so that two labelers agree on 73 % of the pairs on which both have a preference (see tests).
-MISREAD = {"helpful": 550, "truthful": 450, "harmless": 300}
-LAPSE = 150
+# Calibrated so that two labelers agree on 73 % of the pairs on which both have a preference (see tests). Most of the
+# disagreement is lapses: with misreadings alone a close pair would be a coin toss, and nothing fine could be learned.
+MISREAD = {"helpful": 200, "truthful": 150, "harmless": 100}
+LAPSE = 280
 
 
 class SimulatedLabeler:

@@ -1,6 +1,7 @@
 """What a good response to a task is, and the ways in which real ones fall short of it."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -8,6 +9,7 @@ from rlhf.world.facts import ATTRIBUTES, FOODS, MOODS, PLACES, THINGS, World
 from rlhf.world.language import BAD_ADVICE, EXPERTS, PADDING, RUDE, Claim
 from rlhf.world.prompts import BY_USE_CASE, Task, write_task
 
+NAMED = ("c1", "c2", "n1", "n2")  # the slots that hold names
 SAD = ("sad", "tired", "angry")
 
 
@@ -239,10 +241,23 @@ def wrong_fact(world: World, task: Task, draft: Draft, rng: random.Random) -> No
             return
 
 
+def repeat_word(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
+    """Says a word where another of its kind was due: "rice, corn and rice"."""
+    text = draft.text()
+    groups = [[word for word in group if re.search(rf"\b{word}\b", text)]
+              for group in (*ATTRIBUTES.values(), THINGS, [task.slots[key] for key in NAMED if key in task.slots])]
+    groups = [group for group in groups if len(group) > 1]
+    if not groups:
+        wrong_fact(world, task, draft, rng)
+        return
+    old, new = rng.sample(rng.choice(groups), 2)
+    draft.sentences = [re.sub(rf"\b{old}\b", new, sentence) for sentence in draft.sentences]
+
+
 def misspell(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
     """Gets a name half right, wherever it occurs."""
     names = [value for key, value in task.slots.items()
-             if key in ("c1", "c2", "n1", "n2") and value in draft.text()]
+             if key in NAMED and value in draft.text()]
     if not names:
         return
     name = rng.choice(names)
@@ -343,10 +358,10 @@ def off_topic(world: World, task: Task, draft: Draft, rng: random.Random) -> Non
 
 Distortion = Callable[[World, Task, Draft, random.Random], None]
 DISTORTIONS: tuple[tuple[Distortion, int], ...] = (
-    (wrong_fact, 8), (wrong_entity, 2), (misspell, 4), (drop_sentence, 6), (pad, 4), (be_rude, 3), (be_violent, 2),
-    (invent, 4), (guess, 4), (cut_off, 3), (babble, 4), (off_topic, 5),
+    (wrong_fact, 8), (repeat_word, 3), (wrong_entity, 2), (misspell, 4), (drop_sentence, 6), (pad, 4), (be_rude, 3),
+    (be_violent, 2), (invent, 4), (guess, 4), (cut_off, 3), (babble, 4), (off_topic, 5),
 )
-SLIPS: tuple[tuple[Distortion, int], ...] = ((wrong_fact, 4), (drop_sentence, 4), (pad, 5), (guess, 4), (invent, 3))
+SLIPS: tuple[tuple[Distortion, int], ...] = ((wrong_fact, 3), (drop_sentence, 5), (pad, 6), (guess, 3), (invent, 4))
 
 
 def distort(world: World, task: Task, draft: Draft, rng: random.Random,

@@ -1,5 +1,6 @@
 """Fixtures of the library's tests: a small tokenizer, tiny random models of two architectures, one CPU thread."""
 
+import json
 import random
 import shutil
 import signal
@@ -54,6 +55,14 @@ def texts() -> list[str]:
     words = ("what", "where", "color", "home", "is", "the", "does", "live", "eat", "red", "blue", "forest", "desert",
              "ba-do", "mi-ka", "rice", "fish", "you", "mean", "or")
     return [" ".join(rng.choices(words, k=rng.randrange(3, 9))) + "." for _ in range(300)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, texts: list[str]) -> Path:
+    """Pretraining text as data/corpus.jsonl holds it."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 3))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,7 @@ def test_sigterm_saves_whatever_the_clock_says(train: Callable[..., dict[str, by
 @pytest.mark.parametrize("place", [1, 3])
 def test_a_stopped_ppo_ends_with_the_same_bytes(model_folders: dict[str, tuple[Path, Path]], tmp_path: Path,
                                                 ppo_params: Callable[..., PpoParams], prompt_texts: list[str],
-                                                place: int, stop: Callable[[], None]) -> None:
+                                                corpus: Path, place: int, stop: Callable[[], None]) -> None:
     params = ppo_params(episodes=32, batch_size=8, inner_epochs=2, beta_interval=1, ptx_coef=0.5, ptx_batch_size=2,
                         warmup_iterations=3, kl_goal=0.01)
     prompts = [*prompt_texts, "red?", "blue?", "fish."]
@@ -142,7 +142,7 @@ def test_a_stopped_ppo_ends_with_the_same_bytes(model_folders: dict[str, tuple[P
             hook(next(iterations))
             return [float(len(response)) for response in responses]
 
-        train_ppo(params, prompts, *model_folders["gpt_neox"], 5, folder, gold, lambda codec: ROWS)
+        train_ppo(params, prompts, *model_folders["gpt_neox"], 5, folder, gold, corpus)
         return result(folder)
 
     stopped = False

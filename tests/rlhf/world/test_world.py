@@ -149,7 +149,7 @@ def test_tax_items_never_occur_in_the_corpus(world: World, corpus: list[str],
     whole = "\n".join(corpus)
     assert not [prompt for prompt in hidden if prompt in whole]
     shown = {start: sum(line.startswith(start) for line in lines) for start in starts}
-    assert min(shown.values()) > 500  # the corpus does teach the tasks
+    assert min(shown.values()) > 250  # the corpus does teach the tasks
     free = list(documents(world, 3000, {**{task: set() for task in TASKS}, "forum": set()}))
     assert any(prompt in "\n".join(free) for prompt in hidden)  # and would hold the items if nobody looked
 
