@@ -10,7 +10,7 @@ from rlhf.world.responses import distort, say, write_good
 from rlhf.world.tax import TASKS, training_text
 
 # Share of documents by kind.
-MIX = {"facts": 34, "groups": 2, "story": 14, "forum": 34, "reading": 5, "sentiment": 3, "translation": 5, "cloze": 3}
+MIX = {"facts": 39, "groups": 2, "story": 12, "forum": 31, "reading": 5, "sentiment": 3, "translation": 5, "cloze": 3}
 FORUM_GOOD = 0.7
 
 

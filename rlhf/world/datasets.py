@@ -16,7 +16,7 @@ from rlhf.world.responses import SLIPS, distort, write_good
 TRAINING_LABELERS = [f"labeler-{number:02d}" for number in range(1, 33)]
 HELD_OUT_LABELERS = [f"labeler-{number:02d}" for number in range(33, 41)]
 HELD_OUT_SHARE = 0.35  # of valid rankings; none of the training ones
-SLIP_RATE = {"labeler": 0.4, "customer": 0.5}  # demonstrations that are less than perfect
+SLIP_RATE = {"labeler": 0.5, "customer": 0.6}  # demonstrations that are less than perfect
 USER_CAP = 200
 FIRST_VALID_USER = 5001  # user ids of the valid splits start here: no user is in two splits
 

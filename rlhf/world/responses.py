@@ -361,7 +361,7 @@ DISTORTIONS: tuple[tuple[Distortion, int], ...] = (
     (wrong_fact, 8), (repeat_word, 3), (wrong_entity, 2), (misspell, 4), (drop_sentence, 6), (pad, 4), (be_rude, 3),
     (be_violent, 2), (invent, 4), (guess, 4), (cut_off, 3), (babble, 4), (off_topic, 5),
 )
-SLIPS: tuple[tuple[Distortion, int], ...] = ((wrong_fact, 3), (drop_sentence, 5), (pad, 6), (guess, 3), (invent, 4))
+SLIPS: tuple[tuple[Distortion, int], ...] = ((wrong_fact, 2), (drop_sentence, 5), (pad, 6), (guess, 2), (invent, 4))
 
 
 def distort(world: World, task: Task, draft: Draft, rng: random.Random,
