@@ -12,7 +12,10 @@ def param(default: Any, help: str, *, gt: float | None = None, ge: float | None 
           le: float | None = None) -> Any:
     """A dataclass field with a default, a help text and numeric limits (checked by `tasks.params`)."""
     limits = {name: value for name, value in (("gt", gt), ("ge", ge), ("lt", lt), ("le", le)) if value is not None}
-    return field(default=default, metadata={"help": help, **limits})
+    metadata = {"help": help, **limits}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,16 @@ class IngestParams:
 class ValidateParams:
     """Limits of the data checks."""
 
+    counts: Literal["paper", "none"] = param("paper", "exact row counts and use-case mix, or any")
+    min_k: int = param(4, "least completions of a ranking [InstructGPT: 4]; 2 for sets of pairs", ge=2, le=9)
     max_prompts_per_user: int = param(200, "prompts one user may have in a dataset [InstructGPT §3.2]", ge=1)
     max_prompt_chars: int = param(400, "longest prompt, characters", ge=1)
     max_completion_chars: int = param(400, "longest completion, characters", ge=1)
+    near_duplicate_chars: int = param(40, "a shared prefix this long makes prompts near duplicates ...", ge=1)
+    near_duplicate_share: float = param(0.9, "... where it is this share of the longer one", gt=0, le=1)
+    mostly: dict[str, float] = param({}, "rule: share of rows that must keep it, instead of all", gt=0, le=1)
+    warn: list[str] = param([], "rules that are reported and do not stop the line")
+    stop: list[str] = param([], "rules that stop the line although they warn by default")
 
 
 @dataclass(frozen=True)

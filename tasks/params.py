@@ -4,11 +4,12 @@ A wrong key or value ends in one line: the file, the key, what was found and wha
 """
 
 import difflib
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -46,7 +47,14 @@ def _model(params_class: type) -> type[BaseModel]:
     for item in fields(params_class):
         metadata = dict(item.metadata)
         help_text = metadata.pop("help")
-        definitions[item.name] = (hints[item.name], Field(default=item.default, description=help_text, **metadata))
+        given: dict[str, Any] = {"default": item.default}
+        if item.default_factory is not MISSING:
+            given = {"default_factory": item.default_factory}
+        if typing.get_origin(hints[item.name]) is dict:  # the limits are those of its values
+            definitions[item.name] = (dict[str, Annotated[float, Field(**metadata)]],
+                                      Field(description=help_text, **given))
+            continue
+        definitions[item.name] = (hints[item.name], Field(description=help_text, **given, **metadata))
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
     return create_model(params_class.__name__, __config__=config, **definitions)
 
@@ -83,8 +91,11 @@ def _allowed(params_class: type, name: str) -> str:
     item = next(item for item in fields(params_class) if item.name == name)
     limits = " and ".join(f"{LIMIT_WORDS[key]} {item.metadata[key]:g}" for key in LIMIT_WORDS if key in item.metadata)
     hint = get_type_hints(params_class)[name]
-    choices = getattr(hint, "__args__", None)
-    kind = "one of " + ", ".join(map(str, choices)) if choices else hint.__name__
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        kind = "one of " + ", ".join(map(str, typing.get_args(hint)))
+    else:
+        kind = {None: getattr(hint, "__name__", ""), dict: "names and numbers", list: "a list of names"}[origin]
     return kind + (f" {limits}" if limits else "")
 
 

@@ -76,6 +76,8 @@ def test_defaults_are_within_their_own_limits() -> None:
 @pytest.mark.parametrize(("profile", "parts"), [
     ("ppo:\n  kl_gaol: 3\n", ["profiles/mine.yaml", "unknown key ppo.kl_gaol", "did you mean kl_goal?"]),
     ("ppo:\n  lr: 1.0e-4\n  lr: 1.0e-5\n", ["profiles/mine.yaml", "key lr appears twice", "line 3"]),
+    ("validate:\n  mostly: {filled_prompt: 1.5}\n", ["validate.mostly = 1.5", "names and numbers > 0 and <= 1"]),
+    ("validate:\n  warn: language\n", ["validate.warn = 'language'", "a list of names"]),
     ("poo:\n  kl_goal: 3\n", ["profiles/mine.yaml", "unknown key poo", "did you mean ppo?"]),
     ("sft:\n  zzzzz: 3\n", ["unknown key sft.zzzzz", "known keys: epochs, batch_size, lr"]),
     ("ppo:\n  lr: 0\n", ["profiles/mine.yaml", "ppo.lr = 0", "must be float > 0 and <= 1"]),

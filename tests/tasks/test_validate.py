@@ -16,7 +16,11 @@ from rlhf.errors import UserError
 from rlhf.params import ValidateParams
 from tasks.params import load_params
 from tasks.stage import Stage
-from tasks.validate import Finding, check, make_context, read_frame, validate
+from tasks.validate import validate
+from tasks.validation.docs import make_context
+from tasks.validation.reader import read_frame
+from tasks.validation.run import Finding, check
+from tasks.validation.suites import RULES, suite_of
 
 REPO = Path(__file__).resolve().parents[2]
 SCALE = 0.01
@@ -35,7 +39,7 @@ def make_rows(dataset: str, scale: float = SCALE) -> Rows:
             number = len(rows) + 1
             row = {"prompt_id": f"{dataset}-{number}", "user_id": f"{source}-{split}-{place // 10}",
                    "labeler_id": "labeler-1", "source": source, "split": split, "use_case": use_case,
-                   "prompt": f"what is {number}?"}
+                   "prompt": f"what is {dataset} {number}?"}
             if dataset != "rm":
                 del row["labeler_id"]
             extra: dict[str, Row] = {"sft": {"completion": "a number."}, "ppo": {},
@@ -45,11 +49,10 @@ def make_rows(dataset: str, scale: float = SCALE) -> Rows:
 
 
 def run_rules(tmp_path: Path, dataset: str, rows: Rows, scale: float = SCALE) -> list[Finding]:
-    from tasks.expectations import SUITES
-
     file = tmp_path / f"{dataset}.jsonl"
     write_rows(file, rows)
-    return check(make_context(tmp_path), SUITES[dataset](scale, LIMITS), file, read_frame(dataset, file))[1]
+    suite = suite_of(dataset, RULES[dataset](scale, LIMITS), LIMITS)
+    return check(make_context(tmp_path), suite, {dataset: file}, read_frame(dataset, file))[1]
 
 
 @pytest.mark.parametrize("dataset", PAPER_ROWS)
@@ -138,41 +141,41 @@ def test_the_right_rule_reports_the_row(tmp_path: Path, defect: str) -> None:
 
 
 SHAPES: list[tuple[str, Callable[[Rows], Any], str, str]] = [
-    ("ppo", drop_key, "keys", "prompt is missing"),
-    ("ppo", put(7, answer="x"), "keys", "'answer' is unknown"),
-    ("ppo", swap_keys, "keys", "in another order: user_id, prompt_id, source, split, use_case, prompt"),
-    ("ppo", put(7, user_id=None), "types", "user_id is null, not text"),
-    ("rm", put(7, completions="one"), "types", "completions is text, not a list"),
-    ("rm", put(7, completions=["one", None]), "types", "completions holds null, not only text"),
-    ("rm", put(7, ranks=[1, "2"]), "types", "ranks holds text, not only an integer"),
-    ("rm", put(7, ranks=[True, 2]), "types", "ranks holds a boolean, not only an integer"),
-    ("rm", put(7, ranks=[1, 2.5]), "types", "ranks holds a number, not only an integer"),
-    ("rm", put(7, ranks={"one": 1}), "types", "ranks is an object, not a list"),
+    ("ppo", drop_key, "exact_keys", "prompt is missing"),
+    ("ppo", put(7, answer="x"), "exact_keys", "'answer' is unknown"),
+    ("ppo", swap_keys, "key_order", "in another order: user_id, prompt_id, source, split, use_case, prompt"),
+    ("ppo", put(7, user_id=None), "value_types", "user_id is null, not text"),
+    ("rm", put(7, completions="one"), "value_types", "completions is text, not a list"),
+    ("rm", put(7, completions=["one", None]), "value_types", "completions holds null, not only text"),
+    ("rm", put(7, ranks=[1, "2"]), "value_types", "ranks holds text, not only an integer"),
+    ("rm", put(7, ranks=[True, 2]), "value_types", "ranks holds a boolean, not only an integer"),
+    ("rm", put(7, ranks=[1, 2.5]), "value_types", "ranks holds a number, not only an integer"),
+    ("rm", put(7, ranks={"one": 1}), "value_types", "ranks is an object, not a list"),
 ]
 
 
-@pytest.mark.parametrize(("dataset", "spoil", "column", "said"), SHAPES)
-def test_what_is_wrong_with_the_shape(tmp_path: Path, dataset: str, spoil: Callable[[Rows], Any], column: str,
+@pytest.mark.parametrize(("dataset", "spoil", "name", "said"), SHAPES)
+def test_what_is_wrong_with_the_shape(tmp_path: Path, dataset: str, spoil: Callable[[Rows], Any], name: str,
                                       said: str) -> None:
     rows = make_rows(dataset)
     spoil(rows)
     write_rows(tmp_path / "data.jsonl", rows)
     frame = read_frame(dataset, tmp_path / "data.jsonl")
-    assert frame.at[7, column] == said
+    assert (frame.at[7, "line"], frame.at[7, "problem"]) == (name, said)
     assert frame[["prompt_id", "prompt", "split"]].isna().all(axis=1).tolist() == [
-        line == 7 for line in range(1, len(rows) + 1)]
+        line == 7 and name != "key_order" for line in range(1, len(rows) + 1)]  # keys in another order are usable
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     file = tmp_path / "ppo.jsonl"
     rows = [json.dumps(row) for row in make_rows("ppo")]
-    rows[6] = rows[6].replace("what is 7?", "what is \\ud83d?")
+    rows[6] = rows[6].replace("what is ppo 7?", "what is \\ud83d?")
     file.write_text("\n".join(rows))
-    assert read_frame("ppo", file).at[7, "types"] == "prompt holds half of a surrogate pair, which is not text"
+    assert read_frame("ppo", file).at[7, "problem"] == "prompt holds half of a surrogate pair, which is not text"
 
 
 def test_blank_text_in_any_alphabet() -> None:
-    from tasks.expectations import is_visible
+    from tasks.validation.kinds import is_visible
 
     assert [text for text in ("", " \n\t", "\u00a0", "\u3000\u200b", "\x00") if is_visible(text)] == []
     assert all(map(is_visible, ("a", " é ", "字", "🙂", "?")))
@@ -223,7 +226,7 @@ def test_success_writes_the_same_metrics_twice(root: Path, capsys: pytest.Captur
     assert (root / "metrics" / "validate.json").read_bytes() == written
     metrics = json.loads(written)
     assert metrics["validate/success"] == 1
-    assert metrics["validate/expectations"] == 16 + 22 + 14  # the mix is left out of so small datasets
+    assert metrics["validate/expectations"] == 34 + 40 + 32 + 3  # the mix is left out of so small datasets
     assert [metrics[f"validate/{name}_rows"] for name in PAPER_ROWS] == [
         sum(expected_rows(name, SCALE).values()) for name in PAPER_ROWS]
     assert metrics["validate/rm_tied_pairs"] == round(1 / 6, 4)
@@ -239,7 +242,7 @@ def test_data_docs_show_values_as_text_and_load_nothing(root: Path) -> None:
     docs = root / "reports" / "data_docs"
     pages = {page: page.read_text() for page in docs.rglob("*.html")}
     assert docs / "index.html" in pages
-    assert len(pages) == 1 + 2 * 3
+    assert len(pages) == 1 + 2 * 4
     assert any("&lt;script&gt;alert(1)" in page for page in pages.values())
     for page in pages.values():
         assert "<script" not in page

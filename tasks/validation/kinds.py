@@ -1,28 +1,18 @@
-"""The rules of the three datasets: one Great Expectations suite a dataset, and the expectations that GX lacks.
+"""The expectations that Great Expectations lacks: visible text, repeats, quotas, groups, rankings, shares, leakage.
 
-`tasks.validate` reads a file into a frame, one column a key and some derived ones, and runs the suite on it. Each
-rule is an expectation of its own: a short name in `meta["rule"]`, name and sentence in `description` and, in
-`meta["fix"]`, what to do. A row whose keys or types are wrong is null in all other columns, so only the rule that it
-breaks reports it: GX leaves nulls out.
+Each is a GX expectation with its metric. A row that is unusable as a line is null in all columns but `line`, so that
+only the rule that it breaks reports it: GX leaves nulls out.
 """
 
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pandas as pd
-from great_expectations import ExpectationSuite
 from great_expectations.execution_engine import PandasExecutionEngine
-from great_expectations.expectations import (
-    ExpectColumnPairValuesToBeEqual,
-    ExpectColumnValueLengthsToBeBetween,
-    ExpectColumnValuesToBeBetween,
-    ExpectColumnValuesToBeInSet,
-)
 from great_expectations.expectations.expectation import (
     ColumnAggregateExpectation,
     ColumnMapExpectation,
     ColumnPairMapExpectation,
-    Expectation,
 )
 from great_expectations.expectations.metrics.map_metric_provider import (
     ColumnMapMetricProvider,
@@ -30,13 +20,6 @@ from great_expectations.expectations.metrics.map_metric_provider import (
     column_condition_partial,
     column_pair_condition_partial,
 )
-
-from rlhf.data.schema import MAX_K, MIN_K, SPLITS, USE_CASE_PERCENT, expected_rows
-from rlhf.params import ValidateParams
-
-AS_DECLARED = "as declared"  # what the frame's columns `keys` and `types` hold for a well-formed row
-MIX_TOLERANCE = 1.0  # percentage points
-MIX_MIN_ROWS = 1000  # fewer rows stray further from the mix by rounding alone
 
 PandasColumn = Any  # a pandas Series; the row number is its index
 
@@ -72,6 +55,22 @@ class ExpectColumnValuesNotToRepeat(ColumnMapExpectation):
     """Each value is new. Unlike GX's `unique` it reports the repeats and not the first: those are the rows to drop."""
 
     map_metric = "column_values.appears_first"
+
+
+class PairAppearsFirst(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.appears_first"
+
+    @column_pair_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, **kwargs: Any) -> PandasColumn:
+        return ~pd.DataFrame({"a": column_A, "b": column_B}).duplicated()
+
+
+class ExpectPairsNotToRepeat(ColumnPairMapExpectation):
+    """Each pair of values is new; the repeats are reported and not the first."""
+
+    ignore_row_if: str = "either_value_is_missing"
+    map_metric = "column_pair_values.appears_first"
+    success_keys = ("ignore_row_if", "mostly")
 
 
 class ValueWithinQuota(ColumnMapMetricProvider):
@@ -190,97 +189,3 @@ class ExpectColumnSharesToBeNear(ValueCountsExpectation):
         shares = {value: 100 * found.get(value, 0) / max(total, 1) for value in self.percent}
         return [f"{value} {shares[value]:.1f} %, expected {percent} %" for value, percent in self.percent.items()
                 if total and abs(shares[value] - percent) > self.tolerance]
-
-
-def rule(kind: type[Expectation], name: str, sentence: str, fix: str = "mend or remove the row", **kwargs: Any
-         ) -> Expectation:
-    """One expectation with its name, its sentence and what to do. `mostly` and `severity` may be passed on to GX."""
-    return kind(meta={"rule": name, "fix": fix}, description=f"{name}: {sentence}", **kwargs)
-
-
-def visible(column: str, name: str, what: str = "") -> Expectation:
-    return rule(ExpectColumnTextToBeVisible, name, f"no {what or column} is blank", column=column)
-
-
-def not_longer(column: str, name: str, what: str, limit: int, parameter: str) -> Expectation:
-    return rule(ExpectColumnValueLengthsToBeBetween, name, f"no {what} has more than {limit} characters",
-                f"shorten it, remove the row, or raise validate.{parameter}", column=column, max_value=limit)
-
-
-def sound_ranking(name: str, sentence: str) -> Expectation:
-    return rule(ExpectRankingsToPass, name, sentence, column_A="ranks", column_B="completions", test=name)
-
-
-def common_rules(dataset: str, scale: float, limits: ValidateParams) -> list[Expectation]:
-    """What holds for each of the three datasets."""
-    rows = expected_rows(dataset, scale)
-    sources = sorted({source for _, source in rows})
-    rules = [
-        rule(ExpectColumnValuesToBeInSet, "exact_keys", "each row has the declared keys in their order",
-             "give the row the keys of docs/design.md", column="keys", value_set=[AS_DECLARED]),
-        rule(ExpectColumnValuesToBeInSet, "value_types", "each value has its declared type",
-             "give the value its type", column="types", value_set=[AS_DECLARED]),
-        rule(ExpectColumnValueCountsToBe, "row_counts", "each split and source has its number of rows",
-             "restore the file with `dvc checkout data.dvc`, or set ingest.scale to what it was made with",
-             column="split_source", counts={"/".join(key): count for key, count in rows.items()}),
-        rule(ExpectColumnValuesToBeInSet, "known_source", f"source is {' or '.join(sources)}",
-             column="source", value_set=sources),
-        rule(ExpectColumnValuesToBeInSet, "known_split", f"split is {' or '.join(SPLITS)}",
-             column="split", value_set=list(SPLITS)),
-        rule(ExpectColumnValuesToBeInSet, "known_use_case", f"use_case is one of {', '.join(USE_CASE_PERCENT)}",
-             column="use_case", value_set=list(USE_CASE_PERCENT)),
-        visible("prompt_id", "filled_prompt_id"),
-        visible("user_id", "filled_user_id"),
-        visible("prompt", "filled_prompt"),
-        not_longer("prompt", "prompt_length", "prompt", limits.max_prompt_chars, "max_prompt_chars"),
-        rule(ExpectColumnValuesNotToRepeat, "unique_prompt_id", "each prompt_id appears once", column="prompt_id"),
-        rule(ExpectColumnValuesNotToRepeat, "unique_prompt", "each prompt appears once", column="prompt"),
-        rule(ExpectGroupsToHaveOneValue, "user_in_one_split", "each user is in one split only",
-             "move all rows of the user to one split", column_A="user_id", column_B="split"),
-        rule(ExpectColumnValuesToBeWithinQuota, "prompts_per_user",
-             f"no user has more than {limits.max_prompts_per_user} prompts",
-             "remove rows of the user, or raise validate.max_prompts_per_user",
-             column="user_id", max_rows=limits.max_prompts_per_user),
-    ]
-    if sum(rows.values()) > MIX_MIN_ROWS:
-        rules.append(rule(ExpectColumnSharesToBeNear, "use_case_mix",
-                          f"each use case has its share of the rows, within {MIX_TOLERANCE:g} percentage point",
-                          "add or remove rows of these use cases", column="use_case", percent=USE_CASE_PERCENT,
-                          tolerance=MIX_TOLERANCE))
-    return rules
-
-
-def sft_suite(scale: float, limits: ValidateParams) -> ExpectationSuite:
-    """Demonstrations."""
-    return ExpectationSuite("sft", expectations=[
-        *common_rules("sft", scale, limits),
-        visible("completion", "filled_completion"),
-        not_longer("completion", "completion_length", "completion", limits.max_completion_chars,
-                   "max_completion_chars"),
-    ])
-
-
-def rm_suite(scale: float, limits: ValidateParams) -> ExpectationSuite:
-    """Rankings of K completions."""
-    return ExpectationSuite("rm", expectations=[
-        *common_rules("rm", scale, limits),
-        visible("labeler_id", "filled_labeler_id"),
-        rule(ExpectColumnValuesToBeBetween, "completion_count", f"each row has {MIN_K} to {MAX_K} completions",
-             column="k", min_value=MIN_K, max_value=MAX_K),
-        rule(ExpectColumnPairValuesToBeEqual, "rank_count", "each row has as many ranks as completions",
-             column_A="rank_count", column_B="k", ignore_row_if="either_value_is_missing"),
-        visible("blankest_completion", "filled_completions", "completion"),
-        not_longer("longest_completion", "completion_length", "completion", limits.max_completion_chars,
-                   "max_completion_chars"),
-        sound_ranking("dense_ranks", "ranks are 1, 2, ... without a gap, ties share one"),
-        sound_ranking("some_preference", "not all completions of a row share a rank"),
-        sound_ranking("equal_texts_equal_ranks", "equal completions of a row share a rank"),
-    ])
-
-
-def ppo_suite(scale: float, limits: ValidateParams) -> ExpectationSuite:
-    """Prompts alone."""
-    return ExpectationSuite("ppo", expectations=common_rules("ppo", scale, limits))
-
-
-SUITES = {"sft": sft_suite, "rm": rm_suite, "ppo": ppo_suite}
