@@ -22,7 +22,8 @@ def param(default: Any, help: str, *, gt: float | None = None, ge: float | None 
 class IngestParams:
     """Which data, and how much of it."""
 
-    source: Literal["embedded"] = param("embedded", "where the datasets come from")
+    source: Literal["embedded", "hub", "files"] = param("embedded", "where the datasets come from")
+    spec: str = param("", "profiles/sources/<name>.yaml, which describes the source where it is not embedded")
     scale: float = param(1.0, "share of the paper's row counts to make; 1 is 14,378 / 51,094 / 47,329", gt=0, le=1)
     corpus_documents: int = param(60_000, "pretraining documents", ge=100, le=10_000_000)
     tax_items: int = param(400, "held-out items per alignment-tax task", ge=10, le=100_000)

@@ -142,7 +142,7 @@ def test_demonstrations_are_good_but_not_perfect_and_labelers_write_better(world
               for source in ("labeler", "customer")}
     means = {source: sum(values) / len(values) for source, values in scores.items()}
     assert 6 < means["customer"] < means["labeler"] < 6.95
-    assert 0.6 < sum(score == 7 for score in scores["labeler"]) / len(scores["labeler"]) < 0.9
+    assert 0.5 < sum(score == 7 for score in scores["labeler"]) / len(scores["labeler"]) < 0.9
 
 
 def test_labelers_agree_on_73_percent(world: World) -> None:
