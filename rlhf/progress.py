@@ -11,13 +11,16 @@ LOG_SECONDS = 5.0
 
 
 class StageProgress:
-    """`with StageProgress("ppo", total=60, unit="iterations") as progress: progress.step({"kl": 1.9})`."""
+    """`with StageProgress("ppo", total=60, unit="iterations") as progress: progress.step({"kl": 1.9})`.
+
+    `total` 0: unknown; then there is a rate and no remaining time.
+    """
 
     def __init__(self, name: str, total: int, unit: str = "steps", done: int = 0) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self._first = done
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total or None, initial=done, desc=name, unit=unit) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "StageProgress":
         return self
@@ -40,5 +43,7 @@ class StageProgress:
             self._last_line = now
             rate = (self.done - self._first) / max(now - self._start, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
-            print(f"{self.name}  {self.done}/{self.total} {self.unit}  {rate:.2f}/s  {left:.0f} s left  {shown}",
+            of = f"/{self.total} {self.unit}  {rate:.2f}/s  {left:.0f} s left" if self.total else \
+                f" {self.unit}  {rate:.2f}/s"
+            print(f"{self.name}  {self.done}{of}  {shown}",
                   file=sys.stderr, flush=True)

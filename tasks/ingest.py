@@ -1,28 +1,41 @@
 """Makes the datasets in build/data, which data.dvc then pins as data/.
 
-    python -m tasks.ingest
+    python -m tasks.ingest                                 the stage: the source that the profile names
+    python -m tasks.ingest --source SPEC.yaml --out DIR    any source description, apart from DVC and parameters
+
+docs/sources.md says how to describe a source, docs/data-rules.md what is dropped of it and why.
 """
 
+import argparse
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf.data.schema import PAPER_ROWS, expected_rows, write_rows
+from rlhf.data.assemble import DROPPED, QUARANTINE, assemble
+from rlhf.data.rules import RULES
+from rlhf.data.schema import KEYS, PAPER_ROWS, expected_rows, write_rows
+from rlhf.data.sources.spec import Source
+from rlhf.errors import UserError
+from rlhf.files import publish
+from rlhf.params import IngestParams
 from rlhf.progress import StageProgress
 from rlhf.world.corpus import documents
 from rlhf.world.datasets import ppo_rows, rm_rows, sft_rows
 from rlhf.world.facts import World
 from rlhf.world.tax import TASKS, tax_items
-from tasks.stage import Stage, run_stage
+from tasks.sources import load_source
+from tasks.stage import Stage, die_with_parent, run_stage
+
+MAX_PROCESSES = 8
+SPECS = Path("profiles/sources")
 
 
-def ingest(stage: Stage) -> None:
-    """Writes sft.jsonl, rm.jsonl, ppo.jsonl, corpus.jsonl and tax/<task>.jsonl."""
-    params = stage.params.stages.ingest
-    world = World(stage.params.seed)
-    made = stage.scratch / "data"
-    if made.exists():
-        shutil.rmtree(made)
+def write_embedded(params: IngestParams, seed: int, made: Path) -> dict[str, Any]:
+    """The embedded world's sft.jsonl, rm.jsonl, ppo.jsonl, corpus.jsonl and tax/<task>.jsonl; returns the metrics."""
+    world = World(seed)
     rows = {name: sum(expected_rows(name, params.scale).values()) for name in PAPER_ROWS}
     total = sum(rows.values()) + params.corpus_documents
     writers = {"sft": sft_rows, "rm": rm_rows, "ppo": ppo_rows}
@@ -46,11 +59,126 @@ def ingest(stage: Stage) -> None:
             write_rows(made / "tax" / f"{task}.jsonl", items)
         texts = documents(world, params.corpus_documents, held_out)
         write_rows(made / "corpus.jsonl", counted({"text": text} for text in texts))
+    metrics = {f"ingest/{name}_rows": count for name, count in rows.items()}
+    return {**metrics, "ingest/corpus_documents": params.corpus_documents}
+
+
+def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[str, Any]:
+    """The datasets of a source description, its rules applied; returns the metrics. Raises UserError."""
+    processes = min(MAX_PROCESSES, os.cpu_count() or 1)
+    with StageProgress("ingest", 0, "rows") as progress:
+        report = assemble(source, root, made, seed, processes, die_with_parent,
+                          lambda role, count: progress.step(advance=count))
+    print(as_table(report), flush=True)
+    metrics: dict[str, Any] = {}
+    for role, found in report.items():
+        if role == "corpus":
+            metrics["ingest/corpus_documents"] = found["documents"]
+            continue
+        metrics |= {f"ingest/{role}_rows": found["kept"], f"ingest/{role}_read": found["read"],
+                    f"ingest/{role}_quarantined": sum(found["quarantined"].values()),
+                    f"ingest/{role}_english_share": found["english_share"]}
+        metrics |= {f"ingest/{role}_dropped_{rule}": count for rule, count in found["dropped"].items()}
+    return metrics
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """What was read, quarantined, dropped by each rule and kept, a column a dataset."""
+    roles = [role for role in report if role != "corpus"]
+    lines = [("rows", *roles), ("read", *(report[role]["read"] for role in roles))]
+    reasons = sorted({reason for role in roles for reason in report[role]["quarantined"]})
+    lines += [(f"quarantined: {reason}", *(report[role]["quarantined"].get(reason, 0) for role in roles))
+              for reason in reasons]
+    lines += [(f"dropped: {rule}", *(report[role]["dropped"][rule] for role in roles)) for rule in RULES
+              if any(report[role]["dropped"][rule] for role in roles)]
+    lines += [(word, *(report[role][word] for role in roles)) for word in ("kept", "train", "valid", "users")]
+    cells = [[str(line[0]), *(f"{item:,}" if isinstance(item, int) else str(item) for item in line[1:])]
+             for line in lines]
+    wide = max(len(line[0]) for line in cells)
+    return "\n".join(line[0].ljust(wide) + "".join(item.rjust(11) for item in line[1:]) for line in cells)
+
+
+def ingest(stage: Stage) -> None:
+    """Makes the datasets in the scratch folder and publishes them to build/data when they are whole."""
+    params = stage.params.stages.ingest
+    made = stage.scratch / "data"
+    if made.exists():
+        shutil.rmtree(made)
+    if params.source == "embedded":
+        metrics = write_embedded(params, stage.params.seed, made)
+    else:
+        spec = stage.root / SPECS / f"{params.spec}.yaml"
+        if not spec.is_file():
+            known = ", ".join(sorted(path.stem for path in (stage.root / SPECS).glob("*.yaml")))
+            raise UserError(f"ingest.spec = {params.spec!r}: must be one of {known} (files in {SPECS}/)")
+        source = load_source(spec)
+        if isinstance(source, IngestParams):
+            raise UserError(f"{spec}: describes the embedded source; set ingest.source to embedded instead")
+        for role in (*KEYS, "corpus"):
+            for entry in getattr(source, role):
+                if params.source == "files" and entry.dataset:
+                    raise UserError(f"{spec}: {role} reads {entry.dataset} of the hub; set ingest.source to hub")
+        missing = [role for role in KEYS if not getattr(source, role)]
+        if missing:
+            raise UserError(f"{spec}: nothing for {', '.join(missing)}; the line needs all three datasets")
+        metrics = write_described(source, spec.parent, stage.params.seed, made)
+        (made / "corpus.jsonl").touch()
+        (made / "tax").mkdir()
     stage.publish("data", "build/data")
     shutil.rmtree(made)
-    metrics = {f"ingest/{name}_rows": count for name, count in rows.items()}
-    stage.finish({**metrics, "ingest/corpus_documents": params.corpus_documents})
+    stage.finish(metrics)
+
+
+def folder_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tasks.ingest", description=(
+        "turns a source description into a folder with sft.jsonl, rm.jsonl, ppo.jsonl"))
+    parser.add_argument("--source", type=Path, required=True, metavar="SPEC.yaml", help="the description")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the datasets go")
+    parser.add_argument("--seed", type=int, default=1, help="splits and subsampling")
+    return parser
+
+
+def make_folder(args: argparse.Namespace) -> None:
+    """The any-source command: the folder is replaced only when the new one is whole. Raises UserError."""
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out}: is a file; give a folder")
+    foreign = [path.name for path in args.out.iterdir() if not _ours(path)] if args.out.is_dir() else []
+    if foreign:
+        raise UserError(f"{args.out}: holds {sorted(foreign)[0]}, which is no dataset; give a folder of its own")
+    source = load_source(args.source)
+    made = args.out.with_name(args.out.name + ".making")
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        made.mkdir(parents=True)
+        if isinstance(source, IngestParams):
+            metrics = write_embedded(source, args.seed, made)
+        else:
+            metrics = write_described(source, args.source.parent, args.seed, made)
+        publish(made, args.out)
+    except OSError as error:
+        raise UserError(f"{error.filename or args.out}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    rows = ", ".join(f"{name} {metrics[f'ingest/{name}_rows']:,}" for name in KEYS if f"ingest/{name}_rows" in metrics)
+    left = "" if isinstance(source, IngestParams) else f"; what went and why: {QUARANTINE}, {DROPPED}, rules.json"
+    print(f"{args.out}: {rows}{left}")
+
+
+def _ours(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".json") or path.name == "tax"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The stage without flags of a folder, else the folder."""
+    if not any(item.split("=")[0] in ("--source", "--out", "--seed", "-h", "--help") for item in arguments):
+        run_stage("ingest", ingest)
+        return
+    try:
+        make_folder(folder_parser().parse_args(list(arguments)))
+    except UserError as error:
+        print(f"ingest: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
-    run_stage("ingest", ingest)
+    main(sys.argv[1:])

@@ -51,7 +51,8 @@ def _model(params_class: type) -> type[BaseModel]:
         if item.default_factory is not MISSING:
             given = {"default_factory": item.default_factory}
         if typing.get_origin(hints[item.name]) is dict:  # the limits are those of its values
-            definitions[item.name] = (dict[str, Annotated[float, Field(**metadata)]],
+            kind = typing.get_args(hints[item.name])[1]
+            definitions[item.name] = (dict[str, Annotated[kind, Field(**metadata)]],  # type: ignore[valid-type]
                                       Field(description=help_text, **given))
             continue
         definitions[item.name] = (hints[item.name], Field(description=help_text, **given, **metadata))
@@ -72,7 +73,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """A YAML file's keys and values. Raises UserError: missing, not UTF-8, not YAML, a key twice, no mapping."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
@@ -95,11 +97,12 @@ def _allowed(params_class: type, name: str) -> str:
     if origin is typing.Literal:
         kind = "one of " + ", ".join(map(str, typing.get_args(hint)))
     else:
-        kind = {None: getattr(hint, "__name__", ""), dict: "names and numbers", list: "a list of names"}[origin]
+        values = "texts" if origin is dict and typing.get_args(hint)[1] is str else "numbers"
+        kind = {None: getattr(hint, "__name__", ""), dict: f"names and {values}", list: "a list of names"}[origin]
     return kind + (f" {limits}" if limits else "")
 
 
-def _unknown_key(path: Path, key: str, known: list[str]) -> UserError:
+def unknown_key(path: Path, key: str, known: list[str]) -> UserError:
     close = difflib.get_close_matches(key.split(".")[-1], known, n=1)
     advice = f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(known)
     return UserError(f"{path}: unknown key {key}; {advice}")
@@ -123,7 +126,7 @@ def check_section(params_class: type, values: Any, path: Path, section: str) -> 
         first = error.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise _unknown_key(path, f"{section}.{name}", [item.name for item in fields(params_class)]) from None
+            raise unknown_key(path, f"{section}.{name}", [item.name for item in fields(params_class)]) from None
         raise UserError(
             f"{path}: {section}.{name} = {first['input']!r}: must be {_allowed(params_class, name)}"
         ) from None
@@ -136,14 +139,14 @@ def load_params(root: Path = Path(".")) -> Params:
     Raises UserError, one line, for a missing file, an unknown profile or key, and a value out of range.
     """
     path = root / PARAMS_FILE
-    content = _read_yaml(path)
+    content = read_yaml(path)
     try:
         top = _TopLevel.model_validate(dict(content))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise _unknown_key(path, name, list(_TopLevel.model_fields)) from None
+            raise unknown_key(path, name, list(_TopLevel.model_fields)) from None
         allowed = {"seed": "an int >= 0 and < 2^31", "profile": "the name of a file in profiles/"}[name]
         found = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
         raise UserError(f"{path}: {name} {found}: must be {allowed}") from None
@@ -155,11 +158,11 @@ def load_params(root: Path = Path(".")) -> Params:
 
 def load_profile(path: Path) -> Profile:
     """Reads one profile file; sections and keys that are left out take their defaults. Raises UserError."""
-    content = _read_yaml(path)
+    content = read_yaml(path)
     hints = get_type_hints(Profile)
     for section in content:
         if section not in hints:
-            raise _unknown_key(path, str(section), list(hints))
+            raise unknown_key(path, str(section), list(hints))
     profile = Profile(**{name: check_section(hints[name], content.get(name, {}), path, name) for name in hints})
     _check_together(profile, path)
     return profile

@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.characters import SPECIAL_TOKENS
 from rlhf.data.schema import KEYS
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.params import ValidateParams
 from tasks.stage import Stage, run_stage
 from tasks.validation.docs import DOCS, build_docs, make_context
-from tasks.validation.reader import SPECIAL_TOKENS
 from tasks.validation.run import Finding, Outcome, TokenCounter, files_in, row_entries, validate_files
 
 QUARANTINE = "quarantine.jsonl"

@@ -6,6 +6,7 @@ from typing import Any
 CONFIDENT = 0.8
 ENGLISH = {"en", "pcm"}  # Nigerian Pidgin's model takes short English questions for its own
 MIN_LETTERS = 12  # shorter texts could be anything
+READ_CHARS = 1000  # of a long text its beginning is enough
 
 
 @cache
@@ -21,6 +22,7 @@ def foreign_language(text: str) -> str:
     Code, names, numbers and short texts are undecided. Text in other letters than Latin ones is always foreign:
     "?" where its language is not sure.
     """
+    text = text[:READ_CHARS]
     letters = [character for character in text if character.isalpha()]
     other = sum(character > "\u024f" for character in letters)
     if other * 2 > len(letters) > 1:

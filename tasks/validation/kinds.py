@@ -21,6 +21,8 @@ from great_expectations.expectations.metrics.map_metric_provider import (
     column_pair_condition_partial,
 )
 
+from rlhf.data.characters import is_visible
+
 PandasColumn = Any  # a pandas Series; the row number is its index
 
 
@@ -30,11 +32,6 @@ class TextIsVisible(ColumnMapMetricProvider):
     @column_condition_partial(engine=PandasExecutionEngine)
     def _pandas(cls, column: PandasColumn, **kwargs: Any) -> PandasColumn:
         return column.map(is_visible).astype(bool)
-
-
-def is_visible(text: str) -> bool:
-    """Whether the text has a character one can see: "", blanks of any alphabet and zero-width marks have none."""
-    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 class ExpectColumnTextToBeVisible(ColumnMapExpectation):

@@ -5,7 +5,6 @@ train and a valid row the valid one is named, for that is the one to take out; o
 SFT or reward-model data is among PPO's train prompts the PPO row is.
 """
 
-import re
 from typing import Any
 
 import pandas as pd
@@ -16,56 +15,24 @@ from great_expectations.expectations.metrics.map_metric_provider import (
     column_pair_condition_partial,
 )
 
+from rlhf.data.near_duplicates import PrefixIndex, normalised
+
 PandasColumn = Any
-_NOISE = re.compile(r"[\W_]+")
-
-
-def normalised(prompt: str) -> str:
-    """The prompt in lower case, everything but letters and digits one blank."""
-    return _NOISE.sub(" ", prompt.casefold()).strip()
-
-
-def shared_prefix(one: str, other: str) -> int:
-    """How many characters two texts have in common from the start."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # bisection over slices: compared in C
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def offenders(one: int, other: int, places: list[str]) -> int:
-    """Which of a train and a valid row is to go (indices into `places`)."""
-    train, valid = (one, other) if places[one].endswith("/train") else (other, one)
-    return train if places[train] == "ppo/train" and not places[valid].startswith("ppo/") else valid
+NEVER = 10**9  # characters that no prompt has: then only equal prompts count
 
 
 def leaks(keys: list[str], places: list[str], chars: int, share: float) -> set[int]:
-    """Indices of the rows whose key is also, or nearly, that of a row of the other side.
+    """Indices of the rows whose key is also, or nearly, that of a row of the other side (`rlhf.data.near_duplicates`).
 
-    Nearly: the two share a prefix of at least `chars` characters that is at least `share` of the longer one. `chars`
-    0: equal keys only. Sorting brings each row next to the one of the other side that shares most: n log n.
+    `chars` 0: equal keys only.
     """
-    order = sorted((index for index in range(len(keys)) if places[index].endswith(("/train", "/valid"))),
-                   key=lambda index: (keys[index], places[index], index))
-    found = set()
-    for direction in (order, order[::-1]):
-        last: dict[bool, int] = {}
-        for index in direction:
-            valid = places[index].endswith("/valid")
-            neighbour = last.get(not valid)
-            last[valid] = index
-            if neighbour is None:
-                continue
-            one, other = keys[index], keys[neighbour]
-            longest = max(len(one), len(other))
-            common = shared_prefix(one, other) if chars and longest >= chars else 0
-            if one == other or (chars and common >= chars and common >= share * longest):
-                found.add(offenders(index, neighbour, places))
-    return found
+    index = PrefixIndex(keys, chars or NEVER, share)
+    rows = {name: [row for row, place in enumerate(places) if place in kinds] for name, kinds in (
+        ("train", ("sft/train", "rm/train")), ("valid", ("sft/valid", "rm/valid")),
+        ("ppo_train", ("ppo/train",)), ("ppo_valid", ("ppo/valid",)))}
+    return {*index.crossing(rows["train"], rows["valid"] + rows["ppo_valid"]),
+            *index.crossing(rows["ppo_train"], rows["ppo_valid"]),
+            *index.crossing(rows["valid"], rows["ppo_train"])}
 
 
 class PromptStaysOnItsSide(ColumnPairMapMetricProvider):

@@ -6,15 +6,13 @@ wrong with its texts is in `characters`, `special_tokens`, `personal_data` and `
 
 import gzip
 import json
-import re
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.characters import SPECIAL_TOKENS, encodes, is_visible, odd_character, special_token
 from rlhf.data.language import foreign_language
 from rlhf.data.personal_data import personal_data_in
 from rlhf.data.schema import KEYS, SPLITS
@@ -29,12 +27,6 @@ MAX_LINE_BYTES = 1_000_000
 LIST_ITEMS = {"completions": str, "ranks": int}  # the keys that hold lists; all others hold text
 JSON_NAMES = {str: "text", int: "an integer", float: "a number", bool: "a boolean", list: "a list", dict: "an object",
               type(None): "null"}
-# Marks by which well-known chat formats separate turns; a tokenizer's own are added where one is given.
-SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>",
-                  "<|end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<bos>",
-                  "<eos>", "<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>",
-                  "<end_of_turn>", "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|file_separator|>")
-_ODD = re.compile("[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\ufffd\ufffe\uffff\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -124,19 +116,11 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
                 verb = f"{key} holds {JSON_NAMES[type(item)]}, not only" if key in LIST_ITEMS else \
                     f"{key} is {JSON_NAMES[type(item)]}, not"
                 return "value_types", f"{verb} {JSON_NAMES[wanted]}"
-            if isinstance(item, str) and not _encodes(item):
+            if isinstance(item, str) and not encodes(item):
                 return "surrogates", f"{key} holds half of a surrogate pair, which is not text"
     if list(row) != keys:
         return "key_order", "in another order: " + ", ".join(row)
     return "", ""
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
@@ -159,17 +143,6 @@ def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
             yield Line(number + 1, None, "whole_file", f"the compressed file breaks off here: {error}")
 
 
-@lru_cache(maxsize=1)
-def _may_be_special(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tokens))))
-
-
-def odd_character(text: str) -> str:
-    """The name of the first control character, byte order mark or replacement character, or ""."""
-    found = _ODD.search(text)
-    return f"U+{ord(found.group()):04X} {unicodedata.name(found.group(), 'control character')}" if found else ""
-
-
 def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
                count_tokens: Callable[[list[str], list[str]], list[int]] | None = None) -> "pd.DataFrame":
     """The file as a frame whose index is the line number; what the rules need is in further columns.
@@ -181,7 +154,6 @@ def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
 
     names = KEYS[dataset]
     nothing: dict[str, Any] = dict.fromkeys(names)
-    special = _may_be_special(tuple(tokens))
     rows: list[dict[str, Any]] = []
     columns: dict[str, list[Any]] = {name: [] for name in (
         "line", "problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")}
@@ -192,9 +164,8 @@ def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
         columns["problem"].append(line.problem or AS_DECLARED)
         texts = [] if line.row is None else [row["prompt"], *row.get("completions", [row.get("completion", "")])]
         joined = "\n".join(texts)
-        found = special.search(joined)
         columns["characters"].append(odd_character(joined) or AS_DECLARED)
-        columns["special_tokens"].append(found.group() if found else AS_DECLARED)
+        columns["special_tokens"].append(special_token(joined, tokens) or AS_DECLARED)
         personal = "; ".join(dict.fromkeys(personal_data_in(joined))) or AS_DECLARED
         in_valid = row["split"] == "valid"
         columns["personal_data"].append(AS_DECLARED if in_valid else personal)
@@ -226,8 +197,6 @@ def _token_counts(rows: list[dict[str, Any]], count: Callable[[list[str], list[s
 def _add_rankings(frame: "pd.DataFrame", rows: list[dict[str, Any]]) -> None:
     """The lists as tuples, their lengths, and the two completions of each row that the rules on text look at."""
     import pandas as pd
-
-    from tasks.validation.kinds import is_visible
 
     def column(values: list[Any], dtype: str) -> "pd.Series":
         return pd.Series(values, frame.index, dtype=dtype)

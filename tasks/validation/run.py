@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.characters import SPECIAL_TOKENS
 from rlhf.data.schema import KEYS
 from rlhf.params import ValidateParams
 from tasks.validation.docs import keep_for_docs
-from tasks.validation.reader import SPECIAL_TOKENS, read_frame, short
+from tasks.validation.reader import read_frame, short
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,226 @@
+"""Source descriptions, from the file to the folder: the command line, order, processes, real rows, clear errors."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlhf.data.rules import RULES
+from rlhf.errors import UserError
+from rlhf.params import IngestParams
+from tasks.ingest import as_table, folder_parser, main, make_folder
+from tasks.sources import load_source
+from tasks.validate import check_folder
+from tasks.validate import folder_parser as validate_parser
+
+REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
+WORDS = ["river", "stone", "cloud", "garden", "letter", "window", "market", "planet", "forest", "bridge", "candle",
+         "doctor", "engine", "farmer", "guitar", "harbor", "island", "jacket", "kettle", "ladder", "mirror", "needle"]
+
+
+def sentence(rng: random.Random) -> str:
+    return "Tell me about the " + " and the ".join(rng.sample(WORDS, 6)) + "."
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> Path:
+    """A team's own files: demonstrations as CSV, rankings as Parquet, prompts as JSON Lines, and their description."""
+    rng = random.Random(1)
+    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know this.", "by": f"u{number % 30}"}
+           for number in range(300)]
+    sft[7]["answer"] = ""
+    sft[8]["question"] += " Write to ann@example.org."
+    sft[9]["question"] = "Bitte erkläre mir, warum der Himmel am Abend rot wird und wie das Wetter morgen wird."
+    pd.DataFrame(sft).to_csv(tmp_path / "sft.csv", index=False)
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("Good.", "Bad."))
+    rm = [{"prompt": [{"role": "user", "content": sentence(rng)}], "chosen": good, "rejected": bad, "annotator": "l1"}
+          for _ in range(200)]
+    pd.DataFrame(rm).to_parquet(tmp_path / "rm.parquet")
+    write_rows(tmp_path / "ppo.jsonl", [{"prompt": sentence(rng)} for _ in range(200)])
+    (tmp_path / "spec.yaml").write_text("""
+sft:
+  - files: sft.csv
+    columns: {prompt: question, completion: answer, user_id: by}
+    source: labeler
+rm:
+  - files: rm.parquet
+    columns: {prompt: prompt, chosen: chosen, rejected: rejected, labeler_id: annotator}
+ppo:
+  - files: ppo.jsonl
+rules: {valid_share: 0.2}
+""")
+    return tmp_path
+
+
+def run(spec: Path, out: Path, seed: int = 1) -> dict[str, Any]:
+    make_folder(folder_parser().parse_args(["--source", str(spec), "--out", str(out), "--seed", str(seed)]))
+    return json.loads((out / "rules.json").read_text())
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def validated(out: Path) -> list[dict[str, Any]]:
+    report = out.parent / "findings.json"
+    check_folder(validate_parser().parse_args(
+        ["--data", str(out), "--report", str(report), "--counts", "none", "--min-k", "2"]))
+    return json.loads(report.read_text())
+
+
+def test_a_team_s_files_become_datasets_that_validation_finds_nothing_in(team: Path) -> None:
+    report = run(team / "spec.yaml", team / "out")
+    assert report["sft"]["quarantined"] == {"empty completion": 1}
+    assert report["sft"]["dropped"]["other_language"] == 1
+    assert report["sft"]["dropped"]["personal_data"] in (0, 1)  # where the user is valid, the row stays
+    bad, = rows_of(team / "out" / "quarantine.jsonl")
+    assert (bad["dataset"], bad["row"], bad["reason"]) == ("sft", 8, "empty completion")
+    for role in ("sft", "rm", "ppo"):
+        counts = report[role]
+        assert counts["read"] == counts["kept"] + sum(counts["quarantined"].values()) + sum(counts["dropped"].values())
+        assert counts["kept"] == counts["train"] + counts["valid"] == len(rows_of(team / "out" / f"{role}.jsonl"))
+    assert list(rows_of(team / "out" / "rm.jsonl")[0]) == ["prompt_id", "user_id", "labeler_id", "source", "split",
+                                                           "use_case", "prompt", "completions", "ranks"]
+    assert {row["labeler_id"] for row in rows_of(team / "out" / "rm.jsonl")} == {"l1"}
+    assert [item for item in validated(team / "out") if item["rule"] != "personal_data_in_valid"] == []
+    dropped = rows_of(team / "out" / "dropped.jsonl")
+    assert {"dataset", "source", "row", "rule"} == set(dropped[0])
+    assert "ann@example.org" not in (team / "out" / "dropped.jsonl").read_text()
+
+
+def test_neither_order_nor_processes_change_a_byte(team: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(team / "spec.yaml", team / "one")
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    rng = random.Random(2)
+    for name, load, save in (("sft.csv", pd.read_csv, lambda frame, path: frame.to_csv(path, index=False)),
+                             ("rm.parquet", pd.read_parquet, lambda frame, path: frame.to_parquet(path))):
+        frame = load(team / name, **({"keep_default_na": False} if name == "sft.csv" else {}))
+        save(frame.sample(frac=1, random_state=3), team / name)
+    lines = (team / "ppo.jsonl").read_text().splitlines()
+    rng.shuffle(lines)
+    (team / "ppo.jsonl").write_text("\n".join(lines) + "\n")
+    run(team / "spec.yaml", team / "two")
+    for role in ("sft", "rm", "ppo"):
+        assert (team / "one" / f"{role}.jsonl").read_bytes() == (team / "two" / f"{role}.jsonl").read_bytes()
+    run(team / "spec.yaml", team / "three", seed=2)
+    assert (team / "two" / "sft.jsonl").read_bytes() != (team / "three" / "sft.jsonl").read_bytes()
+
+
+def test_a_hub_dataset_s_folder_of_messages_becomes_rankings(tmp_path: Path) -> None:
+    """oasst1 as the hub holds it: a flat table of messages in Parquet."""
+    rng = random.Random(1)
+    table = []
+    for tree in range(40):
+        texts = [("prompter", None, None, sentence(rng)), ("assistant", 0, 1, f"Worse {tree}."),
+                 ("assistant", 0, 0, f"Better {tree}."), ("prompter", 2, 0, f"Why the {rng.choice(WORDS)} {tree}?")]
+        for place, (role, parent, rank, text) in enumerate(texts):
+            table.append({"message_id": f"{tree}-{place}", "parent_id": None if parent is None else f"{tree}-{parent}",
+                          "user_id": f"u{tree % 9}", "created_date": "2023-02-05", "text": text, "role": role,
+                          "lang": "en", "review_count": 3, "review_result": True, "deleted": False, "rank": rank,
+                          "synthetic": False, "model_name": None, "detoxify": {"toxicity": 0.1},
+                          "message_tree_id": f"{tree}-0", "tree_state": "ready_for_export"})
+    (tmp_path / "oasst1" / "data").mkdir(parents=True)
+    frame = pd.DataFrame(table).sample(frac=1, random_state=1)
+    frame["rank"] = frame["rank"].astype("Int32")
+    frame.to_parquet(tmp_path / "oasst1/data/train-00000-of-00001.parquet")
+    entry = "[{dataset: oasst1, layout: oasst_messages, where: {prompt.lang: en}}]"
+    (tmp_path / "spec.yaml").write_text(f"rm: {entry}\nppo: {entry}\n")
+    report = run(tmp_path / "spec.yaml", tmp_path / "out")
+    assert (report["rm"]["kept"], report["ppo"]["kept"]) == (40, 80)
+    ranked = {row["prompt"]: row for row in rows_of(tmp_path / "out" / "rm.jsonl")}
+    assert all(row["completions"][0].startswith("Better") and row["ranks"] == [1, 2] for row in ranked.values())
+    assert any(row["prompt"].startswith("Human: Tell") for row in rows_of(tmp_path / "out" / "ppo.jsonl"))
+    assert validated(tmp_path / "out") == []
+
+
+def test_the_embedded_source_by_description(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("embedded: {scale: 0.01, corpus_documents: 100, tax_items: 10}\n")
+    make_folder(folder_parser().parse_args(["--source", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")]))
+    assert len(rows_of(tmp_path / "out" / "sft.jsonl")) == 144
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "expected keys and values"),
+    ("stf: []", "unknown key stf; did you mean sft?"),
+    ("rules: {}", "nothing to read; give at least one of sft, rm, ppo"),
+    ("sft: {files: x}", "sft: must be a list"),
+    ("sft: [{}]", r"sft\[1\]: must have either dataset or files"),
+    ("sft: [{files: x, dataset: y}]", "must have either"),
+    ("sft: [{files: x, layout: nectar}]", "has nothing for sft; must be one of columns, dolly"),
+    ("sft: [{files: x, layout: dully}]", "must be one of columns, dolly"),
+    ("sft: [{files: x, columns: {promt: q}}]", r"unknown key sft\[1\]\.columns\.promt; did you mean prompt\?"),
+    ("sft: [{files: x, columns: {prompt: q}}]", r"sft\[1\]\.columns: needs completion and prompt; or messages"),
+    ("sft: [{files: x, columns: {prompt: [q]}}]", "columns"),
+    ("sft: [{files: x, use_case: poetry}]", "use case 'poetry' must be one of generation"),
+    ("ppo: [{files: x}]\nrules: {valid_share: 1.5}", "rules.valid_share = 1.5: must be float >= 0 and <= 1"),
+    ("embedded: {}\nsft: [{files: x}]", "stands alone"),
+    ("embedded: {scale: 3}", "embedded.scale = 3: must be float > 0 and <= 1"),
+])
+def test_a_wrong_description_names_itself(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        load_source(tmp_path / "spec.yaml")
+    assert str(caught.value).startswith(str(tmp_path / "spec.yaml"))
+
+
+def test_a_source_that_fails_leaves_the_folder_as_it_was(team: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(team / "spec.yaml", team / "out")
+    before = {path.name: path.read_bytes() for path in (team / "out").iterdir()}
+    (team / "ppo.jsonl").write_text('{"question": "named otherwise"}\n' * 3)
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(team / "spec.yaml"), "--out", str(team / "out")])
+    assert stop.value.code == 2
+    assert "ppo.jsonl: no usable row for ppo in 3; most rows: no prompt" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (team / "out").iterdir()} == before
+    assert not (team / "out.making").exists()
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(team: Path) -> None:
+    (team / "mine").mkdir()
+    (team / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds thesis\.tex, which is no dataset"):
+        run(team / "spec.yaml", team / "mine")
+
+
+def test_the_table_has_a_column_a_dataset() -> None:
+    counts = {"read": 3, "quarantined": {"empty prompt": 1}, "dropped": dict.fromkeys(RULES, 0), "kept": 2,
+              "train": 1, "valid": 1, "users": 2}
+    assert [line.split() for line in as_table({"sft": counts, "ppo": counts}).splitlines()][2] == [
+        "quarantined:", "empty", "prompt", "1", "1"]
+
+
+def test_the_shipped_description_of_public_sets_is_sound() -> None:
+    source = load_source(Path(__file__).parents[2] / "profiles" / "sources" / "public.yaml")
+    assert not isinstance(source, IngestParams)
+    assert [entry.dataset for entry in source.rm] == ["berkeley-nest/Nectar", "OpenAssistant/oasst1",
+                                                      "Anthropic/hh-rlhf"]
+    assert all(len(entry.revision) == 40 for entry in (*source.sft, *source.rm, *source.ppo))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real public rows are not at hand")
+def test_real_rows_of_dolly_hh_rlhf_and_openassistant(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(f"""
+sft: [{{files: {REAL}/dolly_hhrlhf_small/dolly_hhrlhf_train_small.jsonl, layout: dolly_hhrlhf}}]
+rm:
+  - {{files: {REAL}/hh_rlhf_harmless_base/test.jsonl.gz, layout: hh_rlhf}}
+  - {{files: {REAL}/oasst_ranked_trees/en_100_tree.jsonl, layout: oasst_trees}}
+ppo:
+  - {{files: {REAL}/hh_rlhf_harmless_base/test.jsonl.gz, layout: hh_rlhf}}
+  - {{files: {REAL}/oasst_ranked_trees/en_100_message.jsonl, layout: oasst_trees}}
+  - {{files: {REAL}/oasst_ranked_trees/prompt_lottery_en_250_text.jsonl, columns: {{prompt: text}}}}
+""")
+    report = run(tmp_path / "spec.yaml", tmp_path / "out")
+    assert report["sft"]["read"] == 1000
+    with gzip.open(REAL / "hh_rlhf_harmless_base/test.jsonl.gz") as handle:
+        pairs = sum(1 for _ in handle)
+    assert pairs < report["rm"]["read"] < pairs + 1000
+    assert all(report[role]["kept"] > 0.95 * report[role]["read"] for role in ("sft", "rm", "ppo"))
+    assert {item["rule"] for item in validated(tmp_path / "out")} <= {"personal_data_in_valid"}
