@@ -8,9 +8,12 @@ the run shows in that server.
 import argparse
 import asyncio
 import fcntl
+import json
 import os
 import re
 import sys
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +24,7 @@ import flows.quiet  # noqa: F401
 # isort: split
 import yaml
 from prefect import State, flow, get_run_logger
-from prefect.artifacts import acreate_markdown_artifact
+from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
@@ -38,6 +41,7 @@ from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 
 PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
 MIRROR_SECONDS = 60.0
+SHOWN_FINDINGS = 200
 
 
 @flow(persist_result=False)
@@ -56,8 +60,11 @@ async def pipeline(profile: str | None = None, root: Path | None = None) -> Summ
             load_params(root)  # once more: another line may have held the lock for hours
             results = []
             for stage in stage_order(root):
+                started = time.time()
                 state = await stage_task(stage)(stage, root, line, return_state=True)
                 result = await state.aresult(raise_on_failure=False)
+                if stage == "validate":
+                    await show_findings(root, started)
                 if not isinstance(result, StageResult):
                     raise result
                 results.append(result)
@@ -124,6 +131,18 @@ async def line_lock(root: Path) -> AsyncIterator[None]:
                 told = True
                 await asyncio.sleep(1)
         yield
+
+
+async def show_findings(root: Path, since: float) -> None:
+    """The data checks' findings as an artifact, also where they stop the line; nothing where none were made now."""
+    path = root / "reports" / "validate.json"
+    if not path.exists() or path.stat().st_mtime < since:
+        return
+    findings = json.loads(path.read_text(encoding="utf-8"))
+    by_rule = Counter(item["rule"] for item in findings)
+    said = ", ".join(f"{rule} {count:,}" for rule, count in sorted(by_rule.items())) or "none"
+    description = f"{len(findings):,} findings of the data checks: {said}. All of them: {path}"
+    await acreate_table_artifact(findings[:SHOWN_FINDINGS], key="data-findings", description=description)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Tokenizers: training one, and turning prompts and completions into ids that text cannot tamper with."""
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -46,7 +48,8 @@ class PromptCodec:
     """Ids of prompts and completions in the tokenizer's own chat format.
 
     The frame around a prompt (role marks, separators) is rendered once with a mark in the user's place; user text
-    is tokenized apart from it with special tokens switched off, so that it cannot inject a turn.
+    is tokenized apart from it with special tokens switched off, so that it cannot inject a turn. Role marks that the
+    tokenizer does not know as special (added tokens of its chat format) are broken up in user text; `marks` names all.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,18 +64,50 @@ class PromptCodec:
             before, after = rendered.split(_MARK)
         self._before = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
         self._after = tokenizer(after, add_special_tokens=False)["input_ids"]
+        frame = _conversation_ids(tokenizer) if tokenizer.chat_template else set()
+        added = {token: index for token, index in tokenizer.get_added_vocab().items()
+                 if index in frame and len(token.strip()) > 1}
+        self.marks = sorted({*added, *(token for token in tokenizer.all_special_tokens if token.strip())})
+        self._plain = frozenset(added.values()) - frozenset(tokenizer.all_special_ids)
+        self._mark = re.compile("|".join(map(re.escape, sorted(added)))) if self._plain else None
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        ids = text_ids(self.tokenizer, texts)
+        if self._mark is None:
+            return ids
+        return [self._broken_up(text) if self._plain.intersection(row) else row
+                for text, row in zip(texts, ids, strict=True)]
+
+    def _broken_up(self, text: str) -> list[int]:
+        """Ids of a text that holds a role mark: tokenized in two parts, cut inside the mark."""
+        found = self._mark.search(text) if self._mark else None
+        [ids] = text_ids(self.tokenizer, [text])
+        if found is None or not self._plain.intersection(ids):
+            return ids
+        cut = found.start() + 1
+        return self._broken_up(text[:cut]) + self._broken_up(text[cut:])
 
     def prompts(self, texts: list[str]) -> list[list[int]]:
         """Ids that a response to each prompt continues."""
-        return [self._before + ids + self._after for ids in text_ids(self.tokenizer, texts)]
+        return [self._before + ids + self._after for ids in self._text_ids(texts)]
 
     def completions(self, texts: list[str]) -> list[list[int]]:
         """Ids of completions, EOS included."""
-        return [[*ids, self.eos_id] for ids in text_ids(self.tokenizer, texts)]
+        return [[*ids, self.eos_id] for ids in self._text_ids(texts)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of a response without special tokens and outer white space."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _conversation_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All ids that the chat format puts around the turns of a conversation, a system's turn where it knows one."""
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        rendered = tokenizer.apply_chat_template(turns[1:], tokenize=False, add_generation_prompt=True)
+    return set(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 @lru_cache(maxsize=8)

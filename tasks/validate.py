@@ -85,7 +85,7 @@ def token_counter(name: str) -> tuple[TokenCounter, list[str]]:
         before, after = codec.prompts(prompts), codec.completions(completions)
         return [len(prompt) + len(completion) for prompt, completion in zip(before, after, strict=True)]
 
-    return count, [token for token in codec.tokenizer.all_special_tokens if token.strip()]
+    return count, codec.marks
 
 
 def validate(stage: Stage) -> None:

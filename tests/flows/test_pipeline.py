@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import io
+import json
 import logging
 import os
 import signal
@@ -121,6 +122,37 @@ async def _recorded() -> tuple[FlowRun, dict[str, set[str]], str]:
         tasks = {task.name: set(task.tags) for task in await client.read_task_runs() if task.flow_run_id == newest.id}
         artifacts = [item for item in await client.read_artifacts() if item.flow_run_id == newest.id]
     return newest, tasks, str(artifacts[0].data) if artifacts else ""
+
+
+VALIDATE = """
+  validate:
+    cmd: mkdir -p reports && cp findings.json reports/validate.json && sh verdict.sh
+    deps: [verdict.sh, findings.json]
+"""
+
+
+async def _findings() -> list[tuple[str, Any]]:
+    async with get_client() as client:
+        newest = (await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1))[0]
+        return [(str(item.description), item.data) for item in await client.read_artifacts()
+                if item.flow_run_id == newest.id and item.key == "data-findings"]
+
+
+def test_the_data_checks_findings_are_an_artifact_also_where_they_stop_the_line(checkout: Checkout) -> None:
+    found = [{"dataset": "sft", "row": 3, "rule": "filled_prompt", "message": "no prompt is blank"}]
+    checkout.write("dvc.yaml", "stages:" + VALIDATE)
+    checkout.write("findings.json", json.dumps(found))
+    checkout.write("verdict.sh", "echo 'validate: data/sft.jsonl: row 3' >&2; exit 2\n")
+    assert isinstance(checkout.run(), StageFailed)
+    (description, data), = asyncio.run(_findings())
+    assert description.startswith("1 findings of the data checks: filled_prompt 1.")
+    assert (json.loads(data) if isinstance(data, str) else data) == found
+    checkout.write("findings.json", "[]")
+    checkout.write("verdict.sh", "exit 0\n")
+    assert isinstance(checkout.run(), Summary)
+    assert asyncio.run(_findings())[0][0].startswith("0 findings of the data checks: none.")
+    assert isinstance(checkout.run(), Summary)
+    assert asyncio.run(_findings()) == []  # up to date: nothing was checked
 
 
 def test_runs_the_stages_in_order_and_only_once(checkout: Checkout) -> None:
