@@ -2,8 +2,8 @@
 
     python bench/validate.py full | rows [COUNT ...]      writes only to a temporary folder
 
-`full`: `python -m tasks.validate --data`, imports and Data Docs included. `rows`: COUNT rows, a quarter rankings and the
-others prompts, through the same checks in one process after a warm-up, so that imports do not count.
+`full`: `python -m tasks.validate --data`, imports and Data Docs included. `rows`: COUNT rows, a quarter rankings and
+the others prompts, through the same checks in one process after a warm-up, so that imports do not count.
 """
 
 import json

@@ -163,7 +163,7 @@ def load_profile(path: Path) -> Profile:
     for section in content:
         if section not in hints:
             raise unknown_key(path, str(section), list(hints))
-    profile = Profile(**{name: check_section(hints[name], content.get(name, {}), path, name) for name in hints})
+    profile = Profile(**{name: check_section(hints[name], {} if content.get(name) is None else content[name], path, name) for name in hints})
     _check_together(profile, path)
     return profile
 
@@ -182,6 +182,15 @@ def _check_together(profile: Profile, path: Path) -> None:
          f"ppo.episodes = {ppo.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
         (pretrain.n_embd % pretrain.n_head == 0,
          f"pretrain.n_embd = {pretrain.n_embd}: must be a multiple of pretrain.n_head = {pretrain.n_head}"),
+    ]
+    described = profile.ingest.source != "embedded"
+    rules += [
+        (not described or profile.validate.counts == "none",
+         f"validate.counts = paper: must be none where ingest.source is {profile.ingest.source}; the paper's counts by "
+         "source and use case are those of the embedded data"),
+        (described == bool(profile.ingest.spec),
+         f"ingest.spec = {profile.ingest.spec!r}: must name a file of profiles/sources/ where ingest.source is hub or "
+         "files, and be empty where it is embedded"),
     ]
     if not pretrain.base_model:
         longest = max(profile.sft.max_tokens, profile.rm.max_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens)

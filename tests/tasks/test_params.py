@@ -146,6 +146,9 @@ RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"pretrain": {"n_embd": 130}}, ["pretrain.n_embd = 130", "pretrain.n_head = 4"]),
     ({"sft": {"max_tokens": 129}}, ["pretrain.context = 128", ">= 129"]),
     ({"rm": {"max_tokens": 200}}, ["pretrain.context = 128", ">= 200"]),
+    ({"ingest": {"source": "files", "spec": "mine"}}, ["validate.counts = paper", "must be none"]),
+    ({"ingest": {"source": "hub"}, "validate": {"counts": "none"}}, ["ingest.spec = ''", "profiles/sources/"]),
+    ({"ingest": {"spec": "mine"}}, ["ingest.spec = 'mine'", "be empty where it is embedded"]),
     ({"ppo": {"max_prompt_tokens": 100, "max_new_tokens": 29}}, ["pretrain.context = 128", ">= 129"]),
 ]
 
@@ -160,6 +163,7 @@ def test_rules_between_parameters(write: Write, profile: dict[str, dict[str, Any
 
 @pytest.mark.parametrize("profile", [
     {"ppo": {"beta": 0.4, "beta_max": 0.4}}, {"ppo": {"batch_size": 128, "minibatch_size": 64}},
+    {"ingest": {"source": "hub", "spec": "public"}, "validate": {"counts": "none"}},
     {"ppo": {"episodes": 256}}, {"sft": {"max_tokens": 128}},
     {"sft": {"max_tokens": 900}, "pretrain": {"base_model": "gpt2"}},  # its context is its own
 ])
