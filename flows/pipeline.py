@@ -31,7 +31,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Failed
 
 from flows.process import continue_in_own_group
-from flows.stages import StageFailed, stage_task
+from flows.stages import StageFailed, mend_lock, stage_task
 from flows.summary import StageResult, Summary, main_numbers
 from flows.terminal import show_bars
 from rlhf.errors import UserError
@@ -58,6 +58,7 @@ async def pipeline(profile: str | None = None, root: Path | None = None) -> Summ
         async with line_lock(root):
             use_profile(root, profile)
             load_params(root)  # once more: another line may have held the lock for hours
+            mend_lock(root)
             results = []
             for stage in stage_order(root):
                 started = time.time()

@@ -1,8 +1,10 @@
 """One stage of dvc.yaml as a Prefect task: `await stage_task("sft")("sft", root, line)` runs it by DVC."""
 
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +26,7 @@ from flows.summary import StageResult
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate"})
 RETRY_DELAYS = [10.0]
 NO_RETRY = (2, 3, 255)  # a user's mistake, a full disk, DVC's own complaint: the next try would fail as well
+FULL_BYTES = 4 * 2**20  # a disk with less left counts as full
 CHATTER = re.compile(r"(To track the changes|To enable auto staging|\t|Use `dvc push`|(Updat|Generat)ing lock file"
                      r"|Data and pipelines are up to date|WARNING: Process .* in RWLock-file)")
 
@@ -63,7 +66,7 @@ async def run_stage(stage: str, root: Path, line: str) -> StageResult | State[An
     code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
                            cwd=root, env=child_env(line), on_line=on_line)
     if code:
-        failure = read_failure(stage, code, output)
+        failure = disk_full(stage, root) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
     return StageResult(stage, time.monotonic() - start, how_it_went(output))
 
@@ -72,6 +75,24 @@ def child_env(line: str) -> dict[str, str]:
     """The environment of dvc and of the stage: this Python first in PATH, where dvc.yaml's `python` is looked up."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_LINE": line}
+
+
+def disk_full(stage: str, root: Path) -> StageFailed | None:
+    """The failure of a stage where the disk is full: DVC then says anything but that."""
+    if shutil.disk_usage(root).free > FULL_BYTES:
+        return None
+    return StageFailed(f"{stage}: no space left on the disk of {root}; free some and run the same command again", 3)
+
+
+def mend_lock(root: Path) -> None:
+    """Removes DVC's list of locks where it is no JSON: a full disk cuts it off, and DVC then refuses to run."""
+    path = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        json.loads(path.read_text(encoding="utf-8") or "{}")
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        path.unlink()
 
 
 def how_it_went(output: list[str]) -> str:

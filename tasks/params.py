@@ -163,7 +163,8 @@ def load_profile(path: Path) -> Profile:
     for section in content:
         if section not in hints:
             raise unknown_key(path, str(section), list(hints))
-    profile = Profile(**{name: check_section(hints[name], {} if content.get(name) is None else content[name], path, name) for name in hints})
+    sections = {name: {} if content.get(name) is None else content[name] for name in hints}
+    profile = Profile(**{name: check_section(hints[name], sections[name], path, name) for name in hints})
     _check_together(profile, path)
     return profile
 

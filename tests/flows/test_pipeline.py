@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,23 @@ async def _recorded() -> tuple[FlowRun, dict[str, set[str]], str]:
         tasks = {task.name: set(task.tags) for task in await client.read_task_runs() if task.flow_run_id == newest.id}
         artifacts = [item for item in await client.read_artifacts() if item.flow_run_id == newest.id]
     return newest, tasks, str(artifacts[0].data) if artifacts else ""
+
+
+def test_a_list_of_locks_that_a_full_disk_cut_off_stops_no_later_line(checkout: Checkout) -> None:
+    assert isinstance(checkout.run(), Summary)
+    checkout.write(".dvc/tmp/rwlock", '{"/some/where/models/sft": {"write": {"pid": 12')
+    assert isinstance(checkout.run(), Summary)
+
+
+def test_a_full_disk_is_named_whatever_dvc_says(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout.write("sft.sh", "exit 1\n")
+    usage = shutil.disk_usage(checkout.root)
+    monkeypatch.setattr("flows.stages.shutil.disk_usage", lambda path: usage._replace(free=4096))
+    failed = checkout.run()
+    assert str(failed) == (f"sft: no space left on the disk of {checkout.root}; free some and run the same command "
+                           "again")
+    assert failed.code == 3
+    assert checkout.order() == ["sft"]  # no retry
 
 
 VALIDATE = """
