@@ -25,7 +25,7 @@ from flows.summary import StageResult
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate"})
 RETRY_DELAYS = [10.0]
-NO_RETRY = (2, 3, 255)  # a user's mistake, a full disk, DVC's own complaint: the next try would fail as well
+NO_RETRY = (2, 3, 4, 255)  # a user's mistake, a full disk, a training gone wrong, DVC: it would fail again
 FULL_BYTES = 4 * 2**20  # a disk with less left counts as full
 CHATTER = re.compile(r"(To track the changes|To enable auto staging|\t|Use `dvc push`|(Updat|Generat)ing lock file"
                      r"|Data and pipelines are up to date|WARNING: Process .* in RWLock-file)")

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Raised by a trainer after it saved its state because SIGTERM asked it to end."""
+
+
+class TrainingFailed(Exception):
+    """Raised by a trainer whose run went wrong (not a number, KL or entropy out of bounds), after it saved."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Sorted, indented JSON with a final newline, so that equal content is equal bytes."""
     write_atomic(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys as CSV with a header; numbers as Python writes them."""
+    lines = [",".join(rows[0])] if rows else []
+    lines += [",".join(str(value) for value in row.values()) for row in rows]
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def publish(source: Path, target: Path) -> None:

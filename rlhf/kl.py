@@ -1,7 +1,7 @@
-"""KL to the reference policy, and the rule that adapts its coefficient β to a goal.
+"""KL to the reference policy, and the three rules for its coefficient β.
 
-The step rule is the seed article's (after Schulman et al. 2017 §4, but with the KL to the policy before
-fine-tuning): KL > 1.5·KL_goal doubles β, KL < KL_goal/1.5 halves it.
+*step* is the seed article's (after Schulman et al. 2017 §4, but with the KL to the policy before fine-tuning):
+KL > 1.5·KL_goal doubles β, KL < KL_goal/1.5 halves it. *proportional* is Ziegler et al.'s, *fixed* InstructGPT's.
 """
 
 import math
@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf.params import PpoParams
+
 UPPER, LOWER = 1.5, 1 / 1.5
 FACTOR = 2.0
+ERROR_LIMIT = 0.2
 
 
 def response_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -87,3 +90,66 @@ class StepBeta:
     def restore(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+@dataclass
+class ProportionalBeta:
+    """β·(1 + gain·clip((KL - KL_goal)/KL_goal, ±0.2)) at every iteration [Ziegler §2.2, gain 0.1].
+
+    Their released code has gain = batch/horizon, horizon 10,000. β moves by at most 0.2·gain an iteration, so a short
+    run needs a larger gain, or a β near the right one to start from.
+    """
+
+    kl_goal: float
+    beta: float
+    beta_min: float
+    beta_max: float
+    gain: float = 0.1
+    smoothed: float = 0.0
+
+    def update(self, kl: float) -> float:
+        """Reads an iteration's mean KL; returns the β to use in it."""
+        self.smoothed = kl
+        error = max(-ERROR_LIMIT, min(ERROR_LIMIT, kl / self.kl_goal - 1))
+        self.beta = min(self.beta_max, max(self.beta_min, self.beta * (1 + self.gain * error)))
+        return self.beta
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"beta": self.beta, "smoothed": self.smoothed}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class FixedBeta:
+    """β as it is [InstructGPT App. C.4: 0.02]."""
+
+    beta: float
+    smoothed: float = 0.0
+
+    def update(self, kl: float) -> float:
+        self.smoothed = kl
+        return self.beta
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"smoothed": self.smoothed}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.smoothed = state["smoothed"]
+
+
+BetaRule = StepBeta | ProportionalBeta | FixedBeta
+
+
+def beta_rule(params: PpoParams) -> BetaRule:
+    """The rule that the parameters name."""
+    if params.beta_rule == "fixed":
+        return FixedBeta(params.beta)
+    if params.beta_rule == "proportional":
+        return ProportionalBeta(params.kl_goal, params.beta, params.beta_min, params.beta_max, params.beta_gain)
+    return StepBeta(params.kl_goal, params.beta, params.beta_min, params.beta_max, params.beta_interval,
+                    params.beta_smoothing)

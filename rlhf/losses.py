@@ -30,6 +30,15 @@ def ranking_loss(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
     return (losses.sum(dim=(1, 2)) / (count * (count - 1) / 2)).mean()
 
 
+def best_of_loss(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
+    """Softmax cross-entropy over a prompt's completions, the one of rank 1 being right [Ziegler eq. 1]; mean.
+
+    scores, ranks, present: [prompts, n]; one completion of each prompt has rank 1.
+    """
+    best = ((ranks == 1) & present).long().argmax(dim=1)
+    return F.cross_entropy(scores.float().masked_fill(~present, float("-inf")), best)
+
+
 def ranking_accuracy(scores: Tensor, ranks: Tensor, present: Tensor) -> tuple[int, int]:
     """(pairs ordered as the labeler did, pairs with a preference). An equal score counts as wrong."""
     wins = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & present.unsqueeze(2) & present.unsqueeze(1)

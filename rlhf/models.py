@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf.errors import UserError
 from rlhf.params import PretrainParams
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
@@ -60,8 +61,10 @@ def load_policy(folder: str | Path) -> PreTrainedModel:
 
 def load_scorer(folder: str | Path) -> PreTrainedModel:
     """A reward or value model: backbone and one linear head, in float32, dropout off."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        str(folder), num_labels=1, **_loading()).to(device()).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **_loading())
+    if getattr(model.config, "score_shift", 0.0):
+        _add_bias(model, model.config.score_shift)
+    return model.to(device()).eval()
 
 
 def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
@@ -77,15 +80,23 @@ def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) ->
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A Hugging Face folder: safetensors, configuration, tokenizer."""
-    model.save_pretrained(folder)
+    weights = {name: value for name, value in model.state_dict().items() if name != "score.bias"}
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
 def set_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Sets the dropout of the residual branches; embedding and attention layers keep 0 [InstructGPT: residual 0.2]."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = probability if name.endswith(RESIDUAL_DROPOUTS) else 0.0
+    """Sets the dropout of the residual branches; embedding and attention layers keep 0 [InstructGPT: residual 0.2].
+
+    Raises UserError for an architecture that has none there (Llama, Qwen) and a probability that is not 0.
+    """
+    no_dropout(model)
+    branches = [module for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Dropout) and name.endswith(RESIDUAL_DROPOUTS)]
+    if probability and not branches:
+        raise UserError(f"dropout = {probability:g}: {type(model).__name__} has no residual dropout; set it to 0")
+    for module in branches:
+        module.p = probability
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -115,15 +126,61 @@ def shift_scores(model: PreTrainedModel, shift: float) -> None:
 
     The classification head of Hugging Face models has no bias, so the constant goes into the bias of the final
     norm, along the head's direction: w·(x + b + shift·w/|w|²) = w·(x + b) + shift. The saved model then gives the
-    shifted scores in any program that loads it. Raises ValueError for a backbone whose final norm has no bias.
+    shifted scores in any program that loads it. A backbone whose final norm has no bias (RMSNorm: Llama, Qwen) has no
+    such place: there the constant is `score_shift` in the configuration, which `load_scorer` adds and plain
+    transformers leaves out; differences between scores are the same in both.
     """
     norms = [module for _, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
     final = norms[-1] if norms else None
     weight = model.score.weight[0]
     if final is None or final.bias.shape != weight.shape:
-        raise ValueError("this backbone's final norm has no bias to carry the shift")
+        model.config.score_shift = getattr(model.config, "score_shift", 0.0) + shift
+        _add_bias(model, model.config.score_shift)
+        return
     with torch.no_grad():
         final.bias += shift * weight / weight.square().sum()
+
+
+def _add_bias(model: PreTrainedModel, value: float) -> None:
+    """Gives the head a bias that stays as it is."""
+    bias = torch.full((1,), value, dtype=model.score.weight.dtype, device=model.score.weight.device)
+    model.score.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+
+def scale_scores(model: PreTrainedModel, gain: float) -> None:
+    """Multiplies every score by a constant; to be done before a shift."""
+    with torch.no_grad():
+        model.score.weight *= gain
+
+
+def check_length(model: PreTrainedModel, tokens: int, parameter: str) -> None:
+    """Raises UserError where a parameter allows sequences longer than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", tokens)
+    if tokens > positions:
+        raise UserError(f"{parameter} = {tokens}: must be at most {positions}, the positions that the model has")
+
+
+def save_memory(model: PreTrainedModel, on: bool) -> None:
+    """Gradient checkpointing: Hugging Face models recompute activations only in training mode, so every dropout that
+    is to stay off must be 0 (`no_dropout`)."""
+    if on:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def no_dropout(model: PreTrainedModel) -> None:
+    """Dropout 0 everywhere, attention's included: training mode then computes what evaluation mode does."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def compile_passes(model: PreTrainedModel, on: bool) -> None:
+    """torch.compile of the backbone, in place: names of weights stay as they are."""
+    if on:
+        model.base_model.compile(dynamic=True)
 
 
 def adamw(model: PreTrainedModel, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,

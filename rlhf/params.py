@@ -75,6 +75,11 @@ class SftParams:
                                 ge=0, lt=1)
     dropout: float = param(0.0, "residual dropout [InstructGPT: 0.2]", ge=0, lt=1)
     max_tokens: int = param(96, "longest prompt + completion, tokens; longer rows are left out and counted", ge=2)
+    checkpoint: Literal["last", "valid_loss", "rm_score"] = param(
+        "last", "which epoch's weights are kept; rm_score needs reward_model [InstructGPT App. C.1]")
+    reward_model: str = param("", "folder of a reward model that picks the epoch")
+    gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = param(False, "torch.compile the training passes")
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 
@@ -85,9 +90,20 @@ class RmParams:
     max_prompts: int = param(0, "ranked prompts to train on, 0 for all", ge=0)
     max_valid_prompts: int = param(0, "valid prompts to measure accuracy on, 0 for all", ge=0)
     epochs: int = param(1, "passes [InstructGPT: 1, more overfits]", ge=1, le=100)
-    batch_size: int = param(64, "prompts a step, all their completions together", ge=1)
+    loss: Literal["ranking", "best_of"] = param(
+        "ranking", "all pairs of K [InstructGPT], or the best of best_of_n by softmax [Ziegler, seed]")
+    best_of_n: int = param(4, "completions of a prompt of which one is chosen, for loss best_of", ge=2, le=9)
+    normalise: Literal["demonstrations", "gain_and_bias"] = param(
+        "demonstrations", "labeler demonstrations score mean 0 [InstructGPT], or the SFT policy's samples mean 0 and "
+        "deviation 1 [Ziegler]")
+    normalise_samples: int = param(512, "samples of the SFT policy, for gain_and_bias", ge=2)
+    batch_size: int = param(64, "prompts a step, all their completions together [InstructGPT 64, best-of-4 8]", ge=1)
     lr: float = param(5e-4, "peak learning rate, cosine to 10 %", gt=0, le=1)
     max_tokens: int = param(96, "longest prompt + completion, tokens", ge=2)
+    checkpoint: Literal["last", "valid_accuracy"] = param("last", "which of `checks` weights are kept")
+    checks: int = param(4, "times that valid accuracy is measured, for checkpoint valid_accuracy", ge=1, le=100)
+    gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = param(False, "torch.compile the training passes")
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 
@@ -116,13 +132,25 @@ class PpoParams:
     whiten_rewards: bool = param(False, "divide rewards by their deviation, mean kept")
     whiten_advantages: bool = param(True, "normalise advantages over the batch")
     no_eos_score: float = param(-1.0, "score of a response without EOS (never better than its own)")
-    beta_rule: Literal["step"] = param("step", "rule that adapts beta to KL_goal")
+    beta_rule: Literal["step", "proportional", "fixed"] = param("step", "rule for beta [seed, Ziegler, InstructGPT]")
     beta: float = param(0.05, "initial KL coefficient", gt=0, le=1000)
     beta_min: float = param(1e-3, "lower bound of beta", gt=0)
     beta_max: float = param(10.0, "upper bound of beta", gt=0)
     kl_goal: float = param(2.0, "wanted mean KL(policy || reference) of a response, nats", gt=0, le=1000)
     beta_interval: int = param(2, "iterations between two looks at the KL", ge=1)
     beta_smoothing: float = param(0.4, "weight of the newest KL in its moving average", gt=0, le=1)
+    beta_gain: float = param(0.1, "proportional rule: how much of the KL's error moves beta [Ziegler 0.1]", gt=0,
+                             le=5)
+    ema_decay: float = param(0.0, "the saved policy is a moving average of the weights [InstructGPT 0.992; 0: not]",
+                             ge=0, lt=1)
+    value_init: Literal["reward_model", "policy"] = param("reward_model", "what the value model starts as")
+    lora_rank: int = param(0, "train low-rank adapters of policy and value model instead of all weights; 0: all", ge=0)
+    lora_alpha: int = param(32, "LoRA's scale times its rank", ge=1)
+    gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = param(False, "torch.compile the training passes")
+    kl_limit: float = param(20.0, "stop where an iteration's KL is beyond this many times KL_goal; 0: never", ge=0)
+    entropy_floor: float = param(0.02, "stop where entropy is below this share of the first iteration's; 0: never",
+                                 ge=0, lt=1)
     ptx_coef: float = param(0.0, "weight of the pretraining loss [InstructGPT 27.8; 0 is plain PPO]", ge=0)
     ptx_batch_size: int = param(32, "pretraining sequences a minibatch, where ptx_coef > 0", ge=1)
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")

@@ -5,7 +5,9 @@ score them, read the KL, adapt β, turn score and KL into per-token rewards, est
 of minibatch updates of the policy and of a separate value model. Dropout is off throughout.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,37 +16,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.checkpoint import Checkpoints
 from rlhf.data.batching import length_batches, pad_right
-from rlhf.errors import UserError
-from rlhf.journal import Journal
-from rlhf.kl import StepBeta, response_kl
+from rlhf.errors import TrainingFailed
+from rlhf.kl import beta_rule, response_kl, response_kl_k3
+from rlhf.lora import add_adapter
 from rlhf.losses import token_log_probs
 from rlhf.models import (
     adamw,
     autocast,
+    check_length,
+    compile_passes,
     device,
     load_policy,
     load_scorer,
+    new_scorer,
     next_token_logits,
+    no_dropout,
+    save_memory,
     save_model,
     scale_lr,
     values_everywhere,
 )
 from rlhf.params import PpoParams
-from rlhf.pretrain import corpus_batch, lm_loss, read_corpus
-from rlhf.progress import StageProgress
+from rlhf.pretrain import corpus_batch, lm_loss
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
-from rlhf.seeding import generator, restore_rng, rng_state, seed_everything
+from rlhf.seeding import generator, restore_rng, rng_state
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-
-COLUMNS = [f"ppo/{name}" for name in (
-    "kl", "kl_goal", "kl_smoothed", "beta", "reward", "rm_score", "gold", "entropy", "clip_fraction", "value_loss",
-    "policy_loss", "ptx_loss", "explained_variance", "grad_norm", "response_length", "eos_rate", "ratio_first", "lr")]
-
-GoldScorer = Callable[[Sequence[str], Sequence[str]], list[float]]
-
 
 # --- the maths -----------------------------------------------------------------------------------------------
 
@@ -138,16 +136,42 @@ class Trainer:
         self.tokenizer = load_tokenizer(sft_folder)
         self.codec = PromptCodec(self.tokenizer)
         self.policy = load_policy(sft_folder)
-        self.reference = load_policy(sft_folder).requires_grad_(False)
+        check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
+                     "ppo.max_prompt_tokens + ppo.max_new_tokens")
         self.reward_model = load_scorer(rm_folder).requires_grad_(False)
-        self.value = load_scorer(rm_folder)  # the value model starts as the reward model
+        self.value = load_scorer(rm_folder) if params.value_init == "reward_model" else new_scorer(
+            sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"))
+        self.adapter = add_adapter(self.policy, params) if params.lora_rank else None
+        self.value_adapter = add_adapter(self.value, params, train_head=True) if params.lora_rank else None
+        # With LoRA the policy without its adapter is the reference: no second copy of the weights.
+        self.reference = None if self.adapter else load_policy(sft_folder).requires_grad_(False)
+        for model in (self.policy, self.value):
+            no_dropout(model)
+            save_memory(model, params.gradient_checkpointing)
+            compile_passes(model, params.compile)
         self.optimizer = adamw(self.policy, params.lr, betas=(0.9, 0.95), eps=params.adam_eps)
         self.value_optimizer = adamw(self.value, params.value_lr, betas=(0.9, 0.95), eps=params.adam_eps)
-        self.beta = StepBeta(params.kl_goal, params.beta, params.beta_min, params.beta_max, params.beta_interval,
-                             params.beta_smoothing)
+        self.average = {name: value.detach().clone() for name, value in self.policy.named_parameters()
+                        if value.requires_grad} if params.ema_decay else {}
+        self.beta = beta_rule(params)
         self.sampling = Sampling(params.max_new_tokens, (self.codec.eos_id,), self.codec.pad_id, params.temperature,
                                  params.precision)
         self.corpus_rows: Tensor | None = None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The frozen SFT policy."""
+        if self.adapter is None:
+            assert self.reference is not None
+            yield self.reference
+            return
+        with self.adapter.disable_adapter():
+            yield self.policy
+
+    def train_mode(self, on: bool) -> None:
+        """Only matters to gradient checkpointing, which is active in training mode; dropout is 0 everywhere."""
+        for model in (self.policy, self.value):
+            model.train(on and self.params.gradient_checkpointing)
 
     def sequences(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         return pad_right([[*p, *r] for p, r in zip(prompts, responses, strict=True)], self.codec.pad_id).to(device())
@@ -175,6 +199,7 @@ class Trainer:
     @torch.no_grad()
     def roll_out(self, prompts: list[list[int]], iteration: int) -> Rollouts:
         """Samples one response per prompt and evaluates policy, reference, value and reward model on them."""
+        self.train_mode(False)
         responses = sample_responses(self.policy, prompts, self.sampling, generator(self.seed, "ppo", iteration))
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         width = max(map(len, responses))
@@ -183,7 +208,8 @@ class Trainer:
         for rows in length_batches([len(item) for item in sequences], 4 * self.params.micro_batch_size, None):
             some, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
             grid["log_probs"][rows], grid["entropy"][rows] = self.log_probs(self.policy, some, answers, width)
-            grid["ref"][rows], _ = self.log_probs(self.reference, some, answers, width)
+            with self.as_reference() as reference:
+                grid["ref"][rows], _ = self.log_probs(reference, some, answers, width)
             grid["values"][rows] = self.values_of(some, answers, width)
         scores = torch.tensor(score_sequences(self.reward_model, sequences, self.codec.pad_id,
                                               self.params.precision), device=device())
@@ -198,7 +224,9 @@ class Trainer:
     def iterate(self, rollouts: Rollouts, iteration: int) -> dict[str, float]:
         """Adapts β to the KL of the rollouts, then updates policy and value model on them. Returns journal values."""
         params, mask = self.params, rollouts.mask
+        self.train_mode(True)
         kl = response_kl(rollouts.log_probs, rollouts.ref_log_probs, mask).mean().item()
+        kl_k3 = response_kl_k3(rollouts.log_probs, rollouts.ref_log_probs, mask).mean().item()
         beta = self.beta.update(kl)
         rewards = token_rewards(rollouts.scores, rollouts.log_probs, rollouts.ref_log_probs, mask, beta)
         episode_reward = rewards.sum(dim=1).mean().item()
@@ -224,7 +252,8 @@ class Trainer:
         means = {name: total / updates for name, total in sums.items()}
         lengths = mask.sum(dim=1)
         return {
-            "ppo/kl": kl, "ppo/kl_goal": params.kl_goal, "ppo/kl_smoothed": self.beta.smoothed, "ppo/beta": beta,
+            "ppo/kl": kl, "ppo/kl_k3": kl_k3, "ppo/kl_goal": params.kl_goal, "ppo/kl_smoothed": self.beta.smoothed,
+            "ppo/beta": beta,
             "ppo/reward": episode_reward, "ppo/rm_score": rollouts.scores.mean().item(),
             "ppo/entropy": rollouts.entropy, "ppo/clip_fraction": means["clipped"],
             "ppo/value_loss": means["value_loss"], "ppo/policy_loss": means["policy_loss"],
@@ -263,10 +292,17 @@ class Trainer:
                 totals[name] += value.item()
         totals["ptx_loss"] = self.add_ptx(place)
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), params.max_grad_norm).item()
-        torch.nn.utils.clip_grad_norm_(self.value.parameters(), params.max_grad_norm)
+        value_norm = torch.nn.utils.clip_grad_norm_(self.value.parameters(), params.max_grad_norm).item()
+        if not all(map(math.isfinite, (*totals.values(), value_norm))):
+            raise TrainingFailed(f"iteration {place[0] + 1}: not finite: policy loss {totals['policy_loss']}, value "
+                                 f"loss {totals['value_loss']}, gradient norms {totals['grad_norm']}, {value_norm}")
         for optimizer in (self.optimizer, self.value_optimizer):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, value in self.policy.named_parameters():
+                if name in self.average:
+                    self.average[name].lerp_(value, 1 - params.ema_decay)
         return totals
 
     def add_ptx(self, place: tuple[int, int, int]) -> float:
@@ -286,7 +322,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.state_dict(), "value": self.value.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "value_optimizer": self.value_optimizer.state_dict(),
-                "beta": self.beta.state(), "rng": rng_state()}
+                "beta": self.beta.state(), "average": self.average, "rng": rng_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
@@ -294,61 +330,17 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.beta.restore(state["beta"])
+        self.average = {name: value.to(device()) for name, value in state["average"].items()}
         restore_rng(state["rng"])
 
-
-def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) -> list[int]:
-    """Indices of an iteration's prompts: every prompt once per pass, shuffled anew, each samples_per_prompt times."""
-    needed = params.batch_size // params.samples_per_prompt
-    first = iteration * needed
-    chosen: list[int] = []
-    for position in range(first, first + needed):
-        epoch, place = divmod(position, count)
-        if not chosen or place == 0:
-            order = torch.randperm(count, generator=generator(seed, "ppo prompts", epoch)).tolist()
-        chosen.append(order[place])
-    return [index for index in chosen for _ in range(params.samples_per_prompt)]
-
-
-def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
-              gold: GoldScorer | None = None, corpus: Path | None = None) -> dict[str, float]:
-    """Trains a policy on `prompts` against the reward model and saves it in `folder`/model. Returns metrics.
-
-    `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus`: pretraining
-    text (JSON Lines with "text"), read where params.ptx_coef > 0. Raises UserError where no prompt fits.
-    """
-    seed_everything(seed)
-    trainer = Trainer(params, sft_folder, rm_folder, seed)
-    encoded = trainer.codec.prompts(prompts)
-    kept = [(text, ids) for text, ids in zip(prompts, encoded, strict=True) if len(ids) <= params.max_prompt_tokens]
-    if not kept:
-        raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
-    if params.ptx_coef > 0 and corpus is not None:
-        trainer.corpus_rows = read_corpus(corpus, trainer.tokenizer, trainer.policy.config.max_position_embeddings)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.latest()
-    start = 0
-    if found is not None:
-        start, state = found
-        trainer.restore(state)
-    iterations = params.episodes // params.batch_size
-    journal = Journal(folder / "journal.csv", COLUMNS, resume_after=start if found else None)
-
-    def state_now() -> dict[str, Any]:
-        journal.sync()
-        return trainer.state()
-
-    with StageProgress("ppo", iterations, "iterations", done=start) as progress:
-        for iteration in range(start, iterations):
-            rows = iteration_prompts(len(kept), params, iteration, seed)
-            rollouts = trainer.roll_out([kept[row][1] for row in rows], iteration)
-            values = trainer.iterate(rollouts, iteration)
-            texts = [trainer.codec.decode(response) for response in rollouts.responses]
-            scores = gold([kept[row][0] for row in rows], texts) if gold else []
-            values["ppo/gold"] = sum(scores) / len(scores) if scores else 0.0
-            journal.append(iteration + 1, values)
-            progress.step({name: values[f"ppo/{name}"] for name in ("kl", "beta", "rm_score", "gold")})
-            checkpoints.after_step(iteration + 1, state_now)
-    journal.close()
-    save_model(trainer.policy, trainer.tokenizer, folder / "model")
-    return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": len(prompts) - len(kept)}
+    def save(self, folder: Path) -> None:
+        """The policy as a plain Hugging Face folder: adapters merged, the moving average of the weights where kept."""
+        self.train_mode(False)
+        own = {name: value.detach().clone() for name, value in self.policy.named_parameters() if name in self.average}
+        self.policy.load_state_dict(self.average, strict=False)
+        if self.adapter is None:
+            save_model(self.policy, self.tokenizer, folder)
+        else:
+            save_model(self.adapter.merge_and_unload(), self.tokenizer, folder)
+            return  # the adapter is gone: nothing is trained after this
+        self.policy.load_state_dict(own, strict=False)

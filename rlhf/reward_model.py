@@ -1,5 +1,7 @@
 """The reward model: the policy's backbone, one linear head read at the last token, a K-way ranking loss."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,26 @@ from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.errors import UserError
-from rlhf.losses import ranking_accuracy, ranking_loss
-from rlhf.models import adamw, autocast, device, new_scorer, save_model, scores_at, shift_scores
+from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
+from rlhf.models import (
+    adamw,
+    autocast,
+    check_length,
+    compile_passes,
+    device,
+    load_policy,
+    new_scorer,
+    save_memory,
+    save_model,
+    scale_scores,
+    scores_at,
+    shift_scores,
+)
 from rlhf.params import RmParams
+from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.training import train_loop
+from rlhf.training import Choice, train_loop
 
 SCORE_BATCH = 512
 
@@ -96,23 +112,31 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
                        policy_folder: Path, seed: int, folder: Path) -> tuple[PreTrainedModel, dict[str, float]]:
     """Trains on the train rows and saves the model in `folder`/model. Returns (model, metrics).
 
-    `rows` have prompt, completions, ranks, split, labeler_id. After training the scores are shifted so that
-    labeler demonstrations score mean 0 [InstructGPT]. `rm/accuracy`: share of the valid pairs with a preference
-    that are ordered like the labeler's ranking; `rm/accuracy_heldout_labelers`: those whose labeler ranked no
-    training row.
+    `rows` have prompt, completions, ranks, split, labeler_id. `params.loss` says what is learned of a ranking, and
+    `params.normalise` where the zero of the scores is: `demonstrations` (labelers' ones, prompt and completion) score
+    mean 0 [InstructGPT], or samples of the policy score mean 0 and deviation 1 [Ziegler]. Raises UserError where no row
+    fits or nothing can be normalised by, before anything is trained.
     """
     seed_everything(seed)
     tokenizer = load_tokenizer(policy_folder)
     codec = PromptCodec(tokenizer)
     train_rows = sample_rows([row for row in rows if row["split"] == "train"], params.max_prompts, seed)
+    valid_rows = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, seed)
+    if params.loss == "best_of":
+        train_rows = best_of_rows(train_rows, params.best_of_n, seed)
     data = Rankings.encode(codec, train_rows, params.max_tokens)
     if not data.ids:
         raise UserError(f"data/rm.jsonl: no train row of at most rm.max_tokens = {params.max_tokens} tokens")
+    anchors = demonstration_ids(codec, demonstrations, params)
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
+    check_length(model, params.max_tokens, "rm.max_tokens")
+    save_memory(model, params.gradient_checkpointing)
+    compile_passes(model, params.compile)
     model.train()
     lengths = data.lengths()
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "rm", 0)))
     epochs: dict[int, list[list[int]]] = {}
+    loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         epoch, place = divmod(step, per_epoch)
@@ -123,15 +147,43 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
         scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
         ranks, present = data.batch_ranks(indices)
         right, pairs = ranking_accuracy(scores.detach(), ranks, present)
-        return ranking_loss(scores, ranks, present), {"rm/accuracy": right / max(1, pairs)}
+        return loss_of(scores, ranks, present), {"rm/accuracy": right / max(1, pairs)}
 
-    train_loop("rm", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
-               loss_of_step=loss_of_step, columns=["rm/accuracy"])
+    steps = per_epoch * params.epochs
+    choice = None
+    if params.checkpoint == "valid_accuracy":
+        choice = Choice(frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks)),
+                        lambda: accuracy(score_rows(model, codec, valid_rows, params)))
+    kept = train_loop("rm", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
+                      columns=["rm/accuracy"], choice=choice)
     model.eval()
-    mean = demonstration_mean(model, codec, demonstrations, params)
-    shift_scores(model, -mean)
+    gain, bias = 1.0, 0.0
+    if params.normalise == "gain_and_bias":
+        samples = reference_samples(policy_folder, codec, [row["prompt"] for row in valid_rows], params, seed)
+        mean, deviation = moments(score_sequences(model, samples, codec.pad_id, params.precision))
+        gain, bias = 1 / max(deviation, 1e-6), -mean / max(deviation, 1e-6)
+        scale_scores(model, gain)
+    else:
+        bias = -moments(score_sequences(model, anchors, codec.pad_id, params.precision))[0]
+    shift_scores(model, bias)
     save_model(model, tokenizer, folder / "model")
-    return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/demonstration_shift": -mean}
+    return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/gain": gain, "rm/bias": bias,
+                   "rm/steps_kept": kept}
+
+
+def best_of_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` completions of each row (all where it has fewer), drawn by the seed, the best with rank 1, others 2.
+
+    Rows whose best of those is a tie are left out: nobody could have chosen one.
+    """
+    found = []
+    for number, row in enumerate(rows):
+        order = torch.randperm(len(row["ranks"]), generator=generator(seed, "rm", "best of", number))[:count].tolist()
+        ranks = [row["ranks"][index] for index in sorted(order)]
+        if ranks.count(min(ranks)) == 1:
+            found.append({**row, "completions": [row["completions"][index] for index in sorted(order)],
+                          "ranks": [1 if rank == min(ranks) else 2 for rank in ranks]})
+    return found
 
 
 def sample_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
@@ -142,37 +194,93 @@ def sample_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[
     return [rows[index] for index in sorted(chosen)]
 
 
-def demonstration_mean(model: PreTrainedModel, codec: PromptCodec, demonstrations: list[dict[str, str]],
-                       params: RmParams) -> float:
-    """Mean score of labelers' demonstrations."""
+def demonstration_ids(codec: PromptCodec, demonstrations: list[dict[str, str]], params: RmParams) -> list[list[int]]:
+    """Prompt and completion of labelers' demonstrations. Raises UserError where they are needed and none fits."""
+    if params.normalise != "demonstrations":
+        return []
     prompts = codec.prompts([row["prompt"] for row in demonstrations])
     completions = codec.completions([row["completion"] for row in demonstrations])
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)
                  if len(prompt) + len(completion) <= params.max_tokens]
     if not sequences:
-        raise UserError(f"data/sft.jsonl: no valid labeler row of at most rm.max_tokens = {params.max_tokens} tokens, "
-                        "and the reward model's scores are shifted by those")
-    scores = score_sequences(model, sequences, codec.pad_id, params.precision)
-    return sum(scores) / len(scores)
+        raise UserError(f"data/sft.jsonl: no valid row of at most rm.max_tokens = {params.max_tokens} tokens, and the "
+                        "reward model's scores are shifted by those; or set rm.normalise to gain_and_bias")
+    return sequences
 
 
-@torch.no_grad()
-def pairwise_accuracy(model: PreTrainedModel, data: Rankings, pad_id: int, precision: str) -> tuple[int, int]:
-    """(pairs ordered as ranked, pairs with a preference) over a set of rankings."""
-    right = pairs = 0
-    for indices in length_batches(data.lengths(), SCORE_BATCH // 8, None):
-        scores = score_groups(model, [data.ids[index] for index in indices], pad_id, precision)
-        ranks, present = data.batch_ranks(indices)
-        good, all_pairs = ranking_accuracy(scores, ranks, present)
-        right, pairs = right + good, pairs + all_pairs
-    return right, pairs
+def reference_samples(policy_folder: Path, codec: PromptCodec, prompts: list[str], params: RmParams, seed: int
+                      ) -> list[list[int]]:
+    """A sample of the policy for each of the first valid prompts, prompt and response."""
+    encoded = [ids for ids in codec.prompts(prompts[:params.normalise_samples]) if len(ids) < params.max_tokens]
+    if not encoded:
+        raise UserError(f"data/rm.jsonl: no valid prompt of fewer than rm.max_tokens = {params.max_tokens} tokens")
+    room = max(1, params.max_tokens - max(map(len, encoded)))
+    sampling = Sampling(room, (codec.eos_id,), codec.pad_id, precision=params.precision)
+    responses = sample_responses(load_policy(policy_folder), encoded, sampling, generator(seed, "rm", "samples"))
+    return [prompt + response for prompt, response in zip(encoded, responses, strict=True)]
 
 
-def measure_accuracy(model: PreTrainedModel, codec: PromptCodec, rows: list[dict[str, Any]],
-                     params: RmParams) -> float:
-    """Share of pairs with a preference that the model orders like the ranks; NaN-free: 0 where there is none."""
-    data = Rankings.encode(codec, rows, params.max_tokens)
-    if not data.ids:
-        return 0.0
-    right, pairs = pairwise_accuracy(model, data, codec.pad_id, params.precision)
-    return right / max(1, pairs)
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and (biased) standard deviation."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+
+# --- how good it is -------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Scored:
+    """A ranked prompt and the model's score of each of its completions."""
+
+    row: dict[str, Any]
+    scores: list[float]
+
+    def pairs(self) -> list[tuple[float, bool]]:
+        """(margin >= 0, whether the ranking agrees) of each pair that the ranking decides; margin 0 disagrees."""
+        ranks = self.row["ranks"]
+        found = []
+        for one, other in itertools.combinations(range(len(ranks)), 2):
+            if ranks[one] != ranks[other]:
+                margin = self.scores[one] - self.scores[other]
+                found.append((abs(margin), margin * (ranks[other] - ranks[one]) > 0))
+        return found
+
+
+def score_rows(model: PreTrainedModel, codec: PromptCodec, rows: list[dict[str, Any]], params: RmParams
+               ) -> list[Scored]:
+    """Scores every completion of the rows that fit."""
+    prompts = codec.prompts([row["prompt"] for row in rows])
+    flat = iter(codec.completions([text for row in rows for text in row["completions"]]))
+    kept, sequences = [], []
+    for row, prompt in zip(rows, prompts, strict=True):
+        mine = [prompt + next(flat) for _ in row["completions"]]
+        if max(map(len, mine)) <= params.max_tokens:
+            kept.append(row)
+            sequences += mine
+    scores = iter(score_sequences(model, sequences, codec.pad_id, params.precision))
+    return [Scored(row, [next(scores) for _ in row["completions"]]) for row in kept]
+
+
+def accuracy(scored: Sequence[Scored]) -> float:
+    """Share of the pairs with a preference that the model orders like the ranking; 0 where there is none."""
+    agreed = [agrees for item in scored for _, agrees in item.pairs()]
+    return sum(agreed) / max(1, len(agreed))
+
+
+def calibration(scored: Sequence[Scored], bins: int = 10) -> list[dict[str, float]]:
+    """Predicted probability of the preferred completion of a pair, sigmoid(|margin|), against how often the labeler
+    agrees: a row a bin of [0.5, 1] that holds pairs; low, predicted, observed, pairs."""
+    groups: dict[int, list[tuple[float, bool]]] = {}
+    for item in scored:
+        for margin, agrees in item.pairs():
+            predicted = 1 / (1 + math.exp(-margin))
+            groups.setdefault(min(bins - 1, int((predicted - 0.5) * 2 * bins)), []).append((predicted, agrees))
+    return [{"low": 0.5 + number / (2 * bins), "predicted": sum(p for p, _ in pairs) / len(pairs),
+             "observed": sum(agrees for _, agrees in pairs) / len(pairs), "pairs": len(pairs)}
+            for number, pairs in sorted(groups.items())]
+
+
+def calibration_error(curve: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error: mean distance of predicted and observed, weighted by pairs."""
+    total = sum(row["pairs"] for row in curve)
+    return sum(row["pairs"] * abs(row["predicted"] - row["observed"]) for row in curve) / max(1.0, total)

@@ -10,12 +10,28 @@ from transformers import PreTrainedModel
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
-from rlhf.models import adamw, autocast, device, load_policy, next_token_logits, save_model, set_dropout
+from rlhf.models import (
+    adamw,
+    autocast,
+    check_length,
+    compile_passes,
+    device,
+    load_policy,
+    load_scorer,
+    next_token_logits,
+    save_memory,
+    save_model,
+    set_dropout,
+)
 from rlhf.params import SftParams
 from rlhf.pretrain import corpus_batch, lm_loss, read_corpus
+from rlhf.reward_model import score_sequences
+from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.training import train_loop
+from rlhf.training import Choice, train_loop
+
+CHOICE_PROMPTS = 256
 
 
 @dataclass(frozen=True)
@@ -64,12 +80,15 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
     if not train.ids or not valid.ids:
         raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
     model = load_policy(base_folder)
+    check_length(model, params.max_tokens, "sft.max_tokens")
     corpus_rows = None
     if corpus and params.pretrain_mix:
         corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings)
     mixed_rows = max(1, round(params.batch_size * params.pretrain_mix / (1 - params.pretrain_mix)))
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
+    save_memory(model, params.gradient_checkpointing)
+    compile_passes(model, params.compile)
     model.train()
     lengths = [len(ids) for ids in train.ids]
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "sft", 0)))
@@ -88,13 +107,17 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
         total = (1 - params.pretrain_mix) * loss + params.pretrain_mix * other
         return total, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": other.item()}
 
-    train_loop("sft", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
-               loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"])
+    measure = {"valid_loss": lambda: -valid_loss(model, valid, params, codec.pad_id),
+               "rm_score": lambda: rm_score(model, valid, params, codec, seed)}.get(params.checkpoint)
+    ends = frozenset(per_epoch * (epoch + 1) for epoch in range(params.epochs))
+    kept = train_loop("sft", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
+                      loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"],
+                      choice=Choice(ends, measure) if measure else None)
     set_dropout(model, 0.0)
     model.eval()
     save_model(model, tokenizer, folder / "model")
     return {"sft/valid_loss": valid_loss(model, valid, params, codec.pad_id), "sft/valid_loss_base": loss_base,
-            "sft/train_rows": len(train.ids), "sft/valid_rows": len(valid.ids),
+            "sft/epoch_kept": kept // per_epoch, "sft/train_rows": len(train.ids), "sft/valid_rows": len(valid.ids),
             "sft/too_long": train.too_long + valid.too_long}
 
 
@@ -114,3 +137,14 @@ def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, 
         total += batch_loss(model, ids, mask, params.precision).item() * mask.sum().item()
         tokens += mask.sum().item()
     return total / tokens
+
+
+def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, codec: PromptCodec, seed: int) -> float:
+    """Mean score that the reward model gives to a sample for each of the first valid prompts [InstructGPT App. C.1]."""
+    prompts = [ids[:length] for ids, length in zip(valid.ids, valid.prompt_lengths, strict=True)][:CHOICE_PROMPTS]
+    room = max(1, params.max_tokens - max(map(len, prompts)))
+    sampling = Sampling(room, (codec.eos_id,), codec.pad_id, precision=params.precision)
+    responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))
+    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    scores = score_sequences(load_scorer(params.reward_model), sequences, codec.pad_id, params.precision)
+    return sum(scores) / len(scores)

@@ -19,7 +19,7 @@ from rlhf.data.rules import RULES
 from rlhf.data.schema import KEYS, PAPER_ROWS, expected_rows, write_rows
 from rlhf.data.sources.spec import Source
 from rlhf.errors import UserError
-from rlhf.files import publish
+from rlhf.files import publish, write_json
 from rlhf.params import IngestParams
 from rlhf.progress import StageProgress
 from rlhf.world.corpus import documents
@@ -30,6 +30,7 @@ from tasks.sources import load_source
 from tasks.stage import Stage, die_with_parent, run_stage
 
 MAX_PROCESSES = 8
+SOURCE = "source.json"
 SPECS = Path("profiles/sources")
 
 
@@ -59,6 +60,7 @@ def write_embedded(params: IngestParams, seed: int, made: Path) -> dict[str, Any
             write_rows(made / "tax" / f"{task}.jsonl", items)
         texts = documents(world, params.corpus_documents, held_out)
         write_rows(made / "corpus.jsonl", counted({"text": text} for text in texts))
+    write_json(made / SOURCE, {"source": "embedded"})
     metrics = {f"ingest/{name}_rows": count for name, count in rows.items()}
     return {**metrics, "ingest/corpus_documents": params.corpus_documents}
 
@@ -122,6 +124,7 @@ def ingest(stage: Stage) -> None:
         if missing:
             raise UserError(f"{spec}: nothing for {', '.join(missing)}; the line needs all three datasets")
         metrics = write_described(source, spec.parent, stage.params.seed, made)
+        write_json(made / SOURCE, {"source": "described"})
         (made / "corpus.jsonl").touch()
         (made / "tax").mkdir()
     stage.publish("data", "build/data")

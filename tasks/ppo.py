@@ -7,9 +7,8 @@ from pathlib import Path
 
 from rlhf.data.schema import read_rows
 from rlhf.journal import read_journal
-from rlhf.ppo import train_ppo
-from rlhf.world.facts import World
-from rlhf.world.labeler import GoldLabeler
+from rlhf.ppo_run import train_ppo
+from tasks.gold import gold_labeler
 from tasks.stage import Stage, run_stage
 
 
@@ -17,9 +16,9 @@ def train(stage: Stage) -> None:
     """PPO from models/sft on the train prompts of data/ppo.jsonl."""
     params = stage.params.stages.ppo
     prompts = [row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train"]
-    labeler = GoldLabeler(World(stage.params.seed))
+    labeler = gold_labeler(stage.params.seed)
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rm"), stage.params.seed, stage.scratch,
-                        gold=labeler.scores, corpus=Path("data/corpus.jsonl"))
+                        gold=labeler.scores if labeler else None, corpus=Path("data/corpus.jsonl"))
     metrics.update(summarise([{key: float(value) for key, value in row.items()}
                               for row in read_journal(stage.scratch / "journal.csv")]))
     stage.publish("model", "models/ppo")
@@ -30,14 +29,16 @@ def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
     """Means over the last quarter of the iterations; gold score of the first iteration and of the last three."""
     quarter = journal[-max(1, len(journal) // 4):]
     mean = {name: sum(row[f"ppo/{name}"] for row in quarter) / len(quarter)
-            for name in ("kl", "beta", "reward", "rm_score", "entropy", "response_length", "eos_rate")}
+            for name in ("kl", "kl_k3", "beta", "reward", "rm_score", "entropy", "response_length", "eos_rate")}
     last = journal[-3:]
+    gold = {"ppo/gold_first": journal[0]["ppo/gold"], "ppo/gold_last": sum(row["ppo/gold"] for row in last) / len(last)
+            } if "ppo/gold" in journal[0] else {}
     return {
         **{f"ppo/{name}": value for name, value in mean.items()},
         "ppo/kl_goal": journal[-1]["ppo/kl_goal"],
-        "ppo/gold_first": journal[0]["ppo/gold"],
-        "ppo/gold_last": sum(row["ppo/gold"] for row in last) / len(last),
+        **gold,
         "ppo/kl_last": journal[-1]["ppo/kl"],
+        "ppo/alarms": sum(row["ppo/alarm"] for row in journal),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.errors import Interrupted, UserError
+from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.files import hash_paths, publish, write_json
 from tasks.params import Params, load_params
 
@@ -95,6 +95,8 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
         body(stage)
     except UserError as error:
         fail(name, str(error), 2)
+    except TrainingFailed as error:
+        fail(name, str(error), 4)
     except Interrupted as stop:
         fail(name, str(stop), 128 + signal.SIGTERM)
     except OSError as error:

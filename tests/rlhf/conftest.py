@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rlhf.checkpoint import Checkpoints, StopSignal
 from rlhf.models import new_scorer, save_model
@@ -18,7 +28,8 @@ from rlhf.params import PpoParams
 from rlhf.ppo import Trainer
 from rlhf.tokenizer import train_tokenizer
 
-ARCHITECTURES = ("gpt_neox", "gpt2")
+WITH_DROPOUT = ("gpt_neox", "gpt2")  # residual dropout, a bias in the final norm
+ARCHITECTURES = (*WITH_DROPOUT, "llama", "qwen2")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,7 +85,8 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
     """make_policy(architecture, seed): a random model with 2 blocks of width 32 and uneven predictions.
 
-    EOS is made likely enough (by the final norm's bias) that responses end at different lengths.
+    EOS is made likely enough (by the final norm's bias, or its row of the output) that responses end at different
+    lengths.
     """
     def make(architecture: str, seed: int = 0, dropout: float = 0.0) -> Any:
         torch.manual_seed(seed)
@@ -83,12 +95,20 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
                  "initializer_range": 0.2, "attn_implementation": "eager"}
         if architecture == "gpt2":
             model: Any = GPT2LMHeadModel(GPT2Config(
-                n_positions=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=0.0, attn_pdrop=0.0,
+                n_positions=128, n_embd=32, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=0.0, attn_pdrop=0.0,
                 **shape))
             norm, strength = model.transformer.ln_f, 4.0
+        elif architecture in ("llama", "qwen2"):
+            config, kind = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
+                architecture]
+            model = kind(config(max_position_embeddings=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **shape))
+            with torch.no_grad():  # no bias: one direction speaks for EOS
+                model.lm_head.weight[tokenizer.eos_token_id] = torch.eye(32)[0] * 5
+            return model.eval()
         else:
             model = GPTNeoXForCausalLM(GPTNeoXConfig(
-                max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                max_position_embeddings=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=2, rotary_pct=0.5, tie_word_embeddings=True, hidden_dropout=dropout, **shape))
             norm, strength = model.gpt_neox.final_layer_norm, 2.5
         direction = model.get_output_embeddings().weight[tokenizer.eos_token_id].detach()

@@ -13,7 +13,6 @@ from torch import tensor
 from rlhf.params import PpoParams
 from rlhf.ppo import (
     advantages_and_returns,
-    iteration_prompts,
     masked_mean,
     policy_loss,
     response_mask,
@@ -22,6 +21,7 @@ from rlhf.ppo import (
     value_loss,
     whiten,
 )
+from rlhf.ppo_run import iteration_prompts
 
 Array = np.ndarray
 

@@ -48,6 +48,7 @@ def test_rollouts_are_what_plain_forward_passes_say(make_trainer: Make, architec
     disturb(trainer.policy, 0.05)
     rollouts = rolled_out(trainer, prompt_texts)
     entropies = []
+    assert trainer.reference is not None
     for row, (prompt, response) in enumerate(zip(rollouts.prompts, rollouts.responses, strict=True)):
         assert rollouts.mask[row].sum().item() == len(response)
         length = len(response)

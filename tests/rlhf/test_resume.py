@@ -15,7 +15,7 @@ from rlhf.errors import Interrupted
 from rlhf.journal import Journal, read_journal
 from rlhf.models import adamw, muon_and_adamw, set_dropout
 from rlhf.params import PpoParams
-from rlhf.ppo import train_ppo
+from rlhf.ppo_run import train_ppo
 from rlhf.pretrain import corpus_batch, lm_loss
 from rlhf.training import train_loop
 
@@ -39,7 +39,7 @@ def train(make_policy: Callable[..., Any], architecture: str) -> Callable[..., d
     """train(folder, hook): trains a fresh tiny model with dropout; hook(step) runs before a step's loss."""
     def run(folder: Path, hook: Hook = no_hook) -> dict[str, bytes]:
         model = make_policy(architecture).train()
-        set_dropout(model, 0.1)
+        set_dropout(model, 0.1 if architecture in ("gpt_neox", "gpt2") else 0.0)
         torch.manual_seed(42)
         optimizers = muon_and_adamw(model, 1e-2, 0.02, 0.01) if architecture == "gpt_neox" else [adamw(model, 1e-2)]
 
