@@ -40,7 +40,8 @@ for out in outs:
         path.mkdir(parents=True, exist_ok=True)
         (path / "file").write_text(text)
 '''
-DATA = {"sft.jsonl": "s1", "rm.jsonl": "r1", "ppo.jsonl": "p1", "corpus.jsonl": "c1", "tax/cloze.jsonl": "t1"}
+DATA = {"sft.jsonl": "s1", "rm.jsonl": "r1", "ppo.jsonl": "p1", "corpus.jsonl": "c1", "tax/cloze.jsonl": "t1",
+        "source.json": "{}"}
 
 
 def dvc(root: Path, *arguments: str) -> str:
