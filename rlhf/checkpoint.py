@@ -7,6 +7,8 @@ does not count. Both are written to a temporary name, fsynced and renamed.
 import hashlib
 import json
 import logging
+import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rlhf.errors import Interrupted
+from rlhf.errors import Interrupted, UserError
 from rlhf.files import write_atomic, write_json
 
 log = logging.getLogger(__name__)
@@ -38,12 +40,16 @@ class StopSignal:
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints in one folder, one every `seconds` (their number changes no result)."""
+    """The newest `keep` checkpoints in one folder, one every `seconds`.
 
-    def __init__(self, folder: Path, keep: int = 2, seconds: float = 30.0) -> None:
+    They change no result, so they are no parameters: the environment may set INSTRUCTFLOW_CHECKPOINT_SECONDS (30) and
+    INSTRUCTFLOW_CHECKPOINTS_KEPT (2). Raises UserError where that is no number.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, seconds: float | None = None) -> None:
         self.folder = folder
-        self.keep = keep
-        self.seconds = seconds
+        self.keep = int(_from_environment("INSTRUCTFLOW_CHECKPOINTS_KEPT", 2, 1)) if keep is None else keep
+        self.seconds = _from_environment("INSTRUCTFLOW_CHECKPOINT_SECONDS", 30.0, 0) if seconds is None else seconds
         self._saved_at = time.monotonic()
         StopSignal.listen()
 
@@ -85,5 +91,20 @@ class Checkpoints:
             self.save(step, state_of())
             self._saved_at = time.monotonic()
 
+    def steps(self) -> list[int]:
+        """The steps after which there are checkpoints, whole ones as far as their names tell."""
+        return [int(path.stem.removeprefix("step-")) for path in self._complete()]
+
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*.pt") if path.with_suffix(".json").exists())
+
+
+def _from_environment(name: str, default: float, least: float) -> float:
+    given = os.environ.get(name, "")
+    try:
+        value = float(given) if given else default
+    except ValueError:
+        value = math.nan
+    if not value >= least:
+        raise UserError(f"{name} = {given!r} in the environment: must be a number >= {least:g}")
+    return value

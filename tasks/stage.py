@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from rlhf.checkpoint import Checkpoints
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.files import hash_paths, publish, write_json
 from tasks.params import Params, load_params
@@ -79,6 +81,7 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
     """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2."""
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}")
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
+    parser.add_argument("--status", action="store_true", help="only say what a run would start from")
     args = parser.parse_args()
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
@@ -86,6 +89,9 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
     try:
         params = load_params(root)
         scratch = root / "scratch" / name / config_hash(name, params, root)
+        if args.status:
+            print(status(name, scratch), flush=True)
+            return
         if args.fresh and scratch.exists():
             shutil.rmtree(scratch)
         (scratch / "done.json").unlink(missing_ok=True)
@@ -105,6 +111,24 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(name, f"{error.filename}: cannot be written ({error.strerror}); mend its permissions", 3)
         raise
+
+
+def status(name: str, scratch: Path) -> str:
+    """What a run with these inputs would start from, in one line for each thing worth knowing."""
+    steps = Checkpoints(scratch / "checkpoints").steps()
+    lines = [f"{name}: inputs {scratch.name}"]
+    if steps:
+        age = time.time() - (scratch / "checkpoints" / f"step-{steps[-1]:08d}.pt").stat().st_mtime
+        lines.append(f"  goes on after step {steps[-1]:,} (saved {age / 60:.0f} min ago"
+                     + (f"; before it: {', '.join(map(str, steps[:-1]))})" if steps[1:] else ")"))
+    else:
+        lines.append("  starts from the beginning: nothing is saved for these inputs")
+    if (scratch / "done.json").exists():
+        lines.append("  a run with these inputs has finished")
+    others = [path for path in sorted(scratch.parent.glob("*")) if path != scratch and path.is_dir()]
+    if others:
+        lines.append(f"  checkpoints of {len(others)} other inputs are not used (other code, data, parameters or seed)")
+    return "\n".join(lines)
 
 
 def fail(name: str, message: str, code: int) -> None:

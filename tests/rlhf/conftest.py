@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf.checkpoint import Checkpoints, StopSignal
+from rlhf.checkpoint import StopSignal
 from rlhf.models import new_scorer, save_model
 from rlhf.params import PpoParams
 from rlhf.ppo import Trainer
@@ -56,7 +56,7 @@ def unchanged_signals() -> Iterator[None]:
 @pytest.fixture
 def save_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers write a checkpoint after every step instead of every 30 seconds."""
-    monkeypatch.setattr(Checkpoints.__init__, "__defaults__", (2, 0.0))
+    monkeypatch.setenv("INSTRUCTFLOW_CHECKPOINT_SECONDS", "0")
 
 
 @pytest.fixture(scope="session")

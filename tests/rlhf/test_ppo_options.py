@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.kl import FixedBeta, ProportionalBeta, StepBeta, beta_rule
+from rlhf.models import new_scorer, save_model
 from rlhf.params import PpoParams
 from rlhf.ppo import Trainer
 
@@ -118,6 +119,20 @@ def test_rollouts_of_one_prompt_differ_and_their_mean_reward_is_the_objective(ma
     assert len({tuple(response) for response in rollouts.responses[:4]}) > 1
     values = trainer.iterate(rollouts, 0)
     assert values["ppo/reward"] == pytest.approx(rollouts.scores.mean().item(), abs=1e-5)  # no KL at the first
+
+
+def test_dropout_is_off_whatever_the_saved_model_says(
+        make_policy: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, prompt_texts: list[str],
+        ppo_params: Callable[..., PpoParams]) -> None:
+    save_model(make_policy("gpt2", dropout=0.5), tokenizer, tmp_path / "policy")
+    save_model(new_scorer(tmp_path / "policy", tokenizer.pad_token_id, torch.Generator().manual_seed(1)), tokenizer,
+               tmp_path / "rm")
+    for frugal in (False, True):  # in training mode dropout would be active
+        trainer = Trainer(ppo_params(gradient_checkpointing=frugal), tmp_path / "policy", tmp_path / "rm", seed=5)
+        values = run(trainer, prompt_texts, 1)[0]
+        assert values["ppo/ratio_first"] == pytest.approx(1, abs=1e-5)
+        assert values["ppo/kl"] == 0
+        assert trainer.policy.training == frugal
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
