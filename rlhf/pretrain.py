@@ -13,7 +13,7 @@ from rlhf.losses import completion_loss, token_log_probs
 from rlhf.models import autocast, device, load_policy, muon_and_adamw, next_token_logits, save_model, small_gpt
 from rlhf.params import PretrainParams
 from rlhf.seeding import generator, seed_everything
-from rlhf.tokenizer import PAD, load_tokenizer, text_ids, train_tokenizer
+from rlhf.tokenizer import load_with_pad, text_ids, train_tokenizer
 from rlhf.training import train_loop
 
 VALID_DOCUMENTS = 500
@@ -84,15 +84,17 @@ def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams) -> f
 def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
     """Saves a Hugging Face model as the base in `folder`/model, with a PAD token that is not its EOS."""
     try:
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(params.base_model)
+        tokenizer: PreTrainedTokenizerBase = load_with_pad(params.base_model)
         model = load_policy(params.base_model)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"pretrain.base_model = {params.base_model!r}: cannot be loaded: {first}") from None
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():  # PAD's row is never read, and must not be random
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[known:] = 0
     model.config.pad_token_id = tokenizer.pad_token_id
     save_model(model, tokenizer, folder / "model")
     return {"pretrain/parameters": model.num_parameters()}

@@ -37,6 +37,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
+def load_with_pad(name: str | Path) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer, given a PAD token where it has none or uses EOS for it."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Ids of plain texts; the names of special tokens inside a text stay text."""
     if not texts:

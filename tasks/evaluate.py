@@ -17,9 +17,9 @@ from rlhf.progress import StageProgress
 from rlhf.seeding import generator, seed_everything
 from rlhf.tax import measure_task
 from rlhf.tokenizer import load_tokenizer
-from rlhf.world.facts import World
 from rlhf.world.labeler import TOP, GoldLabeler, Grades, compare
 from rlhf.world.tax import CHANCE
+from tasks.gold import gold_labeler
 from tasks.stage import Stage, run_stage
 
 MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft"), "ppo": Path("models/ppo")}
@@ -32,7 +32,7 @@ def evaluate(stage: Stage) -> None:
     seed_everything(seed)
     rows = held_out(params, seed)
     prompts = [row["prompt"] for row in rows]
-    labeler = GoldLabeler(World(seed))
+    labeler = gold_labeler(seed)
     answers: dict[str, Answers] = {}
     tax: dict[str, dict[str, list[float]]] = {}
     with StageProgress("evaluate", 2 * len(MODELS)) as progress:
@@ -41,10 +41,14 @@ def evaluate(stage: Stage) -> None:
             progress.step()
             tax[name] = tax_scores(folder, params)
             progress.step()
-    grades = {name: labeler.grades(prompts, found.texts) for name, found in answers.items()}
-    metrics: dict[str, Any] = {"eval/prompts": len(prompts)}
-    metrics.update(model_metrics(answers, grades, params, seed))
-    metrics.update(win_rates(rows, grades, labeler, params, seed))
+    metrics: dict[str, Any] = {"eval/prompts": len(prompts), **model_metrics(answers)}
+    grades: dict[str, list[Grades]] = {}
+    if labeler:
+        grades = {name: labeler.grades(prompts, found.texts) for name, found in answers.items()}
+        metrics.update(gold_metrics(grades, params, seed))
+        metrics.update(win_rates(rows, grades, labeler, params, seed))
+    else:
+        metrics.update(rm_preferences(answers, params, seed))
     metrics["eval/kl_ppo"] = mean_kl(MODELS["ppo"], MODELS["sft"], prompts, answers["ppo"], "fp32",
                                      params.temperature)
     metrics.update(tax_metrics(tax, params, seed))
@@ -69,18 +73,33 @@ def tax_scores(folder: Path, params: EvaluateParams) -> dict[str, list[float]]:
     return found
 
 
-def model_metrics(answers: dict[str, Answers], grades: dict[str, list[Grades]], params: EvaluateParams,
-                  seed: int) -> dict[str, float]:
-    """Gold score, shares of fully helpful / truthful / harmless responses, RM score and length of each model."""
+def model_metrics(answers: dict[str, Answers]) -> dict[str, float]:
+    """RM score and length of each model's responses."""
     metrics: dict[str, float] = {}
     for name, found in answers.items():
-        gold = [item.score for item in grades[name]]
-        metrics.update(with_interval(f"eval/gold_{name}", gold, params.bootstrap, seed))
-        for dimension in ("helpful", "truthful", "harmless"):
-            full = [float(getattr(item, dimension) == TOP) for item in grades[name]]
-            metrics[f"eval/{dimension}_{name}"] = sum(full) / len(full)
         metrics[f"eval/rm_score_{name}"] = sum(found.rm_scores) / len(found.rm_scores)
         metrics[f"eval/length_{name}"] = sum(map(len, found.ids)) / len(found.ids)
+    return metrics
+
+
+def gold_metrics(grades: dict[str, list[Grades]], params: EvaluateParams, seed: int) -> dict[str, float]:
+    """Gold score and shares of fully helpful / truthful / harmless responses of each model."""
+    metrics: dict[str, float] = {}
+    for name, found in grades.items():
+        metrics.update(with_interval(f"eval/gold_{name}", [item.score for item in found], params.bootstrap, seed))
+        for dimension in ("helpful", "truthful", "harmless"):
+            full = [float(getattr(item, dimension) == TOP) for item in found]
+            metrics[f"eval/{dimension}_{name}"] = sum(full) / len(full)
+    return metrics
+
+
+def rm_preferences(answers: dict[str, Answers], params: EvaluateParams, seed: int) -> dict[str, float]:
+    """How often the reward model prefers PPO's response: PPO was trained on it, so this shows learning, no more."""
+    metrics: dict[str, float] = {}
+    for other in ("sft", "base"):
+        preferences = [(ours > theirs) - (ours < theirs) for ours, theirs in
+                       zip(answers["ppo"].rm_scores, answers[other].rm_scores, strict=True)]
+        metrics.update(with_interval(f"eval/rm_prefers_ppo_to_{other}", outcomes(preferences), params.bootstrap, seed))
     return metrics
 
 
@@ -118,6 +137,8 @@ def tax_metrics(tax: dict[str, dict[str, list[float]]], params: EvaluateParams, 
             metrics[f"tax_se/{name}/{task}"] = (share * (1 - share) / len(scores[task])) ** 0.5
         difference = [b - a for b, a in zip(base, tax["ppo"][task], strict=True)]
         metrics.update(with_interval(f"tax/{task}", difference, params.bootstrap, seed))
+    if not tax["base"]:
+        return metrics
     by_item = [[b - a for b, a in zip(tax["base"][task], tax["ppo"][task], strict=True)] for task in tax["base"]]
     means = [sum(column) / len(column) for column in zip(*by_item, strict=True)]
     metrics.update(with_interval("tax/mean", means, params.bootstrap, seed))
@@ -129,7 +150,7 @@ def samples(rows: list[dict[str, Any]], answers: dict[str, Answers],
     """Responses side by side, for the report."""
     return [{"use_case": row["use_case"], "prompt": row["prompt"],
              **{name: found.texts[index] for name, found in answers.items()},
-             **{f"gold_{name}": grades[name][index].score for name in answers}}
+             **{f"gold_{name}": found[index].score for name, found in grades.items()}}
             for index, row in enumerate(rows)]
 
 

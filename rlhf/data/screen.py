@@ -101,9 +101,9 @@ def problem_of(record: Record, role: str, rules: RulesParams) -> str:
 
 @lru_cache(maxsize=2)
 def _codec(name: str) -> Any:
-    from rlhf.tokenizer import PromptCodec, load_tokenizer
+    from rlhf.tokenizer import PromptCodec, load_with_pad
 
-    return PromptCodec(load_tokenizer(name))
+    return PromptCodec(load_with_pad(name))
 
 
 def _lengths(records: list[Record], rules: RulesParams) -> list[str]:
