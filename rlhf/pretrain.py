@@ -51,9 +51,12 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
 
 def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int) -> Tensor:
     """The pretraining corpus in packed rows, for the stages that mix it in: [rows, 128], or less if the model's
-    `positions` are fewer.
+    `positions` are fewer. Raises UserError where the corpus fills no row.
     """
     texts = [row["text"] for row in read_rows(path)]
+    if sum(map(len, texts)) < 100 * CORPUS_ROW:
+        raise UserError(f"{path}: next to empty, and pretraining text is asked for; give the source a corpus, or set "
+                        "sft.pretrain_mix and ppo.ptx_coef to 0")
     return pack(text_ids(tokenizer, texts), min(CORPUS_ROW, positions), tokenizer.eos_token_id)
 
 

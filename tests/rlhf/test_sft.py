@@ -71,7 +71,7 @@ def test_a_step_mixes_the_two_losses_by_their_share(policy_folder: Path, texts: 
     sums = [log_prob_sum(model, pairs[index][0] + pairs[index][1], len(pairs[index][0])) for index in chosen]
     completion_loss = -sum(found for found, _ in sums) / sum(count for _, count in sums)
     # 8 demonstrations are three quarters of a step, so 8/3 rows of text, rounded, are the rest
-    mixed = corpus_batch(read_corpus(corpus, tokenizer, 64), 3, 0, SEED)
+    mixed = corpus_batch(read_corpus(corpus, tokenizer, 128), 3, 0, SEED)
     sums = [log_prob_sum(model, row.tolist(), 1) for row in mixed]
     pretrain_loss = -sum(found for found, _ in sums) / sum(count for _, count in sums)
 

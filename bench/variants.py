@@ -1,0 +1,109 @@
+"""PPO's variants on a finished `cpu` line: β rules, KL goals over a decade, best-of-4, PPO-ptx. A line of JSON each.
+
+    python bench/variants.py [NAME ...]     in the checkout of a finished line; writes only to a temporary folder
+
+Each trains from models/sft and models/rm with the profile's other parameters, and is measured on 1,000 held-out prompts
+by the gold labeler and on the tax tasks. About two and a half minutes each on two cores.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.data.schema import read_rows
+from rlhf.evaluate import answer, outcomes, with_interval
+from rlhf.journal import read_journal
+from rlhf.models import load_policy
+from rlhf.ppo_run import train_ppo
+from rlhf.reward_model import Scored, accuracy, sample_rows, score_rows, train_reward_model
+from rlhf.sft import sft
+from rlhf.tax import measure_task
+from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.world.facts import World
+from rlhf.world.labeler import GoldLabeler, compare
+from tasks.params import load_params
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "step, KL goal 0.2": {"ppo": {"kl_goal": 0.2}},
+    "step, KL goal 0.6": {},
+    "step, KL goal 2": {"ppo": {"kl_goal": 2.0, "episodes": 20480}},
+    "proportional": {"ppo": {"beta_rule": "proportional", "beta_gain": 1.0, "beta": 0.08}},
+    "fixed": {"ppo": {"beta_rule": "fixed", "beta": 0.08}},
+    "best of 4": {"rm": {"loss": "best_of", "batch_size": 8}},
+    "SFT without pretraining text": {"sft": {"pretrain_mix": 0.0}},
+    "SFT without pretraining text, PPO-ptx": {"sft": {"pretrain_mix": 0.0}, "ppo": {"ptx_coef": 0.5}},
+    "averaged weights": {"ppo": {"ema_decay": 0.9}},
+    "value from the policy": {"ppo": {"value_init": "policy"}},
+    "LoRA, rank 16": {"ppo": {"lora_rank": 16, "lr": 1e-3, "value_lr": 1e-3}},
+}
+Folder = Path
+
+
+def tax(folder: Folder) -> float:
+    """Mean share right over the tax tasks."""
+    model, tokenizer = load_policy(folder), load_tokenizer(folder)
+    shares = []
+    for path in sorted(Path("data/tax").glob("*.jsonl")):
+        right = measure_task(model, tokenizer, list(read_rows(path)), "fp32")
+        shares.append(sum(right) / len(right))
+    return sum(shares) / len(shares)
+
+
+def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler) -> dict[str, Any]:
+    params = load_params().stages
+    seed, found = 1, {"variant": name}
+    start, reward_model = Path("models/sft"), Path("models/rm")
+    before = time.monotonic()
+    if "sft" in changes:
+        rows = list(read_rows(Path("data/sft.jsonl")))
+        sft(dataclasses.replace(params.sft, **changes["sft"]), rows, Path("models/pretrain"), seed, folder / "sft",
+            Path("data/corpus.jsonl"))
+        start = folder / "sft" / "model"
+        found["tax_sft"] = round(tax(Path("models/pretrain")) - tax(start), 3)
+    if "rm" in changes:
+        rows = list(read_rows(Path("data/rm.jsonl")))
+        shown = [row for row in read_rows(Path("data/sft.jsonl")) if row["split"] == "valid"
+                 and row["source"] == "labeler"]
+        rm = dataclasses.replace(params.rm, **changes["rm"])
+        model, _ = train_reward_model(rm, rows, shown, start, seed, folder / "rm")
+        reward_model = folder / "rm" / "model"
+        valid = sample_rows([row for row in rows if row["split"] == "valid"], rm.max_valid_prompts, seed)
+        scored = score_rows(model, PromptCodec(load_tokenizer(start)), valid, rm)
+        gold = [Scored({**item.row, "ranks": labeler.rank(item.row["prompt"], item.row["completions"])}, item.scores)
+                for item in scored]
+        found |= {"rm_accuracy": round(accuracy(scored), 3), "rm_accuracy_gold": round(accuracy(gold), 3)}
+    ppo = dataclasses.replace(params.ppo, **changes.get("ppo", {}))
+    rows = list(read_rows(Path("data/ppo.jsonl")))
+    train_ppo(ppo, [row["prompt"] for row in rows if row["split"] == "train"], start, reward_model, seed,
+              folder / "ppo", labeler.scores, Path("data/corpus.jsonl"))
+    journal = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "ppo/journal.csv")]
+    quarter = journal[-(len(journal) // 4):]
+    kl = sum(row["ppo/kl"] for row in quarter) / len(quarter)
+    prompts = [row["prompt"] for row in rows if row["split"] == "valid"][:1000]
+    answers = [answer(one, reward_model, prompts, params.evaluate, "fp32", seed)
+               for one in (folder / "ppo" / "model", start)]
+    ours, theirs = (labeler.grades(prompts, item.texts) for item in answers)
+    wins = outcomes([compare(a, b, "high_stakes" in labeler.slices(prompt))
+                     for a, b, prompt in zip(ours, theirs, prompts, strict=True)])
+    gain = [a.score - b.score for a, b in zip(ours, theirs, strict=True)]
+    found |= {"kl": round(kl, 3), "kl_over_goal": round(kl / ppo.kl_goal, 2),
+              "kl_max_over_goal": round(max(row["ppo/kl"] for row in journal) / ppo.kl_goal, 2),
+              "beta_last": round(journal[-1]["ppo/beta"], 4)}
+    found |= {key: round(value, 3) for key, value in with_interval("win_rate_vs_sft", wins, 2000, seed).items()}
+    found |= {key: round(value, 3) for key, value in with_interval("gold_gain", gain, 2000, seed).items()}
+    found["tax_ppo"] = round(tax(Path("models/pretrain")) - tax(folder / "ppo" / "model"), 3)
+    return found | {"seconds": round(time.monotonic() - before)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    gold_labeler = GoldLabeler(World(1))
+    for chosen in sys.argv[1:] or list(VARIANTS):
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(run(chosen, VARIANTS[chosen], Path(scratch), gold_labeler)), flush=True)
