@@ -10,11 +10,11 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 # Retries are the mirror's: it looks for what an unanswered request did before it repeats it.
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -34,6 +34,7 @@ from rlhf.errors import UserError
 from tasks.mirror_record import Gone, Record, Refused, Row, Unreachable, data_version
 from tasks.params import load_params
 
+Answer = TypeVar("Answer")
 EXPERIMENT = "instructflow"
 LAST_STAGE = "evaluate"  # the line is finished when it is
 KEY_TAG = "instructflow.key"
@@ -68,23 +69,28 @@ class MlflowTracker:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.uri = tracking_uri(self.root)
+        self._answered: dict[tuple[Any, ...], Any] = {}
 
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         stage, start_ms = run["stage"], record.started_ns // 1_000_000
         params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(stage, run["params"])}
         with _answers(gone=Unreachable):  # "no such experiment": replaced under us, made anew at the next attempt
             try:
-                parent = self._line_run(record.line, start_ms)
-                child = self._find_or_create(record.key, stage, start_ms, {PARENT_TAG: parent.info.run_id})
-            except MlflowException:
-                self.__dict__.pop("_experiment", None)
+                once = (record.key, record.started_ns)
+                parent = self._once((*once, "line"), lambda: self._line_run(record.line, start_ms))
+                child = self._once((*once, "run"), lambda: self._find_or_create(
+                    record.key, stage, start_ms, {PARENT_TAG: parent.info.run_id}))
+                self._once((*once, "describe"), lambda: self._describe_line(parent, run))
+                tags = self._tags(run) | {"stage": stage}
+                if "beta_rule" in run["params"]:
+                    tags["beta_rule"] = run["params"]["beta_rule"]
+                self._once((*once, "log"), lambda: self._log(child, params, tags))
+                self._once((*once, "inputs"), lambda: self._client.log_inputs(child.info.run_id, self._datasets(stage)))
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    self._answered.clear()
+                    self.__dict__.pop("_experiment", None)
                 raise
-            self._describe_line(parent, run)
-            tags = self._tags(run) | {"stage": stage}
-            if "beta_rule" in run["params"]:
-                tags["beta_rule"] = run["params"]["beta_rule"]
-            self._log(child, params, tags)
-            self._client.log_inputs(child.info.run_id, self._datasets(stage))
         record.run_id, record.parent_run_id = child.info.run_id, parent.info.run_id
         record.experiment_id = self._experiment
 
@@ -103,10 +109,12 @@ class MlflowTracker:
         """The stage's run gets the final metrics that its journal does not have, the line's run all of them."""
         stage, final = run["stage"], numbers(done["metrics"])
         own = {name: value for name, value in final.items() if name not in journaled}
+        once = (record.run_id, record.end_ms)
         with _answers():
-            self._log_final(record.run_id, own, record.end_ms, max(record.last_step, 0))
+            self._once((*once, "final"),
+                       lambda: self._log_final(record.run_id, own, record.end_ms, max(record.last_step, 0)))
             for path in dict.fromkeys([*done["artifacts"], f"metrics/{stage}.json"]):
-                self._upload(record.run_id, path)
+                self._once((*once, "upload", path), partial(self._upload, record.run_id, path))
             self._client.set_terminated(record.run_id, "FINISHED", record.end_ms)
             parent = self._line_run(record.line, record.started_ns // 1_000_000)
             if parent.info.run_id != record.parent_run_id:  # somebody deleted it
@@ -122,6 +130,13 @@ class MlflowTracker:
             self._client.set_terminated(run_id, "KILLED")
 
     # --- parts ---
+
+    def _once(self, key: tuple[Any, ...], request: Callable[[], Answer]) -> Answer:
+        """A request that is not made again once it was answered: a server that fails now and then lets each attempt
+        get a little further."""
+        if key not in self._answered:
+            self._answered[key] = request()
+        return cast(Answer, self._answered[key])
 
     @cached_property
     def _client(self) -> MlflowClient:
