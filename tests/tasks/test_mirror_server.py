@@ -104,7 +104,7 @@ def run_stage(root: Path) -> "subprocess.Popen[str]":
 
 
 def assert_everything_once(root: Path, uri: str) -> None:
-    found = wait_until_mirrored(root, "calm-heron", 90)
+    found = wait_until_mirrored(root, "calm-heron", 240)
     client = MlflowClient(tracking_uri=uri)
     run_id = found["stages"]["ppo"]
     for name in ("ppo/kl", "ppo/beta"):
