@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from rlhf.data.schema import read_rows
+from rlhf.journal import Journal
 from rlhf.models import load_policy
 from rlhf.pretrain import pretrain, take_base_model
 from rlhf.tax import measure_task
@@ -14,12 +15,15 @@ from rlhf.world.facts import World
 from rlhf.world.tax import fact_items
 from tasks.stage import Stage, run_stage
 
+JOURNAL = ["pretrain/loss", "pretrain/lr", "pretrain/grad_norm"]
+
 
 def make_base(stage: Stage) -> None:
     """Trains or takes the base model; a small one is asked for the world's facts before the line goes on."""
     params = stage.params.stages.pretrain
     if params.base_model:
         metrics = take_base_model(params, stage.scratch)
+        Journal(stage.scratch / "journal.csv", JOURNAL, None).close()  # nothing was trained; DVC wants the file
     else:
         texts = [row["text"] for row in read_rows(Path("data/corpus.jsonl"))]
         metrics = pretrain(params, texts, stage.params.seed, stage.scratch)

@@ -141,6 +141,25 @@ def test_sigterm_saves_and_status_says_where_a_run_goes_on(
     assert "a run with these inputs has finished" in line.start("sft", "--status").communicate()[0]
 
 
+def test_a_model_taken_as_it_is_gives_every_output_of_the_stage(
+        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
+    files, _ = undisturbed["pretrain"]
+    taken = line.root / "taken"
+    shutil.copytree(line.root / "models" / "pretrain", taken)
+    profile = line.root / "profiles" / "mini.yaml"
+    profile.write_text(PROFILE.replace("pretrain: {", f"pretrain: {{base_model: {taken}, "))
+    try:
+        line.finish("pretrain")
+    finally:
+        profile.write_text(PROFILE)
+    assert set(line.files("pretrain")) == set(files)
+    model = "models/pretrain/model.safetensors"
+    assert line.files("pretrain")[model] == files[model]
+    shutil.rmtree(line.root / "models" / "pretrain")
+    line.finish("pretrain")
+    assert line.files("pretrain") == files
+
+
 def test_other_parameters_start_afresh_and_a_folder_that_cannot_be_written_says_so(
         line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
     profile = line.root / "profiles" / "mini.yaml"
