@@ -2,6 +2,7 @@
 the finished files have the bytes of a run that nothing disturbed."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -158,6 +159,29 @@ def test_a_model_taken_as_it_is_gives_every_output_of_the_stage(
     shutil.rmtree(line.root / "models" / "pretrain")
     line.finish("pretrain")
     assert line.files("pretrain") == files
+
+
+def test_people_s_data_has_no_gold_score_and_no_made_up_tax(
+        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
+    assert undisturbed
+    source, tax = line.root / "data" / "source.json", line.root / "data" / "tax"
+    before = source.read_text()
+    tax.rename(line.root / "tax")
+    tax.mkdir()
+    source.write_text('{"source": "described"}\n')
+    try:
+        line.finish("ppo")
+        line.finish("evaluate")
+        ppo, found = (json.loads((line.root / "metrics" / f"{stage}.json").read_text())
+                      for stage in ("ppo", "evaluate"))
+        page = (line.root / "reports" / "report.html").read_text()
+    finally:
+        source.write_text(before)
+        tax.rmdir()
+        (line.root / "tax").rename(tax)
+    assert not [name for name in (*ppo, *found) if "gold" in name or "tax" in name or "win_rate" in name]
+    assert 0 <= found["eval/rm_prefers_ppo_to_sft_low"] <= found["eval/rm_prefers_ppo_to_sft_high"] <= 1
+    assert "Not measured: there is no win rate against SFT." in page
 
 
 def test_other_parameters_start_afresh_and_a_folder_that_cannot_be_written_says_so(
