@@ -172,17 +172,20 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
 
 
 def best_of_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` completions of each row (all where it has fewer), drawn by the seed, the best with rank 1, others 2.
+    """Groups of `count` completions of each row (one of all where it has fewer), the best with rank 1, others 2.
 
-    Rows whose best of those is a tie are left out: nobody could have chosen one.
+    A row's groups are drawn by the seed and share no completion: 4 of a ranking of 9, twice. Groups whose best is a tie
+    are left out: nobody could have chosen one.
     """
     found = []
     for number, row in enumerate(rows):
-        order = torch.randperm(len(row["ranks"]), generator=generator(seed, "rm", "best of", number))[:count].tolist()
-        ranks = [row["ranks"][index] for index in sorted(order)]
-        if ranks.count(min(ranks)) == 1:
-            found.append({**row, "completions": [row["completions"][index] for index in sorted(order)],
-                          "ranks": [1 if rank == min(ranks) else 2 for rank in ranks]})
+        order = torch.randperm(len(row["ranks"]), generator=generator(seed, "rm", "best of", number)).tolist()
+        for start in range(0, max(1, len(order) - count + 1), count):
+            group = sorted(order[start:start + count])
+            ranks = [row["ranks"][index] for index in group]
+            if ranks.count(min(ranks)) == 1:
+                found.append({**row, "completions": [row["completions"][index] for index in group],
+                              "ranks": [1 if rank == min(ranks) else 2 for rank in ranks]})
     return found
 
 

@@ -48,16 +48,21 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
             stack.enter_context(spool)
         run = _pool(processes, worker_init, stack)
         for role in roles:
-            for place, screened, bad in run(_tasks(role, source, root, folder, seed)):
-                for row in screened:
-                    spools[role].add(place, row)
-                for item in bad:
-                    quarantined[role][_kind(item.reason)] += 1
-                    broken.write(json.dumps({"dataset": role, "source": place, "row": item.number,
-                                             "reason": item.reason, "content": item.row}) + "\n")
-                read[role] += len(screened) + len(bad)
-                if on_rows:
-                    on_rows(role, len(screened) + len(bad))
+            for entry in getattr(source, role):
+                before = read[role]
+                for place, screened, bad in run(_tasks(role, entry, source, root, folder, seed)):
+                    for row in screened:
+                        spools[role].add(place, row)
+                    for item in bad:
+                        quarantined[role][_kind(item.reason)] += 1
+                        broken.write(json.dumps({"dataset": role, "source": place, "row": item.number,
+                                                 "reason": item.reason, "content": item.row}, default=str) + "\n")
+                    read[role] += len(screened) + len(bad)
+                    if on_rows:
+                        on_rows(role, len(screened) + len(bad))
+                if read[role] == before:
+                    hint = f"; where: {entry.where} may fit none" if entry.where else ""
+                    raise UserError(f"{name_of(entry)}: no row for {role}{hint}")
             if not spools[role].rows.keys:
                 names = ", ".join(name_of(entry) for entry in getattr(source, role))
                 why = f"; most rows: {quarantined[role].most_common(1)[0][0]}" if quarantined[role] else ""
@@ -152,16 +157,13 @@ def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarra
             "english_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
 
 
-Task = tuple[str, Entry, Any, int, list[int], list[Any]]
-
-
-def _tasks(role: str, source: Source, root: Path, folder: Path, seed: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for entry in getattr(source, role):
-        batches = read_entry(entry, root)
-        if entry.layout == "oasst_messages":
-            batches = grow_trees(_as_rows(batches), folder)
-        for place, numbers, rows in batches:
-            yield place, (role, entry, source.rules, seed, numbers, rows)
+def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int
+           ) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    batches = read_entry(entry, root)
+    if entry.layout == "oasst_messages":
+        batches = grow_trees(_as_rows(batches), folder)
+    for place, numbers, rows in batches:
+        yield place, (role, entry, source.rules, seed, numbers, rows)
 
 
 def _as_rows(batches: Iterable[tuple[str, list[int], list[Any]]]) -> Iterator[tuple[str, list[int], list[Any]]]:

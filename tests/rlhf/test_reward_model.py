@@ -85,6 +85,13 @@ def test_order_and_a_common_constant_do_not_matter_to_best_of() -> None:
     torch.testing.assert_close(best_of_loss(scores[:, order] + 7, ranks[:, order], present), loss)
 
 
+def test_best_of_rows_takes_groups_that_share_nothing() -> None:
+    found = best_of_rows([{"completions": list("abcdefghi"), "ranks": list(range(1, 10))}], 4, seed=1)
+    assert [len(row["completions"]) for row in found] == [4, 4]
+    assert not set(found[0]["completions"]) & set(found[1]["completions"])
+    assert all(row["ranks"].index(1) == row["completions"].index(min(row["completions"])) for row in found)
+
+
 def test_best_of_rows_draws_completions_and_leaves_ties_out() -> None:
     rows: list[Row] = [{"completions": list("abcdef"), "ranks": [3, 1, 2, 4, 5, 6]},
                        {"completions": list("xy"), "ranks": [1, 1]}, {"completions": list("pqr"), "ranks": [2, 2, 1]}]

@@ -183,6 +183,25 @@ def test_a_source_that_fails_leaves_the_folder_as_it_was(team: Path, capsys: pyt
     assert not (team / "out.making").exists()
 
 
+def test_an_entry_that_yields_nothing_is_said_before_the_others_hide_it(team: Path) -> None:
+    text = (team / "spec.yaml").read_text()
+    (team / "spec.yaml").write_text(text.replace(
+        "  - files: sft.csv\n", "  - {files: sft.csv, columns: {prompt: question, completion: answer}, "
+        "where: {by: nobody}}\n  - files: sft.csv\n"))
+    with pytest.raises(UserError, match=r"sft\.csv: no row for sft; where: \{'by': 'nobody'\} may fit none"):
+        run(team / "spec.yaml", team / "out")
+
+
+def test_a_quarantined_row_may_hold_what_json_cannot(team: Path) -> None:
+    rows = pd.DataFrame([{"prompt": None, "written": pd.Timestamp("2026-11-20")},
+                         {"prompt": sentence(random.Random(4)), "written": pd.Timestamp("2026-11-21")}])
+    rows.to_parquet(team / "ppo.parquet")
+    (team / "spec.yaml").write_text("ppo: [{files: ppo.parquet, columns: {prompt: prompt, user_id: written}}]\n")
+    run(team / "spec.yaml", team / "out")
+    bad, = rows_of(team / "out" / "quarantine.jsonl")
+    assert bad["content"]["written"].startswith("2026-11-20")
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(team: Path) -> None:
     (team / "mine").mkdir()
     (team / "mine" / "thesis.tex").touch()
@@ -202,7 +221,10 @@ def test_the_shipped_description_of_public_sets_is_sound() -> None:
     assert not isinstance(source, IngestParams)
     assert [entry.dataset for entry in source.rm] == ["berkeley-nest/Nectar", "OpenAssistant/oasst1",
                                                       "Anthropic/hh-rlhf"]
-    assert all(len(entry.revision) == 40 for entry in (*source.sft, *source.rm, *source.ppo))
+    entries = (*source.sft, *source.rm, *source.ppo)
+    assert all(len(entry.revision) == 40 for entry in entries)
+    trees = [entry for entry in entries if entry.layout == "oasst_messages"]
+    assert [list(entry.where) for entry in trees] == [["prompt.lang"]] * 2  # a tree itself has no lang
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real public rows are not at hand")
