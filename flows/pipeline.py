@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 
 PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
 MIRROR_SECONDS = 60.0
+NOT_PROMOTED = 5  # exit code of a line that is complete and missed a gate
 SHOWN_FINDINGS = 200
 
 
@@ -73,7 +74,25 @@ async def pipeline(profile: str | None = None, root: Path | None = None) -> Summ
         return Failed(message=str(error), data=error)
     summary = await make_summary(root, line, results)
     await acreate_markdown_artifact(summary.markdown(), key="pipeline-summary", description=f"Line {line}")
+    reasons = not_promoted(root)
+    if reasons:
+        refused = NotPromoted(summary, reasons)
+        return Failed(name="Not promoted", message=str(refused), data=refused)
     return summary
+
+
+class NotPromoted(Exception):
+    """The line is complete and its policy did not pass a gate: the champion stays."""
+
+    def __init__(self, summary: Summary, reasons: Sequence[str]) -> None:
+        super().__init__("not promoted: " + "; ".join(reasons))
+        self.summary = summary
+
+
+def not_promoted(root: Path) -> list[str]:
+    """Why the line's policy is not the champion; empty where it is, or where the line has no such stage."""
+    path = root / "metrics" / "promote.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["reasons"]) if path.exists() else []
 
 
 # --- parameters and order, checked before anything starts ---------------------------------------------------------
@@ -199,6 +218,10 @@ def main() -> None:
     except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(143 if isinstance(error, TerminationSignal) else 130) from None
+    if isinstance(result, NotPromoted):
+        result.summary.show()
+        print(result, file=sys.stderr)
+        raise SystemExit(NOT_PROMOTED)
     if isinstance(result, Summary):
         result.show()
     elif isinstance(result, UserError | StageFailed):

@@ -17,7 +17,8 @@ MAIN_NUMBERS = {
     "rm": ["rm/accuracy", "rm/accuracy_gold", "rm/accuracy_heldout_labelers"],
     "ppo": ["ppo/kl", "ppo/kl_goal", "ppo/beta", "ppo/gold_first", "ppo/gold_last"],
     "evaluate": ["eval/win_rate_vs_sft", "eval/win_rate_vs_sft_low", "eval/win_rate_vs_sft_high",
-                 "eval/gold_base", "eval/gold_sft", "eval/gold_ppo"],
+                 "eval/gold_base", "eval/gold_sft", "eval/gold_ppo", "tax/mean"],
+    "promote": ["promote/passed", "promote/gates", "promote/missed"],
 }
 
 

@@ -16,7 +16,7 @@ from rlhf.ppo import response_mask, response_rows
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator
-from rlhf.tokenizer import PromptCodec, load_tokenizer, newline_ids
+from rlhf.tokenizer import PromptCodec, load_tokenizer, newline_ids, text_ids
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,63 @@ class Answers:
     rm_scores: list[float]
 
 
-def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: EvaluateParams, precision: str, seed: int,
-           *, ends_at_newline: bool = False) -> Answers:
+def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: EvaluateParams, seed: int, *,
+           ends_at_newline: bool = False, shots: Sequence[dict[str, str]] = (), form: str = "") -> Answers:
     """Samples one response per prompt and scores it with the reward model.
 
-    Every model gets the same random numbers for the same prompt. `ends_at_newline`: for a base model, which was
-    never taught to stop: its answer is the rest of the line.
+    Every model gets the same random numbers for the same prompt. `ends_at_newline`: for a base model, which was never
+    taught to stop: its answer is the rest of the line. `shots`: demonstrations (prompt, completion) shown before each
+    prompt, the prompted base of InstructGPT; as many of them as leave room for prompt and response. `form`: text with
+    {prompt} in place of the chat format, for a base that has seen questions in another one.
     """
     tokenizer = load_tokenizer(folder)
-    codec = PromptCodec(tokenizer)
+    codec, model = PromptCodec(tokenizer), load_policy(folder)
     stops = (codec.eos_id, *(newline_ids(tokenizer) if ends_at_newline else ()))
-    sampling = Sampling(params.max_new_tokens, stops, codec.pad_id, params.temperature, precision, params.batch_size)
-    prompt_ids = codec.prompts(list(prompts))
-    ids = sample_responses(load_policy(folder), prompt_ids, sampling, generator(seed, "evaluate"))
+    sampling = Sampling(params.max_new_tokens, stops, codec.pad_id, params.temperature, params.precision,
+                        params.batch_size)
+    prompt_ids = framed(codec, prompts, form)
+    room = getattr(model.config, "max_position_embeddings", 2**31) - params.max_new_tokens
+    before = shot_ids(codec, shots, form, room - max(map(len, prompt_ids)))
+    ids = sample_responses(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
     texts = [codec.decode(item) for item in ids]
-    sequences = [prompt + completion for prompt, completion in zip(prompt_ids, codec.completions(texts), strict=True)]
-    scores = score_sequences(load_scorer(rm_folder), sequences, codec.pad_id, precision)
-    return Answers(ids, texts, scores)
+    return Answers(ids, texts, rm_scores(rm_folder, prompts, texts, params.precision))
+
+
+def framed(codec: PromptCodec, prompts: Sequence[str], form: str) -> list[list[int]]:
+    """Ids of prompts in the chat format, or in `form` where there is one."""
+    if not form:
+        return codec.prompts(list(prompts))
+    return text_ids(codec.tokenizer, [form.replace("{prompt}", prompt) for prompt in prompts])
+
+
+def shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str, room: int) -> list[int]:
+    """Prompt, completion and a line break of the first demonstrations, as many as fit `room` tokens."""
+    prompts = framed(codec, [shot["prompt"] for shot in shots], form)
+    ends = text_ids(codec.tokenizer, [(" " if form else "") + shot["completion"] + "\n" for shot in shots])
+    found: list[int] = []
+    for prompt, completion in zip(prompts, ends, strict=True):
+        if len(found) + len(prompt) + len(completion) > room:
+            break
+        found += prompt + completion
+    return found
+
+
+def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precision: str) -> list[float]:
+    """The reward model's score of each response."""
+    codec = PromptCodec(load_tokenizer(folder))
+    pairs = zip(codec.prompts(list(prompts)), codec.completions(list(texts)), strict=True)
+    return score_sequences(load_scorer(folder), [prompt + text for prompt, text in pairs], codec.pad_id, precision)
+
+
+def several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int) -> list[list[str]]:
+    """`count` samples of each prompt: what best-of-n chooses from."""
+    codec = PromptCodec(load_tokenizer(folder))
+    sampling = Sampling(params.max_new_tokens, (codec.eos_id,), codec.pad_id, params.temperature, params.precision,
+                        params.batch_size)
+    ids = [one for one in codec.prompts(list(prompts)) for _ in range(count)]
+    found = sample_responses(load_policy(folder), ids, sampling, generator(seed, "best of n"))
+    texts = [codec.decode(item) for item in found]
+    return [texts[start:start + count] for start in range(0, len(texts), count)]
 
 
 @torch.no_grad()
@@ -81,9 +121,3 @@ def with_interval(name: str, values: Sequence[float], resamples: int, seed: int)
     """{name, name_low, name_high} of a per-prompt quantity."""
     mean, low, high = bootstrap(values, resamples, seed)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
-
-
-def outcomes(preferences: Sequence[int]) -> list[float]:
-    """1 for a win, 0.5 for a tie, 0 for a loss."""
-    return [(preference + 1) / 2 for preference in preferences]
-

@@ -158,14 +158,41 @@ class PpoParams:
 
 @dataclass(frozen=True)
 class EvaluateParams:
-    """Held-out comparison of base, SFT and PPO."""
+    """Held-out comparison of models: preference, alignment tax, safety, over-optimisation."""
 
     prompts: int = param(1000, "held-out prompts", ge=2)
     max_new_tokens: int = param(32, "response length", ge=1)
     temperature: float = param(1.0, "sampling temperature", gt=0, le=10)
+    shots: int = param(4, "demonstrations shown to the prompted base, as many as fit", ge=0)
+    prompt_form: str = param("", "text with {prompt} that the prompted base continues; empty: the chat format")
+    others: dict[str, str] = param({}, "further models to compare, name: folder (another run's PPO, an earlier one)")
+    judge: Literal["auto", "reward_model", "model"] = param(
+        "auto", "who prefers: the embedded world's gold labeler (else the line's reward model), or judge_model")
+    judge_model: str = param("", "folder or hub name of a held-out reward model, or of a causal model that is asked")
     bootstrap: int = param(2000, "bootstrap resamples for the 95 % intervals", ge=100)
-    tax_items: int = param(0, "items per tax task, 0 for all", ge=0)
+    tax_tasks: list[str] = param([], "tasks of lm-eval whose loss is alignment tax, beside those of data/tax")
+    other_tasks: list[str] = param([], "tasks of lm-eval that are reported and no tax (truth, toxicity, bias)")
+    task_data: dict[str, str] = param({}, "task: JSON Lines in the form of its hub dataset, read in its place")
+    tax_items: int = param(0, "items per task, 0 for all", ge=0)
+    few_shot: int = param(0, "examples shown before each item of a task", ge=0, le=100)
+    task_batch_size: int = param(128, "sequences a forward pass of the tasks", ge=1)
+    best_of: int = param(16, "samples a prompt for the best-of-n curve; 0: no curve", ge=0, le=1024)
+    best_of_prompts: int = param(150, "prompts of the best-of-n curve", ge=2)
     batch_size: int = param(256, "prompts a forward pass", ge=1)
+    precision: Literal["fp32", "bf16"] = param("fp32", "arithmetic of the forward passes")
+
+
+@dataclass(frozen=True)
+class PromoteParams:
+    """The gates between a trained policy and its release."""
+
+    registry: str = param("instructflow", "MLflow's registered models are NAME-policy and NAME-rm; empty: only decide")
+    judged: bool = param(True, "an independent judge's win rate is needed (a reward model's own is none)")
+    min_win_rate: float = param(0.5, "win rate against SFT, low end of its interval", ge=0, le=1)
+    kl_band: float = param(1.5, "KL within [goal / band, goal * band]", ge=1)
+    max_tax: float = param(0.05, "alignment tax of a task, share of a perfect score", ge=-1, le=1)
+    max_mean_tax: float = param(0.02, "mean alignment tax", ge=-1, le=1)
+    max_toxic: float = param(0.05, "share of toxic responses", ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -179,3 +206,4 @@ class Profile:
     rm: RmParams
     ppo: PpoParams
     evaluate: EvaluateParams
+    promote: PromoteParams

@@ -1,147 +1,170 @@
-"""Compares base, SFT and PPO on held-out prompts, measures the alignment tax, writes the report.
+"""Compares the models on held-out prompts: preference, alignment tax, safety, over-optimisation; writes the report.
 
     python -m tasks.evaluate
 """
 
-from collections import defaultdict
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf.data.schema import read_rows
-from rlhf.evaluate import Answers, answer, mean_kl, outcomes, with_interval
-from rlhf.models import load_policy
+from rlhf.errors import UserError
+from rlhf.evaluate import Answers, answer, mean_kl, rm_scores, several
+from rlhf.files import write_csv
+from rlhf.harness import Harness, TaskScore, local_tasks, measure
+from rlhf.journal import read_journal
+from rlhf.overoptimisation import best_of_n, find_turn
 from rlhf.params import EvaluateParams
+from rlhf.preference import Judge, compare_all, gold_judge, model_judge, reward_judge
 from rlhf.progress import StageProgress
 from rlhf.seeding import generator, seed_everything
-from rlhf.tax import measure_task
-from rlhf.tokenizer import load_tokenizer
-from rlhf.world.labeler import TOP, GoldLabeler, Grades, compare
-from rlhf.world.tax import CHANCE
+from rlhf.world.labeler import GoldLabeler, Grades
 from tasks.gold import gold_labeler
+from tasks.scores import gold_metrics, preference_metrics, safety_metrics, tax_metrics
 from tasks.stage import Stage, run_stage
 
 MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft"), "ppo": Path("models/ppo")}
+PROMPTED = "base_prompted"
 RM = Path("models/rm")
+TAX, BENCHMARKS = Path("data/tax"), Path("profiles/benchmarks")
+KEPT = Path("scratch/evaluate/kept")  # results of tasks, by the contents of model and task
+BEST_OF = "best_of_n.csv"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every model is asked: rows of the valid PPO prompts."""
+
+    rows: list[dict[str, Any]]
+    labeler: GoldLabeler | None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [row["prompt"] for row in self.rows]
+
+    def slices(self) -> list[list[str]]:
+        """The slices of each prompt (false premise, ambiguous, high stakes); none where nobody knows them."""
+        return [self.labeler.slices(prompt) if self.labeler else [] for prompt in self.prompts]
 
 
 def evaluate(stage: Stage) -> None:
-    """Writes metrics/evaluate.json and reports/report.html."""
+    """Writes metrics/evaluate.json, metrics/best_of_n.csv and reports/report.html."""
     params, seed = stage.params.stages.evaluate, stage.params.seed
     seed_everything(seed)
-    rows = held_out(params, seed)
-    prompts = [row["prompt"] for row in rows]
-    labeler = gold_labeler(seed)
+    held_out = HeldOut(held_out_rows(params, seed), gold_labeler(seed))
+    folders = MODELS | {name: _folder(name, path) for name, path in params.others.items()}
     answers: dict[str, Answers] = {}
-    tax: dict[str, dict[str, list[float]]] = {}
-    with StageProgress("evaluate", 2 * len(MODELS)) as progress:
-        for name, folder in MODELS.items():
-            answers[name] = answer(folder, RM, prompts, params, "fp32", seed, ends_at_newline=name == "base")
+    tasks: dict[str, dict[str, TaskScore]] = {}
+    others: dict[str, dict[str, TaskScore]] = {}
+    with StageProgress("evaluate", 2 * len(folders) + 2) as progress:
+        for name, folder in folders.items():
+            answers[name] = answer(folder, RM, held_out.prompts, params, seed, ends_at_newline=name == "base")
+            if name == "base" and (params.shots or params.prompt_form):
+                answers[PROMPTED] = answer(folder, RM, held_out.prompts, params, seed, ends_at_newline=True,
+                                           shots=demonstrations(params.shots), form=params.prompt_form)
             progress.step()
-            tax[name] = tax_scores(folder, params)
+            tasks[name] = measure(folder, tax_harness(params), KEPT)
+            if params.other_tasks:
+                others[name] = measure(folder, harness(params, params.other_tasks), KEPT)
             progress.step()
-    metrics: dict[str, Any] = {"eval/prompts": len(prompts), **model_metrics(answers)}
-    grades: dict[str, list[Grades]] = {}
-    if labeler:
-        grades = {name: labeler.grades(prompts, found.texts) for name, found in answers.items()}
-        metrics.update(gold_metrics(grades, params, seed))
-        metrics.update(win_rates(rows, grades, labeler, params, seed))
-    else:
-        metrics.update(rm_preferences(answers, params, seed))
-    metrics["eval/kl_ppo"] = mean_kl(MODELS["ppo"], MODELS["sft"], prompts, answers["ppo"], "fp32",
-                                     params.temperature)
-    metrics.update(tax_metrics(tax, params, seed))
-    write_page(stage, metrics, samples(rows, answers, grades))
+        metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), **safety_metrics(held_out, answers)}
+        grades: dict[str, list[Grades]] = {}
+        if held_out.labeler:
+            grades = {name: held_out.labeler.grades(held_out.prompts, found.texts) for name, found in answers.items()}
+            metrics |= gold_metrics(held_out, grades, params, seed)
+        judge, held_out_judge = judge_of(params, held_out.labeler)
+        outcomes = compare_all(held_out.prompts, {name: found.texts for name, found in answers.items()}, judge)
+        metrics |= preference_metrics(held_out, answers, outcomes, params, seed,
+                                      "win_rate" if held_out_judge else "rm_prefers")
+        metrics["eval/kl_ppo"] = mean_kl(MODELS["ppo"], MODELS["sft"], held_out.prompts, answers["ppo"],
+                                         params.precision, params.temperature)
+        metrics |= tax_metrics(tasks, others, params, seed)
+        progress.step()
+        curve = best_of_curve(params, held_out, seed)
+        metrics |= turn_metrics(curve)
+        progress.step()
+    write_csv(stage.scratch / BEST_OF, curve)
+    stage.publish(BEST_OF, f"metrics/{BEST_OF}")
+    write_page(stage, metrics, samples(held_out.rows, answers, grades), curve)
     stage.finish(metrics, ["reports/report.html"])
 
 
-def held_out(params: EvaluateParams, seed: int) -> list[dict[str, Any]]:
+def held_out_rows(params: EvaluateParams, seed: int) -> list[dict[str, Any]]:
     """Seeded choice of valid PPO prompts: about entities that no training prompt mentions."""
     rows = [row for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "valid"]
     chosen = torch.randperm(len(rows), generator=generator(seed, "held out"))[: params.prompts].tolist()
     return [rows[index] for index in sorted(chosen)]
 
 
-def tax_scores(folder: Path, params: EvaluateParams) -> dict[str, list[float]]:
-    """Right (1) or wrong (0) per item and task."""
-    model, tokenizer = load_policy(folder), load_tokenizer(folder)
-    found = {}
-    for path in sorted(Path("data/tax").glob("*.jsonl")):
-        items = list(read_rows(path))
-        found[path.stem] = measure_task(model, tokenizer, items[: params.tax_items or None], "fp32")
-    return found
+def demonstrations(count: int) -> list[dict[str, str]]:
+    """The first of the labelers' demonstrations: what the prompted base is shown."""
+    rows = [row for row in read_rows(Path("data/sft.jsonl")) if row["split"] == "train"]
+    return ([row for row in rows if row["source"] == "labeler"] or rows)[:count]
 
 
-def model_metrics(answers: dict[str, Answers]) -> dict[str, float]:
-    """RM score and length of each model's responses."""
+def _folder(name: str, path: str) -> Path:
+    if name in {*MODELS, PROMPTED} or not name.replace("_", "").isalnum():
+        raise UserError(f"evaluate.others: {name!r} cannot be a model's name; use letters, digits and _, and none of "
+                        f"{', '.join([*MODELS, PROMPTED])}")
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"evaluate.others: {name}: {path} is no model folder (it has no config.json)")
+    return Path(path)
+
+
+def harness(params: EvaluateParams, tasks: Sequence[str]) -> Harness:
+    return Harness(tasks, [TAX, BENCHMARKS], params.task_data, params.tax_items, params.few_shot,
+                   params.task_batch_size, params.precision)
+
+
+def tax_harness(params: EvaluateParams) -> Harness:
+    """The tasks of data/tax and those that the parameters name."""
+    return harness(params, [*local_tasks([TAX]), *params.tax_tasks])
+
+
+def judge_of(params: EvaluateParams, labeler: GoldLabeler | None) -> tuple[Judge, bool]:
+    """(who prefers, whether that is independent of what PPO was trained on)."""
+    if params.judge == "model":
+        return model_judge(params.judge_model, params.precision), True
+    if params.judge == "reward_model":
+        return reward_judge(Path(params.judge_model), params.precision), True
+    if labeler:
+        return gold_judge(labeler), True
+    return reward_judge(RM, params.precision), False
+
+
+def best_of_curve(params: EvaluateParams, held_out: HeldOut, seed: int) -> list[dict[str, float]]:
+    """Proxy and gold score of the best of n samples of SFT, n a power of two; without a gold labeler no curve."""
+    if not params.best_of or not held_out.labeler:
+        return []
+    prompts = held_out.prompts[: params.best_of_prompts]
+    texts = several(MODELS["sft"], prompts, params.best_of, params, seed)
+    asked = [prompt for prompt in prompts for _ in range(params.best_of)]
+    flat = [text for found in texts for text in found]
+    groups = [[values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
+              for values in (rm_scores(RM, asked, flat, params.precision), held_out.labeler.scores(asked, flat))]
+    sizes = [2 ** power for power in range(params.best_of.bit_length())]
+    return best_of_n(groups[0], groups[1], sizes)
+
+
+def turn_metrics(curve: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Where the gold score peaks over the PPO run and over best-of-n; a fitted turn only where Gao's curve has one."""
     metrics: dict[str, float] = {}
-    for name, found in answers.items():
-        metrics[f"eval/rm_score_{name}"] = sum(found.rm_scores) / len(found.rm_scores)
-        metrics[f"eval/length_{name}"] = sum(map(len, found.ids)) / len(found.ids)
-    return metrics
-
-
-def gold_metrics(grades: dict[str, list[Grades]], params: EvaluateParams, seed: int) -> dict[str, float]:
-    """Gold score and shares of fully helpful / truthful / harmless responses of each model."""
-    metrics: dict[str, float] = {}
-    for name, found in grades.items():
-        metrics.update(with_interval(f"eval/gold_{name}", [item.score for item in found], params.bootstrap, seed))
-        for dimension in ("helpful", "truthful", "harmless"):
-            full = [float(getattr(item, dimension) == TOP) for item in found]
-            metrics[f"eval/{dimension}_{name}"] = sum(full) / len(full)
-    return metrics
-
-
-def rm_preferences(answers: dict[str, Answers], params: EvaluateParams, seed: int) -> dict[str, float]:
-    """How often the reward model prefers PPO's response: PPO was trained on it, so this shows learning, no more."""
-    metrics: dict[str, float] = {}
-    for other in ("sft", "base"):
-        preferences = [(ours > theirs) - (ours < theirs) for ours, theirs in
-                       zip(answers["ppo"].rm_scores, answers[other].rm_scores, strict=True)]
-        metrics.update(with_interval(f"eval/rm_prefers_ppo_to_{other}", outcomes(preferences), params.bootstrap, seed))
-    return metrics
-
-
-def win_rates(rows: list[dict[str, Any]], grades: dict[str, list[Grades]], labeler: GoldLabeler,
-              params: EvaluateParams, seed: int) -> dict[str, float]:
-    """PPO against SFT and base by the noise-free labeler, ties half; by use case and slice against SFT."""
-    metrics: dict[str, float] = {}
-    groups: dict[str, list[float]] = defaultdict(list)
-    slices = [labeler.slices(row["prompt"]) for row in rows]
-    for other in ("sft", "base"):
-        preferences = [compare(a, b, "high_stakes" in names)
-                       for a, b, names in zip(grades["ppo"], grades[other], slices, strict=True)]
-        results = outcomes(preferences)
-        metrics.update(with_interval(f"eval/win_rate_vs_{other}", results, params.bootstrap, seed))
-        if other == "sft":
-            for row, names, result in zip(rows, slices, results, strict=True):
-                for group in (row["use_case"], *names):
-                    groups[group].append(result)
-    for group, results in sorted(groups.items()):
-        metrics.update(with_interval(f"eval/win_rate_vs_sft/{group}", results, params.bootstrap, seed))
-        metrics[f"eval/win_rate_vs_sft/{group}_n"] = len(results)
-    gains = [ppo.score - sft.score for ppo, sft in zip(grades["ppo"], grades["sft"], strict=True)]
-    metrics.update(with_interval("eval/gold_gain_vs_sft", gains, params.bootstrap, seed))
-    return metrics
-
-
-def tax_metrics(tax: dict[str, dict[str, list[float]]], params: EvaluateParams, seed: int) -> dict[str, float]:
-    """Tax per task = base - PPO, in the task's unit (share right), and the mean over tasks."""
-    metrics: dict[str, float] = {}
-    for task, base in tax["base"].items():
-        metrics[f"tax_chance/{task}"] = CHANCE[task]
-        for name, scores in tax.items():
-            share = sum(scores[task]) / len(scores[task])
-            metrics[f"tax_score/{name}/{task}"] = share
-            metrics[f"tax_se/{name}/{task}"] = (share * (1 - share) / len(scores[task])) ** 0.5
-        difference = [b - a for b, a in zip(base, tax["ppo"][task], strict=True)]
-        metrics.update(with_interval(f"tax/{task}", difference, params.bootstrap, seed))
-    if not tax["base"]:
-        return metrics
-    by_item = [[b - a for b, a in zip(tax["base"][task], tax["ppo"][task], strict=True)] for task in tax["base"]]
-    means = [sum(column) / len(column) for column in zip(*by_item, strict=True)]
-    metrics.update(with_interval("tax/mean", means, params.bootstrap, seed))
+    journal = [row for row in read_journal(Path("metrics/ppo.csv")) if row.get("ppo/gold")]
+    runs = {"ppo": ([float(row["ppo/kl"]) for row in journal], [float(row["ppo/gold"]) for row in journal], "rl"),
+            "best_of_n": ([row["kl"] for row in curve], [row["gold"] for row in curve], "best_of_n")}
+    for name, (kl, gold, form) in runs.items():
+        if len(kl) < 3:
+            continue
+        turn = find_turn(kl, gold, form) if form == "rl" else find_turn(kl, gold, form, 1, curve[-1]["gold_stderr"])
+        metrics |= {f"overopt/{name}_peak_kl": turn.peak_kl, f"overopt/{name}_drop": turn.drop,
+                    f"overopt/{name}_turned": float(turn.turned)}
+        if math.isfinite(turn.fitted_kl):
+            metrics |= {f"overopt/{name}_fitted_turn_kl": turn.fitted_kl,
+                        f"overopt/{name}_fitted_gain": turn.fitted_gain}
     return metrics
 
 
@@ -154,11 +177,12 @@ def samples(rows: list[dict[str, Any]], answers: dict[str, Answers],
             for index, row in enumerate(rows)]
 
 
-def write_page(stage: Stage, metrics: dict[str, Any], side_by_side: list[dict[str, Any]]) -> None:
+def write_page(stage: Stage, metrics: dict[str, Any], side_by_side: list[dict[str, Any]],
+               best_of: list[dict[str, float]]) -> None:
     from tasks.report import write_report  # matplotlib costs a second that a failing evaluation need not wait for
 
     page = stage.scratch / "report.html"
-    write_report(stage.root, page, metrics, side_by_side, {})
+    write_report(stage.root, page, metrics, side_by_side, {"best_of_n": best_of})
     stage.publish("report.html", "reports/report.html")
 
 

@@ -19,13 +19,13 @@ from rlhf.data.rules import RULES
 from rlhf.data.schema import KEYS, PAPER_ROWS, expected_rows, write_rows
 from rlhf.data.sources.spec import Source
 from rlhf.errors import UserError
-from rlhf.files import publish, write_json
+from rlhf.files import publish, write_atomic, write_json
 from rlhf.params import IngestParams
 from rlhf.progress import StageProgress
 from rlhf.world.corpus import documents
 from rlhf.world.datasets import ppo_rows, rm_rows, sft_rows
 from rlhf.world.facts import World
-from rlhf.world.tax import TASKS, tax_items
+from rlhf.world.tax import TASKS, task_yaml, tax_items
 from tasks.sources import load_source
 from tasks.stage import Stage, die_with_parent, run_stage
 
@@ -35,7 +35,7 @@ SPECS = Path("profiles/sources")
 
 
 def write_embedded(params: IngestParams, seed: int, made: Path) -> dict[str, Any]:
-    """The embedded world's sft.jsonl, rm.jsonl, ppo.jsonl, corpus.jsonl and tax/<task>.jsonl; returns the metrics."""
+    """The embedded world's sft.jsonl, rm.jsonl, ppo.jsonl, corpus.jsonl and tax/; returns the metrics."""
     world = World(seed)
     rows = {name: sum(expected_rows(name, params.scale).values()) for name in PAPER_ROWS}
     total = sum(rows.values()) + params.corpus_documents
@@ -58,6 +58,7 @@ def write_embedded(params: IngestParams, seed: int, made: Path) -> dict[str, Any
             items = tax_items(world, task, params.tax_items)
             held_out[task] = {item["prompt"] for item in items}
             write_rows(made / "tax" / f"{task}.jsonl", items)
+            write_atomic(made / "tax" / f"{task}.yaml", task_yaml(task).encode())
         texts = documents(world, params.corpus_documents, held_out)
         write_rows(made / "corpus.jsonl", counted({"text": text} for text in texts))
     write_json(made / SOURCE, {"source": "embedded"})

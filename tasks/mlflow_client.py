@@ -36,7 +36,7 @@ from tasks.params import load_params
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "instructflow"
-LAST_STAGE = "evaluate"  # the line is finished when it is
+LAST_STAGE = "promote"  # the line is finished when it is
 KEY_TAG = "instructflow.key"
 LINE_TAG = "instructflow.line"
 PARENT_TAG = "mlflow.parentRunId"

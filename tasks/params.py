@@ -193,6 +193,15 @@ def _check_together(profile: Profile, path: Path) -> None:
          f"ingest.spec = {profile.ingest.spec!r}: must name a file of profiles/sources/ where ingest.source is hub or "
          "files, and be empty where it is embedded"),
     ]
+    evaluate = profile.evaluate
+    rules += [
+        ((evaluate.judge == "auto") == (not evaluate.judge_model),
+         f"evaluate.judge_model = {evaluate.judge_model!r}: must name a model where evaluate.judge is {evaluate.judge}"
+         if evaluate.judge != "auto" else
+         f"evaluate.judge_model = {evaluate.judge_model!r}: must be empty where evaluate.judge is auto"),
+        (not evaluate.prompt_form or "{prompt}" in evaluate.prompt_form,
+         f"evaluate.prompt_form = {evaluate.prompt_form!r}: must hold {{prompt}}"),
+    ]
     if not pretrain.base_model:
         longest = max(profile.sft.max_tokens, profile.rm.max_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens)
         rules.append((longest <= pretrain.context,

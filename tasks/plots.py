@@ -19,8 +19,11 @@ from matplotlib.ticker import MaxNLocator
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 BASE, SFT, PPO, RM, GOLD, GOAL = "#010104", "#010105", "#010106", "#010107", "#010108", "#010109"
 CSS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", BASE: "var(--base)", SFT: "var(--sft)",
-       PPO: "var(--ppo)", RM: "var(--rm)", GOLD: "var(--gold)", GOAL: "var(--goal)"}
-MODEL_COLOURS = {"base": BASE, "sft": SFT, "ppo": PPO}
+       PPO: "var(--ppo)", RM: "var(--rm)", GOLD: "var(--gold)", GOAL: "var(--goal)",
+       "#01010a": "var(--base_prompted)", "#01010b": "var(--other1)", "#01010c": "var(--other2)",
+       "#01010d": "var(--other3)"}
+MODEL_COLOURS = {"base": BASE, "base_prompted": "#01010a", "sft": SFT, "ppo": PPO}
+OTHER_COLOURS = ("#01010b", "#01010c", "#01010d")  # of further models, in turn
 
 WIDTH = 420  # CSS pixels at scale 1; a card is 340 to 400 wide
 POINTS = 300  # a longer journal is averaged in buckets, so that the file stays small
@@ -56,6 +59,18 @@ class TaxRow:
     tax: float | None
 
 
+def model_colours(models: Sequence[str]) -> dict[str, str]:
+    """A placeholder colour for each model."""
+    others = [model for model in models if model not in MODEL_COLOURS]
+    return {model: MODEL_COLOURS.get(model) or OTHER_COLOURS[others.index(model) % len(OTHER_COLOURS)]
+            for model in models}
+
+
+def css_colour(model: str, models: Sequence[str]) -> str:
+    """The name of a model's CSS variable, without the dashes."""
+    return CSS[model_colours(models)[model]].removeprefix("var(--").removesuffix(")")
+
+
 def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], width: int = WIDTH) -> str:
     """Draws a figure of `width` x `height` CSS pixels; returns an <svg> element that stretches to its box."""
     with style.context(["default", {**RULES, "svg.hashsalt": f"instructflow {name}"}]):
@@ -70,7 +85,7 @@ def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], widt
     body = text[text.index(">", text.index("<svg")) + 1:].replace(' xlink:href="', ' href="')
     body = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL))
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    body = re.sub("#01010[1-9]", lambda match: CSS[match.group()], body)
+    body = re.sub("#01010[1-9a-d]", lambda match: CSS[match.group()], body)
     return f'<svg viewBox="{view.group(1)}" role="img" aria-label="{label}">' + re.sub(r"\n\s*", "\n", body).strip()
 
 
@@ -164,7 +179,8 @@ def beta(step: np.ndarray, values: np.ndarray) -> str:
     return svg("beta", "beta over the iterations", 270, draw)
 
 
-def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, joined: bool) -> str:
+def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, joined: bool,
+               name: str = "against_kl") -> str:
     """RM score and gold score against KL (square-root scale): a point each, and their mean per bin or a line."""
     def draw(figure: Figure) -> None:
         x = np.sqrt(np.maximum(kl_values, 0))
@@ -184,7 +200,7 @@ def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, jo
         _square_root_ticks(column[-1], float(np.nanmax(x)))
         column[-1].set_xlabel("KL to the SFT policy, nats (square-root scale)")
         figure.align_ylabels(list(column))
-    return svg("against_kl", "reward-model score and gold score against KL", 270, draw)
+    return svg(name, "reward-model score and gold score against KL", 270, draw)
 
 
 def _square_root_ticks(axes: Axes, top: float) -> None:
@@ -226,14 +242,18 @@ def signal(name: str, step: np.ndarray, values: np.ndarray) -> str:
 
 
 def tax(rows: Sequence[TaxRow]) -> str:
-    """Grouped bars, a group per task: base, SFT, PPO with 95 % error bars; a dashed mark where guessing lands."""
+    """Grouped bars, a group per task: each model with 95 % error bars; a dashed mark where guessing lands."""
+    models = list(dict.fromkeys(model for row in rows for model in row.scores))
+
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
+        step = 0.78 / max(1, len(models))
         for place, row in enumerate(rows):
-            for offset, (model, colour) in zip((-0.26, 0, 0.26), MODEL_COLOURS.items(), strict=True):
+            for number, (model, colour) in enumerate(model_colours(models).items()):
+                offset = step * (number - (len(models) - 1) / 2)
                 score, error = row.scores.get(model, math.nan), row.errors.get(model, math.nan)
                 if math.isfinite(score):
-                    axes.barh(place + offset, 100 * score, 0.24, color=colour)
+                    axes.barh(place + offset, 100 * score, 0.92 * step, color=colour)
                 if math.isfinite(score) and math.isfinite(error):
                     axes.errorbar(100 * score, place + offset, xerr=196 * error, color=INK, elinewidth=1.1, capsize=2)
             if row.chance is not None:
@@ -242,7 +262,7 @@ def tax(rows: Sequence[TaxRow]) -> str:
         _names(axes, [words(row.task) for row in rows])
         axes.set_xlim(0, 102)
         axes.set_xlabel("score, %")
-    return svg("tax", "scores on the alignment-tax tasks", 56 + 56 * len(rows), draw)
+    return svg("tax", "scores on the alignment-tax tasks", 56 + (20 + 12 * len(models)) * len(rows), draw)
 
 
 def win_rates(name: str, rows: Sequence[Estimate]) -> str:
@@ -267,3 +287,17 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", colors=INK)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
+
+
+def strengths(rows: Sequence[Estimate], colours: Sequence[str]) -> str:
+    """A dot with its interval per model: Bradley-Terry strength, in log-odds."""
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axvline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+            if row.low is not None and row.high is not None:
+                axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
+            axes.plot(row.value, place, "o", color=colour, markersize=6, markeredgewidth=0)
+        _names(axes, [words(row.name) for row in rows])
+        axes.set_xlabel("strength, log-odds (0: the mean model)")
+    return svg("strengths", "Bradley-Terry strength of each model", 60 + 26 * len(rows), draw)

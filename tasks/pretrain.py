@@ -5,11 +5,11 @@
 
 from pathlib import Path
 
+from rlhf.choices import choose
 from rlhf.data.schema import read_rows
 from rlhf.journal import Journal
 from rlhf.models import load_policy
 from rlhf.pretrain import pretrain, take_base_model
-from rlhf.tax import measure_task
 from rlhf.tokenizer import load_tokenizer
 from rlhf.world.facts import World
 from rlhf.world.tax import fact_items
@@ -28,8 +28,9 @@ def make_base(stage: Stage) -> None:
         texts = [row["text"] for row in read_rows(Path("data/corpus.jsonl"))]
         metrics = pretrain(params, texts, stage.params.seed, stage.scratch)
         folder = stage.scratch / "model"
-        right = measure_task(load_policy(folder), load_tokenizer(folder), fact_items(World(stage.params.seed)),
-                             params.precision)
+        facts = fact_items(World(stage.params.seed))
+        chosen = choose(load_policy(folder), load_tokenizer(folder), facts, params.precision)
+        right = [choice == fact["answer"] for choice, fact in zip(chosen, facts, strict=True)]
         metrics["pretrain/fact_accuracy"] = sum(right) / len(right)
     stage.publish("model", "models/pretrain")
     stage.finish(metrics, ["models/pretrain"])

@@ -20,6 +20,18 @@ from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.journal import read_journal
 from tasks import plots
+from tasks.comparison import (
+    SLICES,
+    best_of_plot,
+    machine,
+    models_of,
+    models_of_sample,
+    slice_rows,
+    strength_plot,
+    task_rows,
+    turn_sentences,
+    win_matrix,
+)
 from tasks.headline import (
     DASH,
     estimate,
@@ -35,10 +47,8 @@ from tasks.headline import (
 )
 from tasks.params import load_params
 
-MODELS = ("base", "sft", "ppo")
 STAGES = ("validate", "pretrain", "sft", "rm", "ppo")
 JOURNALS = STAGES[1:]
-SLICES = ("false_premise", "ambiguous", "high_stakes")
 SIGNALS = {  # journal column: title, how to read it
     "ppo/entropy": ("Entropy", "nats per token; near 0 the policy has stopped exploring"),
     "ppo/clip_fraction": ("Clip fraction", "share of tokens whose ratio was clipped"),
@@ -49,7 +59,10 @@ SIGNALS = {  # journal column: title, how to read it
 }
 QUALITIES = {  # metric's stem: row title, format
     "gold": ("gold score", score), "helpful": ("helpful", percent), "truthful": ("truthful", percent),
-    "harmless": ("harmless", percent), "rm_score": ("reward-model score", score), "length": ("length, tokens", length),
+    "harmless": ("harmless", percent), "hallucination": ("made up, closed tasks", percent),
+    "toxicity": ("toxicity, mean", percent), "toxic": ("toxic", percent), "refusal": ("refused", percent),
+    "repetition": ("repeated 3-grams", percent), "unsupported_words": ("words not in the prompt", percent),
+    "rm_score": ("reward-model score", score), "length": ("length, tokens", length),
 }
 SAMPLES_PER_USE_CASE = 12
 # Controls, bidirectional overrides, lone surrogates: a model may emit them, the page must not obey them.
@@ -62,14 +75,21 @@ def write_report(root: Path, target: Path, evaluation: dict[str, Any], samples: 
                  curves: dict[str, Any]) -> None:
     """Renders the report of the run in `root` to `target`.
 
-    evaluation: the content of metrics/evaluate.json; samples: rows with use_case, prompt, the completions base, sft,
-    ppo and their gold_<model>; curves: {"kl_gold": [{"kl", "rm_score", "gold"}]}, or {} to take it from ppo.csv.
+    evaluation: the content of metrics/evaluate.json; samples: rows with use_case, prompt, a completion per model's
+    name and their gold_<model>; curves: {"kl_gold": [{"kl", "rm_score", "gold"}]}, or {} to take it from ppo.csv, and
+    {"best_of_n": rows of the same}.
     """
+    models = models_of(evaluation)
     journals = {stage: _journal(root / "metrics" / f"{stage}.csv") for stage in JOURNALS}
     goal = _last(journals["ppo"], "ppo/kl_goal")
     taxes = tax_rows(evaluation)
     page = _template().render(
-        verdict=verdict(evaluation, goal), cards=headline_cards(evaluation, goal), models=MODELS,
+        verdict=verdict(evaluation, goal), cards=headline_cards(evaluation, goal), models=models,
+        colours={model: plots.css_colour(model, models) for model in models}, stand_in="eval/gold_ppo" in evaluation,
+        taxed=[model for model in models if any(model in row.scores for row in taxes)], machine=machine(),
+        matrix=win_matrix(evaluation, models), strengths=strength_plot(evaluation, models),
+        slices=slice_rows(evaluation, models), best_of=best_of_plot(curves.get("best_of_n") or []),
+        turns=turn_sentences(evaluation), tasks=task_rows(evaluation, models),
         ppo_plots=ppo_plots(journals["ppo"], curves), losses=loss_plots(journals), signals=signals(journals["ppo"]),
         ratio_error=_ratio_error(journals["ppo"]), taxes=taxes, tax_plot=plots.tax(taxes) if taxes else "",
         wins=win_plots(evaluation), qualities=quality_rows(evaluation), samples=group_samples(samples),
@@ -180,13 +200,18 @@ def _ratio_error(rows: Rows) -> float | None:
 
 
 def tax_rows(evaluation: Mapping[str, Any]) -> list[plots.TaxRow]:
-    """Scores, standard errors, chance and tax of each alignment-tax task."""
-    return [plots.TaxRow(task, {model: value for model in MODELS
-                                if (value := number(evaluation, f"tax_score/{model}/{task}")) is not None},
-                         {model: value for model in MODELS
-                          if (value := number(evaluation, f"tax_se/{model}/{task}")) is not None},
-                         number(evaluation, f"tax_chance/{task}"), number(evaluation, f"tax/{task}"))
-            for task in tax_tasks(evaluation)]
+    """Scores, standard errors, chance and tax of each alignment-tax task, in shares of a perfect score."""
+    models = models_of(evaluation)
+
+    def share(kind: str, task: str) -> float | None:
+        value = number(evaluation, f"{kind}/{task}")
+        return None if value is None else value / (number(evaluation, f"tax_unit/{task}") or 1)
+
+    def of_models(kind: str, task: str) -> dict[str, float]:
+        return {model: value for model in models if (value := share(f"{kind}/{model}", task)) is not None}
+
+    return [plots.TaxRow(task, of_models("tax_score", task), of_models("tax_se", task), share("tax_chance", task),
+                         share("tax", task)) for task in tax_tasks(evaluation)]
 
 
 def win_plots(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -205,7 +230,7 @@ def quality_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per quality that was measured: title, and per model the value with its interval."""
     made = []
     for stem, (title, form) in QUALITIES.items():
-        cells = [estimate(evaluation, f"eval/{stem}_{model}") for model in MODELS]
+        cells = [estimate(evaluation, f"eval/{stem}_{model}") for model in models_of(evaluation)]
         if any(cells):
             made.append({"title": title, "cells": [
                 {"value": form(cell.value) if cell else DASH,
@@ -220,10 +245,14 @@ def group_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for sample in samples:
         groups.setdefault(str(sample.get("use_case", "other")), []).append(sample)
     return [{"use_case": name, "total": len(rows), "rows": [
-        {"prompt": row.get("prompt", ""), "answers": [
-            {"model": model, "text": row.get(model) or "", "gold": number(row, f"gold_{model}")}
-            for model in MODELS if model in row]} for row in rows[:SAMPLES_PER_USE_CASE]]}
+        {"prompt": row.get("prompt", ""), "answers": _side_by_side(row)} for row in rows[:SAMPLES_PER_USE_CASE]]}
         for name, rows in sorted(groups.items())]
+
+
+def _side_by_side(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
+    models = models_of_sample(sample)
+    return [{"model": model, "colour": plots.css_colour(model, models), "text": sample.get(model) or "",
+             "gold": number(sample, f"gold_{model}")} for model in models]
 
 
 def data_versions(root: Path) -> list[dict[str, Any]]:

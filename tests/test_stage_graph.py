@@ -91,17 +91,17 @@ class Copy:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     made = Copy(tmp_path_factory.mktemp("graph"))
-    assert made.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "ppo", "evaluate"]
+    assert made.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "ppo", "evaluate", "promote"]
     assert made.repro() == []
     return made
 
 
 @pytest.mark.parametrize(("changed", "reruns"), [
-    ("sft.jsonl", ["validate", "sft", "rm", "ppo", "evaluate"]),
-    ("rm.jsonl", ["validate", "rm", "ppo", "evaluate"]),
-    ("ppo.jsonl", ["validate", "ppo", "evaluate"]),
-    ("tax/cloze.jsonl", ["evaluate"]),
-    ("corpus.jsonl", ["pretrain", "sft", "rm", "ppo", "evaluate"]),
+    ("sft.jsonl", ["validate", "sft", "rm", "ppo", "evaluate", "promote"]),
+    ("rm.jsonl", ["validate", "rm", "ppo", "evaluate", "promote"]),
+    ("ppo.jsonl", ["validate", "ppo", "evaluate", "promote"]),
+    ("tax/cloze.jsonl", ["evaluate", "promote"]),
+    ("corpus.jsonl", ["pretrain", "sft", "rm", "ppo", "evaluate", "promote"]),
 ])
 def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Copy, changed: str, reruns: list[str]
                                                                         ) -> None:
@@ -116,7 +116,8 @@ def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Co
 
 
 @pytest.mark.parametrize(("section", "reruns"), [
-    ("evaluate", ["evaluate"]), ("ppo", ["ppo", "evaluate"]), ("rm", ["rm", "evaluate"]),
+    ("promote", ["promote"]), ("evaluate", ["evaluate", "promote"]), ("ppo", ["ppo", "evaluate", "promote"]),
+    ("rm", ["rm", "evaluate"]),
 ])
 def test_a_changed_parameter_reruns_its_stage(copy: Copy, section: str, reruns: list[str]) -> None:
     profile = copy.root / "profiles" / "cpu.yaml"

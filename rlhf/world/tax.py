@@ -39,6 +39,22 @@ SITUATIONS = {
     "rich": ("bought a house", "gave to the poor", "opened a bank"),
 }
 
+_CHOICE = """output_type: multiple_choice
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: ""
+metric_list:
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+_TEXT = """output_type: generate_until
+doc_to_target: "{{answer.strip()}}"
+generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 16}
+filter_list:
+  - {name: line, filter: [{function: regex, regex_pattern: "^\\\\s*(.*?)\\\\s*$"}, {function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
 CHANCE = {"reading": 1 / 4, "sentiment": 1 / 2, "translation": 0.0, "cloze": 1 / 4}
 TASKS = tuple(CHANCE)
 
@@ -104,6 +120,18 @@ def tax_items(world: World, task: str, count: int) -> list[dict[str, Any]]:
         item = _WRITERS[task](rng)
         items.setdefault(item["prompt"], item)
     return list(items.values())
+
+
+def task_yaml(task: str) -> str:
+    """The task for lm-evaluation-harness; its items lie beside it. Temperature 0, the answer ends at the line's end."""
+    return (f"""# Made by tasks.ingest. In the checkout: lm-eval run --include_path data/tax --tasks {task} ...
+task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: data/tax/{task}.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+metadata: {{version: 1, chance: {CHANCE[task]}}}
+""" + (_CHOICE if CHANCE[task] else _TEXT))
 
 
 def training_text(task: str, held_out: set[str], rng: random.Random) -> str:

@@ -1,85 +1,16 @@
 """Training stages killed with SIGKILL at random moments, checkpoints after every step, so also while one is written:
 the finished files have the bytes of a run that nothing disturbed."""
 
-import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
-STAGES = ("pretrain", "sft", "rm", "ppo")
-PROFILE = """
-ingest: {scale: 0.01, corpus_documents: 1200, tax_items: 10}
-validate: {}
-pretrain: {vocab_size: 400, n_layer: 1, n_head: 2, n_embd: 32, steps: 120, warmup_steps: 5}
-sft: {epochs: 8, batch_size: 8, dropout: 0.1}
-rm: {max_prompts: 120, max_valid_prompts: 40, batch_size: 4, epochs: 3}
-ppo: {episodes: 320, batch_size: 16, minibatch_size: 8, ptx_coef: 0.5, ptx_batch_size: 4, ema_decay: 0.9,
-      samples_per_prompt: 2, max_new_tokens: 12}
-evaluate: {prompts: 20, tax_items: 10, bootstrap: 100}
-"""
-
-
-class Line:
-    """A checkout of links to the code, with small data and models, where single stages run."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for name in ("rlhf", "tasks", "dvc.yaml", "raw"):
-            (root / name).symlink_to(REPO / name)
-        (root / "profiles").mkdir()
-        (root / "profiles" / "sources").mkdir()
-        (root / "profiles" / "mini.yaml").write_text(PROFILE)
-        (root / "params.yaml").write_text("seed: 1\nprofile: mini\n")
-        self.environment = {**os.environ, "INSTRUCTFLOW_MIRROR": "off", "INSTRUCTFLOW_CHECKPOINT_SECONDS": "0",
-                            "OMP_NUM_THREADS": "1"}
-
-    def start(self, stage: str, *flags: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen([sys.executable, "-m", f"tasks.{stage}", *flags], cwd=self.root, env=self.environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-    def finish(self, stage: str) -> str:
-        process = self.start(stage)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        return out
-
-    def files(self, stage: str) -> dict[str, str]:
-        """MD5 of each output."""
-        paths = [*(self.root / "models" / stage).rglob("*"), *(self.root / "metrics").glob(f"{stage}*")]
-        return {str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
-                for path in sorted(paths) if path.is_file()}
-
-    def steps_saved(self, stage: str) -> int:
-        return len(list(self.root.glob(f"scratch/{stage}/*/checkpoints/step-*.json")))
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
-    made = Line(tmp_path_factory.mktemp("line"))
-    made.finish("ingest")
-    shutil.copytree(made.root / "build" / "data", made.root / "data")
-    (made.root / "metrics" / "validate.json").write_text("{}\n")
-    return made
-
-
-@pytest.fixture(scope="module")
-def undisturbed(line: Line) -> dict[str, tuple[dict[str, str], float]]:
-    """Outputs and seconds of each training stage, run once from start to end."""
-    found = {}
-    for stage in STAGES:
-        before = time.monotonic()
-        line.finish(stage)
-        found[stage] = (line.files(stage), time.monotonic() - before)
-    return found
+from tests.tasks.small_line import PROFILE, STAGES, Line, Undisturbed
 
 
 def kill_until_done(line: Line, stage: str, seconds: float, rng: random.Random, kills: int) -> int:
@@ -105,7 +36,7 @@ def kill_until_done(line: Line, stage: str, seconds: float, rng: random.Random, 
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_a_killed_stage_ends_with_the_same_bytes(line: Line, undisturbed: dict[str, tuple[dict[str, str], float]],
+def test_a_killed_stage_ends_with_the_same_bytes(line: Line, undisturbed: Undisturbed,
                                                  stage: str) -> None:
     files, seconds = undisturbed[stage]
     assert len(files) > 4
@@ -118,14 +49,14 @@ def test_a_killed_stage_ends_with_the_same_bytes(line: Line, undisturbed: dict[s
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("trial", range(6))
 def test_any_number_of_kills_at_any_moment_changes_no_byte(
-        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]], stage: str, trial: int) -> None:
+        line: Line, undisturbed: Undisturbed, stage: str, trial: int) -> None:
     files, seconds = undisturbed[stage]
     kill_until_done(line, stage, seconds, random.Random(f"{stage} {trial}"), 1 + trial % 3)
     assert line.files(stage) == files
 
 
 def test_sigterm_saves_and_status_says_where_a_run_goes_on(
-        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
+        line: Line, undisturbed: Undisturbed) -> None:
     shutil.rmtree(line.root / "scratch" / "sft")
     assert "starts from the beginning: nothing is saved" in line.start("sft", "--status").communicate()[0]
     process = line.start("sft")
@@ -143,7 +74,7 @@ def test_sigterm_saves_and_status_says_where_a_run_goes_on(
 
 
 def test_a_model_taken_as_it_is_gives_every_output_of_the_stage(
-        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
+        line: Line, undisturbed: Undisturbed) -> None:
     files, _ = undisturbed["pretrain"]
     taken = line.root / "taken"
     shutil.copytree(line.root / "models" / "pretrain", taken)
@@ -162,7 +93,7 @@ def test_a_model_taken_as_it_is_gives_every_output_of_the_stage(
 
 
 def test_people_s_data_has_no_gold_score_and_no_made_up_tax(
-        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
+        line: Line, undisturbed: Undisturbed) -> None:
     assert undisturbed
     source, tax = line.root / "data" / "source.json", line.root / "data" / "tax"
     before = source.read_text()
@@ -180,12 +111,12 @@ def test_people_s_data_has_no_gold_score_and_no_made_up_tax(
         tax.rmdir()
         (line.root / "tax").rename(tax)
     assert not [name for name in (*ppo, *found) if "gold" in name or "tax" in name or "win_rate" in name]
-    assert 0 <= found["eval/rm_prefers_ppo_to_sft_low"] <= found["eval/rm_prefers_ppo_to_sft_high"] <= 1
+    assert 0 <= found["eval/rm_prefers_vs_sft_low"] <= found["eval/rm_prefers_vs_sft_high"] <= 1
     assert "Not measured: there is no win rate against SFT." in page
 
 
 def test_other_parameters_start_afresh_and_a_folder_that_cannot_be_written_says_so(
-        line: Line, undisturbed: dict[str, tuple[dict[str, str], float]]) -> None:
+        line: Line, undisturbed: Undisturbed) -> None:
     profile = line.root / "profiles" / "mini.yaml"
     profile.write_text(PROFILE.replace("sft: {epochs: 8", "sft: {epochs: 7"))
     try:

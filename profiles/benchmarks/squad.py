@@ -1,0 +1,29 @@
+"""Exact match and F1 of an answer, SQuAD 2.0's definition (Rajpurkar et al. 2018, §5): the best over the references."""
+
+import re
+import string
+from collections import Counter
+from typing import Any
+
+
+def normal(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles."""
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def f1(answer: str, reference: str) -> float:
+    """F1 of the bags of words; an empty one matches only an empty one."""
+    ours, theirs = normal(answer), normal(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """f1 and exact of one answer; "unanswerable" stands for none."""
+    answer = "" if normal(results[0]) == ["unanswerable"] else results[0]
+    references = doc["answers"]["text"] or [""]
+    return {"f1": max(f1(answer, reference) for reference in references),
+            "exact": max(float(normal(answer) == normal(reference)) for reference in references)}

@@ -1,0 +1,85 @@
+"""How far a reward model can be trusted: proxy and gold score against the distance from the SFT policy, and its turn.
+
+Gao, Schulman and Hilton 2022 (arXiv 2210.10760): with d = sqrt(KL), the gold score rises like d (a - b d) for best-of-n
+and like d (a - b ln d) for reinforcement learning, and falls behind its peak.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def best_of_n(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], sizes: Sequence[int]
+              ) -> list[dict[str, float]]:
+    """A row per n: n, kl, proxy and gold score of the sample that the proxy likes best among n, and gold's deviation.
+
+    proxy, gold [prompts][N]: scores of N samples a prompt. Each n uses all N: the unbiased estimate over the subsets of
+    n [Nakano et al. 2021, App. I]. KL(best-of-n || policy) = ln n - (n - 1) / n nats.
+    """
+    rows = []
+    drawn = len(proxy[0])
+    for n in sizes:
+        weights = np.array([math.comb(place, n - 1) / math.comb(drawn, n) for place in range(drawn)])
+        found = []
+        for ours, true in zip(proxy, gold, strict=True):
+            order = np.argsort(np.asarray(ours), kind="stable")
+            found.append((float(weights @ np.asarray(ours)[order]), float(weights @ np.asarray(true)[order])))
+        values = np.array(found)
+        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, "rm_score": float(values[:, 0].mean()),
+                     "gold": float(values[:, 1].mean()),
+                     "gold_stderr": float(values[:, 1].std(ddof=1) / math.sqrt(len(values))) if len(values) > 1
+                     else 0.0})
+    return rows
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where the gold score peaks.
+
+    Seen: `peak_kl` of the smoothed scores, `drop` from there to the end, `turned` where the drop is more than twice its
+    standard error. By Gao's curve: `fitted_kl` of the peak and the `fitted_gain` there; infinite and NaN where the
+    curve rises as far as three times the largest distance seen.
+    """
+
+    peak_kl: float
+    drop: float
+    turned: bool
+    fitted_kl: float
+    fitted_gain: float
+
+
+def find_turn(kl: Sequence[float], gold: Sequence[float], form: str, smooth: int = 5,
+              stderr: float | None = None) -> Turn:
+    """Looks for the gold score's peak over a run, in order; form: "rl" or "best_of_n".
+
+    stderr: of one score, where it is known; else taken from how much neighbours differ.
+    """
+    scores = np.asarray(gold, dtype=np.float64)
+    width = min(smooth, len(scores))
+    smoothed = np.convolve(scores, np.ones(width) / width, "valid")
+    centres = np.convolve(np.asarray(kl, dtype=np.float64), np.ones(width) / width, "valid")
+    if stderr is None:
+        stderr = float(np.diff(scores).std()) / math.sqrt(2)
+    place = int(smoothed.argmax())
+    drop = float(smoothed[place] - smoothed[-1])
+    fitted_kl, gain = fit_turn(np.asarray(kl, dtype=np.float64), scores - scores[0], form)
+    return Turn(float(centres[place]), drop, drop > 2 * stderr * math.sqrt(2 / width), fitted_kl, gain)
+
+
+def fit_turn(kl: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:
+    """(KL at the peak, gain there) of the curve that fits best by least squares; (inf, NaN) without a peak in reach."""
+    distance = np.sqrt(np.maximum(kl, 0))
+    used = distance > 1e-3
+    d = distance[used]
+    if len(d) < 2:
+        return math.inf, math.nan
+    second = -d * d if form == "best_of_n" else -d * np.log(d)
+    (a, b), *_ = np.linalg.lstsq(np.stack([d, second], 1), gain[used], rcond=None)
+    if (a <= 0 and form == "best_of_n") or b <= 0:
+        return math.inf, math.nan
+    peak = a / (2 * b) if form == "best_of_n" else math.exp(min(50.0, a / b - 1))
+    if peak > 3 * d.max():
+        return math.inf, math.nan
+    return float(peak * peak), float(peak * (a - b * (peak if form == "best_of_n" else math.log(peak))))

@@ -1,0 +1,123 @@
+"""Registers policy and reward model, decides by the gates whether they become the champion, writes the model card.
+
+    python -m tasks.promote
+
+The version is always the challenger. A failed gate leaves the champion where it is and says by how much it was missed;
+metrics/promote.json has the decision, models/promoted the policy with its card (without a pass, only the card).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf.evaluate import answer, with_interval
+from rlhf.files import hash_paths, write_atomic, write_json
+from rlhf.params import Profile
+from tasks.evaluate import HeldOut, held_out_rows, judge_of
+from tasks.gates import Gate, against_champion, gates
+from tasks.gold import gold_labeler
+from tasks.mirror_record import data_version, line_of
+from tasks.model_card import model_card
+from tasks.stage import Stage, run_stage
+
+POLICY, RM, PROMOTED = Path("models/ppo"), Path("models/rm"), "models/promoted"
+DATASETS = ("sft", "rm", "ppo")
+
+
+def promote(stage: Stage) -> None:
+    """Registers, compares with the champion, decides."""
+    params = stage.params.stages.promote
+    metrics = json.loads(Path("metrics/evaluate.json").read_text(encoding="utf-8"))
+    found = gates(metrics, stage.params.stages.ppo.kl_goal, params)
+    judged = any(gate.name.startswith("win rate") for gate in found)
+    version = ""
+    if params.registry:
+        version = register(stage, found)
+    missed = [gate for gate in found if not gate.passed]
+    reasons = [gate.text() for gate in missed]
+    if params.judged and not judged:
+        reasons.insert(0, "no independent judge: only the reward model that PPO was trained on preferred anything; set "
+                          "evaluate.judge and evaluate.judge_model, or promote.judged to false")
+    passed = not reasons
+    if version and passed:
+        crown(stage, version)
+    card = model_card(stage.root, metrics, found, reasons)
+    folder = stage.scratch / "promoted"
+    shutil.rmtree(folder, ignore_errors=True)
+    if passed:
+        shutil.copytree(POLICY, folder)
+    write_atomic(folder / "README.md", card.encode())
+    stage.publish("promoted", PROMOTED)
+    for gate in found:
+        print(f"promote: {'passed' if gate.passed else 'FAILED'}: {gate.text()}", flush=True)
+    what = f"version {version} of {params.registry}-policy" if version else "the policy"
+    print(f"promote: {what} {'is the champion' if passed else 'is not promoted: ' + '; '.join(reasons)}", flush=True)
+    stage.finish({"promote/passed": float(passed), "promote/gates": len(found), "promote/missed": len(reasons),
+                  "gates": {f"{number:02d} {gate.name}": gate.record() for number, gate in enumerate(found, 1)},
+                  "reasons": reasons}, [f"{PROMOTED}/README.md"])
+
+
+def register(stage: Stage, found: list[Gate]) -> str:
+    """Registers both models, makes them the challenger, adds the gate against the champion; the policy's version."""
+    from tasks.registry import CHALLENGER, CONTENT_TAG, Registry  # mlflow: seconds that a decision alone need not wait
+
+    registry = Registry(stage.params.stages.promote.registry, stage.root)
+    run = {"line": os.environ.get("INSTRUCTFLOW_LINE", ""), "profile": stage.params.profile}
+    content = {kind: hash_paths([folder], folder) for kind, folder in (("policy", POLICY), ("rm", RM))}
+    champion = registry.champion()
+    numbers = {}
+    for kind, folder in (("policy", POLICY), ("rm", RM)):
+        made = registry.register(kind, folder, content[kind], line_of(run, stage.root), lineage(stage, run))
+        registry.set_alias(kind, CHALLENGER, made.version)
+        numbers[kind] = str(made.version)
+    write_json(stage.scratch / "versions.json", numbers)
+    if champion and champion.tags.get(CONTENT_TAG) != content["policy"]:
+        found.append(against_champion(win_rate_high(stage.params.stages, stage.params.seed,
+                                                    registry.folder_of(champion, stage.scratch / "champion"))))
+    return numbers["policy"]
+
+
+def crown(stage: Stage, version: str) -> None:
+    """The alias champion goes to the new versions of policy and reward model."""
+    from tasks.registry import CHAMPION, Registry
+
+    registry = Registry(stage.params.stages.promote.registry, stage.root)
+    numbers = json.loads((stage.scratch / "versions.json").read_text())
+    assert numbers["policy"] == version
+    for kind, number in sorted(numbers.items(), reverse=True):  # the reward model first: it serves nobody
+        registry.set_alias(kind, CHAMPION, number)
+
+
+def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
+    """High end of the interval of the policy's win rate against the champion, on the held-out prompts."""
+    params = profile.evaluate
+    held_out = HeldOut(held_out_rows(params, seed), gold_labeler(seed))
+    texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (POLICY, champion)]
+    judge, _ = judge_of(params, held_out.labeler)
+    values = judge(held_out.prompts, *texts)
+    return with_interval("win", values, params.bootstrap, seed)["win_high"]
+
+
+def lineage(stage: Stage, run: dict[str, Any]) -> dict[str, str]:
+    """Where a version comes from: commit, dvc.lock, datasets, parameters."""
+    tags = {"profile": run["profile"], "seed": str(stage.params.seed), "line": line_of(run, stage.root),
+            "data_version": data_version(stage.root)}
+    lock = stage.root / "dvc.lock"
+    if lock.is_file():
+        tags["dvc_lock_sha256"] = hash_paths([lock], stage.root)
+    for name in DATASETS:
+        with (stage.root / "data" / f"{name}.jsonl").open("rb") as handle:
+            tags[f"data_{name}_md5"] = hashlib.file_digest(handle, "md5").hexdigest()  # DVC's name for it
+    with suppress(OSError, subprocess.CalledProcessError):
+        tags["git_commit"] = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=stage.root, stderr=subprocess.DEVNULL, text=True).strip()
+    return tags
+
+
+if __name__ == "__main__":
+    run_stage("promote", promote)
