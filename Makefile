@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke test setup lock clean
+.PHONY: help run smoke test study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -28,6 +28,9 @@ smoke: .venv/.installed  ## the whole line on the smoke profile, in a throwaway 
 	cd "$$copy"; git init -q; \
 	env -u MLFLOW_TRACKING_URI -u PREFECT_API_URL PREFECT_HOME="$$copy/.prefect" \
 		$(BIN)/python -m flows.pipeline --profile smoke
+
+study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
+	$(BIN)/python -m tasks.study --profile cpu
 
 test: .venv/.installed  ## ruff, mypy, import-linter, pytest
 	$(BIN)/ruff check .

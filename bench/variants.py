@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from rlhf.data.schema import read_rows
-from rlhf.evaluate import answer, outcomes, with_interval
+from rlhf.evaluate import answer, with_interval
+from rlhf.harness import Harness, measure
 from rlhf.journal import read_journal
-from rlhf.models import load_policy
 from rlhf.ppo_run import train_ppo
+from rlhf.preference import gold_judge
 from rlhf.reward_model import Scored, accuracy, sample_rows, score_rows, train_reward_model
 from rlhf.sft import sft
-from rlhf.tax import measure_task
 from rlhf.tokenizer import PromptCodec, load_tokenizer
 from rlhf.world.facts import World
-from rlhf.world.labeler import GoldLabeler, compare
+from rlhf.world.labeler import GoldLabeler
 from tasks.params import load_params
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "proportional": {"ppo": {"beta_rule": "proportional", "beta": 0.08}},
     "proportional, gain 1": {"ppo": {"beta_rule": "proportional", "beta_gain": 1.0, "beta": 0.08}},
     "fixed": {"ppo": {"beta_rule": "fixed", "beta": 0.08}},
-    "best of 4": {"rm": {"loss": "best_of", "batch_size": 8}},
+    "best of 4": {"rm": {"loss": "best_of", "epochs": 2}},
     "SFT without pretraining text": {"sft": {"pretrain_mix": 0.0}},
     "SFT without pretraining text, PPO-ptx": {"sft": {"pretrain_mix": 0.0}, "ppo": {"ptx_coef": 0.5}},
     "averaged weights": {"ppo": {"ema_decay": 0.9}},
@@ -48,12 +48,8 @@ Folder = Path
 
 def tax(folder: Folder) -> float:
     """Mean share right over the tax tasks."""
-    model, tokenizer = load_policy(folder), load_tokenizer(folder)
-    shares = []
-    for path in sorted(Path("data/tax").glob("*.jsonl")):
-        right = measure_task(model, tokenizer, list(read_rows(path)), "fp32")
-        shares.append(sum(right) / len(right))
-    return sum(shares) / len(shares)
+    scores = measure(folder, Harness(folders=[Path("data/tax")], batch_size=128))
+    return sum(score.value for score in scores.values()) / len(scores)
 
 
 def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler) -> dict[str, Any]:
@@ -87,12 +83,11 @@ def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler
     quarter = journal[-(len(journal) // 4):]
     kl = sum(row["ppo/kl"] for row in quarter) / len(quarter)
     prompts = [row["prompt"] for row in rows if row["split"] == "valid"][:1000]
-    answers = [answer(one, reward_model, prompts, params.evaluate, "fp32", seed)
-               for one in (folder / "ppo" / "model", start)]
-    ours, theirs = (labeler.grades(prompts, item.texts) for item in answers)
-    wins = outcomes([compare(a, b, "high_stakes" in labeler.slices(prompt))
-                     for a, b, prompt in zip(ours, theirs, prompts, strict=True)])
-    gain = [a.score - b.score for a, b in zip(ours, theirs, strict=True)]
+    texts = [answer(one, reward_model, prompts, params.evaluate, seed).texts
+             for one in (folder / "ppo" / "model", start)]
+    wins = gold_judge(labeler)(prompts, *texts)
+    ours, theirs = (labeler.scores(prompts, item) for item in texts)
+    gain = [a - b for a, b in zip(ours, theirs, strict=True)]
     found |= {"kl": round(kl, 3), "kl_over_goal": round(kl / ppo.kl_goal, 2),
               "kl_max_over_goal": round(max(row["ppo/kl"] for row in journal) / ppo.kl_goal, 2),
               "beta_last": round(journal[-1]["ppo/beta"], 4)}

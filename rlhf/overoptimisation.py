@@ -13,12 +13,13 @@ import numpy as np
 
 def best_of_n(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], sizes: Sequence[int]
               ) -> list[dict[str, float]]:
-    """A row per n: n, kl, proxy and gold score of the sample that the proxy likes best among n, and gold's deviation.
+    """A row per n: n, kl, proxy and gold score of the sample that the proxy likes best among n, and standard errors:
+    of the gold score, and of its distance from the highest one, paired by prompt.
 
     proxy, gold [prompts][N]: scores of N samples a prompt. Each n uses all N: the unbiased estimate over the subsets of
     n [Nakano et al. 2021, App. I]. KL(best-of-n || policy) = ln n - (n - 1) / n nats.
     """
-    rows = []
+    rows, golds = [], []
     drawn = len(proxy[0])
     for n in sizes:
         weights = np.array([math.comb(place, n - 1) / math.comb(drawn, n) for place in range(drawn)])
@@ -27,11 +28,17 @@ def best_of_n(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]],
             order = np.argsort(np.asarray(ours), kind="stable")
             found.append((float(weights @ np.asarray(ours)[order]), float(weights @ np.asarray(true)[order])))
         values = np.array(found)
+        golds.append(values[:, 1])
         rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, "rm_score": float(values[:, 0].mean()),
-                     "gold": float(values[:, 1].mean()),
-                     "gold_stderr": float(values[:, 1].std(ddof=1) / math.sqrt(len(values))) if len(values) > 1
-                     else 0.0})
+                     "gold": float(values[:, 1].mean()), "gold_stderr": _stderr(values[:, 1])})
+    highest = max(golds, key=lambda values: values.mean())
+    for row, values in zip(rows, golds, strict=True):
+        row["drop_stderr"] = _stderr(highest - values)
     return rows
+
+
+def _stderr(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -46,26 +53,27 @@ class Turn:
     peak_kl: float
     drop: float
     turned: bool
+    drop_stderr: float
     fitted_kl: float
     fitted_gain: float
 
 
 def find_turn(kl: Sequence[float], gold: Sequence[float], form: str, smooth: int = 5,
-              stderr: float | None = None) -> Turn:
+              drop_stderr: float | None = None) -> Turn:
     """Looks for the gold score's peak over a run, in order; form: "rl" or "best_of_n".
 
-    stderr: of one score, where it is known; else taken from how much neighbours differ.
+    drop_stderr: standard error of the drop, where it is known; else taken from how much neighbours differ.
     """
     scores = np.asarray(gold, dtype=np.float64)
     width = min(smooth, len(scores))
     smoothed = np.convolve(scores, np.ones(width) / width, "valid")
     centres = np.convolve(np.asarray(kl, dtype=np.float64), np.ones(width) / width, "valid")
-    if stderr is None:
-        stderr = float(np.diff(scores).std()) / math.sqrt(2)
+    if drop_stderr is None:  # of the difference of two means of `width` scores
+        drop_stderr = float(np.diff(scores).std()) / math.sqrt(width)
     place = int(smoothed.argmax())
     drop = float(smoothed[place] - smoothed[-1])
     fitted_kl, gain = fit_turn(np.asarray(kl, dtype=np.float64), scores - scores[0], form)
-    return Turn(float(centres[place]), drop, drop > 2 * stderr * math.sqrt(2 / width), fitted_kl, gain)
+    return Turn(float(centres[place]), drop, drop > 2 * drop_stderr, drop_stderr, fitted_kl, gain)
 
 
 def fit_turn(kl: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:

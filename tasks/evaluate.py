@@ -159,7 +159,7 @@ def turn_metrics(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     for name, (kl, gold, form) in runs.items():
         if len(kl) < 3:
             continue
-        turn = find_turn(kl, gold, form) if form == "rl" else find_turn(kl, gold, form, 1, curve[-1]["gold_stderr"])
+        turn = find_turn(kl, gold, form) if form == "rl" else find_turn(kl, gold, form, 1, curve[-1]["drop_stderr"])
         metrics |= {f"overopt/{name}_peak_kl": turn.peak_kl, f"overopt/{name}_drop": turn.drop,
                     f"overopt/{name}_turned": float(turn.turned)}
         if math.isfinite(turn.fitted_kl):

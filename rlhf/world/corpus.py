@@ -11,7 +11,7 @@ from rlhf.world.tax import TASKS, training_text
 
 # Share of documents by kind.
 MIX = {"facts": 39, "groups": 2, "story": 12, "forum": 31, "reading": 5, "sentiment": 3, "translation": 5, "cloze": 3}
-FORUM_GOOD = 0.7
+FORUM_GOOD = 0.4
 
 
 def _facts(world: World, rng: random.Random) -> str:

@@ -13,6 +13,7 @@ def test_best_of_n_is_the_mean_over_all_subsets() -> None:
     rng = np.random.default_rng(1)
     proxy, gold = rng.standard_normal((3, 6)), rng.standard_normal((3, 6))
     rows = best_of_n(proxy.tolist(), gold.tolist(), [1, 2, 4, 6])
+    golds = {}
     for row in rows:
         n = int(row["n"])
         subsets = [list(subset) for subset in itertools.combinations(range(6), n)]
@@ -22,7 +23,11 @@ def test_best_of_n_is_the_mean_over_all_subsets() -> None:
         assert row["rm_score"] == pytest.approx(means[:, 0].mean())
         assert row["gold"] == pytest.approx(means[:, 1].mean())
         assert row["gold_stderr"] == pytest.approx(means[:, 1].std(ddof=1) / math.sqrt(3))
+        golds[n] = means[:, 1]
         assert row["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
+    best = max(golds.values(), key=lambda values: values.mean())
+    for row in rows:
+        assert row["drop_stderr"] == pytest.approx((best - golds[int(row["n"])]).std(ddof=1) / math.sqrt(3))
 
 
 def test_kl_of_best_of_n_is_that_of_the_chosen_distribution() -> None:
