@@ -197,8 +197,33 @@ def test_runs_the_stages_in_order_and_only_once(checkout: Checkout) -> None:
     assert [result.how for result in second.results] == ["up to date", "up to date", "up to date", "from cache"]
 
 
+def test_a_missed_gate_ends_in_a_state_of_its_own(checkout: Checkout) -> None:
+    checkout.write("promote.sh", """mkdir -p metrics; echo '{"promote/passed": 0.0, "promote/missed": 1, "reasons":
+        ["win rate 0.48, at least 0.5: missed by 0.02"]}' > metrics/promote.json\n""")
+    checkout.write("dvc.yaml", "stages:" + SFT_AND_PPO + """
+  promote:
+    cmd: echo promote >> order.log && sh promote.sh
+    deps: [promote.sh, models/ppo]
+    metrics: [{metrics/promote.json: {cache: false}}]
+""")
+    done = checkout.command_line()
+    assert done.returncode == 5
+    assert "promote" in done.stdout  # the table of the complete line
+    assert done.stderr.splitlines()[-1] == "not promoted: win rate 0.48, at least 0.5: missed by 0.02"
+    run, _, summary = asyncio.run(_recorded())
+    assert (run.state_name, run.state_type) == ("Not promoted", "FAILED")
+    assert run.state
+    assert "missed by 0.02" in str(run.state.message)
+    assert "| promote |" in summary
+    assert checkout.order() == ["sft", "ppo", "promote"]
+    assert checkout.command_line().returncode == 5  # up to date, and still not promoted
+    checkout.write("promote.sh", "echo '{\"reasons\": []}' > metrics/promote.json\n")
+    assert checkout.command_line().returncode == 0
+
+
 def test_order_is_that_of_dvc_yaml() -> None:
-    assert stage_order(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate"]
+    assert stage_order(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate",
+                                       "promote"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import rlhf.harness
+from bench.public_tasks import prepare
 from rlhf.errors import UserError
 from rlhf.harness import Harness, main_metric, measure
 from rlhf.models import load_policy
@@ -21,6 +22,7 @@ from rlhf.world.tax import TASKS, task_yaml, tax_items
 
 ITEMS = 12
 BENCHMARKS = Path(__file__).parents[2] / "profiles" / "benchmarks"
+REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,16 @@ def test_rows_of_a_file_stand_in_for_the_hub(folder: Path, tmp_path: Path) -> No
     score = measure(folder / "model", Harness(["squadv2_rows"], [BENCHMARKS],
                                               {"squadv2_rows": str(tmp_path / "rows.jsonl")}, limit=2))
     assert (score["squadv2_rows"].metric, len(score["squadv2_rows"].items)) == ("f1", 2)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real dev sets are not at hand")
+def test_real_dev_sets_go_through_the_public_tasks(folder: Path, tmp_path: Path) -> None:
+    files = prepare(REAL, tmp_path, 3)
+    assert sorted(files) == ["hellaswag", "squadv2_rows", "sst2", "truthfulqa_mc1"]
+    found = measure(folder / "model", Harness(["hellaswag", "sst2", "truthfulqa_mc1"], [BENCHMARKS], files))
+    assert {task: score.metric for task, score in found.items()} == {
+        "hellaswag": "acc_norm", "sst2": "acc", "truthfulqa_mc1": "acc"}
+    assert all(len(score.items) == 3 for score in found.values())
 
 
 @pytest.mark.parametrize(("harness", "said"), [
