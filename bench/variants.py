@@ -2,8 +2,8 @@
 
     python bench/variants.py [NAME ...]     in the checkout of a finished line; writes only to a temporary folder
 
-Each trains from models/sft and models/rm with the profile's other parameters, and is measured on 1,000 held-out prompts
-by the gold labeler and on the tax tasks. About two and a half minutes each on two cores.
+Each trains from models/sft and models/rm with the profile's other parameters, and is measured on as many held-out
+prompts as the profile's evaluation by the gold labeler, and on the tax tasks. About three minutes each on two cores.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler
     journal = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "ppo/journal.csv")]
     quarter = journal[-(len(journal) // 4):]
     kl = sum(row["ppo/kl"] for row in quarter) / len(quarter)
-    prompts = [row["prompt"] for row in rows if row["split"] == "valid"][:1000]
+    prompts = [row["prompt"] for row in rows if row["split"] == "valid"][: params.evaluate.prompts]
     texts = [answer(one, reward_model, prompts, params.evaluate, seed).texts
              for one in (folder / "ppo" / "model", start)]
     wins = gold_judge(labeler)(prompts, *texts)

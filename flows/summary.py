@@ -75,7 +75,8 @@ def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:
             metrics: dict[str, Any] = json.loads((root / "metrics" / f"{stage}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        shown = [(key.split("/")[1], metrics[key]) for key in MAIN_NUMBERS.get(stage, []) if key in metrics]
+        shown = [(key.replace("tax/", "tax_").split("/")[-1], metrics[key]) for key in MAIN_NUMBERS.get(stage, [])
+                 if key in metrics]
         found[stage] = "  ".join(f"{key}={_number(value)}" for key, value in shown)
     return found
 

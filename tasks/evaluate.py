@@ -84,7 +84,7 @@ def evaluate(stage: Stage) -> None:
                                          params.precision, params.temperature)
         metrics |= tax_metrics(tasks, others, params, seed)
         progress.step()
-        curve = best_of_curve(params, held_out, seed)
+        curve = best_of_curve(MODELS["sft"], RM, held_out, params, seed)
         metrics |= turn_metrics(curve)
         progress.step()
     write_csv(stage.scratch / BEST_OF, curve)
@@ -136,16 +136,17 @@ def judge_of(params: EvaluateParams, labeler: GoldLabeler | None) -> tuple[Judge
     return reward_judge(RM, params.precision), False
 
 
-def best_of_curve(params: EvaluateParams, held_out: HeldOut, seed: int) -> list[dict[str, float]]:
-    """Proxy and gold score of the best of n samples of SFT, n a power of two; without a gold labeler no curve."""
+def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluateParams, seed: int
+                  ) -> list[dict[str, float]]:
+    """Proxy and gold score of the best of n samples of a policy, n a power of two; without a gold labeler no curve."""
     if not params.best_of or not held_out.labeler:
         return []
     prompts = held_out.prompts[: params.best_of_prompts]
-    texts = several(MODELS["sft"], prompts, params.best_of, params, seed)
+    texts = several(policy, prompts, params.best_of, params, seed)
     asked = [prompt for prompt in prompts for _ in range(params.best_of)]
     flat = [text for found in texts for text in found]
     groups = [[values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
-              for values in (rm_scores(RM, asked, flat, params.precision), held_out.labeler.scores(asked, flat))]
+              for values in (rm_scores(rm, asked, flat, params.precision), held_out.labeler.scores(asked, flat))]
     sizes = [2 ** power for power in range(params.best_of.bit_length())]
     return best_of_n(groups[0], groups[1], sizes)
 

@@ -23,11 +23,10 @@ import torch
 
 from rlhf.data.schema import read_rows
 from rlhf.errors import Interrupted, TrainingFailed, UserError
-from rlhf.evaluate import Answers, answer, rm_scores, several
+from rlhf.evaluate import Answers, answer
 from rlhf.files import write_json
 from rlhf.harness import Harness, TaskScore, measure
 from rlhf.journal import read_journal
-from rlhf.overoptimisation import best_of_n
 from rlhf.params import PpoParams, Profile
 from rlhf.ppo_run import train_ppo
 from rlhf.preference import compare_all, gold_judge
@@ -39,7 +38,7 @@ from rlhf.tokenizer import PromptCodec, load_tokenizer
 from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 from tasks.claims import judge_claims, write_claims
-from tasks.evaluate import HeldOut
+from tasks.evaluate import HeldOut, best_of_curve
 from tasks.ingest import write_embedded
 from tasks.params import Params, load_params, load_profile
 from tasks.scores import gold_metrics, preference_metrics, safety_metrics, tax_metrics
@@ -101,7 +100,9 @@ def run_seed(seed: Seed) -> dict[str, Any]:
     found["scores"] = seed.unit("scores", lambda place: _measure(seed, labeler, place))
     found["free_run"] = [{key: float(row[f"ppo/{key}"]) for key in ("kl", "rm_score", "gold")}
                          for row in read_journal(seed.path("ppo_free/journal.csv"))]
-    found["best_of_n"] = seed.unit("best_of_n", lambda place: _best_of(seed, labeler))
+    found["best_of_n"] = seed.unit("best_of_n", lambda place: best_of_curve(
+        seed.path("sft/model"), seed.path("rm/model"), HeldOut(seed.rows("ppo", "valid"), labeler), profile.evaluate,
+        number))
     found["prompts"] = min(profile.evaluate.prompts, len(seed.rows("ppo", "valid")))
     found["parameters"] = {name: sum(item.numel() for item in _weights(seed.path(f"{name}/model")))
                            for name in ("base", "small_base")}
@@ -184,18 +185,6 @@ def _measure(seed: Seed, labeler: GoldLabeler, place: Path) -> dict[str, float]:
     return (safety_metrics(held_out, answers) | gold_metrics(held_out, grades, params, seed.number)
             | preference_metrics(held_out, answers, outcomes, params, seed.number, "win_rate")
             | tax_metrics(tasks, {}, params, seed.number))
-
-
-def _best_of(seed: Seed, labeler: GoldLabeler) -> list[dict[str, float]]:
-    params = seed.profile.evaluate
-    prompts = [row["prompt"] for row in seed.rows("ppo", "valid")[: params.best_of_prompts]]
-    texts = several(seed.path("sft/model"), prompts, params.best_of, params, seed.number)
-    asked = [prompt for prompt in prompts for _ in range(params.best_of)]
-    flat = [text for group in texts for text in group]
-    proxy, gold = ([values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
-                   for values in (rm_scores(seed.path("rm/model"), asked, flat, params.precision),
-                                  labeler.scores(asked, flat)))
-    return best_of_n(proxy, gold, [2 ** power for power in range(params.best_of.bit_length())])
 
 
 def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
