@@ -107,14 +107,23 @@ def _run(model_folder: Path, names: Sequence[str], harness: Harness) -> dict[str
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
-        loaded = {name: _load(name, harness, Path(scratch)) for name in names}
+        known = local_tasks(harness.folders)
+        folders = [str(folder.resolve()) for folder in harness.folders if folder.is_dir()]
+        manager = TaskManager(include_path=folders or None, include_defaults=not set(names) <= set(known))
+        loaded = {name: _load(name, manager, harness, Path(scratch)) for name in names}
         model = HFLM(pretrained=load_policy(model_folder), tokenizer=load_tokenizer(model_folder),
                      batch_size=harness.batch_size, device=str(device()),
                      mixed_precision_dtype="bfloat16" if harness.precision == "bf16" else None)
         tasks = {name: task for found in loaded.values() for name, task in found.items()}
-        results = simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=harness.few_shot or None,
-                                  limit=harness.limit or None, bootstrap_iters=BOOTSTRAP)
+        try:
+            results = simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=harness.few_shot or None,
+                                      limit=harness.limit or None, bootstrap_iters=BOOTSTRAP,
+                                      task_manager=manager)  # left out, it would scan all tasks once more
+        except AssertionError as error:  # how the harness says that a text does not fit
+            raise UserError(f"evaluate: {', '.join(tasks)}: an item is longer than the {model.max_length} tokens of "
+                            f"{model_folder}") from error
     assert results is not None  # None is for ranks other than 0
     return {name: {task: _score(task, results, found[task]) for task in found} for name, found in loaded.items()}
 
@@ -134,12 +143,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _load(name: str, harness: Harness, scratch: Path) -> dict[str, Any]:
+def _load(name: str, manager: Any, harness: Harness, scratch: Path) -> dict[str, Any]:
     """{task name: task of the harness}. Raises UserError where there is no such task or its data cannot be had."""
-    from lm_eval.tasks import TaskManager
-
-    folders = [str(folder.resolve()) for folder in harness.folders if folder.is_dir()]
-    manager = TaskManager(include_path=folders or None, include_defaults=name not in local_tasks(harness.folders))
     spec = name
     if name in manager.task_index and (rows := _rows_of(name, harness)):
         spec = str(_with_rows(manager.task_index[name].yaml_path, name, rows, scratch))

@@ -166,6 +166,8 @@ def page(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], prof
 def _shown(key: str) -> Callable[[Numbers], str]:
     def value(numbers: Numbers) -> str:
         scores = numbers["scores"]
+        if key not in scores:
+            return "–"  # no prompt of that kind among the held-out ones
         if f"{key}_low" not in scores:
             return f"{scores[key]:.3f}"
         return f"{scores[key]:.3f} [{scores[f'{key}_low']:.3f}, {scores[f'{key}_high']:.3f}]"

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,12 +122,19 @@ def test_rows_of_a_file_stand_in_for_the_hub(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real dev sets are not at hand")
-def test_real_dev_sets_go_through_the_public_tasks(folder: Path, tmp_path: Path) -> None:
+def test_real_dev_sets_go_through_the_public_tasks(folder: Path, tmp_path: Path, copy_folder: Callable[[Path], Path],
+                                                   model_folders: dict[str, tuple[Path, Path]]) -> None:
     files = prepare(REAL, tmp_path, 3)
     assert sorted(files) == ["hellaswag", "squadv2_rows", "sst2", "truthfulqa_mc1"]
-    found = measure(folder / "model", Harness(["hellaswag", "sst2", "truthfulqa_mc1"], [BENCHMARKS], files))
+    harness = Harness(sorted(files), [BENCHMARKS], files)
+    with pytest.raises(UserError, match="an item is longer than the 128 tokens of"):
+        measure(folder / "model", harness)
+    long = copy_folder(model_folders["llama"][0])
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    found = measure(long, harness)
     assert {task: score.metric for task, score in found.items()} == {
-        "hellaswag": "acc_norm", "sst2": "acc", "truthfulqa_mc1": "acc"}
+        "hellaswag": "acc_norm", "squadv2_rows": "f1", "sst2": "acc", "truthfulqa_mc1": "acc"}
     assert all(len(score.items) == 3 for score in found.values())
 
 
