@@ -23,7 +23,7 @@ from prefect.tasks import Task
 from flows.process import run_lines
 from flows.summary import StageResult
 
-ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate"})
+ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote"})
 RETRY_DELAYS = [10.0]
 NO_RETRY = (2, 3, 4, 255)  # a user's mistake, a full disk, a training gone wrong, DVC: it would fail again
 FULL_BYTES = 4 * 2**20  # a disk with less left counts as full
