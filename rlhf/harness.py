@@ -50,9 +50,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Harness:
-    """What to measure and how. `data`: task name -> JSON Lines that stand in for its hub dataset."""
+    """What to measure and how. `tasks`: None for every task of the folders. `data`: task name -> JSON Lines that stand
+    in for its hub dataset."""
 
-    tasks: Sequence[str] = ()
+    tasks: Sequence[str] | None = None
     folders: Sequence[Path] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     limit: int = 0
@@ -62,11 +63,11 @@ class Harness:
 
 
 def measure(model_folder: Path, harness: Harness, kept: Path | None = None) -> dict[str, TaskScore]:
-    """Scores of a model on `harness.tasks`, or on every task of `harness.folders` where none is named.
+    """Scores of a model on `harness.tasks`, or on every task of `harness.folders`.
 
     `kept`: a folder of earlier results. Raises UserError for an unknown task and for data that cannot be had.
     """
-    names = list(harness.tasks) or local_tasks(harness.folders)
+    names = local_tasks(harness.folders) if harness.tasks is None else list(harness.tasks)
     places: dict[str, Path] = {}
     if kept and model_folder.is_dir():
         model_hash = hash_paths([model_folder], model_folder)
@@ -122,7 +123,7 @@ def _run(model_folder: Path, names: Sequence[str], harness: Harness) -> dict[str
                                       limit=harness.limit or None, bootstrap_iters=BOOTSTRAP,
                                       task_manager=manager)  # left out, it would scan all tasks once more
         except AssertionError as error:  # how the harness says that a text does not fit
-            raise UserError(f"evaluate: {', '.join(tasks)}: an item is longer than the {model.max_length} tokens of "
+            raise UserError(f"{', '.join(tasks)}: an item is longer than the {model.max_length} tokens of "
                             f"{model_folder}") from error
     assert results is not None  # None is for ranks other than 0
     return {name: {task: _score(task, results, found[task]) for task in found} for name, found in loaded.items()}
@@ -151,11 +152,11 @@ def _load(name: str, manager: Any, harness: Harness, scratch: Path) -> dict[str,
     try:
         return dict(manager.load([spec])["tasks"])
     except KeyError:
-        raise UserError(f"evaluate: no task {name!r}: neither in {', '.join(map(str, harness.folders)) or 'a folder'} "
+        raise UserError(f"no task {name!r}: neither in {', '.join(map(str, harness.folders)) or 'a folder'} "
                         "nor known to lm-eval; `lm-eval ls tasks` lists those") from None
     except Exception as error:  # whatever the hub, a parser or a task's own code raises
         said = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"evaluate: task {name}: its data cannot be had ({type(error).__name__}: {said}); name a file "
+        raise UserError(f"task {name}: its data cannot be had ({type(error).__name__}: {said}); name a file "
                         "for it in evaluate.task_data") from error
 
 
@@ -209,7 +210,7 @@ def main_metric(results: Mapping[str, Any]) -> tuple[str, str]:
     for metric in (*METRICS, *sorted(by_name)):
         if metric in by_name:
             return metric, by_name[metric]
-    raise UserError("evaluate: a task without a metric")
+    raise UserError("a task without a metric")
 
 
 def _standard_error(items: Sequence[float]) -> float:

@@ -133,20 +133,20 @@ def test_line_is_the_parent_of_its_stages(root: Path) -> None:
     sweep(root)
     [parent] = runs(root, "brave-otter")
     assert parent.info.status == "RUNNING"
-    finish(root, start(root, "evaluate"), 0.6, ["reports/report.html"])
+    finish(root, start(root, "promote"), 0.6, ["reports/report.html"])
     sweep(root)
 
     assert len(runs(root)) == 3
-    [parent], [ppo], [evaluate] = runs(root, "brave-otter"), runs(root, "ppo"), runs(root, "evaluate")
-    assert parent.info.status == evaluate.info.status == "FINISHED"
+    [parent], [ppo], [promote] = runs(root, "brave-otter"), runs(root, "ppo"), runs(root, "promote")
+    assert parent.info.status == promote.info.status == "FINISHED"
     assert parent.data.tags["instructflow.line"] == "brave-otter"
-    assert ppo.data.tags["mlflow.parentRunId"] == evaluate.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert ppo.data.tags["mlflow.parentRunId"] == promote.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.params.items() >= {"seed": "7", "profile": "smoke", "ppo.kl_goal": "3.5",
                                           "sft.epochs": "2"}.items()
     assert ppo.data.params == {"seed": "7", "profile": "smoke", "ppo.kl_goal": "3.5", "ppo.beta_rule": "step"}
     assert ppo.data.tags.items() >= {"stage": "ppo", "profile": "smoke", "data_version": DATA_MD5,
                                      "beta_rule": "step"}.items()
-    assert parent.data.metrics == {"ppo/final": 0.75, "evaluate/final": 0.6, "ppo/kl": 1.5}
+    assert parent.data.metrics == {"ppo/final": 0.75, "promote/final": 0.6, "ppo/kl": 1.5}
     assert ppo.data.metrics["ppo/final"] == 0.75
     assert ppo.data.metrics["ppo/kl"] == 0.2  # the journal's last, not a second point
     assert ppo.inputs is not None
@@ -155,9 +155,9 @@ def test_line_is_the_parent_of_its_stages(root: Path) -> None:
     paths = [item.path for folder in ("models/ppo", "metrics") for item in client(root).list_artifacts(
         ppo.info.run_id, folder)]
     assert paths == ["models/ppo/config.json", "metrics/ppo.json"]
-    assert (root / "mlartifacts" / evaluate.info.run_id / "artifacts" / "reports" / "report.html").exists()
+    assert (root / "mlartifacts" / promote.info.run_id / "artifacts" / "reports" / "report.html").exists()
     assert wait_until_mirrored(root, "brave-otter", 1) == {
-        "stages": {"ppo": ppo.info.run_id, "evaluate": evaluate.info.run_id},
+        "stages": {"ppo": ppo.info.run_id, "promote": promote.info.run_id},
         "parent_run_id": parent.info.run_id, "experiment_id": parent.info.experiment_id}
 
 
