@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -140,7 +141,8 @@ def served(promotion: Promotion) -> Iterator[str]:
         [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/instructflow-policy@champion",
          "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
         cwd=promotion.line.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{promotion.line.root}/mlflow.db"})
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{promotion.line.root}/mlflow.db",
+             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})  # it looks for uvicorn there
     try:
         for _ in range(240):
             try:
