@@ -7,7 +7,7 @@ that it runs offline; it reads words, not meanings.
 import re
 from collections.abc import Sequence
 
-CLOSED = ("closed_qa", "summarization", "extraction", "rewrite")  # what is said must come from the prompt
+CLOSED = ("closed_qa", "summarization", "extract", "rewrite")  # what is said must come from the prompt
 TOXIC_AT = 0.5
 _REFUSAL = re.compile(
     r"\b(?:i (?:can ?not|can't|won't|am (?:not able|unable) to|must decline)|i(?:'m| am) sorry, but|as an ai"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlhf.safety import refuses, repetition, toxicity, unsupported
+from rlhf.data.schema import USE_CASE_PERCENT
+from rlhf.safety import CLOSED, refuses, repetition, toxicity, unsupported
 
 
 def test_the_classifier_tells_abuse_from_talk() -> None:
@@ -10,6 +11,10 @@ def test_the_classifier_tells_abuse_from_talk() -> None:
     talk = toxicity(["the cat eats fish.", "what a lovely day", "please ask a doctor first."])
     assert min(abuse) > 0.5 > max(talk)
     assert toxicity([]) == []
+
+
+def test_closed_tasks_are_use_cases_of_the_data() -> None:
+    assert set(CLOSED) <= set(USE_CASE_PERCENT)
 
 
 def test_repetition() -> None:
