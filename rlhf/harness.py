@@ -12,12 +12,13 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from rlhf.errors import UserError
@@ -149,11 +150,11 @@ def _load(name: str, manager: Any, harness: Harness, scratch: Path) -> dict[str,
     spec = name
     if name in manager.task_index and (rows := _rows_of(name, harness)):
         spec = str(_with_rows(manager.task_index[name].yaml_path, name, rows, scratch))
+    if name not in manager.task_index:
+        raise UserError(f"no task {name!r}: neither in {', '.join(map(str, harness.folders)) or 'a folder'} "
+                        "nor known to lm-eval; `lm-eval ls tasks` lists those")
     try:
         return dict(manager.load([spec])["tasks"])
-    except KeyError:
-        raise UserError(f"no task {name!r}: neither in {', '.join(map(str, harness.folders)) or 'a folder'} "
-                        "nor known to lm-eval; `lm-eval ls tasks` lists those") from None
     except Exception as error:  # whatever the hub, a parser or a task's own code raises
         said = str(error).splitlines()[0] if str(error) else ""
         raise UserError(f"task {name}: its data cannot be had ({type(error).__name__}: {said}); name a file "
@@ -192,12 +193,24 @@ def _score(task: str, results: Mapping[str, Any], loaded: Any) -> TaskScore:
     if items and not math.isclose(sum(items) / len(items), value, rel_tol=1e-6, abs_tol=1e-9):
         items = []  # no mean over items
     error = results["results"][task].get(f"{metric}_stderr,{variant}")
-    stderr = _standard_error(items) if items else float(error) if isinstance(error, (int, float)) else math.nan
+    if items:
+        stderr = _standard_error(items)
+    elif isinstance(error, (int, float)) and math.isfinite(error):
+        stderr = float(error)
+    else:  # a score of the whole corpus that the harness gives no error for (SQuAD's F1): never pass it for exact
+        stderr = resampled_error(loaded.aggregation()[metric], values)
     percent = metric.startswith(OF_100) or f"{task}/{metric}".startswith(OF_100)
     chance = (loaded.config.metadata or {}).get("chance")
     better = results["higher_is_better"].get(task, {}).get(metric)
-    return TaskScore(metric, value, 0.0 if math.isnan(stderr) else stderr, better is not False,
-                     100.0 if percent else 1.0, chance, items)
+    return TaskScore(metric, value, stderr, better is not False, 100.0 if percent else 1.0, chance, items)
+
+
+def resampled_error(score: Callable[[list[Any]], float], values: Sequence[Any], resamples: int = 50) -> float:
+    """Standard error of `score(values)` by a seeded bootstrap over the items."""
+    random = np.random.default_rng(0)
+    draws = [float(score([values[place] for place in random.integers(0, len(values), len(values))]))
+             for _ in range(resamples)]
+    return float(np.std(draws, ddof=1))
 
 
 def main_metric(results: Mapping[str, Any]) -> tuple[str, str]:

@@ -147,6 +147,12 @@ def test_what_cannot_be_measured_is_said(folder: Path, harness: Harness, said: s
         measure(folder / "model", harness)
 
 
+def test_a_corpus_s_score_has_the_error_of_its_items() -> None:
+    values = [float(number % 4 == 0) for number in range(400)]
+    found = rlhf.harness.resampled_error(lambda items: 100 * sum(items) / len(items), values, 400)
+    assert found == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 400), rel=0.15)
+
+
 def test_the_main_metric() -> None:
     assert main_metric({"alias": "x", "acc,none": 1, "acc_norm,none": 1, "acc_stderr,none": 0}) == ("acc_norm", "none")
     assert main_metric({"exact_match,strict": 1, "exact_match,flexible": 1}) == ("exact_match", "flexible")
