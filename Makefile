@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke test study setup lock clean
+.PHONY: help run smoke ui down doctor test study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -28,6 +28,15 @@ smoke: .venv/.installed  ## the whole line on the smoke profile, in a throwaway 
 	cd "$$copy"; git init -q; \
 	env -u MLFLOW_TRACKING_URI -u PREFECT_API_URL PREFECT_HOME="$$copy/.prefect" \
 		$(BIN)/python -m flows.pipeline --profile smoke
+
+ui: .venv/.installed  ## Prefect, MLflow and a worker on this machine until Ctrl-C; prints the links
+	@$(BIN)/python -m infra.servers up
+
+down: .venv/.installed  ## stops what `make ui` started
+	@$(BIN)/python -m infra.servers down
+
+doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, credentials; says how to mend
+	@$(BIN)/python -m infra.doctor
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
 	$(BIN)/python -m tasks.study --profile cpu

@@ -13,8 +13,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,18 @@ import flows.quiet  # noqa: F401
 # isort: split
 import yaml
 from prefect import State, flow, get_run_logger
-from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.concurrency.asyncio import concurrency
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Failed
 
+from flows.artifacts import kept, show_curves, show_findings, show_metrics
+from flows.copies import FOLDER, Changes, fill_copy
+from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
 from flows.process import continue_in_own_group
-from flows.stages import StageFailed, mend_lock, stage_task
+from flows.stages import ON_GPU, StageFailed, mend_lock, stage_task
 from flows.summary import StageResult, Summary, main_numbers
 from flows.terminal import show_bars
 from rlhf.errors import UserError
@@ -41,44 +44,106 @@ from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 
 PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
 MIRROR_SECONDS = 60.0
+TRAINING_LIMIT = "training"  # Prefect's global concurrency limit: trainings at once on this server's machines
+TIMED_OUT = 124
 NOT_PROMOTED = 5  # exit code of a line that is complete and missed a gate
-SHOWN_FINDINGS = 200
 
 
-@flow(persist_result=False)
-async def pipeline(profile: str | None = None, root: Path | None = None) -> Summary | State[Any]:
+def line_name() -> str:
+    """The line's name in Prefect and MLflow: what is run and the start of the run's id, the same after a restart."""
+    given = flow_run.parameters
+    try:
+        what = changes_of(given).name(Path(given.get("root") or ".").resolve())
+    except UserError:
+        what = "line"
+    return f"{what} {str(flow_run.id)[:6]}"
+
+
+@flow(persist_result=False, flow_run_name=line_name)
+async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None, kl_goal: KlGoal | None = None,
+                   beta_rule: BetaRule | None = None, ptx_coef: PtxCoef | None = None, own_copy: bool = False,
+                   stage_hours: Hours | None = None, root: Path | None = None) -> Summary | State[Any]:
     """Runs every stage that is not up to date, in the order of dvc.yaml.
 
-    `profile`: if given, it is written into params.yaml first, as `dvc exp run -S profile=...` would.
-    `root`: the checkout; the working directory if left out. Two lines in one checkout wait for each other.
+    In the checkout itself, unless a parameter differs from the files': then, or with `own_copy`, in a copy that shares
+    DVC's cache and MLflow's store and leaves the checkout as it is. Two lines in one folder wait for each other.
+
+    Args:
+        profile: Which file of profiles/ to use; in the checkout it is written into params.yaml. Empty: what that says.
+        seed: Another seed than params.yaml's.
+        kl_goal: The KL that beta is steered to, nats a response.
+        beta_rule: How beta follows the KL.
+        ptx_coef: Weight of the pretraining loss in PPO; 0 is plain PPO.
+        own_copy: Work in a copy even if nothing differs.
+        stage_hours: A stage that takes longer is ended; its checkpoint stays.
+        root: The checkout; empty: the folder that the deployment was made in.
     """
-    root = (root or Path()).resolve()
-    line = str(flow_run.name)
+    checkout = (root or Path()).resolve()
     try:
-        check_params(root, profile)
-        async with line_lock(root):
-            use_profile(root, profile)
-            load_params(root)  # once more: another line may have held the lock for hours
-            mend_lock(root)
-            results = []
-            for stage in stage_order(root):
-                started = time.time()
-                state = await stage_task(stage)(stage, root, line, return_state=True)
-                result = await state.aresult(raise_on_failure=False)
-                if stage == "validate":
-                    await show_findings(root, started)
-                if not isinstance(result, StageResult):
-                    raise result
-                results.append(result)
+        check_params(checkout, profile)
+        changes = changes_of({"profile": profile, "seed": seed, "kl_goal": kl_goal, "beta_rule": beta_rule,
+                              "ptx_coef": ptx_coef})
+        copied = own_copy or bool(changes)
+        where = checkout / FOLDER / changes.name(checkout) if copied else checkout
+        async with line_lock(where):
+            if copied:
+                await asyncio.to_thread(fill_copy, checkout, where, changes)
+            else:
+                use_profile(where, profile)
+            load_params(where)  # once more: another line may have held the lock for hours
+            mend_lock(where)
+            results = await run_stages(where, str(flow_run.name), stage_hours)
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)
-    summary = await make_summary(root, line, results)
-    await acreate_markdown_artifact(summary.markdown(), key="pipeline-summary", description=f"Line {line}")
-    reasons = not_promoted(root)
+    summary = await make_summary(where, str(flow_run.name), results)
+    line = str(flow_run.name)
+    await kept(acreate_markdown_artifact(summary.markdown(), key="pipeline-summary", description=f"Line {line}"))
+    await show_metrics(where, line)
+    await show_curves(where, line)
+    reasons = not_promoted(where)
     if reasons:
         refused = NotPromoted(summary, reasons)
         return Failed(name="Not promoted", message=str(refused), data=refused)
     return summary
+
+
+def changes_of(given: Mapping[str, Any]) -> Changes:
+    """From the flow's parameters."""
+    ppo = {name: given[name] for name in ("kl_goal", "beta_rule", "ptx_coef") if given.get(name) is not None}
+    return Changes(given.get("profile"), given.get("seed"), {"ppo": ppo} if ppo else {})
+
+
+async def run_stages(root: Path, line: str, stage_hours: float | None = None, last: str = "") -> list[StageResult]:
+    """Runs the stages up to `last`, all without it. Raises the error of the stage that failed."""
+    results = []
+    stages = stage_order(root)
+    for stage in stages[: stages.index(last) + 1 if last else None]:
+        started = time.time()
+        async with training_slot(stage):
+            state = await stage_task(stage, stage_hours)(stage, root, line, return_state=True)
+        result = await state.aresult(raise_on_failure=False)
+        if stage == "validate":
+            await show_findings(root, started)
+        if isinstance(result, TimeoutError):
+            result = StageFailed(f"{stage}: ended after {stage_hours:g} h (stage_hours); the next run goes on from the "
+                                 "checkpoint", TIMED_OUT)
+        if not isinstance(result, StageResult):
+            raise result
+        results.append(result)
+    return results
+
+
+@asynccontextmanager
+async def training_slot(stage: str) -> AsyncIterator[None]:
+    """Waits for one of the server's slots for training, where the server has that limit (infra/setup.py makes it).
+
+    A slot whose process was killed is free again a minute later.
+    """
+    if stage not in ON_GPU or not PREFECT_API_URL.value():
+        yield
+        return
+    async with concurrency(TRAINING_LIMIT, lease_duration=60):
+        yield
 
 
 class NotPromoted(Exception):
@@ -138,7 +203,7 @@ def stage_order(root: Path) -> list[str]:
 async def line_lock(root: Path) -> AsyncIterator[None]:
     """Lets one line at a time work in a checkout; the kernel frees the lock when the process ends, however."""
     path = root / "scratch" / "line.lock"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         told = False
         while True:
@@ -151,18 +216,6 @@ async def line_lock(root: Path) -> AsyncIterator[None]:
                 told = True
                 await asyncio.sleep(1)
         yield
-
-
-async def show_findings(root: Path, since: float) -> None:
-    """The data checks' findings as an artifact, also where they stop the line; nothing where none were made now."""
-    path = root / "reports" / "validate.json"
-    if not path.exists() or path.stat().st_mtime < since:
-        return
-    findings = json.loads(path.read_text(encoding="utf-8"))
-    by_rule = Counter(item["rule"] for item in findings)
-    said = ", ".join(f"{rule} {count:,}" for rule, count in sorted(by_rule.items())) or "none"
-    description = f"{len(findings):,} findings of the data checks: {said}. All of them: {path}"
-    await acreate_table_artifact(findings[:SHOWN_FINDINGS], key="data-findings", description=description)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Settings that Prefect, DVC, MLflow and Great Expectations read when imported: no telemetry, time to start.
 
-Imported before Prefect; the stages get them too. What the user's environment says goes first.
+Imported before Prefect; the stages get them too. What the user's environment says goes first. Where `make ui` has
+started servers in this checkout, a line run by hand shows there.
 """
 
+import json
 import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
 
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -15,3 +20,20 @@ SETTINGS = {
 }
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+
+SERVERS = Path("scratch/servers/servers.json")  # infra/servers.py: where Prefect and MLflow are
+
+
+def local_prefect(root: Path) -> str:
+    """The API of the checkout's own Prefect server; empty where none listens."""
+    try:
+        url = json.loads((root / SERVERS).read_text(encoding="utf-8"))["prefect"]
+        parts = urlsplit(url)
+        socket.create_connection((parts.hostname, parts.port), timeout=1).close()
+    except (OSError, ValueError, KeyError):
+        return ""
+    return f"{url}/api"
+
+
+if "PREFECT_API_URL" not in os.environ and (found := local_prefect(Path())):
+    os.environ["PREFECT_API_URL"] = found

@@ -20,11 +20,13 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.states import Failed
 from prefect.tasks import Task
 
+from flows.artifacts import progress_of
+from flows.copies import tracking_of
 from flows.process import run_lines
 from flows.summary import StageResult
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote"})
-RETRY_DELAYS = [10.0]
+RETRY_DELAYS = [10.0, 60.0, 300.0]
 NO_RETRY = (2, 3, 4, 255)  # a user's mistake, a full disk, a training gone wrong, DVC: it would fail again
 FULL_BYTES = 4 * 2**20  # a disk with less left counts as full
 CHATTER = re.compile(r"(To track the changes|To enable auto staging|\t|Use `dvc push`|(Updat|Generat)ing lock file"
@@ -39,10 +41,11 @@ class StageFailed(Exception):
         self.code = code
 
 
-def stage_task(stage: str) -> Task[..., Any]:
-    """The Prefect task of one stage, named after it."""
+def stage_task(stage: str, hours: float | None = None) -> Task[..., Any]:
+    """The Prefect task of one stage, named after it; ended where it takes longer than `hours`."""
     return run_stage.with_options(name=stage, task_run_name=stage, tags={"gpu"} if stage in ON_GPU else set(),
-                                  retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS)
+                                  retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS,
+                                  timeout_seconds=None if hours is None else hours * 3600)
 
 
 async def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -59,12 +62,14 @@ async def run_stage(stage: str, root: Path, line: str) -> StageResult | State[An
 
     def on_line(text: str) -> None:
         output.append(text)
+        show(text)
         logger.log(logging.DEBUG if CHATTER.match(text) else logging.INFO, "%s", text)
 
     start = time.monotonic()
     dvc = str(Path(sys.executable).with_name("dvc"))
-    code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
-                           cwd=root, env=child_env(line), on_line=on_line)
+    async with progress_of(stage) as show:
+        code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
+                               cwd=root, env=child_env(line) | tracking_of(root), on_line=on_line)
     if code:
         failure = disk_full(stage, root) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback

@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -281,3 +281,14 @@ def _finish(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracker) 
     tracker.finish(record, snapshot.run, snapshot.done, {name for row in snapshot.rows for name in row.values})
     record.state, record.done_ns, record.digest = DONE, snapshot.marks.done[0], snapshot.digest
     record.save(folder)
+
+
+def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested dictionary, keys joined by slashes; texts and lists are left out."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found[prefix + name] = float(value)
+    return found

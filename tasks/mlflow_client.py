@@ -31,7 +31,7 @@ from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Para
 from mlflow.exceptions import MlflowException
 
 from rlhf.errors import UserError
-from tasks.mirror_record import Gone, Record, Refused, Row, Unreachable, data_version
+from tasks.mirror_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
 from tasks.params import load_params
 
 Answer = TypeVar("Answer")
@@ -56,7 +56,9 @@ def experiment_id(client: MlflowClient, root: Path) -> str:
     """The project's experiment, made or restored where it is missing; artifacts lie beside a database of our own."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        location = (root / "mlartifacts").as_uri() if tracking_uri(root).startswith("sqlite:") else None
+        uri = tracking_uri(root)
+        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri() \
+            if uri.startswith("sqlite:") else None
         return str(client.create_experiment(EXPERIMENT, artifact_location=location))
     if found.lifecycle_stage == LifecycleStage.DELETED:
         client.restore_experiment(found.experiment_id)
@@ -223,17 +225,6 @@ def _answers(gone: type[Exception] | None = Gone) -> Iterator[None]:
             raise Unreachable(text) from error
     except Exception as error:  # the object store's client, the database's driver: each has its own
         raise Unreachable(f"{type(error).__name__}: {error}") from error
-
-
-def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested dictionary, keys joined by slashes; texts and lists are left out."""
-    found: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            found[prefix + name] = float(value)
-    return found
 
 
 def metric_name(name: str) -> str:

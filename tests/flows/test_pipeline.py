@@ -8,10 +8,7 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,91 +16,15 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 import flows.stages
-from flows.pipeline import pipeline, stage_order, use_profile
+from flows.pipeline import stage_order, use_profile
 from flows.process import run_lines
 from flows.stages import StageFailed, read_failure
 from flows.summary import Summary, clock
 from flows.terminal import BarHandler
 from rlhf.errors import UserError
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-SFT_AND_PPO = """
-  sft:
-    cmd: echo sft >> order.log && sh sft.sh
-    deps: [sft.sh]
-    outs: [models/sft]
-  ppo:
-    cmd: echo ppo >> order.log && cp models/sft models/ppo
-    deps: [models/sft]
-    outs: [models/ppo]
-"""
-INGEST = """
-  ingest:
-    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_LINE > build/data/line
-    outs: [build/data]
-"""
-FILES = {
-    ".dvc/config": "[core]\n    no_scm = true\n    analytics = false\n",
-    "params.yaml": "# the seed\nseed: 1\nprofile: small  # which\n",
-    "profiles/small.yaml": "ingest: {}\n",
-    "profiles/large.yaml": "ingest: {}\n",
-    "data.dvc": "deps:\n- path: build/data\nouts:\n- path: data\n",
-    "dvc.yaml": "stages:" + SFT_AND_PPO,
-    "sft.sh": "mkdir -p models metrics; echo 1 > models/sft; echo '{\"sft/valid_loss\": 0.5}' > metrics/sft.json\n",
-}
-
-
-class Checkout:
-    """A checkout of shell stages. `run()` runs the flow there and returns its summary or its error."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for name, content in FILES.items():
-            self.write(name, content)
-
-    def write(self, name: str, content: str) -> None:
-        path = self.root / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-
-    async def start(self, profile: str | None = None) -> Any:
-        state = await pipeline(profile=profile, root=self.root, return_state=True)
-        return await state.aresult(raise_on_failure=False)
-
-    def run(self, profile: str | None = None) -> Any:
-        return asyncio.run(self.start(profile))
-
-    def command_line(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        process = self.start_command_line(*arguments)
-        out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def start_command_line(self, *arguments: str) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
-        return subprocess.Popen([sys.executable, "-m", "flows.pipeline", *arguments], cwd=self.root, env=environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-    def order(self) -> list[str]:
-        """The stages that ran, in order."""
-        log = self.root / "order.log"
-        return log.read_text().split() if log.exists() else []
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
+from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout
 
 
 def alive(pid: int) -> bool:
@@ -121,7 +42,8 @@ async def _recorded() -> tuple[FlowRun, dict[str, set[str]], str]:
     async with get_client() as client:
         newest = (await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1))[0]
         tasks = {task.name: set(task.tags) for task in await client.read_task_runs() if task.flow_run_id == newest.id}
-        artifacts = [item for item in await client.read_artifacts() if item.flow_run_id == newest.id]
+        artifacts = [item for item in await client.read_artifacts()
+                     if item.flow_run_id == newest.id and item.key == "pipeline-summary"]
     return newest, tasks, str(artifacts[0].data) if artifacts else ""
 
 

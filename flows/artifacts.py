@@ -1,0 +1,146 @@
+"""What a run leaves in the Prefect UI beside its log: progress of the running stage, findings, metrics, curves."""
+
+import asyncio
+import base64
+import csv
+import io
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import flows.quiet  # noqa: F401
+
+# isort: split
+from matplotlib.figure import Figure
+from prefect.artifacts import (
+    acreate_image_artifact,
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+)
+
+from flows.terminal import PROGRESS
+from tasks.mirror_record import numbers
+
+SHOWN_FINDINGS = 200
+PROGRESS_SECONDS = 5.0
+CURVES = (  # stage, columns of its journal, title
+    ("sft", ("sft/loss", "sft/valid_loss"), "SFT: loss"),
+    ("rm", ("rm/loss", "rm/accuracy"), "Reward model: loss, valid accuracy"),
+    ("ppo", ("ppo/kl", "ppo/kl_goal"), "PPO: KL and its goal, nats"),
+    ("ppo", ("ppo/rm_score", "ppo/gold"), "PPO: reward model's and gold score"),
+)
+
+logger = logging.getLogger("prefect.flow_runs")
+
+
+async def kept(artifact: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits the making of an artifact; where the server does not take it, the run goes on."""
+    try:
+        return await artifact
+    except Exception as error:
+        logger.warning("an artifact was not kept: %s", " ".join(str(error).split())[:200])
+        return None
+
+
+@asynccontextmanager
+async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
+    """Gives a function for the stage's lines; its progress lines move an artifact in the UI."""
+    latest: dict[str, float] = {}
+
+    def on_line(text: str) -> None:
+        if found := PROGRESS.fullmatch(text):
+            latest["percent"] = 100 * int(found["done"]) / max(1, int(found["total"]))
+
+    async def show() -> None:
+        artifact, shown = None, -1.0
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            percent = latest.get("percent", -1.0)
+            if percent == shown:
+                continue
+            if artifact is None:
+                artifact = await kept(acreate_progress_artifact(percent, key=f"{stage}-progress", description=stage))
+            else:
+                await kept(aupdate_progress_artifact(artifact, percent))
+            shown = percent
+
+    showing = asyncio.create_task(show())
+    try:
+        yield on_line
+    finally:
+        showing.cancel()
+
+
+async def show_findings(root: Path, since: float) -> None:
+    """The data checks' findings, also where they stop the line; nothing where none were made since."""
+    path = root / "reports" / "validate.json"
+    if path.exists() and path.stat().st_mtime >= since:
+        await findings_table(path)
+
+
+async def findings_table(path: Path) -> None:
+    findings = json.loads(path.read_text(encoding="utf-8"))
+    by_rule = Counter(item["rule"] for item in findings)
+    said = ", ".join(f"{rule} {count:,}" for rule, count in sorted(by_rule.items())) or "none"
+    description = f"{len(findings):,} findings of the data checks: {said}. All of them: {path}"
+    await kept(acreate_table_artifact(findings[:SHOWN_FINDINGS], key="data-findings", description=description))
+
+
+async def show_metrics(root: Path, line: str) -> None:
+    """Every number of metrics/*.json as a table."""
+    rows = []
+    for path in sorted((root / "metrics").glob("*.json")):
+        found = numbers(json.loads(path.read_text(encoding="utf-8")))
+        rows += [{"metric": name, "value": f"{value:.6g}"} for name, value in sorted(found.items())]
+    await kept(acreate_table_artifact(rows, key="metrics", description=f"Line {line}: metrics/*.json"))
+
+
+async def show_curves(root: Path, line: str) -> None:
+    """The training's curves as one picture; nothing without journals."""
+    picture = await asyncio.to_thread(curves, root)
+    if picture:
+        url = "data:image/png;base64," + base64.b64encode(picture).decode()
+        await kept(acreate_image_artifact(url, key="curves", description=f"Line {line}: training curves"))
+
+
+def curves(root: Path) -> bytes:
+    """PNG of the journals in metrics/*.csv; empty where there are none."""
+    drawn = []
+    for stage, names, title in CURVES:
+        columns = _columns(root / "metrics" / f"{stage}.csv", names)
+        if columns:
+            drawn.append((title, columns))
+    if not drawn:
+        return b""
+    figure = Figure(figsize=(9, 2.6 * ((len(drawn) + 1) // 2)), layout="constrained")
+    for place, (title, columns) in enumerate(drawn, 1):
+        axes = figure.add_subplot((len(drawn) + 1) // 2, 2, place)
+        for name, (steps, values) in columns.items():
+            axes.plot(steps, values, label=name, linewidth=1.4)
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _columns(path: Path, names: tuple[str, ...]) -> dict[str, tuple[list[float], list[float]]]:
+    """name: (steps, values) of a journal's columns, empty cells left out."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for name in names:
+        points = [(float(row["step"]), float(row[name])) for row in rows if re.match(r"[-\d]", row.get(name) or "")]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found[name] = (list(steps), list(values))
+    return found

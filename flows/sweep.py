@@ -1,0 +1,75 @@
+"""The line for every combination of some PPO parameters, one after the other, each in its own copy of the checkout.
+
+Data, SFT and reward model are trained once: the copies share DVC's cache. In MLflow the lines stand side by side.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import flows.quiet  # noqa: F401
+
+# isort: split
+from prefect import State, flow, get_run_logger
+from prefect.artifacts import acreate_table_artifact
+from prefect.states import Failed
+from pydantic import Field
+
+from flows.artifacts import kept
+from flows.copies import FOLDER, Changes
+from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed
+from flows.pipeline import NotPromoted, pipeline
+from flows.summary import Summary
+from rlhf.errors import UserError
+
+SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_vs_sft", "gold": "eval/gold_ppo",
+         "mean tax": "tax/mean"}
+
+
+@flow(persist_result=False)
+async def sweep(kl_goals: Annotated[list[KlGoal], Field(min_length=1, max_length=10)],
+                beta_rules: Annotated[list[BetaRule], Field(min_length=1)] = ["step"],  # noqa: B006
+                ptx_coefs: Annotated[list[PtxCoef], Field(min_length=1, max_length=10)] = [0.0],  # noqa: B006
+                seeds: Annotated[list[Seed], Field(min_length=1, max_length=10)] = [1],  # noqa: B006
+                profile: ProfileName | None = None, root: Path | None = None) -> list[dict[str, Any]] | State[Any]:
+    """Runs the line for each combination and compares the ends. A line that fails stops none of the others.
+
+    Args:
+        kl_goals: KL goals, nats a response.
+        beta_rules: Rules for beta.
+        ptx_coefs: Weights of the pretraining loss; 0 is plain PPO.
+        seeds: Seeds of everything: with another seed all stages run.
+        profile: Which file of profiles/ to use; empty: what params.yaml says.
+        root: The checkout; empty: the folder that the deployment was made in.
+    """
+    checkout = (root or Path()).resolve()
+    rows: list[dict[str, Any]] = []
+    failed = []
+    for seed, rule, goal, ptx in itertools.product(seeds, beta_rules, kl_goals, ptx_coefs):
+        given: dict[str, Any] = {"profile": profile, "seed": seed, "kl_goal": goal, "beta_rule": rule, "ptx_coef": ptx}
+        state = await pipeline(**given, root=root, return_state=True)
+        result = await state.aresult(raise_on_failure=False)
+        row: dict[str, Any] = {name: given[name] for name in ("seed", "kl_goal", "beta_rule", "ptx_coef")}
+        if isinstance(result, Summary | NotPromoted):
+            ppo = {name: given[name] for name in ("kl_goal", "beta_rule", "ptx_coef")}
+            row |= _figures(checkout / FOLDER / Changes(profile, seed, {"ppo": ppo}).name(checkout))
+        else:
+            get_run_logger().error("%s: %s", row, result)
+            failed.append(row)
+            row["error"] = str(result)
+            if isinstance(result, UserError):
+                return Failed(message=str(result), data=result)
+        rows.append(row)
+    await kept(acreate_table_artifact(rows, key="sweep", description=f"{len(rows)} lines, {len(failed)} failed"))
+    return Failed(message=f"{len(failed)} of {len(rows)} lines failed", data=rows) if failed else rows
+
+
+def _figures(copy: Path) -> dict[str, str]:
+    """The main numbers of a copy's line; what it has not measured is left out."""
+    found: dict[str, float] = {}
+    for stage in ("ppo", "evaluate"):
+        path = copy / "metrics" / f"{stage}.json"
+        if path.exists():
+            found |= json.loads(path.read_text(encoding="utf-8"))
+    return {name: f"{found[key]:.3g}" for name, key in SHOWN.items() if key in found}

@@ -1,0 +1,1 @@
+"""What the line runs on: local servers, a Prefect server's set-up, the doctor, images and clusters."""

@@ -1,0 +1,267 @@
+"""Prefect server, MLflow server and a worker on this machine: `make ui` starts them, Ctrl-C or `make down` stops them.
+
+    python -m infra.servers up | down | status
+
+They run under supervisord, which restarts what dies; its files are in scratch/servers/. Prefect keeps its database in
+PREFECT_HOME, MLflow's is mlflow.db of the checkout: what runs without servers have written is there too.
+INSTRUCTFLOW_PREFECT_PORT (4200) and INSTRUCTFLOW_MLFLOW_PORT (5000) say which ports to try first.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import flows.quiet  # noqa: F401
+
+# isort: split
+from flows.quiet import SERVERS
+from infra.setup import HEARTBEAT_SECONDS, LEASES
+from rlhf.errors import UserError
+from rlhf.files import write_atomic
+
+HOST = "127.0.0.1"
+HEALTHY_SECONDS = 180.0
+STOP_SECONDS = 60
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where the servers are."""
+
+    prefect: str
+    mlflow: str
+
+    def environment(self) -> dict[str, str]:
+        return {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
+
+    def text(self) -> str:
+        return (f"Prefect   {self.prefect}/deployments   start, schedule and watch lines\n"
+                f"MLflow    {self.mlflow}   compare them")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The servers of one checkout."""
+
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / SERVERS.parent
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "supervisord.conf"
+
+    def links(self) -> Links:
+        return Links(**json.loads((self.root / SERVERS).read_text(encoding="utf-8")))
+
+    def running(self) -> bool:
+        """Whether this checkout's supervisord is alive, also while it is still stopping."""
+        try:
+            pid = int((self.folder / "supervisord.pid").read_text())
+            return str(self.config) in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except (OSError, ValueError):
+            return False
+
+    def up(self) -> Links:
+        """Starts what is not running and waits until it is healthy. Raises UserError with the log's last lines."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.running():
+            return self.links()
+        links = Links(f"http://{HOST}:{_port('INSTRUCTFLOW_PREFECT_PORT', 4200)}",
+                      f"http://{HOST}:{_port('INSTRUCTFLOW_MLFLOW_PORT', 5000)}")
+        write_atomic(self.root / SERVERS, json.dumps(asdict(links)).encode())
+        write_atomic(self.config, self._supervisord(links).encode())
+        started = subprocess.run([str(BIN / "supervisord"), "-c", str(self.config)], capture_output=True, text=True)
+        if started.returncode:
+            raise UserError(f"supervisord: {(started.stderr or started.stdout).strip()}")
+        try:
+            self._wait("prefect", f"{links.prefect}/api/health")
+            self._wait("mlflow", f"{links.mlflow}/health")
+            made = subprocess.run([sys.executable, "-m", "infra.setup", "--workers-stopped"], cwd=self.root,
+                                  capture_output=True, text=True, env={**os.environ, **links.environment()})
+            if made.returncode:
+                raise UserError((made.stderr or made.stdout).strip().splitlines()[-1])
+            print(made.stdout.strip(), flush=True)
+            self._control("start", "workers:*")
+        except BaseException:
+            self.down()
+            raise
+        return links
+
+    def down(self) -> bool:
+        """Stops the servers, the worker first: its runs save their state. False if none were running."""
+        if not self.running():
+            return False
+        self._control("shutdown")
+        deadline = time.monotonic() + STOP_SECONDS + 30
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.3)
+        (self.root / SERVERS).unlink(missing_ok=True)
+        return True
+
+    def status(self) -> str:
+        return self._control("status").stdout.strip() if self.running() else "not running"
+
+    # --- parts ---
+
+    def _control(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(BIN / "supervisorctl"), "-c", str(self.config), *command], capture_output=True,
+                              text=True)
+
+    def _wait(self, name: str, url: str) -> None:
+        deadline = time.monotonic() + HEALTHY_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(url, timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                pass
+            if "FATAL" in self._control("status", name).stdout:
+                break
+            time.sleep(0.3)
+        log = self.folder / f"{name}.log"
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:] if log.exists() else []
+        raise UserError(f"{name} does not start; {log} ends with: {' / '.join(last) or 'nothing'}")
+
+    def _supervisord(self, links: Links) -> str:
+        prefect, mlflow = BIN / "prefect", BIN / "mlflow"
+        store, artifacts = f"sqlite:///{self.root}/mlflow.db", self.root / "mlartifacts"
+        address = {name: f"--host {HOST} --port {url.rpartition(':')[2]}" for name, url in asdict(links).items()}
+        pools = ["cpu"] + (["gpu"] if shutil.which("nvidia-smi") else [])
+        parts = [f"""[unix_http_server]
+file={_socket(self.folder)}
+chmod=0700
+
+[supervisord]
+logfile={self.folder}/supervisord.log
+pidfile={self.folder}/supervisord.pid
+directory={self.root}
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+
+[supervisorctl]
+serverurl=unix://{_socket(self.folder)}
+""",
+            self._program("prefect", f"{prefect} server start {address['prefect']}", 1,
+                          {"PREFECT_SERVER_UI_API_URL": f"{links.prefect}/api",
+                           "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+                           "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES}),
+            self._program("mlflow", f"{mlflow} server {address['mlflow']} --workers 1 "
+                          f"--backend-store-uri {store} --artifacts-destination {artifacts}", 2,
+                          {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
+        parts += [self._program(f"worker-{pool}", f"{prefect} worker start --pool {pool} --type process "
+                                f"--name {pool}@{socket.gethostname()}", 9,
+                                {**links.environment(), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
+                                start=False)
+                  for pool in pools]
+        parts.append("[group:workers]\nprograms=" + ",".join(f"worker-{pool}" for pool in pools) + "\npriority=9\n")
+        return "\n".join(parts)
+
+    def _program(self, name: str, command: str, priority: int, environment: dict[str, str], start: bool = True) -> str:
+        settings = ",".join(f'{key}="{value}"' for key, value in environment.items())
+        return f"""[program:{name}]
+command={command}
+environment={settings}
+priority={priority}
+autostart={str(start).lower()}
+autorestart=true
+startsecs=3
+stopwaitsecs={STOP_SECONDS}
+stopasgroup=true
+killasgroup=true
+redirect_stderr=true
+stdout_logfile={self.folder}/{name}.log
+stdout_logfile_maxbytes=10MB
+stdout_logfile_backups=2
+"""
+
+
+def _port(variable: str, first: int) -> int:
+    """The first free port from the wanted one on."""
+    wanted = os.environ.get(variable, str(first))
+    if not wanted.isdigit() or not 0 < int(wanted) < 65_436:
+        raise UserError(f"{variable} = {wanted!r}: must be a port")
+    for port in range(int(wanted), int(wanted) + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+        if port != int(wanted):
+            print(f"port {wanted} is in use, taking {port}", file=sys.stderr)
+        return port
+    raise UserError(f"no free port from {wanted} on; set {variable}")
+
+
+def _socket(folder: Path) -> Path:
+    """supervisord's socket: in the folder, or, where that path is too long for one, in the temporary folder."""
+    path = folder / "supervisor.sock"
+    if len(str(path)) < 90:
+        return path
+    import hashlib
+    import tempfile
+
+    return Path(tempfile.gettempdir()) / f"instructflow-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.sock"
+
+
+def up(servers: Servers, stay: bool) -> None:
+    """Starts them, says where they are; with `stay` until Ctrl-C, which stops them."""
+    if servers.running():
+        print(f"already running; `make down` stops them\n{servers.links().text()}")
+        return
+    print("starting Prefect server, MLflow server and worker ...", flush=True)
+    links = servers.up()
+    print(links.text(), flush=True)
+    if not stay:
+        print("stop them with `make down`")
+        return
+
+    print("Ctrl-C stops them", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while servers.running():
+            time.sleep(2)
+        print("stopped from elsewhere")
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\nstopping; a run in progress saves its state and goes on at the next `make ui` ...", flush=True)
+        servers.down()
+        print("stopped")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m infra.servers", description="The local servers.")
+    parser.add_argument("command", choices=("up", "down", "status"))
+    parser.add_argument("--detach", action="store_true", help="with up: return when they are healthy")
+    options = parser.parse_args()
+    servers = Servers(Path.cwd())
+    try:
+        if options.command == "up":
+            up(servers, not options.detach)
+        elif options.command == "down":
+            print("stopped" if servers.down() else "not running")
+        else:
+            print(servers.status())
+    except UserError as error:
+        print(f"servers: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A checkout whose stages are shell scripts: what the flows' tests run lines in."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect.settings import PREFECT_API_URL
+
+from flows.pipeline import pipeline
+
+REPOSITORY = Path(__file__).parents[2]
+SFT_AND_PPO = """
+  sft:
+    cmd: echo sft >> order.log && sh sft.sh
+    deps: [sft.sh]
+    outs: [models/sft]
+  ppo:
+    cmd: echo ppo >> order.log && cp models/sft models/ppo
+    deps: [models/sft]
+    outs: [models/ppo]
+"""
+INGEST = """
+  ingest:
+    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_LINE > build/data/line
+    outs: [build/data]
+"""
+FILES = {
+    ".dvc/config": "[core]\n    no_scm = true\n    analytics = false\n",
+    "params.yaml": "# the seed\nseed: 1\nprofile: small  # which\n",
+    "profiles/small.yaml": "ingest: {}\n",
+    "profiles/large.yaml": "ingest: {}\n",
+    "data.dvc": "deps:\n- path: build/data\nouts:\n- path: data\n",
+    "dvc.yaml": "stages:" + SFT_AND_PPO,
+    "sft.sh": "mkdir -p models metrics; echo 1 > models/sft; echo '{\"sft/valid_loss\": 0.5}' > metrics/sft.json\n",
+}
+
+
+class Checkout:
+    """A checkout of shell stages. `run()` runs the flow there and returns its summary or its error."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name, content in FILES.items():
+            self.write(name, content)
+
+    def write(self, name: str, content: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+
+    async def start(self, profile: str | None = None, **given: Any) -> Any:
+        state = await pipeline(profile=profile, **given, root=self.root, return_state=True)
+        return await state.aresult(raise_on_failure=False)
+
+    def run(self, profile: str | None = None, **given: Any) -> Any:
+        return asyncio.run(self.start(profile, **given))
+
+    def git(self) -> None:
+        """Makes it a git repository with everything committed."""
+        self.write(".gitignore", "/scratch/\n/models/\n/data\n/build/\norder.log\n/raw/*\n")
+        me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "-A"], [*me, "commit", "-qm", "a"]):
+            subprocess.run(["git", *command], cwd=self.root, check=True)
+
+    def command_line(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        process = self.start_command_line(*arguments)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def start_command_line(self, *arguments: str) -> "subprocess.Popen[str]":
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+        return subprocess.Popen([sys.executable, "-m", "flows.pipeline", *arguments], cwd=self.root, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def order(self) -> list[str]:
+        """The stages that ran, in order."""
+        log = self.root / "order.log"
+        return log.read_text().split() if log.exists() else []

@@ -1,0 +1,126 @@
+"""The sweep, the checks on new data and the champion's evaluation, against checkouts of shell stages."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.flows import Flow
+from prefect.states import State
+
+import flows.champion
+from flows.champion import evaluate_champion
+from flows.check_data import check_data
+from flows.copies import FOLDER
+from flows.sweep import sweep
+from rlhf.data.schema import KEYS, write_rows
+from tests.flows.checkout import Checkout
+
+SWEPT = """vars: [params.yaml]
+stages:
+  sft:
+    cmd: echo sft >> ../../../order.log && sh sft.sh
+    deps: [sft.sh]
+    outs: [models/sft]
+  ppo:
+    cmd: sh ppo.sh
+    deps: [models/sft, ppo.sh]
+    params: [{"profiles/${profile}.yaml": [ppo]}]
+    outs: [models/ppo]
+    metrics: [{metrics/ppo.json: {cache: false}}]
+"""
+PPO = """set -e
+goal=$(sed -n 's/.*kl_goal: //p' profiles/small.yaml)
+echo ppo$goal >> ../../../order.log
+[ $goal != 9.0 ]
+mkdir -p metrics; echo "{\\"ppo/kl\\": $goal}" > metrics/ppo.json; echo 1 > models/ppo
+"""
+
+
+def ended(flow: Flow[..., Any], **given: Any) -> State[Any]:
+    """The state in which the flow ends."""
+    async def run() -> State[Any]:
+        state: State[Any] = await flow(**given, return_state=True)  # type: ignore[misc]
+        return state
+
+    return asyncio.run(run())
+
+
+def artifact(key: str) -> Any:
+    """The newest artifact of that key."""
+    async def read() -> Any:
+        async with get_client() as client:
+            found = [item for item in await client.read_artifacts() if item.key == key]
+            return max(found, key=lambda item: str(item.created)).data
+
+    data = asyncio.run(read())
+    return json.loads(data) if isinstance(data, str) else data
+
+
+def test_a_sweep_trains_what_is_common_once(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.stages.RETRY_DELAYS", [])
+    checkout.write("dvc.yaml", SWEPT)
+    checkout.write("ppo.sh", PPO)
+    checkout.git()
+    state = ended(sweep, kl_goals=[0.5, 9.0, 2.0], root=checkout.root)
+    assert (state.name, state.message) == ("Failed", "1 of 3 lines failed")
+    assert checkout.order() == ["sft", "ppo0.5", "ppo9.0", "ppo2.0"]
+    rows = artifact("sweep")
+    assert [row.get("KL") for row in rows] == ["0.5", None, "2"]
+    assert rows[1]["error"] == "ppo: no message"
+    assert sorted(path.name for path in (checkout.root / FOLDER).iterdir())[0] == (
+        "small,seed=1,beta_rule=step,kl_goal=0.5,ptx_coef=0.0")
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({}, "check-data: name either a folder (data) or a description of a source (source)"),
+    ({"data": "a", "source": "b"}, "check-data: name either a folder (data) or a description of a source (source)"),
+    ({"data": "nowhere"}, "validate: nowhere: no such folder"),
+])
+def test_new_data_that_cannot_be_read(tmp_path: Path, given: dict[str, str], said: str) -> None:
+    state = ended(check_data, root=tmp_path, **given)
+    assert state.is_failed()
+    assert str(state.message).startswith(said)
+
+
+def test_new_data_s_findings_are_an_artifact(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"prompt_id": "p1", "user_id": "u1", "labeler_id": "l1", "source": "labeler",
+                              "split": "train", "use_case": "open_qa", "prompt": "Why is the sky blue?",
+                              "completion": " ", "completions": ["a", "b", "c", "d"], "ranks": [1, 2, 3, 4]}
+    for name in ("sft", "rm", "ppo"):
+        write_rows(tmp_path / f"{name}.jsonl", [{key: values[key] for key in KEYS[name]}])
+    state = ended(check_data, data=str(tmp_path), root=tmp_path)
+    assert state.is_failed()
+    assert any(item["rule"] == "filled_completion" and item["row"] == 1 for item in artifact("data-findings"))
+
+
+CHAMPION = """stages:
+  evaluate:
+    cmd: sh evaluate.sh
+    deps: [evaluate.sh]
+    params: [{profiles/small.yaml: [evaluate]}]
+    metrics: [{metrics/evaluate.json: {cache: false}}]
+  promote:
+    cmd: touch ../../../promoted
+"""
+
+
+def test_the_champion_is_measured_in_a_copy(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout.write("dvc.yaml", CHAMPION)
+    checkout.write("evaluate.sh", "mkdir -p metrics\ngrep -q 'champion: /the/folder' profiles/small.yaml && "
+                   "echo '{\"eval/gold_champion\": 5.5, \"eval/gold_ppo\": 6}' > metrics/evaluate.json\n")
+    checkout.git()
+    monkeypatch.setattr(flows.champion, "fetch", lambda checkout, params: ("3", Path("/the/folder")))
+    state = ended(evaluate_champion, root=checkout.root)
+    assert state.is_completed(), state
+    assert artifact("champion") == [{"metric": "eval/gold_champion", "value": "5.5"}]
+    assert not (checkout.root / "promoted").exists()
+    assert not (checkout.root / "metrics" / "evaluate.json").exists()
+
+
+def test_without_a_champion_it_says_so(checkout: Checkout) -> None:
+    checkout.git()
+    state = ended(evaluate_champion, root=checkout.root)
+    assert state.message == "instructflow-policy has no champion yet; a line that passes the gates makes one"

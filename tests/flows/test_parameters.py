@@ -1,0 +1,42 @@
+"""What the forms in the Prefect UI offer: choices, limits, help; the same limits as the profiles'."""
+
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from prefect.utilities.callables import parameter_schema
+
+from flows import parameters
+from flows.champion import evaluate_champion
+from flows.check_data import check_data
+from flows.pipeline import pipeline
+from flows.sweep import sweep
+from rlhf.params import PpoParams
+
+
+@pytest.mark.parametrize(("name", "kind"), [("kl_goal", parameters.KlGoal), ("ptx_coef", parameters.PtxCoef)])
+def test_limits_are_the_profiles(name: str, kind: Any) -> None:
+    declared = next(item for item in fields(PpoParams) if item.name == name).metadata
+    limits = {key: value for item in get_args(kind)[1].metadata for key, value in vars_of(item).items()}
+    assert limits == {key: value for key, value in declared.items() if key != "help"}
+
+
+def vars_of(item: Any) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in ("gt", "ge", "lt", "le") if hasattr(item, name)}
+
+
+def test_the_rules_are_the_profiles() -> None:
+    assert get_args(parameters.BetaRule) == get_args(get_type_hints(PpoParams)["beta_rule"])
+
+
+@pytest.mark.parametrize("flow", [pipeline, sweep, check_data, evaluate_champion])
+def test_every_parameter_has_its_help(flow: Any) -> None:
+    for name, item in parameter_schema(flow).properties.items():
+        assert item.get("description"), name
+
+
+def test_the_form_of_a_line() -> None:
+    form = parameter_schema(pipeline).properties
+    assert {"cpu", "gpu", "smoke"} <= set(form["profile"]["anyOf"][0]["enum"])
+    assert form["kl_goal"]["anyOf"][0] == {"exclusiveMinimum": 0, "maximum": 1000, "type": "number"}
+    assert form["beta_rule"]["anyOf"][0]["enum"] == ["step", "proportional", "fixed"]
