@@ -2,11 +2,12 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke ui down doctor test study setup lock clean
+.PHONY: help run smoke ui down doctor drills test study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PROFILE ?=
+TIMES ?= 3
 BIN := $(CURDIR)/.venv/bin
 
 export DO_NOT_TRACK := true
@@ -37,6 +38,9 @@ down: .venv/.installed  ## stops what `make ui` started
 
 doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, credentials; says how to mend
 	@$(BIN)/python -m infra.doctor
+
+drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times over
+	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
 	$(BIN)/python -m tasks.study --profile cpu

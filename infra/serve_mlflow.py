@@ -1,0 +1,59 @@
+"""MLflow's server with passwords, on PostgreSQL and an object store: the same command in a container and by hand.
+
+    MLFLOW_BACKEND_STORE_URI=postgresql://… MLFLOW_ARTIFACTS_DESTINATION=s3://… MLFLOW_AUTH_ADMIN_PASSWORD=… \\
+        MLFLOW_FLASK_SERVER_SECRET_KEY=… python -m infra.serve_mlflow [--host 127.0.0.1] [--port 5000] [OPTION ...]
+
+Further options go to `mlflow server` as they are. Users' names and passwords are kept in the same database
+(MLFLOW_AUTH_DATABASE_URI names another); the file that tells MLflow so is readable by this user only.
+"""
+
+import configparser
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import flows.quiet  # noqa: F401
+
+REQUIRED = {
+    "MLFLOW_BACKEND_STORE_URI": "the database, postgresql://USER:PASSWORD@HOST/NAME",
+    "MLFLOW_ARTIFACTS_DESTINATION": "where artifacts go, s3://BUCKET/PATH or a folder",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "the first administrator's password, 12 characters at least",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text that signs sessions",
+}
+DEFAULTS = {"--host": "127.0.0.1", "--port": "5000", "--workers": "1"}
+
+
+def command(environment: dict[str, str], options: list[str], folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line and environment of the server; writes its authentication file into `folder`.
+
+    Raises SystemExit with one line where a secret is missing.
+    """
+    for name, what in REQUIRED.items():
+        if not environment.get(name):
+            raise SystemExit(f"serve_mlflow: {name} is not set: {what}")
+    config = configparser.ConfigParser(interpolation=None)
+    users = environment.get("MLFLOW_AUTH_DATABASE_URI", environment["MLFLOW_BACKEND_STORE_URI"])
+    config["mlflow"] = {"default_permission": "READ", "database_uri": users,
+                        "admin_username": environment.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin"),
+                        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth"}
+    path = folder / "basic_auth.ini"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        config.write(file)
+    given = [*options]
+    for name, value in DEFAULTS.items():
+        if name not in given:
+            given += [name, value]
+    mlflow = str(Path(sys.executable).with_name("mlflow"))
+    return [mlflow, "server", "--app-name", "basic-auth", *given], {
+        **environment, "MLFLOW_AUTH_CONFIG_PATH": str(path), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"}
+
+
+def main() -> None:
+    arguments, environment = command(dict(os.environ), sys.argv[1:], Path(tempfile.mkdtemp(prefix="instructflow-")))
+    os.execve(arguments[0], arguments, environment)
+
+
+if __name__ == "__main__":
+    main()

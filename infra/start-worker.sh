@@ -1,0 +1,17 @@
+#!/bin/sh
+# A worker of the pool $1 in a container: the checkout once, the server's set-up, then the worker itself.
+set -eu
+pool=$1
+: "${PREFECT_API_URL:?set PREFECT_API_URL to the Prefect server, with /api at its end}"
+: "${INSTRUCTFLOW_REPOSITORY:?set INSTRUCTFLOW_REPOSITORY to the git repository that the lines run in}"
+
+if [ ! -d .git ]; then
+    git clone --quiet "$INSTRUCTFLOW_REPOSITORY" .
+fi
+if [ -n "${INSTRUCTFLOW_REVISION:-}" ]; then
+    git fetch --quiet origin
+    git checkout --quiet "$INSTRUCTFLOW_REVISION"
+fi
+python -m infra.healthy server
+python -m infra.setup
+exec prefect worker start --pool "$pool" --type process --name "$pool@$(hostname)"
