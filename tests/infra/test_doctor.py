@@ -1,0 +1,155 @@
+"""The doctor's findings on a machine and a checkout where something is wrong."""
+
+import base64
+import socket
+import subprocess
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from infra import doctor
+from infra.doctor import examine
+from tests.flows.checkout import REPOSITORY, Checkout
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_WEBHOOK", "MLFLOW_TRACKING_USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    made = Checkout(tmp_path)
+    made.write("requirements.lock", "rich==0.0.1\nno-such-package==1.0\nwindows-only==1; sys_platform == 'win32'\n")
+    made.write(".dvc/config", "[core]\n    no_scm = true\n    analytics = false\n    remote = store\n"
+               "['remote \"store\"']\n    url = /nowhere/at/all\n")
+    made.git()
+    return tmp_path
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """A server that asks for a password for everything but its health."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"ada:right").decode()
+            self.send_response(200 if self.path == "/health" or allowed else 401)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_this_checkout_is_well() -> None:
+    checks = (doctor.python, doctor.packages, doctor.programs, doctor.parameters, doctor.writable, doctor.memory)
+    found = [item for item in examine(REPOSITORY, checks) if item.state == "fail"]
+    assert found == []
+
+
+def test_packages(root: Path) -> None:
+    found = doctor.packages(root)
+    assert (found.state, found.found) == ("fail", "not installed: no-such-package")
+    (root / "requirements.lock").write_text("rich==0.0.1\n")
+    found = doctor.packages(root)
+    assert found.state == "warn"
+    assert found.found.startswith("rich ")
+    assert found.mend == "rm .venv/.installed; make setup"
+
+
+def test_a_wrong_profile(root: Path) -> None:
+    (root / "profiles" / "small.yaml").write_text("ppo: {bta: 1}\n")
+    found = doctor.parameters(root)
+    assert found.state == "fail"
+    assert found.found.endswith("unknown key ppo.bta; did you mean beta?")
+
+
+def test_uncommitted_files_and_no_repository(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert doctor.repository(root).state == "ok"
+    (root / "new.py").write_text("")
+    assert doctor.repository(root).found == "1 uncommitted files"
+    bare = tmp_path_factory.mktemp("bare")
+    assert "not a git repository" in doctor.repository(bare).found
+
+
+def test_a_full_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = doctor.shutil.disk_usage(root)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    found = doctor.disk(root)
+    assert found.state == "fail"
+    assert "dvc gc" in found.mend
+
+
+def test_the_gpu_profile_without_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.gpu(root).state == "ok"
+    (root / "params.yaml").write_text("seed: 1\nprofile: gpu\n")
+    (root / "profiles" / "gpu.yaml").write_text("ppo: {}\n")
+    assert doctor.gpu(root).state == "fail"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "does not see it" in doctor.gpu(root).found
+
+
+def test_a_remote_that_is_not_there(root: Path) -> None:
+    found = doctor.remote(root)
+    assert found.found.startswith("store /nowhere/at/all")
+    config = root / ".dvc" / "config"
+    config.write_text(config.read_text().replace("    remote = store\n", ""))
+    assert doctor.remote(root).mend == "dvc remote add -d NAME URL"
+
+
+def test_servers_that_do_not_answer(root: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{closed_port}/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setenv("INSTRUCTFLOW_WEBHOOK", f"http://127.0.0.1:{closed_port}/secret-part")
+    found = {item.what: item for item in examine(root, (doctor.prefect, doctor.worker, doctor.mlflow, doctor.webhook))}
+    assert {name: item.state for name, item in found.items()} == {
+        "Prefect": "fail", "worker": "ok", "MLflow": "warn", "notices": "fail"}
+    assert "refused" in found["Prefect"].found
+    assert "secret-part" not in found["notices"].found
+
+
+def test_a_wrong_password_is_told(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded)
+    assert doctor.mlflow(root).found.endswith("answers 401 Unauthorized")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    assert doctor.mlflow(root).state == "fail"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
+    assert doctor.mlflow(root).state == "ok"
+
+
+def test_ports_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infra.servers import _port
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("A_PORT", str(port))
+        assert _port("A_PORT", 1) > port
+
+
+def test_the_exit_code(root: Path) -> None:
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "infra.doctor"], cwd=root, capture_output=True, text=True,
+                          env={**doctor.os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"})
+    assert done.returncode == 1
+    assert "not installed: no-such-package" in done.stdout
+    assert "Traceback" not in done.stderr
