@@ -158,7 +158,7 @@ supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
 serverurl=unix://{_socket(self.folder)}
 """,
             self._program("prefect", f"{prefect} server start {address['prefect']}", 1,
-                          {"PREFECT_SERVER_UI_API_URL": f"{links.prefect}/api",
+                          {"PREFECT_UI_URL": links.prefect, "PREFECT_SERVER_UI_API_URL": f"{links.prefect}/api",
                            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
                            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES}),
             self._program("mlflow", f"{mlflow} server {address['mlflow']} --workers 1 "

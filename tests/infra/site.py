@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -164,9 +165,9 @@ class Site(Checkout):
         return next(pid for pid, parent in parents.items() if parent not in parents)
 
     def service(self, name: str) -> int:
-        """The pid of a supervised program."""
-        status = self.control("status")
-        return int(next(line for line in status.splitlines() if name in line).split("pid ")[1].split(",")[0])
+        """The pid of a supervised program; 0 while it has none."""
+        found = re.search(rf"\b{name}\s+RUNNING\s+pid (\d+)", self.control("status"))
+        return int(found[1]) if found else 0
 
     def order(self) -> list[str]:
         log = self.root / "order.log"
