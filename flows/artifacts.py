@@ -51,28 +51,32 @@ async def kept(artifact: Coroutine[Any, Any, Any]) -> Any:
 @asynccontextmanager
 async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
     """Gives a function for the stage's lines; its progress lines move an artifact in the UI."""
-    latest: dict[str, float] = {}
+    latest, shown, artifact = -1.0, -1.0, None
 
     def on_line(text: str) -> None:
+        nonlocal latest
         if found := PROGRESS.fullmatch(text):
-            latest["percent"] = 100 * int(found["done"]) / max(1, int(found["total"]))
+            latest = 100 * int(found["done"]) / max(1, int(found["total"]))
 
     async def show() -> None:
-        artifact, shown = None, -1.0
+        nonlocal shown, artifact
+        if latest == shown:
+            return
+        shown = latest
+        if artifact is None:
+            artifact = await kept(acreate_progress_artifact(shown, key=f"{stage}-progress", description=stage))
+        else:
+            await kept(aupdate_progress_artifact(artifact, shown))
+
+    async def keep_showing() -> None:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
-            percent = latest.get("percent", -1.0)
-            if percent == shown:
-                continue
-            if artifact is None:
-                artifact = await kept(acreate_progress_artifact(percent, key=f"{stage}-progress", description=stage))
-            else:
-                await kept(aupdate_progress_artifact(artifact, percent))
-            shown = percent
+            await show()
 
-    showing = asyncio.create_task(show())
+    showing = asyncio.create_task(keep_showing())
     try:
         yield on_line
+        await show()
     finally:
         showing.cancel()
 

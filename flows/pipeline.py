@@ -14,9 +14,10 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import flows.quiet  # noqa: F401
 
@@ -24,17 +25,26 @@ import flows.quiet  # noqa: F401
 import yaml
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
-from prefect.concurrency.asyncio import concurrency
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
-from prefect.states import Failed
+from prefect.states import Crashed, Failed
 
 from flows.artifacts import kept, show_curves, show_findings, show_metrics
 from flows.copies import FOLDER, Changes, fill_copy
 from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
 from flows.process import continue_in_own_group
-from flows.stages import ON_GPU, StageFailed, mend_lock, stage_task
+from flows.remote import delegated_task
+from flows.stages import ON_GPU, StageFailed, mend_lock, stage_task, training_slot
 from flows.summary import StageResult, Summary, main_numbers
 from flows.terminal import show_bars
 from rlhf.errors import UserError
@@ -44,7 +54,6 @@ from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 
 PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
 MIRROR_SECONDS = 60.0
-TRAINING_LIMIT = "training"  # Prefect's global concurrency limit: trainings at once on this server's machines
 TIMED_OUT = 124
 NOT_PROMOTED = 5  # exit code of a line that is complete and missed a gate
 
@@ -62,7 +71,8 @@ def line_name() -> str:
 @flow(persist_result=False, flow_run_name=line_name)
 async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None, kl_goal: KlGoal | None = None,
                    beta_rule: BetaRule | None = None, ptx_coef: PtxCoef | None = None, own_copy: bool = False,
-                   stage_hours: Hours | None = None, root: Path | None = None) -> Summary | State[Any]:
+                   gpu_workers: bool = False, stage_hours: Hours | None = None,
+                   root: Path | None = None) -> Summary | State[Any]:
     """Runs every stage that is not up to date, in the order of dvc.yaml.
 
     In the checkout itself, unless a parameter differs from the files': then, or with `own_copy`, in a copy that shares
@@ -75,6 +85,7 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
         beta_rule: How beta follows the KL.
         ptx_coef: Weight of the pretraining loss in PPO; 0 is plain PPO.
         own_copy: Work in a copy even if nothing differs.
+        gpu_workers: Training and evaluation run on the workers of pool gpu, at the exact revision (flows/remote.py).
         stage_hours: A stage that takes longer is ended; its checkpoint stays.
         root: The checkout; empty: the folder that the deployment was made in.
     """
@@ -92,7 +103,8 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
                 use_profile(where, profile)
             load_params(where)  # once more: another line may have held the lock for hours
             mend_lock(where)
-            results = await run_stages(where, str(flow_run.name), stage_hours)
+            await kept(close_earlier_tasks())
+            results = await run_stages(where, str(flow_run.name), stage_hours, gpu_workers)
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)
     summary = await make_summary(where, str(flow_run.name), results)
@@ -113,14 +125,28 @@ def changes_of(given: Mapping[str, Any]) -> Changes:
     return Changes(given.get("profile"), given.get("seed"), {"ppo": ppo} if ppo else {})
 
 
-async def run_stages(root: Path, line: str, stage_hours: float | None = None, last: str = "") -> list[StageResult]:
+async def close_earlier_tasks() -> None:
+    """Where this run is taken up again: what its dead process could not end would count as running for ever."""
+    if (flow_run.run_count or 0) < 2:
+        return
+    running = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING])))
+    async with get_client() as client:
+        mine = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(flow_run.id))]))
+        for task_run in await client.read_task_runs(flow_run_filter=mine, task_run_filter=running):
+            await client.set_task_run_state(task_run.id, Crashed(message="its process ended"), force=True)
+
+
+async def run_stages(root: Path, line: str, stage_hours: float | None = None, gpu_workers: bool = False,
+                     last: str = "") -> list[StageResult]:
     """Runs the stages up to `last`, all without it. Raises the error of the stage that failed."""
     results = []
     stages = stage_order(root)
     for stage in stages[: stages.index(last) + 1 if last else None]:
         started = time.time()
-        async with training_slot(stage):
-            state = await stage_task(stage, stage_hours)(stage, root, line, return_state=True)
+        remote = gpu_workers and stage in ON_GPU
+        run = delegated_task(stage, stage_hours) if remote else stage_task(stage, stage_hours)
+        async with training_slot() if stage in ON_GPU and not remote else nullcontext():
+            state = await run(stage, root, line, return_state=True)
         result = await state.aresult(raise_on_failure=False)
         if stage == "validate":
             await show_findings(root, started)
@@ -131,19 +157,6 @@ async def run_stages(root: Path, line: str, stage_hours: float | None = None, la
             raise result
         results.append(result)
     return results
-
-
-@asynccontextmanager
-async def training_slot(stage: str) -> AsyncIterator[None]:
-    """Waits for one of the server's slots for training, where the server has that limit (infra/setup.py makes it).
-
-    A slot whose process was killed is free again a minute later.
-    """
-    if stage not in ON_GPU or not PREFECT_API_URL.value():
-        yield
-        return
-    async with concurrency(TRAINING_LIMIT, lease_duration=60):
-        yield
 
 
 class NotPromoted(Exception):

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import flows.quiet  # noqa: F401
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
+from prefect.concurrency.asyncio import concurrency
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.tasks import Task
 
@@ -26,6 +30,7 @@ from flows.process import run_lines
 from flows.summary import StageResult
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote"})
+TRAINING_LIMIT = "training"  # Prefect's global concurrency limit: trainings at once on this server's machines
 RETRY_DELAYS = [10.0, 60.0, 300.0]
 NO_RETRY = (2, 3, 4, 255)  # a user's mistake, a full disk, a training gone wrong, DVC: it would fail again
 FULL_BYTES = 4 * 2**20  # a disk with less left counts as full
@@ -56,7 +61,12 @@ async def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any])
 
 @task(retry_condition_fn=worth_a_retry, retry_jitter_factor=0.5, cache_policy=NO_CACHE, persist_result=False)
 async def run_stage(stage: str, root: Path, line: str) -> StageResult | State[Any]:
-    """Runs one stage by DVC, each line to the log. A failure has the stage's own line as its message."""
+    """`repro` as a task: a failure has the stage's own line as its message."""
+    return await repro(stage, root, line)
+
+
+async def repro(stage: str, root: Path, line: str) -> StageResult | State[Any]:
+    """Runs one stage by DVC, each line to the log."""
     logger = get_run_logger()
     output: list[str] = []
 
@@ -74,6 +84,19 @@ async def run_stage(stage: str, root: Path, line: str) -> StageResult | State[An
         failure = disk_full(stage, root) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
     return StageResult(stage, time.monotonic() - start, how_it_went(output))
+
+
+@asynccontextmanager
+async def training_slot() -> AsyncIterator[None]:
+    """Waits for one of the server's slots for training, where the server has that limit (infra/setup.py makes it).
+
+    A slot whose process was killed is free again a minute later.
+    """
+    if not PREFECT_API_URL.value():
+        yield
+        return
+    async with concurrency(TRAINING_LIMIT, lease_duration=60):
+        yield
 
 
 def child_env(line: str) -> dict[str, str]:

@@ -166,7 +166,8 @@ serverurl=unix://{_socket(self.folder)}
                           {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
         parts += [self._program(f"worker-{pool}", f"{prefect} worker start --pool {pool} --type process "
                                 f"--name {pool}@{socket.gethostname()}", 9,
-                                {**links.environment(), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
+                                {**links.environment(), "INSTRUCTFLOW_CHECKOUT": str(self.root),
+                                 "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
                                 start=False)
                   for pool in pools]
         parts.append("[group:workers]\nprograms=" + ",".join(f"worker-{pool}" for pool in pools) + "\npriority=9\n")

@@ -39,7 +39,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Scheduled, State
 from prefect.workers.process import ProcessWorker
 
-from flows.pipeline import TRAINING_LIMIT
+from flows.stages import TRAINING_LIMIT
 from rlhf.errors import UserError
 
 POOLS: dict[str, int | None] = {"cpu": None, "gpu": 1}  # flow runs at once

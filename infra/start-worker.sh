@@ -12,6 +12,7 @@ if [ -n "${INSTRUCTFLOW_REVISION:-}" ]; then
     git fetch --quiet origin
     git checkout --quiet "$INSTRUCTFLOW_REVISION"
 fi
+export INSTRUCTFLOW_CHECKOUT="$PWD"
 python -m infra.healthy server
 python -m infra.setup
 exec prefect worker start --pool "$pool" --type process --name "$pool@$(hostname)"

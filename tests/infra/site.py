@@ -24,6 +24,8 @@ from infra.servers import Links, Servers
 from tests.flows.checkout import REPOSITORY, Checkout
 
 DEPLOYMENTS = """name: drills
+pull:
+  - prefect.deployments.steps.set_working_directory: {directory: "{{ $INSTRUCTFLOW_CHECKOUT }}"}
 deployments:
   - name: line
     entrypoint: flows/pipeline.py:pipeline
@@ -127,6 +129,11 @@ class Site(Checkout):
     def run_of(self, run: UUID) -> FlowRun:
         found: FlowRun = self.ask(lambda client: client.read_flow_run(run))
         return found
+
+    def tasks_of(self, run: UUID) -> list[tuple[str, str]]:
+        """(stage, state) of every task run."""
+        found = self.ask(lambda client: client.read_task_runs())
+        return [(item.name, item.state_name) for item in found if item.flow_run_id == run]
 
     def cancel(self, run: UUID) -> None:
         self.ask(lambda client: client.set_flow_run_state(run, Cancelling()))

@@ -93,8 +93,8 @@ def shows(browser: Any, text: str) -> bool:
 
 def button(browser: Any, label: str) -> Any:
     def find() -> Any:
-        return next((item for item in browser.find_elements("css selector", "button, a") if item.text.strip() == label
-                     and item.is_displayed()), None)
+        found = browser.find_elements("css selector", "button, a, li")
+        return next((item for item in found if item.text.strip() == label and item.is_displayed()), None)
 
     return wait(find, f"a button {label}")
 
@@ -103,6 +103,19 @@ def keep(browser: Any, name: str) -> None:
     if folder := os.environ.get("SCREENSHOTS"):
         time.sleep(2)  # plots are drawn a moment later
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def watch(browser: Any, prefect: str, run: str) -> None:
+    """Looks at the run's page until it is completed there, without being loaded again."""
+    browser.get(f"{prefect}/runs/flow-run/{run}")
+
+    def ended() -> str:
+        with urllib.request.urlopen(f"{prefect}/api/flow_runs/{run}", timeout=30) as answer:
+            name = str(json.loads(answer.read())["state_name"])
+        return name if name in ("Completed", "Failed", "Crashed", "Cancelled", "Not promoted") else ""
+
+    assert wait(ended, "the line's end", LINE_SECONDS) == "Completed"
+    wait(lambda: text_of(browser).split("Flow\n")[0].count("Completed"), "its state in the page")
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -126,10 +139,9 @@ def test_a_line_from_its_form_to_the_comparison(checkout: Path, browser: Any) ->
     # the run
     api = f"{links.prefect}/api"
     first = wait(lambda: post(f"{api}/flow_runs/filter", {"flow_runs": {}}), "the run")[0]["id"]
-    browser.get(f"{links.prefect}/runs/flow-run/{first}")
-    wait(lambda: "Completed" in text_of(browser), "the line's end in the page", LINE_SECONDS)
+    watch(browser, links.prefect, first)
     keep(browser, "run")
-    browser.get(f"{links.prefect}/runs/flow-run/{first}?tab=Artifacts")
+    button(browser, "Artifacts").click()
     for key in ("pipeline-summary", "metrics", "curves", "data-findings", "ppo-progress"):
         wait(partial(shows, browser, key), f"artifact {key}")
     keep(browser, "artifacts")
@@ -143,8 +155,7 @@ def test_a_line_from_its_form_to_the_comparison(checkout: Path, browser: Any) ->
     deployment = post(f"{api}/deployments/filter", {"deployments": {"name": {"any_": ["smoke"]}}})[0]["id"]
     second = post(f"{api}/deployments/{deployment}/create_flow_run",
                   {"parameters": {"profile": "smoke", "own_copy": True, "kl_goal": 0.5}})["id"]
-    browser.get(f"{links.prefect}/runs/flow-run/{second}")
-    wait(lambda: "Completed" in text_of(browser), "the second line's end", LINE_SECONDS)
+    watch(browser, links.prefect, second)
     mlflow = f"{links.mlflow}/api/2.0/mlflow"
     with urllib.request.urlopen(f"{mlflow}/experiments/get-by-name?experiment_name=instructflow", timeout=30) as answer:
         experiment = json.loads(answer.read())["experiment"]["experiment_id"]

@@ -66,6 +66,7 @@ def test_a_killed_flow_is_taken_up_again(site: Site) -> None:
     site.let_go()
     assert site.ends(run, "Completed").run_count == 2
     assert finished(site)
+    assert sorted(site.tasks_of(run)) == [("ppo", "Completed"), ("sft", "Completed"), ("sft", "Crashed")]
 
 
 def test_a_dead_worker_s_run_is_taken_up_again(site: Site) -> None:

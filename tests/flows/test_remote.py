@@ -1,0 +1,154 @@
+"""A stage on another machine's worker: revision, inputs and outputs travel, and the controller has nothing to run."""
+
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import flows.remote
+from flows.remote import inputs_of, is_done, prepare, remote_stage, send, send_back, snapshot, take_over
+from flows.stages import StageFailed
+from flows.summary import Summary
+from rlhf.errors import UserError
+from tests.flows.checkout import REPOSITORY, Checkout
+
+STAGES = """stages:
+  ingest:
+    cmd: mkdir -p build/data && echo rows > build/data/sft.jsonl && echo other > build/data/rm.jsonl
+    outs: [build/data]
+  sft:
+    cmd: "echo sft >> $LOG; mkdir -p metrics; echo 1 > metrics/sft.json; cat code.txt data/sft.jsonl > models/sft"
+    deps: [code.txt, data/sft.jsonl]
+    outs: [models/sft]
+    metrics: [{metrics/sft.json: {cache: false}}]
+  ppo:
+    cmd: "echo ppo >> $LOG; cp models/sft models/ppo"
+    deps: [models/sft]
+    outs: [models/ppo]
+"""
+
+
+def git(where: Path, *command: str) -> str:
+    return subprocess.run(["git", *command], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def controller(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory,
+               monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    """With a git remote and a DVC remote; `LOG` names the stages that ran, wherever."""
+    stores = tmp_path_factory.mktemp("stores")
+    git(stores, "init", "-q", "--bare", "git")
+    monkeypatch.setenv("LOG", str(stores / "log"))
+    (stores / "log").write_text("")
+    checkout.write("dvc.yaml", STAGES)
+    checkout.write("code.txt", "v1\n")
+    checkout.write("models/.keep", "")
+    checkout.write(".dvc/config", "[core]\n    analytics = false\n    remote = store\n"
+                   f"['remote \"store\"']\n    url = {stores}/dvc\n")
+    checkout.git()
+    git(checkout.root, "add", "-f", "models/.keep")
+    git(checkout.root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "models")
+    git(checkout.root, "remote", "add", "origin", str(stores / "git"))
+    return checkout
+
+
+def log() -> list[str]:
+    return Path(os.environ["LOG"]).read_text().split()
+
+
+def dvc(where: Path, *command: str) -> None:
+    subprocess.run(["dvc", *command], cwd=where, check=True, capture_output=True,
+                   env={**os.environ, "PATH": f"{Path(flows.remote.sys.executable).parent}:{os.environ['PATH']}"})
+
+
+def test_a_stage_s_inputs(controller: Checkout) -> None:
+    assert inputs_of("sft", controller.root) == ["data/sft.jsonl"]
+    assert inputs_of("ppo", controller.root) == ["models/sft"]
+    assert inputs_of("ppo", REPOSITORY) == ["data/ppo.jsonl", "data/corpus.jsonl", "data/source.json", "models/sft",
+                                            "models/rm"]
+
+
+def test_there_and_back(controller: Checkout, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root, worker = controller.root, tmp_path_factory.mktemp("worker") / "clone"
+    dvc(root, "repro", "-q", "--single-item", "ingest")
+    dvc(root, "repro", "-q", "--single-item", "data.dvc")
+    controller.write("code.txt", "v2, not committed\n")
+    before = git(root, "status", "--porcelain"), git(root, "rev-parse", "HEAD")
+    sent = send("sft", root, "a line")
+    assert (git(root, "status", "--porcelain"), git(root, "rev-parse", "HEAD")) == before
+
+    prepare(worker, sent["repository"], sent["ref"], sent["revision"], "sft")
+    assert git(worker, "rev-parse", "HEAD") == sent["revision"]
+    assert (worker / "code.txt").read_text() == "v2, not committed\n"
+    assert sorted(path.name for path in (worker / "data").iterdir()) == ["sft.jsonl"]  # what it needs, no more
+    dvc(worker, "repro", "-q", "--single-item", "sft")
+    send_back(worker, sent["ref"], "sft")
+
+    assert not is_done("sft", root)
+    take_over("sft", root, sent["ref"])
+    assert is_done("sft", root)
+    assert (root / "models" / "sft").read_text() == "v2, not committed\nrows\n"
+    assert (root / "metrics" / "sft.json").exists()
+    assert log() == ["sft"]
+
+
+def test_a_line_whose_training_runs_elsewhere(controller: Checkout, tmp_path_factory: pytest.TempPathFactory,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path_factory.mktemp("other-machine")
+
+    async def deployed(name: str, parameters: dict[str, Any], flow_run_name: str) -> Any:
+        assert name == "remote-stage/gpu"
+        monkeypatch.chdir(other)
+        state = await remote_stage(**parameters, return_state=True)
+        monkeypatch.chdir(controller.root)
+        return SimpleNamespace(state=state)
+
+    monkeypatch.setattr(flows.remote, "arun_deployment", deployed)
+    result = controller.run(gpu_workers=True)
+    assert isinstance(result, Summary), result
+    assert [(item.stage, item.how) for item in result.results] == [
+        ("ingest", "ran"), ("data.dvc", "ran"), ("sft", "on a worker"), ("ppo", "on a worker")]
+    assert log() == ["sft", "ppo"]
+    assert list(other.glob("scratch/remote/*/models/ppo"))
+    again = controller.run(gpu_workers=True)
+    assert [item.how for item in again.results] == ["up to date"] * 4
+    assert isinstance(controller.run(), Summary)  # and without workers there is nothing to do either
+    assert log() == ["sft", "ppo"]
+
+
+def test_a_worker_s_failure_is_the_line_s(controller: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller.write("dvc.yaml", STAGES.replace("cat code.txt", "echo 'sft: row 3 is empty'; exit 2; cat code.txt"))
+    git(controller.root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "x")
+
+    async def deployed(name: str, parameters: dict[str, Any], flow_run_name: str) -> Any:
+        state = await remote_stage(**parameters, return_state=True)
+        return SimpleNamespace(state=state)
+
+    monkeypatch.chdir(controller.root)
+    monkeypatch.setattr(flows.remote, "arun_deployment", deployed)
+    failed = controller.run(gpu_workers=True)
+    assert isinstance(failed, StageFailed)
+    assert str(failed) == "sft: on the worker: sft: row 3 is empty"
+
+
+def test_without_remotes_it_says_what_is_missing(controller: Checkout) -> None:
+    root = controller.root
+    dvc(root, "repro", "-q", "--single-item", "ingest")
+    dvc(root, "repro", "-q", "--single-item", "data.dvc")
+    git(root, "remote", "remove", "origin")
+    with pytest.raises(UserError, match=r"git push: .*origin"):
+        send("sft", root, "a line")
+    controller.write(".dvc/config", "[core]\n    analytics = false\n")
+    with pytest.raises(UserError, match="dvc push: no remote"):
+        send("sft", root, "a line")
+
+
+def test_a_snapshot_has_new_files_and_no_ignored_ones(controller: Checkout) -> None:
+    controller.write("new.py", "")
+    controller.write("raw/secret.jsonl", "")
+    files = git(controller.root, "ls-tree", "-r", "--name-only", snapshot(controller.root, "x")).split()
+    assert "new.py" in files
+    assert "raw/secret.jsonl" not in files
