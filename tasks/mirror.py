@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from tasks.mirror_record import (
     read_json,
     scratch_folders,
 )
+from tasks.system_metrics import SystemWatch
 
 POLL_S = float(os.environ.get("INSTRUCTFLOW_MIRROR_POLL_S", "1.5"))
 IDLE_S = float(os.environ.get("INSTRUCTFLOW_MIRROR_IDLE_S", "20"))
@@ -165,19 +167,22 @@ def all_marks(root: Path) -> dict[Path, Marks]:
     return {folder: file_marks(folder) for folder in scratch_folders(root)}
 
 
-def follow(root: Path, lock: int, follower: Follower) -> None:
-    """Sends what is new until no stage lives and nothing changes any more."""
+def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None]) -> None:
+    """Sends what is new until no stage lives and nothing changes any more; `watch` is called in between."""
     marks: dict[Path, Marks] = {}
     news, delay, trouble = time.monotonic(), POLL_S, False
     while owns_lock(root, lock):
         before, marks = marks, all_marks(root)
-        if marks != before or stage_alive(root):
+        alive = stage_alive(root)
+        if marks != before or alive:
             news = time.monotonic()
         try:
             settled = follower.sweep()
             if trouble:
                 say("MLflow answers again")
             delay, trouble = POLL_S, False
+            if alive:
+                watch()
         except (Unreachable, OSError) as error:
             settled, delay = False, min(2 * delay, LONGEST_BACKOFF_S)
             if not trouble:
@@ -242,12 +247,13 @@ def main() -> None:
         from tasks.mlflow_client import MlflowTracker
     except ImportError as error:
         fail(f"MLflow can't be imported: {error}")
-    follower = Follower(root, MlflowTracker(root))
+    tracker = MlflowTracker(root)
+    follower = Follower(root, tracker)
     if args.once:
         send_once(follower)
         return
     say("follows scratch/")
-    follow(root, lock, follower)
+    follow(root, lock, follower, SystemWatch(root, tracker).look)
     say("ends")
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -130,6 +131,11 @@ class MlflowTracker:
     def abandon(self, run_id: str) -> None:
         with _answers(gone=None):
             self._client.set_terminated(run_id, "KILLED")
+
+    def system(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+        """The machine's load, as it is now (`tasks.system_metrics`)."""
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     # --- parts ---
 

@@ -146,4 +146,4 @@ def test_postgres_restarted_in_the_middle(machines: Checkout, stores: Stores) ->
     stores.start_postgres()
     machines.write("go", "")
     assert ends(stores, run)[0] == "Completed"
-    assert machines.order() == "sft began sft ended ppo began ppo ended".split()
+    assert machines.order() == ["sft", "began", "sft", "ended", "ppo", "began", "ppo", "ended"]
