@@ -2,8 +2,8 @@
 
     python bench/overhead.py [PAIRS] [SECONDS]     SECONDS: what the line in question takes; 750 is the reference run's
 
-The difference is the same for every profile (a process start, a status, a lock for each stage), so it is set against the
-seconds of the line in question. About three minutes a pair.
+The difference is the same for every profile (a process start, a status, a lock for each stage), so it is set against
+the seconds of the line in question. About three minutes a pair.
 """
 
 import os

@@ -9,6 +9,7 @@ controller takes these over; `dvc repro` there then finds the stage done.
 import asyncio
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from rlhf.errors import UserError
 DEPLOYMENT = "remote-stage/gpu"
 REFS = "refs/instructflow"
 FOLDER = Path("scratch/remote")
+WAITS = (5.0, 15.0, 60.0, 300.0)  # seconds between attempts to reach git's or DVC's remote
+AWAY = re.compile(r"connect|timed? ?out|unreachable|refused|reset by peer|temporar|unavailable|\b50[234]\b", re.I)
 AUTHOR = {"GIT_AUTHOR_NAME": "instructflow", "GIT_AUTHOR_EMAIL": "instructflow@localhost",
           "GIT_COMMITTER_NAME": "instructflow", "GIT_COMMITTER_EMAIL": "instructflow@localhost"}
 
@@ -173,12 +176,16 @@ def send_back(root: Path, ref: str, stage: str) -> None:
 
 def _run(command: list[str], where: Path, environment: Mapping[str, str] | None = None,
          check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Raises UserError with the command's own reason."""
+    """Raises UserError with the command's own reason; a store that cannot be reached is tried again for a while."""
     program = command[0] if command[0] != "dvc" else str(Path(sys.executable).with_name("dvc"))
-    done = subprocess.run([program, *command[1:]], cwd=where, env={**os.environ, **(environment or {})},
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if check and done.returncode:
+    for pause in (*WAITS, None):
+        done = subprocess.run([program, *command[1:]], cwd=where, env={**os.environ, **(environment or {})},
+                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if not done.returncode or not check:
+            break
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         reason = next((line for line in said if line.startswith(("fatal: ", "ERROR: "))), said[-1])
-        raise UserError(f"{' '.join(command[:2])}: {reason.removeprefix('ERROR: ').removeprefix('fatal: ')}")
+        if pause is None or not AWAY.search(done.stderr):
+            raise UserError(f"{' '.join(command[:2])}: {reason.removeprefix('ERROR: ').removeprefix('fatal: ')}")
+        time.sleep(pause)
     return done

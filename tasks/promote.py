@@ -56,7 +56,8 @@ def promote(stage: Stage) -> None:
     for gate in found:
         print(f"promote: {'passed' if gate.passed else 'FAILED'}: {gate.text()}", flush=True)
     what = f"version {version} of {params.registry}-policy" if version else "the policy"
-    print(f"promote: {what} {'is the champion' if passed else 'is not promoted: ' + '; '.join(reasons)}", flush=True)
+    praise = "is the champion" if version else "passes every gate; there is no registry to promote it in"
+    print(f"promote: {what} {praise if passed else 'is not promoted: ' + '; '.join(reasons)}", flush=True)
     stage.finish({"promote/passed": float(passed), "promote/gates": len(found), "promote/missed": len(reasons),
                   "gates": {f"{number:02d} {gate.name}": gate.record() for number, gate in enumerate(found, 1)},
                   "reasons": reasons}, [f"{PROMOTED}/README.md"])

@@ -146,6 +146,22 @@ def test_without_remotes_it_says_what_is_missing(controller: Checkout) -> None:
         send("sft", root, "a line")
 
 
+def test_a_remote_that_is_away_is_tried_again(controller: Checkout, monkeypatch: pytest.MonkeyPatch,
+                                              tmp_path_factory: pytest.TempPathFactory) -> None:
+    bin_folder = tmp_path_factory.mktemp("bin")
+    (bin_folder / "dvc").write_text("#!/bin/sh\necho again >> $LOG\n[ $(wc -l < $LOG) -gt 2 ] || "
+                                    "{ echo 'ERROR: failed to connect to s3 (dvc/x)' >&2; exit 255; }\n")
+    (bin_folder / "dvc").chmod(0o755)
+    monkeypatch.setattr(flows.remote.sys, "executable", str(bin_folder / "python"))
+    monkeypatch.setattr(flows.remote, "WAITS", (0.0, 0.0))
+    flows.remote._run(["dvc", "push"], controller.root)
+    assert log() == ["again"] * 3
+    Path(os.environ["LOG"]).write_text("")
+    monkeypatch.setattr(flows.remote, "WAITS", (0.0,))
+    with pytest.raises(UserError, match=r"dvc push: failed to connect to s3"):
+        flows.remote._run(["dvc", "push"], controller.root)
+
+
 def test_a_snapshot_has_new_files_and_no_ignored_ones(controller: Checkout) -> None:
     controller.write("new.py", "")
     controller.write("raw/secret.jsonl", "")

@@ -20,6 +20,8 @@ POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere
 MISSING = [name for name, there in (("PostgreSQL", POSTGRES.exists()), ("weed", (BIN / "weed").exists())) if not there]
 PASSWORDS = {"POSTGRES": "pg-secret-of-the-drill", "S3_KEY": "drill", "S3_SECRET": "s3-secret-of-the-drill",
              "PREFECT": "ada:prefect-secret-of-the-drill", "MLFLOW": "mlflow-secret-of-the-drill"}
+INNER = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
+         "s3.port.grpc")  # the object store's own
 
 
 def free_port() -> int:
@@ -35,6 +37,7 @@ class Stores:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ports = {name: free_port() for name in ("postgres", "s3", "prefect", "mlflow")}
+        self.inner = {name: free_port() for name in INNER}
         self.database = Path(tempfile.mkdtemp(prefix="instructflow-pg-"))  # its user must be able to reach it
         self.prefect, self.mlflow, self.s3 = (f"http://127.0.0.1:{self.ports[name]}"
                                               for name in ("prefect", "mlflow", "s3"))
@@ -54,13 +57,22 @@ class Stores:
             "name": "drill", "actions": ["Admin", "Read", "Write", "List", "Tagging"],
             "credentials": [{"accessKey": PASSWORDS["S3_KEY"], "secretKey": PASSWORDS["S3_SECRET"]}]}]}))
         (self.folder / "s3").mkdir()
-        others = {name: str(free_port()) for name in ("master.port", "volume.port", "filer.port", "s3.port.grpc",
-                                                      "master.port.grpc", "volume.port.grpc", "filer.port.grpc")}
-        self._run("s3", [str(BIN / "weed"), "server", f"-dir={self.folder}/s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-                         "-master.telemetry=false", "-s3", f"-s3.port={self.ports['s3']}", f"-s3.config={config}",
-                         *(f"-{name}={port}" for name, port in others.items())])
-        wait(lambda: answer(f"{self.s3}/status") == 200, "the object store")
+        self.start_s3()
         subprocess.run([sys.executable, "-m", "infra.bucket", "mlflow", "dvc"], env=self.environment, check=True)
+        self._start_servers()
+
+    def start_s3(self) -> None:
+        command = [str(BIN / "weed"), "server", f"-dir={self.folder}/s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                   "-master.telemetry=false", "-s3", f"-s3.port={self.ports['s3']}",
+                   f"-s3.config={self.folder}/s3.json", *(f"-{name}={port}" for name, port in self.inner.items())]
+        self.s3_process = self._run("s3", command)
+        wait(lambda: answer(f"{self.s3}/status") == 200, "the object store")
+
+    def stop_s3(self) -> None:
+        os.killpg(self.s3_process.pid, signal.SIGKILL)
+        self.s3_process.wait()
+
+    def _start_servers(self) -> None:
         password = PASSWORDS["POSTGRES"]
         self._run("prefect", [str(BIN / "prefect"), "server", "start", "--port", str(self.ports["prefect"])], {
             "PREFECT_API_DATABASE_CONNECTION_URL":

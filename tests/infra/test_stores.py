@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,17 @@ def test_postgres_restarted_in_the_middle(machines: Checkout, stores: Stores) ->
     machines.write("go", "")
     assert ends(stores, run)[0] == "Completed"
     assert machines.order() == ["sft", "began", "sft", "ended", "ppo", "began", "ppo", "ended"]
+
+
+def test_s3_away_while_outputs_are_pushed(machines: Checkout, stores: Stores) -> None:
+    (machines.root / "go").unlink(missing_ok=True)
+    gate, begun = stores.folder / "gate", stores.folder / "begun"
+    machines.write("stage.sh", f"touch {begun}\n" + STAGE.replace("$top/go", str(gate)))
+    run = begin(stores, gpu_workers=True)
+    wait(begun.exists, "sft to begin on the other machine", 120)
+    stores.stop_s3()
+    gate.write_text("")
+    time.sleep(20)  # the push fails and is tried again
+    stores.start_s3()
+    assert ends(stores, run, 300)[0] == "Completed"
+    assert (machines.root / "models" / "ppo").read_text() == "ppo the work\n"

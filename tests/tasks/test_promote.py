@@ -127,7 +127,7 @@ def test_without_an_independent_judge_nothing_is_promoted(promotion: Promotion) 
 
 def test_only_a_decision_where_no_registry_is_named(promotion: Promotion) -> None:
     said = promotion.run(OPEN.replace("{", "{registry: '', "))
-    assert "promote: the policy is the champion" in said
+    assert "promote: the policy passes every gate; there is no registry to promote it in" in said
 
 
 @pytest.fixture
