@@ -81,11 +81,16 @@ async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
         showing.cancel()
 
 
-async def show_findings(root: Path, since: float) -> None:
-    """The data checks' findings, also where they stop the line; nothing where none were made since."""
+def findings_of(root: Path) -> tuple[int, int]:
+    """Which version of the findings is there: time and size of the file."""
     path = root / "reports" / "validate.json"
-    if path.exists() and path.stat().st_mtime >= since:
-        await findings_table(path)
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else (0, 0)
+
+
+async def show_findings(root: Path, before: tuple[int, int]) -> None:
+    """The data checks' findings, also where they stop the line; nothing where they are those of `before`."""
+    if findings_of(root) not in ((0, 0), before):
+        await findings_table(root / "reports" / "validate.json")
 
 
 async def findings_table(path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
@@ -39,7 +38,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Crashed, Failed
 
-from flows.artifacts import kept, show_curves, show_findings, show_metrics
+from flows.artifacts import findings_of, kept, show_curves, show_findings, show_metrics
 from flows.copies import FOLDER, Changes, fill_copy
 from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
 from flows.process import continue_in_own_group
@@ -142,14 +141,14 @@ async def run_stages(root: Path, line: str, stage_hours: float | None = None, gp
     results = []
     stages = stage_order(root)
     for stage in stages[: stages.index(last) + 1 if last else None]:
-        started = time.time()
+        before = findings_of(root)
         remote = gpu_workers and stage in ON_GPU
         run = delegated_task(stage, stage_hours) if remote else stage_task(stage, stage_hours)
         async with training_slot() if stage in ON_GPU and not remote else nullcontext():
             state = await run(stage, root, line, return_state=True)
         result = await state.aresult(raise_on_failure=False)
         if stage == "validate":
-            await show_findings(root, started)
+            await show_findings(root, before)
         if isinstance(result, TimeoutError):
             result = StageFailed(f"{stage}: ended after {stage_hours:g} h (stage_hours); the next run goes on from the "
                                  "checkpoint", TIMED_OUT)
