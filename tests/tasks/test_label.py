@@ -1,0 +1,124 @@
+"""From a batch to the reward model's rows: sampling, the terminal, simulated labelers, what a labeler types."""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rlhf.data.schema import KEYS, read_rows
+from rlhf.errors import UserError
+from rlhf.feedback.batch import Assignment, Item, read_batch, write_batch
+from rlhf.feedback.store import LabelStore
+from tasks.label import LABELS, in_item_order, label_on_terminal, read_ranking
+from tests.flows.checkout import REPOSITORY
+from tests.tasks.small_line import Line
+
+
+@pytest.mark.parametrize(("text", "ranks"), [
+    ("b a=c d", (2, 1, 2, 3)), ("a b c d", (1, 2, 3, 4)), ("B A = C D", (2, 1, 2, 3)), ("c", (2, 2, 1, 2)),
+    ("a=b=c=d", (1, 1, 1, 1))])
+def test_what_a_labeler_types(text: str, ranks: tuple[int, ...]) -> None:
+    assert read_ranking(text, 4) == ranks
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a b", "not ranked: c, d"), ("a b c d a", "'a' is there twice"), ("a b c e", "'e': letters from a to d"),
+    ("a==b c d", "letters from a to d")])
+def test_what_cannot_be_a_ranking(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_ranking(text, 4)
+
+
+def test_ranks_go_back_to_the_item_s_order() -> None:
+    # shown third first: the best as shown (1) is the item's third completion
+    assert in_item_order((1, 2, 3), (2, 0, 1)) == (2, 3, 1)
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Path:
+    row = {"user_id": "u", "source": "customer", "split": "train", "use_case": "chat", "prompt": "Why?"}
+    items = [Item(f"item-{number}", {"prompt_id": f"p{number}", **row}, ("best", "middle", "worst", "rude"),
+                  ("secret-model",) * 4) for number in (1, 2)]
+    write_batch(tmp_path, items, [Assignment(item.item_id, "ada", (3, 2, 1, 0)) for item in items])
+    return tmp_path
+
+
+def on_terminal(batch: Path, *answers: str) -> tuple[int, str, LabelStore]:
+    items, assignments = read_batch(batch)
+    said: Iterator[str] = iter([*answers, ""])
+    screen, store = io.StringIO(), LabelStore(batch / LABELS)
+    ranked = label_on_terminal(store, items, assignments, Console(file=screen, width=100), lambda question: next(said))
+    return ranked, screen.getvalue(), store
+
+
+def test_labeling_stops_goes_on_and_corrects(batch: Path) -> None:
+    ranked, screen, store = on_terminal(batch, "nonsense", "d c b a")
+    assert ranked == 1
+    assert "letters from a to d" in screen
+    assert "secret-model" not in screen
+    assert screen.index("rude") < screen.index("best")  # in the labeler's order
+    assert [label.ranks for label in store.all()] == [(1, 2, 3, 4)]
+    ranked, screen, store = on_terminal(batch, "back", "a b c d", "d c=b a")
+    assert (ranked, "2 of 2" in screen) == (2, True)
+    assert {key[0]: label.ranks for key, label in store.current().items()} == {
+        "item-1": (4, 3, 2, 1), "item-2": (1, 2, 2, 3)}
+    assert len(store.all()) == 3  # the corrected one is still there
+
+
+def run(root: Path, *command: str) -> "subprocess.CompletedProcess[str]":
+    import os
+
+    return subprocess.run([sys.executable, "-m", *command], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_labels_become_rows_and_agreement(batch: Path) -> None:
+    on_terminal(batch, "d c b a", "a=b=c=d")
+    done = run(batch, "tasks.labels", str(batch))
+    assert done.returncode == 0, done.stderr
+    rows = list(read_rows(batch / "rm.jsonl"))
+    assert [list(row) for row in rows] == [KEYS["rm"]]  # a ranking that prefers nothing is no row
+    assert (rows[0]["labeler_id"], rows[0]["completions"], rows[0]["ranks"]) == (
+        "ada", ["best", "middle", "worst", "rude"], [1, 2, 3, 4])
+    found = json.loads((batch / "agreement.json").read_text())
+    assert (found["labels"], found["rows"], found["alpha"]) == (2, 1, None)
+
+
+def test_mistakes_are_one_line(batch: Path) -> None:
+    for command, said in ((["tasks.labels", str(batch)], "no labels yet"),
+                          (["tasks.labels", "nowhere"], "nowhere/items.jsonl: no such file"),
+                          (["tasks.label", str(batch), "--labeler", "bob"], "nothing is assigned to bob; labelers: ada")):
+        done = run(batch, *command)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_whole_way_with_simulated_labelers(line: Line, undisturbed: Any, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two policies of the small line are sampled, their completions ranked, the rows pass the data checks."""
+    from tasks import collect
+
+    monkeypatch.chdir(line.root)
+    folder = tmp_path / "feedback" / "first"
+    options = argparse.Namespace(labelers=["labeler-01", "labeler-02", "labeler-03"],
+                                 models=["models/ppo", "models/sft"], prompts=20, k=4, overlap=0.5,
+                                 per_item=3, split="train", seed=None)
+    items, assignments = collect.collect(folder, options)
+    assert 10 <= items <= 20
+    assert assignments == items + 2 * round(items / 2)
+    with pytest.raises(UserError, match="there is a batch already"):
+        collect.collect(folder, options)
+    assert run(line.root, "tasks.label", str(folder), "--simulate").stdout.endswith(f"0 of {assignments} left\n")
+    done = run(line.root, "tasks.labels", str(folder))
+    assert "Krippendorff's alpha" in done.stdout, done.stderr
+    first = {row["prompt_id"] for row in read_rows(folder / "items.jsonl")}
+    collect.collect(folder.with_name("second"), options)
+    assert not first & {row["prompt_id"] for row in read_rows(folder.with_name("second") / "items.jsonl")}
