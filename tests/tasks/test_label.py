@@ -92,10 +92,10 @@ def test_labels_become_rows_and_agreement(batch: Path) -> None:
 
 
 def test_mistakes_are_one_line(batch: Path) -> None:
-    for command, said in ((["tasks.labels", str(batch)], "no labels yet"),
-                          (["tasks.labels", "nowhere"], "nowhere/items.jsonl: no such file"),
-                          (["tasks.label", str(batch), "--labeler", "bob"], "nothing is assigned to bob; labelers: ada")):
-        done = run(batch, *command)
+    for command, said in ((["labels", str(batch)], "no labels yet"),
+                          (["labels", "nowhere"], "nowhere/items.jsonl: no such file"),
+                          (["label", str(batch), "--labeler", "bob"], "nothing is assigned to bob; labelers: ada")):
+        done = run(batch, f"tasks.{command[0]}", *command[1:])
         assert done.returncode == 2
         assert said in done.stderr
         assert "Traceback" not in done.stderr
