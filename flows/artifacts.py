@@ -105,7 +105,8 @@ async def show_metrics(root: Path, line: str) -> None:
     """Every number of metrics/*.json as a table."""
     rows = []
     for path in sorted((root / "metrics").glob("*.json")):
-        found = numbers(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = numbers(content) if isinstance(content, dict) else {}  # the study's claims are a list
         rows += [{"metric": name, "value": f"{value:.6g}"} for name, value in sorted(found.items())]
     await kept(acreate_table_artifact(rows, key="metrics", description=f"Line {line}: metrics/*.json"))
 

@@ -105,13 +105,14 @@ CLAIMS = (
           "accuracy on training labelers less that on held-out ones", _generalises,
           lambda low, high: high < 0.06, "high end below 6 points"),
     Claim("PPO has an alignment tax", "SQuADv2 −17.8, DROP −7.5, HellaSwag −3.2, translation −13.4",
-          "mean tax of PPO over the tasks of data/tax, share of a perfect score", _tax("ppo"),
+          "mean tax of PPO over the tasks of data/tax, share of a perfect score; here SFT brings it about and PPO "
+          "adds next to none (the table below has both)", _tax("ppo"),
           lambda low, high: low > 0, "low end above 0"),
     Claim("PPO-ptx removes most of the tax", "most of it; HellaSwag even gains", "tax of PPO-ptx / tax of PPO",
           _share_of_tax("ppo_ptx"), lambda low, high: high < 0.5, "high end below one half"),
     Claim("A higher β does not remove it", "β up to 2.0, a hundred times the usual, never did",
-          "tax of PPO at ten times β, fixed / tax of PPO", _share_of_tax("ppo_high_beta"),
-          lambda low, high: low > 0.5, "low end above one half"),
+          "tax of PPO at ten times β, fixed / tax of PPO; PPO cannot give back what SFT has lost",
+          _share_of_tax("ppo_high_beta"), lambda low, high: low > 0.5, "low end above one half"),
     Claim("Truthfulness and harmlessness improve over the base", "TruthfulQA twice as often; toxic a quarter less",
           "share of fully truthful responses, PPO less prompted base; harmless ones must rise too",
           _share_gain("truthful"), lambda low, high: low > 0, "both low ends above 0",
@@ -155,7 +156,9 @@ def page(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], prof
         lines.append(f"| {number} | {claim['claim']} | {claim['paper']} | {claim['ours']:.3f} | {claim['low']:.3f} | "
                      f"{claim['high']:.3f} | {claim['bar']} | {'yes' if claim['holds'] else '**no**'} |")
     lines += ["", "How each is measured:", ""]
-    lines += [f"{number}. {claim['measured'].capitalize()}." for number, claim in enumerate(claims, start=1)]
+    for number, claim in enumerate(claims, start=1):
+        measured = claim["measured"]
+        lines.append(f"{number}. {measured[0].upper()}{measured[1:]}.")
     lines += ["", "## Numbers of each seed", "", "| | " + " | ".join(f"seed {number}" for number in seeds) + " |",
               "|---|" + "---|" * len(seeds)]
     for title, value in ROWS:
