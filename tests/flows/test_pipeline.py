@@ -233,7 +233,7 @@ def test_ctrl_c_and_kill_end_the_whole_tree(checkout: Checkout, number: signal.S
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.1)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, errors = process.communicate(timeout=20)  # the pipes close with the last process of the flow
+    _, errors = process.communicate(timeout=60)  # the pipes close with the last process of the flow
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert errors.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     assert "Traceback" not in errors
