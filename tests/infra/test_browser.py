@@ -142,9 +142,11 @@ def test_a_line_from_its_form_to_the_comparison(checkout: Path, browser: Any) ->
     watch(browser, links.prefect, first)
     keep(browser, "run")
     button(browser, "Artifacts").click()
-    for key in ("pipeline-summary", "metrics", "curves", "data-findings", "ppo-progress"):
+    for key in ("pipeline-summary", "metrics", "curves", "data-findings"):
         wait(partial(shows, browser, key), f"artifact {key}")
     keep(browser, "artifacts")
+    progress = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["ppo-progress"]}}})
+    assert float(progress[0]["data"]) == 100
     curves = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["curves"]}}})[0]
     browser.get(f"{links.prefect}/artifacts/artifact/{curves['id']}")
     picture = wait(lambda: browser.find_elements("css selector", "img[src^='data:image/png']"), "the curves")[0]
