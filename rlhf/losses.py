@@ -7,7 +7,8 @@ from torch import Tensor
 
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `ids`, in float32. logits [..., V], ids [...] -> [...]."""
-    return -F.cross_entropy((logits.float() / temperature).flatten(0, -2), ids.flatten(),
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    return -F.cross_entropy(scaled.flatten(0, -2), ids.flatten(),
                             reduction="none").view(ids.shape)
 
 

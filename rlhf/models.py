@@ -109,6 +109,15 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Te
     return model.get_output_embeddings()(hidden_states(model, ids)[:, start:-1])
 
 
+def logits_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+    """Logits at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, V].
+
+    A response's or a completion's tokens are a part of a batch's, and the vocabulary is wide: logits of prompts and
+    PADs are not made.
+    """
+    return model.get_output_embeddings()(hidden_states(model, ids).flatten(0, 1).index_select(0, places))
+
+
 def scores_at(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
     """The scalar head at position `last` of each row: ids [B, T], last [B] -> [B], float32."""
     hidden = hidden_states(model, ids)

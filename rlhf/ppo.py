@@ -29,8 +29,8 @@ from rlhf.models import (
     device,
     load_policy,
     load_scorer,
+    logits_at,
     new_scorer,
-    next_token_logits,
     no_dropout,
     save_memory,
     save_model,
@@ -99,6 +99,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Of softmax(logits / temperature), nats: [..., V] -> [...]."""
+    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
 # --- rollouts ------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -128,14 +134,20 @@ def response_mask(responses: Sequence[Sequence[int]], width: int) -> Tensor:
     return (torch.arange(width, device=device()) < lengths).float()
 
 
-class Trainer:
-    """The four models and one iteration of PPO on them."""
+def on_grid(values: Tensor, mask: Tensor) -> Tensor:
+    """Puts [tokens] where mask [B, width] is 1, row after row; 0 elsewhere."""
+    return torch.zeros_like(mask).masked_scatter(mask.bool(), values)
 
-    def __init__(self, params: PpoParams, sft_folder: Path, rm_folder: Path, seed: int) -> None:
+
+class Trainer:
+    """The four models and one iteration of PPO on them. `begin_with`: a policy, SFT if left out."""
+
+    def __init__(self, params: PpoParams, sft_folder: Path, rm_folder: Path, seed: int,
+                 begin_with: Path | None = None) -> None:
         self.params, self.seed = params, seed
         self.tokenizer = load_tokenizer(sft_folder)
         self.codec = PromptCodec(self.tokenizer)
-        self.policy = load_policy(sft_folder)
+        self.policy = load_policy(begin_with or sft_folder)
         check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
                      "ppo.max_prompt_tokens + ppo.max_new_tokens")
         self.reward_model = load_scorer(rm_folder).requires_grad_(False)
@@ -176,19 +188,22 @@ class Trainer:
     def sequences(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         return pad_right([[*p, *r] for p, r in zip(prompts, responses, strict=True)], self.codec.pad_id).to(device())
 
-    def log_probs(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]],
-                  responses: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
-        """Log-probs of the response tokens at the sampling temperature, and the entropy: [B, width] each."""
+    def log_probs(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
+                  width: int) -> Tensor:
+        """Log-probs of the response tokens at the sampling temperature: [B, width]."""
+        return self.log_probs_and_logits(model, prompts, responses, width)[0]
+
+    def log_probs_and_logits(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]],
+                             responses: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+        """As log_probs, and the logits that each response token was drawn from, one after the other: [tokens, V]."""
         ids = self.sequences(prompts, responses)
-        start = min(len(prompt) for prompt in prompts) - 1
+        places = torch.tensor([row * ids.shape[1] + len(prompt) - 1 + step
+                               for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+                               for step in range(len(response))], device=ids.device)
         with autocast(self.params.precision):
-            logits = next_token_logits(model, ids, start)
-        log_probs = token_log_probs(logits, ids[:, start + 1:], self.params.temperature)
-        with torch.no_grad():
-            distribution = torch.log_softmax(logits.float() / self.params.temperature, dim=-1)
-            entropy = -(distribution.exp() * distribution).sum(dim=-1)
-        shifted = [prompt[start:] for prompt in prompts]
-        return response_rows(log_probs, shifted, width), response_rows(entropy, shifted, width)
+            logits = logits_at(model, ids, places)
+        found = token_log_probs(logits, ids.flatten()[places + 1], self.params.temperature)
+        return on_grid(found, response_mask(responses, width)), logits
 
     def values_of(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
         """Value of the state before each response token: [B, width]."""
@@ -207,9 +222,10 @@ class Trainer:
                 for name in ("log_probs", "ref", "values", "entropy")}
         for rows in length_batches([len(item) for item in sequences], 4 * self.params.micro_batch_size, None):
             some, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
-            grid["log_probs"][rows], grid["entropy"][rows] = self.log_probs(self.policy, some, answers, width)
+            grid["log_probs"][rows], logits = self.log_probs_and_logits(self.policy, some, answers, width)
+            grid["entropy"][rows] = on_grid(entropy(logits, self.params.temperature), response_mask(answers, width))
             with self.as_reference() as reference:
-                grid["ref"][rows], _ = self.log_probs(reference, some, answers, width)
+                grid["ref"][rows] = self.log_probs(reference, some, answers, width)
             grid["values"][rows] = self.values_of(some, answers, width)
         scores = torch.tensor(score_sequences(self.reward_model, sequences, self.codec.pad_id,
                                               self.params.precision), device=device())
@@ -278,7 +294,7 @@ class Trainer:
             prompts, answers = [rollouts.prompts[row] for row in chosen], [rollouts.responses[row] for row in chosen]
             width = max(map(len, answers))
             mask, old = rollouts.mask[chosen, :width], rollouts.log_probs[chosen, :width]
-            log_probs, _ = self.log_probs(self.policy, prompts, answers, width)
+            log_probs = self.log_probs(self.policy, prompts, answers, width)
             losses, ratio = policy_loss(log_probs, old, advantages[chosen, :width], params.clip)
             loss = (losses * mask).sum() / tokens
             loss.backward()

@@ -41,15 +41,17 @@ def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) 
 
 
 def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
-              gold: GoldScorer | None = None, corpus: Path | None = None) -> dict[str, float]:
+              gold: GoldScorer | None = None, corpus: Path | None = None,
+              begin_with: Path | None = None) -> dict[str, float]:
     """Trains a policy on `prompts` against the reward model and saves it in `folder`/model. Returns metrics.
 
     `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus`: pretraining
-    text (JSON Lines with "text"), read where params.ptx_coef > 0. Raises UserError where no prompt fits, TrainingFailed
+    text (JSON Lines with "text"), read where params.ptx_coef > 0. `begin_with`: a policy where it is not the
+    SFT policy, which stays the reference [Ziegler §2.2]. Raises UserError where no prompt fits, TrainingFailed
     where the run goes wrong: the state before that iteration is saved then, and the policy as it is in `folder`/failed.
     """
     seed_everything(seed)
-    trainer = Trainer(params, sft_folder, rm_folder, seed)
+    trainer = Trainer(params, sft_folder, rm_folder, seed, begin_with)
     encoded = trainer.codec.prompts(prompts)
     kept = [(text, ids) for text, ids in zip(prompts, encoded, strict=True) if len(ids) <= params.max_prompt_tokens]
     if not kept:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.errors import UserError
@@ -84,16 +84,61 @@ def round_shape(ids: Tensor, pad_id: int) -> Tensor:
 
 def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
                  precision: str) -> Tensor:
-    """Scores of K sequences per prompt, one forward pass per completion: [prompts, Kmax], 0 where absent."""
-    flat = [sequence for group in groups for sequence in group]
-    ids, last = round_shape(pad_right(flat, pad_id), pad_id), torch.tensor([len(sequence) - 1 for sequence in flat])
-    with autocast(precision):
-        scores = scores_at(model, ids.to(device()), F.pad(last, (0, len(ids) - len(last))).to(device()))[: len(flat)]
+    """Scores of K sequences per prompt: [prompts, Kmax], 0 where absent.
+
+    What the sequences of a group begin with, their prompt, is read once for all of them, where the model keeps keys and
+    values; a completion is read once in any case.
+    """
+    if min(map(len, groups)) > 1 and keeps_keys(model):
+        scores = _scores_after_prefixes(model, groups, pad_id, precision)
+    else:
+        flat = [sequence for group in groups for sequence in group]
+        ids, last = round_shape(pad_right(flat, pad_id), pad_id), torch.tensor([len(sequence) - 1 for sequence in flat])
+        last = F.pad(last, (0, len(ids) - len(last)))
+        with autocast(precision):
+            scores = scores_at(model, ids.to(device()), last.to(device()))[: len(flat)]
     widest = max(map(len, groups))
     rows = torch.tensor([row for row, group in enumerate(groups) for _ in group]).to(device())
     columns = torch.tensor([column for group in groups for column in range(len(group))]).to(device())
     grid = torch.zeros(len(groups), widest, device=scores.device)
     return grid.index_put((rows, columns), scores)
+
+
+def keeps_keys(model: PreTrainedModel) -> bool:
+    """Whether a pass can hand its keys and values to the next one: not where activations are recomputed or compiled."""
+    recomputes = model.training and getattr(model, "is_activation_checkpointing", model.is_gradient_checkpointing)
+    return not recomputes and getattr(model.base_model, "_compiled_call_impl", None) is None
+
+
+def _scores_after_prefixes(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
+                           precision: str) -> Tensor:
+    """Scores of all sequences, group after group: a pass over what each group shares, one over what is left."""
+    shared = [min(shared_length(group), min(map(len, group)) - 1) for group in groups]
+    before = pad_right([group[0][:length] for group, length in zip(groups, shared, strict=True)], pad_id)
+    before = F.pad(before, (0, -before.shape[1] % 8 if before.shape[1] else 8), value=pad_id).to(device())
+    rest = [sequence[length:] for group, length in zip(groups, shared, strict=True) for sequence in group]
+    ids = round_shape(pad_right(rest, pad_id), pad_id).to(device())
+    owner = torch.tensor([row for row, group in enumerate(groups) for _ in group])
+    owner = F.pad(owner, (0, len(ids) - len(owner))).to(device())
+    last = torch.tensor([len(item) - 1 for item in rest], device=device())
+    lengths = torch.tensor(shared, device=device())[owner].unsqueeze(1)
+    seen = torch.arange(before.shape[1], device=device()) < lengths
+    cache = DynamicCache(config=model.config)
+    with autocast(precision):
+        model.base_model(input_ids=before, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+        hidden = model.base_model(input_ids=ids, attention_mask=torch.cat([seen.long(), torch.ones_like(ids)], dim=1),
+                                  position_ids=lengths + torch.arange(ids.shape[1], device=device()),
+                                  past_key_values=cache, use_cache=True).last_hidden_state
+        return model.score(hidden[torch.arange(len(rest), device=device()), last]).squeeze(-1).float()
+
+
+def shared_length(group: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    first, last = min(group, key=tuple), max(group, key=tuple)  # what these two share, those between share too
+    return next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other),
+                min(len(first), len(last)))
 
 
 @torch.no_grad()

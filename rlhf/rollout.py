@@ -1,4 +1,8 @@
-"""Sampling responses from a policy: left-padded prompts, a KV cache, finished rows leave the batch."""
+"""Sampling responses from a policy: finished rows leave the batch, and prompts that wait take their places.
+
+Four architectures have a pass of their own (rlhf/decoder.py); others go through the Hugging Face model's, whose batches
+are of left-padded prompts and take nobody in.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +11,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.data.batching import length_batches, pad_left
+from rlhf.data.batching import length_batches, pad_left, pad_right
+from rlhf.decoder import Decoder, decoder_for
 from rlhf.models import autocast, device
 
 SHRINK_AT = 0.7  # the batch is cut to its unfinished rows when at most this share of it is left
+REFILL_AT = 0.125  # as soon as this share of the rows is free, waiting prompts are read into them
+READ_TOKENS = 16_384  # of prompts in one pass
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,96 @@ def sample_responses(model: PreTrainedModel, prompts: Sequence[Sequence[int]], s
     does not depend on which other prompts share its batch, up to rounding.
     """
     uniforms = torch.rand(len(prompts), sampling.max_new_tokens, generator=noise)
+    decoder = decoder_for(model, sampling.precision)
+    if decoder is not None and prompts:
+        return _Rows(decoder, prompts, sampling, uniforms.to(device())).run()
     responses: list[list[int]] = [[] for _ in prompts]
     for indices in length_batches([len(item) for item in prompts], sampling.batch_size, None):
         found = _sample_batch(model, [prompts[index] for index in indices], sampling, uniforms[indices])
         for index, response in zip(indices, found, strict=True):
             responses[index] = response
     return responses
+
+
+class _Rows:
+    """The rows of a batch that prompts pass through, longest first: one that is finished makes room for the next."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling,
+                 uniforms: Tensor) -> None:
+        self.decoder, self.prompts, self.sampling, self.uniforms = decoder, prompts, sampling, uniforms
+        count, size = len(prompts), min(sampling.batch_size, len(prompts))
+        columns = max(map(len, prompts)) + sampling.max_new_tokens
+        self.waiting = sorted(range(count), key=lambda index: (-len(prompts[index]), index))
+        self.cache, self.rope = decoder.new_cache(size, columns), decoder.rope(columns)
+        self.stops = torch.tensor(sampling.stop_ids, device=uniforms.device)
+        self.found = self._numbers(count, sampling.max_new_tokens)
+        self.lengths = self._numbers(count)
+        self.prompt = self._numbers(size) - 1  # which prompt each row is at; -1: none
+        self.drawn = self._numbers(size)  # tokens that its response has
+        self.last = self._numbers(size)  # the last of them
+        self.position = self._numbers(size)  # and its position
+
+    def _numbers(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=self.uniforms.device)
+
+    def run(self) -> list[list[int]]:
+        size = len(self.prompt)
+        while True:
+            free = (self.prompt < 0).nonzero().squeeze(1)
+            alive = (self.prompt >= 0).nonzero().squeeze(1)
+            if self.waiting and len(free) >= REFILL_AT * size:
+                chosen, self.waiting = self.waiting[:len(free)], self.waiting[len(free):]
+                self._read(chosen, free[:len(chosen)])
+            elif len(alive) == 0:
+                return [row[:length] for row, length in zip(self.found.tolist(), self.lengths.tolist(), strict=True)]
+            elif not self.waiting and len(alive) < len(self.prompt) and len(alive) <= SHRINK_AT * len(self.prompt):
+                self.cache.keep(alive)
+                self.prompt, self.drawn, self.last, self.position = (
+                    item[alive] for item in (self.prompt, self.drawn, self.last, self.position))
+            else:
+                self._step(alive)
+
+    def _read(self, chosen: list[int], rows: Tensor) -> None:
+        """Prompts into free rows. One that stands several times in a row is read once."""
+        firsts = [place for place, index in enumerate(chosen)
+                  if place == 0 or self.prompts[index] != self.prompts[chosen[place - 1]]]
+        same = torch.tensor([*firsts[1:], len(chosen)]) - torch.tensor(firsts)
+        longest = len(self.prompts[chosen[0]])
+        at_once = max(1, READ_TOKENS // longest)
+        states = []
+        for start in range(0, len(firsts), at_once):
+            places = firsts[start:start + at_once]
+            texts = [self.prompts[chosen[place]] for place in places]
+            ids = pad_right(texts, self.sampling.pad_id).to(rows.device)
+            positions = torch.arange(ids.shape[1], device=rows.device).expand(ids.shape)
+            state = self.decoder.hidden(ids, positions, self.cache, rows[places], self.rope, ids.shape[1])
+            states.append(state[range(len(texts)), [len(text) - 1 for text in texts]])
+        source = torch.repeat_interleave(torch.arange(len(firsts)), same).to(rows.device)
+        if len(firsts) < len(chosen):
+            self.cache.copy(rows[torch.tensor(firsts, device=rows.device)][source], rows, longest)
+        self.prompt[rows] = torch.tensor(chosen, device=rows.device)
+        self.position[rows] = torch.tensor([len(self.prompts[index]) - 1 for index in chosen], device=rows.device)
+        self.drawn[rows] = 0
+        self._draw(rows, torch.cat(states)[source])
+
+    def _step(self, alive: Tensor) -> None:
+        """The next token of every row that is not finished."""
+        reach = int(self.position[alive].max()) + 1
+        rows = torch.arange(len(self.prompt), device=alive.device)
+        state = self.decoder.hidden(self.last.unsqueeze(1), self.position.unsqueeze(1), self.cache, rows, self.rope,
+                                    reach)
+        self._draw(alive, state[alive, 0])
+
+    def _draw(self, rows: Tensor, state: Tensor) -> None:
+        mine, place = self.prompt[rows], self.drawn[rows]
+        tokens = pick(self.decoder.logits(state), self.uniforms[mine, place], self.sampling.temperature)
+        self.found[mine, place] = tokens
+        self.lengths[mine] = place + 1
+        self.last[rows] = tokens
+        self.position[rows] += 1
+        self.drawn[rows] += 1
+        ended = torch.isin(tokens, self.stops) | (place + 1 == self.sampling.max_new_tokens)
+        self.prompt[rows[ended]] = -1
 
 
 def _sample_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling,
@@ -80,7 +171,9 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # float64: the cumulative sum of float32 probabilities may end below 1
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
-    target = uniforms.double().unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    scaled = logits.float() / temperature
+    cumulative = (scaled - scaled.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # below the total also after rounding: the token found then has a probability
+    target = torch.minimum(uniforms.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.errors import UserError
-from rlhf.losses import completion_loss, token_log_probs
+from rlhf.losses import token_log_probs
 from rlhf.models import (
     adamw,
     autocast,
@@ -18,7 +18,7 @@ from rlhf.models import (
     device,
     load_policy,
     load_scorer,
-    next_token_logits,
+    logits_at,
     save_memory,
     save_model,
     set_dropout,
@@ -123,9 +123,11 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
 
 def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str) -> Tensor:
     """Mean loss over the completion tokens of a batch, nats."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    places = rows * ids.shape[1] + columns
     with autocast(precision):
-        logits = next_token_logits(model, ids)
-    return completion_loss(token_log_probs(logits, ids[:, 1:]), mask)
+        logits = logits_at(model, ids, places)
+    return -token_log_probs(logits, ids.flatten()[places + 1]).mean()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     With causal attention no mask is needed: a position never sees the PADs after it.
     """
     longest = max(map(len, sequences))
-    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in sequences])
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in sequences], dtype=torch.long)
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

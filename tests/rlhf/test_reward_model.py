@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import rlhf.reward_model
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss
-from rlhf.models import load_policy, load_scorer
+from rlhf.models import load_policy, load_scorer, new_scorer, save_memory
 from rlhf.params import RmParams
 from rlhf.reward_model import (
     Scored,
@@ -25,7 +25,9 @@ from rlhf.reward_model import (
     best_of_rows,
     calibration,
     calibration_error,
+    keeps_keys,
     reference_samples,
+    score_groups,
     score_rows,
     score_sequences,
     train_reward_model,
@@ -59,6 +61,41 @@ def train(folder: Path, policy: Path, **changes: Any) -> tuple[Any, dict[str, fl
                              "normalise_samples": 40}
     params = RmParams(**(given | changes))
     return train_reward_model(params, rankings(240), DEMONSTRATIONS, policy, 3, folder)
+
+
+def test_a_prompt_read_once_gives_the_scores_and_gradients_of_reading_it_each_time(
+        policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(4)
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(2, 300) for _ in range(count)]
+
+    groups = [[[*prompt, *ids(draw.randint(1, 9))] for _ in range(count)]
+              for count, prompt in ((4, ids(7)), (2, ids(1)), (9, ids(15)), (3, []))]
+    groups[0][1] = groups[0][0][:8]  # one is the beginning of another
+    model = new_scorer(policy_folder, 0, torch.Generator().manual_seed(2)).double()
+    weights = torch.randn(4, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = []
+    for once in (True, False):
+        monkeypatch.setattr(rlhf.reward_model, "keeps_keys", lambda model, answer=once: answer)
+        model.zero_grad()
+        scores = score_groups(model, groups, 0, "fp32")
+        (scores * weights).sum().backward()
+        found.append((scores, torch.cat([item.grad.flatten() for item in model.parameters() if item.grad is not None])))
+    assert found[0][0].shape == (4, 9)
+    assert found[0][1].abs().sum() > 0
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)  # scores are float32
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+def test_what_recomputes_activations_reads_a_prompt_each_time(policy_folder: Path) -> None:
+    model = new_scorer(policy_folder, 0, torch.Generator().manual_seed(2))
+    assert keeps_keys(model.train())
+    save_memory(model, True)
+    assert not keeps_keys(model.train())
+    assert keeps_keys(model.eval())
+    model.base_model.compile()
+    assert not keeps_keys(model)
 
 
 def test_best_of_is_the_log_softmax_of_the_best_in_float64() -> None:

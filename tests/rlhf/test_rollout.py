@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import rlhf.rollout
+from rlhf.decoder import Cache, Decoder
 from rlhf.models import load_policy
 from rlhf.ppo import Trainer
 from rlhf.rollout import Sampling, pick, sample_responses
@@ -86,18 +87,26 @@ def test_neither_batch_size_nor_order_matters(policy: Any, prompts: list[list[in
     assert forward != alone
 
 
+@pytest.mark.parametrize("own_pass", [False, True])
 def test_rows_that_leave_do_not_disturb_the_others(policy: Any, prompts: list[list[int]],
-                                                   tokenizer: PreTrainedTokenizerFast,
+                                                   tokenizer: PreTrainedTokenizerFast, own_pass: bool,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(20, stops_for(tokenizer), tokenizer.pad_token_id, batch_size=8)
     cuts: list[int] = []
-    select = DynamicCache.batch_select_indices
 
-    def watched(cache: DynamicCache, keep: torch.Tensor) -> None:
-        cuts.append(len(keep))
-        select(cache, keep)
+    def watch(kind: type, name: str) -> None:
+        select = getattr(kind, name)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", watched)
+        def watched(cache: Any, keep: torch.Tensor) -> None:
+            cuts.append(len(keep))
+            select(cache, keep)
+
+        monkeypatch.setattr(kind, name, watched)
+
+    watch(DynamicCache, "batch_select_indices")
+    watch(Cache, "keep")
+    if own_pass:
+        monkeypatch.setattr(rlhf.rollout, "decoder_for", lambda *arguments: None)
     usual = sample_responses(policy, prompts, sampling, noise())
     assert cuts  # the batch was cut to its unfinished rows
     monkeypatch.setattr(rlhf.rollout, "SHRINK_AT", 0.0)
@@ -107,6 +116,45 @@ def test_rows_that_leave_do_not_disturb_the_others(policy: Any, prompts: list[li
     monkeypatch.setattr(rlhf.rollout, "SHRINK_AT", 1.0)
     assert sample_responses(policy, prompts, sampling, noise()) == usual
     assert len(cuts) > 3
+
+
+def test_the_decoder_samples_what_the_models_own_pass_does(policy: Any, prompts: list[list[int]],
+                                                           tokenizer: PreTrainedTokenizerFast,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [prompts[index % len(prompts)] for index in range(40)]
+    sampling = Sampling(20, stops_for(tokenizer), tokenizer.pad_token_id, batch_size=7)
+    reads: list[int] = []
+    read = rlhf.rollout._Rows._read
+
+    def watched(rows: Any, chosen: list[int], free: torch.Tensor) -> None:
+        reads.append(len(chosen))
+        read(rows, chosen, free)
+
+    monkeypatch.setattr(rlhf.rollout._Rows, "_read", watched)
+    found = sample_responses(policy, many, sampling, noise())
+    assert sum(reads) == 40
+    assert len(reads) > 8  # rows that were free took new prompts in
+    monkeypatch.setattr(rlhf.rollout, "decoder_for", lambda *arguments: None)
+    assert sample_responses(policy, many, sampling, noise()) == found
+
+
+def test_a_prompt_that_stands_several_times_is_read_once(policy: Any, prompts: list[list[int]],
+                                                         tokenizer: PreTrainedTokenizerFast,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [prompt for prompt in prompts for _ in range(4)]
+    sampling = Sampling(12, stops_for(tokenizer), tokenizer.pad_token_id)
+    passes: list[int] = []
+    hidden = Decoder.hidden
+
+    def watched(decoder: Decoder, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(len(ids))
+        return hidden(decoder, ids, *rest)
+
+    monkeypatch.setattr(Decoder, "hidden", watched)
+    found = sample_responses(policy, many, sampling, noise())
+    assert passes[0] == len({tuple(prompt) for prompt in prompts}) < len(many)
+    monkeypatch.setattr(rlhf.rollout, "decoder_for", lambda *arguments: None)
+    assert sample_responses(policy, many, sampling, noise()) == found
 
 
 def test_stops_and_length(policy: Any, prompts: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -158,7 +206,7 @@ def test_log_probs_of_samples_are_those_of_a_plain_pass(make_trainer: Callable[.
     trainer = make_trainer(architecture, temperature=0.6)
     responses = sample_responses(trainer.policy, prompts, trainer.sampling, noise())
     with torch.no_grad():
-        found, _ = trainer.log_probs(trainer.policy, prompts, responses, 8)
+        found = trainer.log_probs(trainer.policy, prompts, responses, 8)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             logits = trainer.policy(torch.tensor([prompt + response])).logits[0].double().numpy() / 0.6
             for place, token in enumerate(response):

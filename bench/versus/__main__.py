@@ -1,0 +1,166 @@
+"""Ours against TRL 1.12's trainers and transformers' generation: same work, in turns, in one run on one machine.
+
+    make bench                                  1M and 10M parameters, five turns each (an hour on two cores)
+    .venv/bin/python bench/versus --sizes 1M --turns 3 --bars rm sft
+
+Each side is a process that waits while the other one works. Their settings are tried first and the fastest are kept;
+ours are those of the profiles. That both do the same is seen from the losses. Writes bench/results.json: medians of the
+ratios of neighbouring turns, and the machine.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+BARS = ("same", "sft", "rm", "ppo", "ppo_mixed", "rollout", "rollout_256")
+ATTENTIONS = [{"attention": "eager"}, {"attention": "sdpa"}]
+
+
+class Side:
+    """A process that answers one job after the other."""
+
+    def __init__(self, python: Path, script: str) -> None:
+        self.process = subprocess.Popen([python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)
+
+    def do(self, job: str, **more: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"job": job, **more}) + "\n")
+        self.process.stdin.flush()
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"{self.process.args}: ended in job {job}; run it by hand to see why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large square product, the best of ten."""
+    size = 2048 if not torch.cuda.is_available() else 8192
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    one, other = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        (one @ other)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def rate(answer: dict[str, Any]) -> float:
+    """Tokens, prompts or episodes a second."""
+    return next(answer[unit] for unit in ("tokens", "prompts", "episodes") if unit in answer) / answer["seconds"]
+
+
+def turns(count: int, mine: Callable[[], dict[str, Any]], others: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Both sides in turns, after one of each that is not counted."""
+    mine(), others()
+    pairs = [(mine(), others()) for _ in range(count)]
+    ratios = sorted(rate(one) / rate(other) for one, other in pairs)
+    return {"ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
+            "ours": statistics.median(rate(one) for one, _ in pairs),
+            "theirs": statistics.median(rate(other) for _, other in pairs),
+            "last": pairs[-1]}
+
+
+def fastest(theirs: Side, job: str, settings: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The settings of the other side that are fastest here, of a first run each (the first of all is run twice)."""
+    theirs.do(job, **more, **settings[0])
+    found = [(rate(theirs.do(job, **more, **some)), place) for place, some in enumerate(settings)]
+    return settings[max(found)[1]]
+
+
+def bars(ours: Side, theirs: Side, folder: str, size: str, names: list[str], count: int) -> dict[str, Any]:
+    """Every bar of one size of models."""
+    parameters = ours.do("make", folder=folder, shape=size)["parameters"]
+    common = {"folder": folder, "precision": "bf16"}
+    found: dict[str, Any] = {"parameters": parameters}
+    scale = 1 if size == "1M" else 4
+    works: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
+        "sft": ("sft", {"rows": 2048 // scale}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
+        "sft_unpacked": ("sft", {"rows": 2048 // scale}, {"packing": False}, [{**some, "micro": 32}
+                                                                              for some in ATTENTIONS]),
+        "rm": ("rm", {"prompts": 128 // scale}, {}, [{**some, "micro": micro} for some in ATTENTIONS
+                                                     for micro in (30, 60, 120)]),
+        "ppo": ("ppo", {"mixed": False, "iterations": 2}, {}, ATTENTIONS),
+        "ppo_mixed": ("ppo", {"mixed": True, "iterations": 2}, {}, ATTENTIONS),
+        "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": 512 // scale}, {}, ATTENTIONS),
+        "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": 1024 // scale}, {}, ATTENTIONS)}
+    if "same" in names:
+        found["same"] = same_work(ours, theirs, folder)
+        print(f"{size} same work: largest relative difference {found['same']['difference']:.1e}", flush=True)
+    for name, (job, work, theirs_alone, settings) in works.items():
+        if name.removesuffix("_unpacked") not in names:
+            continue
+        chosen = theirs_alone | fastest(theirs, job, settings, **common, **work, **theirs_alone)
+        result = turns(count, partial(ours.do, job, **common, **work),
+                       partial(theirs.do, job, **common, **work, **chosen))
+        found[name] = result | {"their_settings": chosen}
+        print(f"{size} {name}: {result['ratio']:.2f} times theirs [{result['least']:.2f}, {result['most']:.2f}]; "
+              f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; theirs {chosen}", flush=True)
+        if job == "sft" and name == "sft":
+            share = 6 * parameters * result["ours"] / 1e9 / matmul_rate(torch.bfloat16)
+            found["sft_mfu"] = share
+            print(f"{size} sft: {share:.2f} of the machine's bf16 matmul rate", flush=True)
+    return found
+
+
+def same_work(ours: Side, theirs: Side, folder: str) -> dict[str, Any]:
+    """Losses of both sides in float32 on the same data: the reward model's first step, PPO's averages over 4 epochs on
+    the same responses."""
+    exact = {"folder": folder, "precision": "fp32"}
+    responses = ours.do("sampled", folder=folder, mixed=False, iterations=2)["responses"]
+    other = theirs.do("ppo", **exact, mixed=False, iterations=1, attention="eager", responses=responses)
+    mine = ours.do("ppo", **exact, mixed=False, iterations=1, responses=responses, order=other["order"])
+    pairs = {f"ppo {name}": (mine[name], other[name]) for name in ("loss/policy", "loss/value", "score", "weight")}
+    mine, other = ours.do("rm", **exact, prompts=32), theirs.do("rm", **exact, prompts=32, attention="eager", micro=30)
+    pairs |= {f"rm {name}": (mine[name], other[name]) for name in ("loss/first", "loss/mean")}
+    differences = {name: abs(one - two) / abs(two) for name, (one, two) in pairs.items()}
+    return {"difference": max(differences.values()), "differences": differences, "values": pairs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["1M", "10M"])
+    parser.add_argument("--bars", nargs="+", default=list(BARS), choices=BARS)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--theirs", type=Path, default=Path(".venv-trl/bin/python"), help="Python that has TRL")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results.json")
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = Side(Path(sys.executable), "ours.py"), Side(options.theirs.absolute(), "theirs.py")
+            try:
+                found[size] = bars(ours, theirs, folder, size, options.bars, options.turns)
+            finally:
+                ours.process.kill(), theirs.process.kill()
+    first = found[options.sizes[0]]
+    names = {"ppo_vs_trl": "ppo", "ppo_mixed_vs_trl": "ppo_mixed", "rm_vs_trl": "rm", "sft_vs_trl": "sft",
+             "rollout_vs_generate": "rollout"}
+    result = {name: round(first[bar]["ratio"], 3) for name, bar in names.items() if bar in first}
+    if shares := [found[size]["sft_mfu"] for size in options.sizes if "sft_mfu" in found[size]]:
+        result["sft_mfu"] = round(shares[-1], 3)
+    machine = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or
+               platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "matmul_bf16_gflops": round(matmul_rate(torch.bfloat16)),
+               "matmul_fp32_gflops": round(matmul_rate(torch.float32))}
+    text = json.dumps({**result, "machine": machine, "sizes": found}, indent=2)
+    options.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result | machine, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""instructflow on the work of a folder, beside bench/versus/theirs.py; also makes the folder.
+
+    python bench/versus/ours.py        answers the driver (bench/versus/__main__.py)
+"""
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from work import (
+    EOS_SHARE,
+    PPO_SIZES,
+    RM_BATCH,
+    SFT_BATCH,
+    SHAPES,
+    Shape,
+    load_work,
+    make_work,
+    memory,
+    save_work,
+    serve,
+)
+
+from rlhf import ppo as ppo_module
+from rlhf.data.batching import length_batches
+from rlhf.losses import ranking_loss
+from rlhf.models import adamw, load_policy, load_scorer, new_scorer, save_model
+from rlhf.params import PpoParams
+from rlhf.reward_model import Rankings, score_groups
+from rlhf.rollout import Sampling, sample_responses
+from rlhf.seeding import generator, seed_everything
+from rlhf.sft import Demonstrations, batch_loss
+from rlhf.tokenizer import train_tokenizer
+from rlhf.training import train_loop
+
+
+def new_policy(shape: Shape, eos: int, pad: int) -> Any:
+    common = {"vocab_size": shape.vocabulary, "max_position_embeddings": 512, "hidden_size": shape.width,
+              "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "tie_word_embeddings": True,
+              "intermediate_size": shape.inner or 4 * shape.width, "eos_token_id": eos, "bos_token_id": eos,
+              "pad_token_id": pad}
+    if shape.kv_heads:
+        return LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=shape.kv_heads))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**common, rotary_pct=0.5))
+
+
+def make(folder: str, shape: str) -> dict[str, Any]:
+    """Models with random weights and the work itself. EOS is made as likely as work.EOS_SHARE where a bias allows."""
+    root, form = Path(folder), SHAPES[shape]
+    seed_everything(1)
+    words = [f"{one}{other}" for one in "bdfgklmnprst" for other in "aeiou"]
+    draw = torch.Generator().manual_seed(1)
+    texts = [" ".join(words[i] for i in torch.randint(len(words), (30,), generator=draw)) for _ in range(300)]
+    tokenizer = train_tokenizer(texts, min(form.vocabulary, 1024))
+    policy = new_policy(form, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    final = getattr(policy.base_model, "final_layer_norm", None)
+    if final is not None:
+        row = policy.get_output_embeddings().weight[tokenizer.eos_token_id].detach()
+        with torch.no_grad():
+            final.bias += row / row.square().sum() * torch.tensor(form.vocabulary * EOS_SHARE).log()
+    save_model(policy, tokenizer, root / "policy")
+    for name in ("rm", "value"):
+        model = new_scorer(root / "policy", tokenizer.pad_token_id, generator(1, name))
+        save_model(model, tokenizer, root / name)
+    known = min(form.vocabulary, len(tokenizer))
+    save_work(make_work(shape, known, tokenizer.eos_token_id, tokenizer.pad_token_id), root)
+    return {"parameters": policy.num_parameters()}
+
+
+def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: list[list[int]] | None = None,
+        order: list[list[int]] | None = None) -> dict[str, Any]:
+    """As theirs.ppo. `order`: the prompts in the order that the other side had them in."""
+    root = Path(folder)
+    work = load_work(root)
+    batch, micro = PPO_SIZES[work.shape]
+    params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
+                       max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,
+                       adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
+                       max_grad_norm=1e9)
+    seed_everything(1)
+    trainer = ppo_module.Trainer(params, root / "policy", root / "rm", 1)
+    trainer.value.load_state_dict(load_scorer(root / "value").state_dict())
+    if not mixed:
+        trainer.sampling = replace(trainer.sampling, stop_ids=(-1,))
+    prompts = (work.mixed if mixed else work.prompts)[:batch * iterations]
+    prompts = order or prompts
+    own = ppo_module.sample_responses
+    if responses is not None:
+        place = {tuple(prompt): response for prompt, response in zip(work.prompts, responses, strict=False)}
+        ppo_module.sample_responses = lambda model, some, *rest: [place[tuple(prompt)] for prompt in some]
+    seen, lengths = [], []
+    try:
+        start = time.perf_counter()
+        for iteration in range(iterations):
+            rollouts = trainer.roll_out(prompts[iteration * batch:(iteration + 1) * batch], iteration)
+            seen.append({**trainer.iterate(rollouts, iteration), "score": rollouts.scores.mean().item()})
+            lengths += list(map(len, rollouts.responses))
+        seconds = time.perf_counter() - start
+    finally:
+        ppo_module.sample_responses = own
+    return {"seconds": seconds, "episodes": batch * iterations, "response_tokens": sum(lengths) / len(lengths),
+            "loss/policy": seen[0]["ppo/policy_loss"], "loss/value": seen[0]["ppo/value_loss"],
+            "kl": seen[-1]["ppo/kl"], "score": seen[0]["score"], "memory": memory(),
+            "weight": sum(float(item.detach().double().abs().sum()) for item in trainer.policy.parameters())}
+
+
+def sampled(folder: str, mixed: bool, iterations: int) -> dict[str, Any]:
+    """Responses of 32 tokens to the prompts, which both sides can be given."""
+    work = load_work(Path(folder))
+    draw = torch.Generator().manual_seed(2)
+    count = PPO_SIZES[work.shape][0] * iterations
+    return {"responses": torch.randint(max(work.eos, work.pad) + 1, 300, (count, 32), generator=draw).tolist()}
+
+
+def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int) -> dict[str, Any]:
+    """As theirs.rollout."""
+    root = Path(folder)
+    work = load_work(root)
+    model = load_policy(root / "policy")
+    rows = (work.mixed if mixed else work.prompts)[:prompts]
+    sampling = Sampling(32, (work.eos,) if mixed else (-1,), work.pad, precision=precision, batch_size=batch)
+    start = time.perf_counter()
+    found = sample_responses(model, rows, sampling, generator(1, "rollout"))
+    return {"seconds": time.perf_counter() - start, "tokens": sum(map(len, found))}
+
+
+def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
+    """As theirs.rm: the K-way ranking loss, in the order of the work."""
+    root = Path(folder)
+    work = load_work(root)
+    seed_everything(1)
+    rows = work.rankings[:prompts]
+    ranks = [row["ranks"] for row in rows]
+    data = Rankings([[row["prompt"] + completion for completion in row["completions"]] for row in rows], ranks, 0)
+    model = load_scorer(root / "rm")
+    losses = []
+
+    def loss_of_step(step: int) -> Any:
+        indices = list(range(step * RM_BATCH, (step + 1) * RM_BATCH))
+        scores = score_groups(model, [data.ids[index] for index in indices], work.pad, precision)
+        loss = ranking_loss(scores, *data.batch_ranks(indices))
+        losses.append(loss.item())
+        return loss, {}
+
+    return timed(root, model, loss_of_step, prompts // RM_BATCH, losses) | {"prompts": prompts}
+
+
+def sft(folder: str, precision: str, rows: int) -> dict[str, Any]:
+    """As theirs.sft, in batches of demonstrations of like length."""
+    root = Path(folder)
+    work = load_work(root)
+    seed_everything(1)
+    some = work.demonstrations[:rows]
+    data = Demonstrations([row["prompt"] + row["completion"] for row in some], [len(row["prompt"]) for row in some], 0)
+    model = load_policy(root / "policy")
+    batches = length_batches([len(ids) for ids in data.ids], SFT_BATCH, generator(1, "sft"))
+    losses = []
+
+    def loss_of_step(step: int) -> Any:
+        loss = batch_loss(model, *data.batch(batches[step], work.pad), precision)
+        losses.append(loss.item())
+        return loss, {}
+
+    return timed(root, model, loss_of_step, len(batches), losses) | {"tokens": sum(len(ids) for ids in data.ids)}
+
+
+def timed(root: Path, model: Any, loss_of_step: Any, steps: int, losses: list[float]) -> dict[str, Any]:
+    model.train()
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        start = time.perf_counter()
+        train_loop("bench", Path(folder), model, [adamw(model, 1e-4, eps=1e-5)], steps=steps, loss_of_step=loss_of_step,
+                   columns=[])
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "loss/first": losses[0], "loss/mean": sum(losses) / len(losses), "steps": len(losses),
+            "memory": memory()}
+
+
+if __name__ == "__main__":
+    serve({"make": make, "ppo": ppo, "sampled": sampled, "rollout": rollout, "rm": rm, "sft": sft})

@@ -1,0 +1,91 @@
+"""The work that both sides do: models of three sizes, token ids of a fixed seed, read from one folder by either side.
+
+The folder holds policy/, rm/ and value/ (Hugging Face folders) and work.json. This file imports nothing of either side.
+"""
+
+import json
+import random
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+EOS_SHARE = 1 / 20  # a response of mixed length ends at each token with this chance
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-NeoX, or a Llama where `kv_heads` is set."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    kv_heads: int = 0
+    inner: int = 0
+
+
+SHAPES = {"1M": Shape(4, 128, 4, 1024), "10M": Shape(6, 384, 6, 1024),
+          "135M": Shape(30, 576, 9, 49152, kv_heads=3, inner=1536),
+          "1B": Shape(16, 2048, 32, 50304, kv_heads=8, inner=8192)}
+# PPO: episodes an iteration, a forward pass of the update
+PPO_SIZES = {"1M": (256, 64), "10M": (128, 32), "135M": (16, 8), "1B": (64, 16)}
+RM_BATCH = 8  # prompts a step
+SFT_BATCH = 32  # demonstrations a step
+
+
+@dataclass(frozen=True)
+class Work:
+    """Token ids of every bar. `mixed` prompts are of 4 to 64 tokens, the others of 32."""
+
+    shape: str
+    eos: int
+    pad: int
+    prompts: list[list[int]]
+    mixed: list[list[int]]
+    demonstrations: list[dict[str, list[int]]]
+    rankings: list[dict[str, Any]]
+
+
+def make_work(shape: str, vocabulary: int, eos: int, pad: int, seed: int = 1) -> Work:
+    """Random token ids; lengths are those of short questions and answers."""
+    draw = random.Random(seed)
+    first = max(eos, pad) + 1
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(first, vocabulary) for _ in range(draw.randint(low, high))]
+
+    demonstrations = [{"prompt": ids(8, 48), "completion": [*ids(3, 79), eos]} for _ in range(2048)]
+    rankings = []
+    for _ in range(256):
+        ranks = list(range(1, 7))
+        draw.shuffle(ranks)
+        rankings.append({"prompt": ids(24, 40), "completions": [[*ids(15, 47), eos] for _ in range(6)], "ranks": ranks})
+    return Work(shape, eos, pad, [ids(32, 32) for _ in range(1024)], [ids(4, 64) for _ in range(1024)],
+                demonstrations, rankings)
+
+
+def save_work(work: Work, folder: Path) -> None:
+    (folder / "work.json").write_text(json.dumps(asdict(work)), encoding="utf-8")
+
+
+def load_work(folder: Path) -> Work:
+    return Work(**json.loads((folder / "work.json").read_text(encoding="utf-8")))
+
+
+def memory() -> float:
+    """Peak of this process so far, GB."""
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def serve(jobs: dict[str, Any]) -> None:
+    """Answers one JSON line for each JSON line read: {"job": name, ...} calls jobs[name](...). Waits meanwhile."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer = jobs[asked.pop("job")](**asked)
+        print(json.dumps(answer), file=out, flush=True)
