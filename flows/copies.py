@@ -20,10 +20,12 @@ import yaml
 
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
+from tasks.graph import unrolled
 from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, read_yaml
 
 FOLDER = Path("scratch/copies")
 COPY_OF = Path("scratch/copy-of.json")  # in a copy: the checkout it belongs to, the files that came from there
+LABELS = "feedback/"  # what people say of a line's models belongs to that line
 OWN = ("dvc.lock", "data.dvc", "metrics/")  # written by a line: a copy that has run keeps its own
 
 
@@ -38,17 +40,19 @@ class Changes:
     seed: int | None = None
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     label: str = ""
+    rounds: int = 0  # alternating rounds to unroll; 0: those of the checkout's params.yaml
 
     def name(self, root: Path) -> str:
         """The same changes have the same name: cpu, cpu,seed=2,kl_goal=1.5."""
         parts = [self.profile or load_params(root).profile]
         parts += [] if self.seed is None else [f"seed={self.seed}"]
+        parts += [f"rounds={self.rounds}"] if self.rounds else []
         parts += [self.label] if self.label else [f"{name}={value}" for section in sorted(self.stages)
                   for name, value in sorted(self.stages[section].items())]
         return ",".join(parts).replace("/", "_")
 
     def __bool__(self) -> bool:
-        return self.seed is not None or any(self.stages.values())
+        return self.seed is not None or any(self.stages.values()) or self.rounds > 0
 
 
 def checkout_of(root: Path) -> Path:
@@ -95,7 +99,8 @@ def _files_of(root: Path) -> list[str]:
     if found.returncode:
         raise UserError(f"{root}: a line with other parameters works in a copy of the files that git knows, and git "
                         f"says: {found.stderr.decode(errors='replace').strip()}")
-    return sorted(name for name in found.stdout.decode().split("\0") if name and (root / name).is_file())
+    return sorted(name for name in found.stdout.decode().split("\0")
+                  if name and not name.startswith(LABELS) and (root / name).is_file())
 
 
 def _link_raw(root: Path, copy: Path) -> None:
@@ -131,6 +136,8 @@ def _apply(copy: Path, changes: Changes) -> None:
     """Writes the changes into the copy's params.yaml and profile."""
     top = dict(read_yaml(copy / PARAMS_FILE))
     top |= {name: value for name, value in (("profile", changes.profile), ("seed", changes.seed)) if value is not None}
+    if changes.rounds:
+        top["rounds"] = unrolled(changes.rounds)
     path = copy / PROFILES_DIR / f"{top['profile']}.yaml"
     sections = dict(read_yaml(path))
     for section, values in {**changes.stages, "promote": {"registry": ""}}.items():

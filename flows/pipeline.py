@@ -21,7 +21,6 @@ from uuid import UUID
 import flows.quiet  # noqa: F401
 
 # isort: split
-import yaml
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.orchestration import get_client
@@ -48,10 +47,10 @@ from flows.summary import StageResult, Summary, main_numbers
 from flows.terminal import show_bars
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
+from tasks.graph import line_stages
 from tasks.mirror import wait_until_mirrored
 from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 
-PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
 MIRROR_SECONDS = 60.0
 TIMED_OUT = 124
 NOT_PROMOTED = 5  # exit code of a line that is complete and missed a gate
@@ -139,23 +138,31 @@ async def run_stages(root: Path, line: str, stage_hours: float | None = None, gp
                      last: str = "") -> list[StageResult]:
     """Runs the stages up to `last`, all without it. Raises the error of the stage that failed."""
     results = []
-    stages = stage_order(root)
+    stages = line_stages(root)
     for stage in stages[: stages.index(last) + 1 if last else None]:
         before = findings_of(root)
-        remote = gpu_workers and stage in ON_GPU
-        run = delegated_task(stage, stage_hours) if remote else stage_task(stage, stage_hours)
-        async with training_slot() if stage in ON_GPU and not remote else nullcontext():
-            state = await run(stage, root, line, return_state=True)
-        result = await state.aresult(raise_on_failure=False)
-        if stage == "validate":
-            await show_findings(root, before)
-        if isinstance(result, TimeoutError):
-            result = StageFailed(f"{stage}: ended after {stage_hours:g} h (stage_hours); the next run goes on from the "
-                                 "checkpoint", TIMED_OUT)
-        if not isinstance(result, StageResult):
-            raise result
-        results.append(result)
+        try:
+            results.append(await run_stage_of(stage, root, line, stage_hours, gpu_workers))
+        finally:
+            if stage == "validate":
+                await show_findings(root, before)
     return results
+
+
+async def run_stage_of(stage: str, root: Path, line: str, stage_hours: float | None, gpu_workers: bool) -> StageResult:
+    """Runs one stage, here or on a worker of pool gpu. Raises its error."""
+    on_gpu = stage.partition("@")[0] in ON_GPU
+    remote = gpu_workers and on_gpu
+    run = delegated_task(stage, stage_hours) if remote else stage_task(stage, stage_hours)
+    async with training_slot() if on_gpu and not remote else nullcontext():
+        state = await run(stage, root, line, return_state=True)
+    result = await state.aresult(raise_on_failure=False)
+    if isinstance(result, TimeoutError):
+        result = StageFailed(f"{stage}: ended after {stage_hours:g} h (stage_hours); the next run goes on from the "
+                             "checkpoint", TIMED_OUT)
+    if not isinstance(result, StageResult):
+        raise result
+    return result
 
 
 class NotPromoted(Exception):
@@ -197,18 +204,6 @@ def use_profile(root: Path, profile: str | None) -> None:
         raise UserError(f"{path}: expected one line `profile: NAME`, found {found}")
     if changed != text:
         write_atomic(path, changed.encode())
-
-
-def stage_order(root: Path) -> list[str]:
-    """The stages of dvc.yaml, which lists them in order, and data.dvc after ingest, whose output it pins."""
-    path = root / "dvc.yaml"
-    try:
-        stages = list(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no stages found: {' '.join(str(error).split())}") from None
-    if "ingest" in stages:
-        stages.insert(stages.index("ingest") + 1, PIN)
-    return stages
 
 
 @asynccontextmanager

@@ -21,7 +21,6 @@ from typing import Any
 import flows.quiet  # noqa: F401
 
 # isort: split
-import yaml
 from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.deployments.flow_runs import arun_deployment
@@ -32,6 +31,7 @@ from prefect.tasks import Task
 from flows.stages import StageFailed, repro, training_slot
 from flows.summary import StageResult
 from rlhf.errors import UserError
+from tasks.graph import declared_stages, paths
 
 DEPLOYMENT = "remote-stage/gpu"
 REFS = "refs/instructflow"
@@ -92,14 +92,10 @@ def send(stage: str, root: Path, line: str) -> dict[str, str]:
 
 def inputs_of(stage: str, root: Path) -> list[str]:
     """The stage's dependencies that DVC keeps: outputs of other stages, and the datasets that data.dvc pins."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    made = {_path(out) for other in stages.values() for out in other.get("outs", [])} | {"data"}
-    return [dep for dep in map(_path, stages[stage].get("deps", []))
+    stages = declared_stages(root)
+    made = {out for other in stages.values() for out in paths(other.get("outs", []))} | {"data"}
+    return [dep for dep in paths(stages[stage].get("deps", []))
             if any(dep == out or dep.startswith(f"{out}/") for out in made)]
-
-
-def _path(entry: str | Mapping[str, Any]) -> str:
-    return entry if isinstance(entry, str) else str(next(iter(entry)))
 
 
 def snapshot(root: Path, message: str) -> str:

@@ -29,7 +29,8 @@ from flows.copies import tracking_of
 from flows.process import run_lines
 from flows.summary import StageResult
 
-ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote"})
+ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
+                    "round_scores"})
 TRAINING_LIMIT = "training"  # Prefect's global concurrency limit: trainings at once on this server's machines
 RETRY_DELAYS = [10.0, 60.0, 300.0]
 NO_RETRY = (2, 3, 4, 255)  # a user's mistake, a full disk, a training gone wrong, DVC: it would fail again

@@ -5,6 +5,7 @@
 Exit code 1 where something would stop a line; a warning stops nothing.
 """
 
+import base64
 import importlib.metadata
 import os
 import platform
@@ -226,6 +227,20 @@ def ports(root: Path) -> Finding:
     return Finding("ports", "ok", "4200 and 5000 are free")
 
 
+def labels(root: Path) -> Finding:
+    """Label Studio, where rounds are to use it: its SDK's environment, an answer, the key."""
+    url, key = os.environ.get("LABEL_STUDIO_URL", ""), os.environ.get("LABEL_STUDIO_API_KEY", "")
+    if not url:
+        return Finding("Label Studio", "ok", "not used: people label on the terminal")
+    sdk = Path(os.environ.get("LABEL_STUDIO_PYTHON") or root / ".venv-labels" / "bin" / "python")
+    if not sdk.exists():
+        return Finding("Label Studio", "fail", f"{sdk} is not there", "make labels, or set LABEL_STUDIO_PYTHON")
+    if refused := _answers(f"{url.rstrip('/')}/api/projects/?page_size=1", f"Token {key}"):
+        return Finding("Label Studio", "fail", f"{url}: {refused}", "start it; check LABEL_STUDIO_URL and "
+                       "LABEL_STUDIO_API_KEY")
+    return Finding("Label Studio", "ok", url)
+
+
 def webhook(root: Path) -> Finding:
     url = os.environ.get("INSTRUCTFLOW_WEBHOOK", "")
     if not url:
@@ -241,21 +256,20 @@ def webhook(root: Path) -> Finding:
 
 
 CHECKS: tuple[Check, ...] = (python, packages, programs, parameters, repository, disk, writable, memory, gpu, ports,
-                             prefect, worker, mlflow, remote, webhook)
+                             prefect, worker, mlflow, labels, remote, webhook)
 
 
-def mlflow_login() -> tuple[str, str] | None:
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+def mlflow_login() -> str:
+    """The header that MLflow's user and password make; empty without a user."""
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode() if user else ""
 
 
-def _answers(url: str, login: tuple[str, str] | None = None) -> str:
+def _answers(url: str, authorization: str = "") -> str:
     """Empty where the address answers with success, else what is wrong."""
-    import base64
-
     request = urllib.request.Request(url)
-    if login:
-        request.add_header("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode())
+    if authorization:
+        request.add_header("Authorization", authorization)
     try:
         urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:

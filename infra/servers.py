@@ -1,15 +1,18 @@
 """Prefect server, MLflow server and a worker on this machine: `make ui` starts them, Ctrl-C or `make down` stops them.
+Where `make labels` has installed Label Studio, that too.
 
     python -m infra.servers up | down | status
 
 They run under supervisord, which restarts what dies; its files are in scratch/servers/. Prefect keeps its database in
 PREFECT_HOME, MLflow's is mlflow.db of the checkout: what runs without servers have written is there too.
-INSTRUCTFLOW_PREFECT_PORT (4200) and INSTRUCTFLOW_MLFLOW_PORT (5000) say which ports to try first.
+INSTRUCTFLOW_PREFECT_PORT (4200), INSTRUCTFLOW_MLFLOW_PORT (5000) and INSTRUCTFLOW_LABELS_PORT (8080) say which ports to
+try first.
 """
 
 import argparse
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import flows.quiet  # noqa: F401
@@ -30,6 +33,7 @@ from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
 HOST = "127.0.0.1"
+ACCOUNT = Path("feedback/.label-studio/account.json")  # beside Label Studio's database: what people do is no scratch
 HEALTHY_SECONDS = 180.0
 STOP_SECONDS = 60
 BIN = Path(sys.executable).parent
@@ -41,13 +45,17 @@ class Links:
 
     prefect: str
     mlflow: str
+    labels: str = ""  # Label Studio, where it is installed
 
     def environment(self) -> dict[str, str]:
-        return {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
+        found = {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
+        return found | ({"LABEL_STUDIO_URL": self.labels} if self.labels else {})
 
     def text(self) -> str:
-        return (f"Prefect   {self.prefect}/deployments   start, schedule and watch lines\n"
-                f"MLflow    {self.mlflow}   compare them")
+        lines = [f"Prefect   {self.prefect}/deployments   start, schedule and watch lines",
+                 f"MLflow    {self.mlflow}   compare them"]
+        return "\n".join(lines + ([f"Labels    {self.labels}   rank completions; the account is in {ACCOUNT}"]
+                                  if self.labels else []))
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,22 @@ class Servers:
     @property
     def config(self) -> Path:
         return self.folder / "supervisord.conf"
+
+    @property
+    def label_studio(self) -> Path:
+        return self.root / ".venv-labels" / "bin" / "label-studio"
+
+    def account(self) -> dict[str, str]:
+        """The first account of Label Studio, made once; only its owner may read it."""
+        path = self.root / ACCOUNT
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"email": "admin@localhost.localdomain", "password": secrets.token_urlsafe(12),
+                       "key": secrets.token_hex(20)}
+            path.touch(mode=0o600)
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def links(self) -> Links:
         return Links(**json.loads((self.root / SERVERS).read_text(encoding="utf-8")))
@@ -82,14 +106,19 @@ class Servers:
             return self.links()
         links = Links(f"http://{HOST}:{_port('INSTRUCTFLOW_PREFECT_PORT', 4200)}",
                       f"http://{HOST}:{_port('INSTRUCTFLOW_MLFLOW_PORT', 5000)}")
+        if self.label_studio.exists():
+            links = replace(links, labels=f"http://{HOST}:{_port('INSTRUCTFLOW_LABELS_PORT', 8080)}")
         write_atomic(self.root / SERVERS, json.dumps(asdict(links)).encode())
-        write_atomic(self.config, self._supervisord(links).encode())
+        self.config.touch(mode=0o600)
+        self.config.write_text(self._supervisord(links), encoding="utf-8")  # has the key of Label Studio's account
         started = subprocess.run([str(BIN / "supervisord"), "-c", str(self.config)], capture_output=True, text=True)
         if started.returncode:
             raise UserError(f"supervisord: {(started.stderr or started.stdout).strip()}")
         try:
             self._wait("prefect", f"{links.prefect}/api/health")
             self._wait("mlflow", f"{links.mlflow}/health")
+            if links.labels:
+                self._wait("labels", f"{links.labels}/health")
             made = subprocess.run([sys.executable, "-m", "infra.setup", "--workers-stopped"], cwd=self.root,
                                   capture_output=True, text=True, env={**os.environ, **links.environment()})
             if made.returncode:
@@ -141,6 +170,7 @@ class Servers:
         prefect, mlflow = BIN / "prefect", BIN / "mlflow"
         store, artifacts = f"sqlite:///{self.root}/mlflow.db", self.root / "mlartifacts"
         address = {name: f"--host {HOST} --port {url.rpartition(':')[2]}" for name, url in asdict(links).items()}
+        labels_environment = {"LABEL_STUDIO_API_KEY": self.account()["key"]} if links.labels else {}
         pools = ["cpu"] + (["gpu"] if shutil.which("nvidia-smi") else [])
         parts = [f"""[unix_http_server]
 file={_socket(self.folder)}
@@ -164,14 +194,28 @@ serverurl=unix://{_socket(self.folder)}
             self._program("mlflow", f"{mlflow} server {address['mlflow']} --workers 1 "
                           f"--backend-store-uri {store} --artifacts-destination {artifacts}", 2,
                           {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
+        if links.labels:
+            parts.append(self._labels(links))
         parts += [self._program(f"worker-{pool}", f"{prefect} worker start --pool {pool} --type process "
                                 f"--name {pool}@{socket.gethostname()}", 9,
-                                {**links.environment(), "INSTRUCTFLOW_CHECKOUT": str(self.root),
+                                {**links.environment(), **labels_environment, "INSTRUCTFLOW_CHECKOUT": str(self.root),
                                  "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
                                 start=False)
                   for pool in pools]
         parts.append("[group:workers]\nprograms=" + ",".join(f"worker-{pool}" for pool in pools) + "\npriority=9\n")
         return "\n".join(parts)
+
+    def _labels(self, links: Links) -> str:
+        account = self.account()
+        return self._program("labels", f"{self.label_studio} start --no-browser --internal-host {HOST} --port "
+                             f"{links.labels.rpartition(':')[2]}", 3,
+                             {"LABEL_STUDIO_BASE_DATA_DIR": str((self.root / ACCOUNT).parent),
+                              "LABEL_STUDIO_USERNAME": account["email"], "LABEL_STUDIO_PASSWORD": account["password"],
+                              "LABEL_STUDIO_USER_TOKEN": account["key"], "LABEL_STUDIO_HOST": links.labels,
+                              "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
+                              "LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK": "true",
+                              "COLLECT_ANALYTICS": "false", "LATEST_VERSION_CHECK": "false", "SENTRY_DSN": "",
+                              "FRONTEND_SENTRY_DSN": ""})
 
     def _program(self, name: str, command: str, priority: int, environment: dict[str, str], start: bool = True) -> str:
         settings = ",".join(f'{key}="{value}"' for key, value in environment.items())

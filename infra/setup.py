@@ -52,6 +52,7 @@ RESTARTS = 3
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 BLOCK = "instructflow-notices"
 BAD_ENDS = ("Failed", "Crashed", "TimedOut", "Not promoted", "Late")
+TOLD = (*BAD_ENDS, "Suspended")  # a suspended run waits for people's labels
 
 
 async def set_up(client: PrefectClient) -> None:
@@ -124,7 +125,8 @@ def _again(message: str) -> ChangeFlowRunState:
 def revive_silent() -> AutomationCore:
     """A run whose process died with its machine says nothing more: it is scheduled again, and goes on from its
     checkpoints."""
-    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Cancelled", *BAD_ENDS, "Taken up again")}
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Cancelled", "Suspended", *BAD_ENDS,
+                                                     "Taken up again")}
     return AutomationCore(
         name="instructflow: take up silent runs again",
         trigger=EventTrigger(after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.heartbeat", *ends},
@@ -146,7 +148,7 @@ def revive_crashed() -> AutomationCore:
 def notices(block: UUID) -> AutomationCore:
     return AutomationCore(
         name="instructflow: notices",
-        trigger=EventTrigger(expect={f"prefect.flow-run.{state}" for state in BAD_ENDS}, match=_flow_runs(),
+        trigger=EventTrigger(expect={f"prefect.flow-run.{state}" for state in TOLD}, match=_flow_runs(),
                              for_each={"prefect.resource.id"}, posture=Posture.Reactive, threshold=1),
         actions=[SendNotification(
             block_document_id=block, subject="{{ flow.name }} / {{ flow_run.name }}: {{ flow_run.state.name }}",

@@ -196,8 +196,30 @@ class PromoteParams:
 
 
 @dataclass(frozen=True)
+class RoundsParams:
+    """Alternating rounds [Ziegler §2.2, seed]: sample, have people rank, retrain the reward model, train the policy."""
+
+    prompts: int = param(1000, "prompts that are labeled in a round", ge=1)
+    k: int = param(4, "completions a prompt: 4 to choose from, up to 9 to rank", ge=2, le=9)
+    task: Literal["rank", "choose"] = param("rank", "labelers rank all completions, ties allowed, or choose the best")
+    labelers: list[str] = param(["labeler-01", "labeler-02", "labeler-03", "labeler-04"], "who labels")
+    trusted: str = param("", "a labeler whose rankings the others are screened against; empty: gold, where it is known")
+    overlap: float = param(0.2, "share of the prompts that several labelers get", ge=0, le=1)
+    per_item: int = param(2, "labelers of such a prompt", ge=1)
+    with_sft: bool = param(False, "half of the completions are the SFT policy's, half the current one's")
+    with_data: bool = param(False, "the ranked rows of data/ train the reward model too, not only the rounds' labels")
+    rm_epochs: int = param(1, "passes of the reward model over the labels so far", ge=1, le=100)
+    episodes: int = param(5120, "PPO's rollouts in a round", ge=1)
+    restart: bool = param(False, "each round's policy starts from SFT [InstructGPT], not from the last one [Ziegler]")
+    select: Literal["random", "disagreement"] = param(
+        "random", "prompts at random, or those on whose completions an ensemble of reward models disagrees most")
+    ensemble: int = param(3, "reward models of a round where disagreement selects", ge=2, le=10)
+    candidates: int = param(2, "prompts sampled for each that disagreement selects", ge=1, le=100)
+
+
+@dataclass(frozen=True)
 class Profile:
-    """One file in profiles/: a section per stage."""
+    """One file in profiles/: a section per stage, and one for the rounds."""
 
     ingest: IngestParams
     validate: ValidateParams
@@ -207,3 +229,4 @@ class Profile:
     ppo: PpoParams
     evaluate: EvaluateParams
     promote: PromoteParams
+    rounds: RoundsParams

@@ -9,11 +9,14 @@ batch beside this one has. `tasks.label` shows the batch, `tasks.labels` reads w
 import argparse
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf.data.schema import MAX_K, read_rows
 from rlhf.errors import UserError
-from rlhf.feedback.batch import MIN_CHOICES, assign, make_items, write_batch
+from rlhf.feedback.batch import MIN_CHOICES, Item, assign, make_items, write_batch
+from rlhf.params import EvaluateParams
 from tasks.params import load_params
 
 SPARE = 2  # samples for each completion wanted: equal ones are shown once
@@ -21,8 +24,6 @@ SPARE = 2  # samples for each completion wanted: equal ones are shown once
 
 def collect(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     """Writes items.jsonl and assignments.jsonl; returns the number of each."""
-    from rlhf.evaluate import several  # imports torch, which takes seconds
-
     if (folder / "items.jsonl").exists():
         raise UserError(f"{folder}: there is a batch already; name another folder, labels belong to their batch")
     for model in options.models:
@@ -37,14 +38,22 @@ def collect(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
         raise UserError(f"data/ppo.jsonl: {len(rows)} {options.split} prompts are left, {options.prompts} are wanted")
     random.Random(f"{seed} prompts {folder.name}").shuffle(rows)
     rows = sorted(rows[: options.prompts], key=lambda row: str(row["prompt_id"]))
-    share = -(-options.k // len(options.models))
-    prompts = [row["prompt"] for row in rows]
-    answers = {Path(model).as_posix(): several(Path(model), prompts, share * SPARE, params.stages.evaluate, seed + turn)
-               for turn, model in enumerate(options.models)}
-    items = make_items(rows, answers, options.k, seed)
+    items = sample_items(rows, options.models, options.k, params.stages.evaluate, seed)
     assignments = assign(items, options.labelers, options.overlap, options.per_item, seed)
     write_batch(folder, items, assignments)
     return len(items), len(assignments)
+
+
+def sample_items(rows: Sequence[Mapping[str, Any]], models: Sequence[str], k: int, params: EvaluateParams,
+                 seed: int) -> list[Item]:
+    """`k` different completions of each prompt from the models in turn."""
+    from rlhf.evaluate import several  # imports torch, which takes seconds
+
+    share = -(-k // len(models))
+    prompts = [str(row["prompt"]) for row in rows]
+    answers = {Path(model).as_posix(): several(Path(model), prompts, share * SPARE, params, seed + turn)
+               for turn, model in enumerate(models)}
+    return make_items(rows, answers, k, seed)
 
 
 def main() -> None:

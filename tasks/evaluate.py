@@ -125,15 +125,15 @@ def tax_harness(params: EvaluateParams) -> Harness:
     return harness(params, [*local_tasks([TAX]), *params.tax_tasks])
 
 
-def judge_of(params: EvaluateParams, labeler: GoldLabeler | None) -> tuple[Judge, bool]:
-    """(who prefers, whether that is independent of what PPO was trained on)."""
+def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path = RM) -> tuple[Judge, bool]:
+    """(who prefers, whether that is independent of what PPO was trained on, the reward model `rm`)."""
     if params.judge == "model":
         return model_judge(params.judge_model, params.precision), True
     if params.judge == "reward_model":
         return reward_judge(Path(params.judge_model), params.precision), True
     if labeler:
         return gold_judge(labeler), True
-    return reward_judge(RM, params.precision), False
+    return reward_judge(rm, params.precision), False
 
 
 def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluateParams, seed: int

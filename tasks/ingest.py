@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.data.assemble import DROPPED, QUARANTINE, assemble
 from rlhf.data.rules import RULES
-from rlhf.data.schema import KEYS, PAPER_ROWS, expected_rows, write_rows
+from rlhf.data.schema import KEYS, PAPER_ROWS, expected_rows, read_rows, write_rows
 from rlhf.data.sources.spec import Source
 from rlhf.errors import UserError
 from rlhf.files import publish, write_atomic, write_json
@@ -32,6 +32,7 @@ from tasks.stage import Stage, die_with_parent, run_stage
 MAX_PROCESSES = 8
 SOURCE = "source.json"
 SPECS = Path("profiles/sources")
+FEEDBACK = Path("raw/feedback")
 
 
 def write_embedded(params: IngestParams, seed: int, made: Path) -> dict[str, Any]:
@@ -128,9 +129,27 @@ def ingest(stage: Stage) -> None:
         write_json(made / SOURCE, {"source": "described"})
         (made / "corpus.jsonl").touch()
         (made / "tax").mkdir()
+    metrics |= add_feedback(stage.root / FEEDBACK, made / "rm.jsonl")
     stage.publish("data", "build/data")
     shutil.rmtree(made)
     stage.finish(metrics)
+
+
+def add_feedback(folder: Path, target: Path) -> dict[str, int]:
+    """Appends the rows that people have labeled (`tasks.labels --add` puts them there); returns the metric.
+
+    Raises UserError for a row that has other keys than the dataset's.
+    """
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, row in enumerate(read_rows(path), start=1):
+            if list(row) != KEYS["rm"]:
+                raise UserError(f"{path}: row {number}: expected the keys {', '.join(KEYS['rm'])}, in this order")
+            rows.append(row)
+    if not rows:
+        return {}
+    write_rows(target, [*read_rows(target), *rows])
+    return {"ingest/feedback_rows": len(rows)}
 
 
 def folder_parser() -> argparse.ArgumentParser:

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf.errors import UserError
-from rlhf.feedback.batch import Assignment, Item, read_batch
-from rlhf.feedback.store import Label, LabelStore, check
+from rlhf.feedback.batch import Assignment, Item, in_item_order, read_batch
+from rlhf.feedback.store import LABELS, Label, LabelStore, check
 from tasks.params import load_params
 
-LABELS = "labels.jsonl"
+SIMULATED = "simulated/"  # how the submissions of simulated labelers begin: they can be made again
 GUIDE = ("Helpful: does what the person meant. Truthful: nothing made up or misleading. Harmless: nobody is hurt or "
          "insulted. Truthful and harmless go first, unless one is much more helpful and only slightly worse there, and "
          "little is at stake.")
@@ -45,14 +45,6 @@ def read_ranking(text: str, count: int) -> tuple[int, ...]:
     if missing := [letter for letter, place in places.items() if place not in ranks]:
         raise UserError(f"not ranked: {', '.join(missing)}; `=` joins equals, one letter alone chooses")
     return tuple(ranks[place] for place in range(count))
-
-
-def in_item_order(shown: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """Ranks as shown → ranks in the item's own order."""
-    ranks = [0] * len(order)
-    for place, rank in zip(order, shown, strict=True):
-        ranks[place] = rank
-    return tuple(ranks)
 
 
 def label_on_terminal(store: LabelStore, items: Mapping[str, Item], mine: list[Assignment], console: Console,
@@ -98,7 +90,8 @@ def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Ass
     gold = gold_labeler(seed)
     if gold is None:
         raise UserError("--simulate: the data is not the embedded world's; people label it")
-    known, ranked = store.current(), 0
+    store.forget(lambda label: label.submission_id.startswith(SIMULATED) and label.item_id not in items)
+    known, made = store.current(), []
     for assignment in assignments:
         if (assignment.item_id, assignment.labeler_id) in known:
             continue
@@ -108,10 +101,10 @@ def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Ass
         graded = gold.grades([prompt] * len(item.completions), list(item.completions))
         rng = random.Random(f"{seed} {assignment.item_id} {assignment.labeler_id}")
         ranks = labeler.rank(graded, "high_stakes" in gold.slices(prompt), rng)
-        store.add(Label(f"{assignment.labeler_id}/{assignment.item_id}/1", assignment.item_id, assignment.labeler_id,
-                        tuple(ranks)))
-        ranked += 1
-    return ranked
+        key = (assignment.item_id, assignment.labeler_id)
+        made.append(Label(f"{SIMULATED}{key[1]}/{key[0]}", *key, tuple(ranks)))
+    store.add(*made)
+    return len(made)
 
 
 def main() -> None:

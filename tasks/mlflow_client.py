@@ -24,7 +24,6 @@ os.environ["DO_NOT_TRACK"] = "true"
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
@@ -32,12 +31,14 @@ from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Para
 from mlflow.exceptions import MlflowException
 
 from rlhf.errors import UserError
+from tasks.graph import declared_stages
 from tasks.mirror_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
 from tasks.params import load_params
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "instructflow"
 LAST_STAGE = "promote"  # the line is finished when it is
+LAST_OF_ROUND = "round_scores@"
 KEY_TAG = "instructflow.key"
 LINE_TAG = "instructflow.line"
 PARENT_TAG = "mlflow.parentRunId"
@@ -124,8 +125,8 @@ class MlflowTracker:
                 self._describe_line(parent, run)
                 self._client.set_tag(record.run_id, PARENT_TAG, parent.info.run_id)
                 record.parent_run_id = parent.info.run_id
-            self._log_final(record.parent_run_id, final, record.end_ms, 0)
-            if stage == LAST_STAGE:
+            self._log_final(record.parent_run_id, final, record.end_ms, run.get("round", 0))
+            if stage == LAST_STAGE or stage.startswith(LAST_OF_ROUND):
                 self._client.set_terminated(record.parent_run_id, "FINISHED", record.end_ms)
 
     def abandon(self, run_id: str) -> None:
@@ -196,7 +197,7 @@ class MlflowTracker:
     def _datasets(self, stage: str) -> list[DatasetInput]:
         """What dvc.yaml declares as the stage's inputs from data/, with the version that data.dvc pins."""
         path = self.root / "dvc.yaml"
-        declared = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"].get(stage, {}) if path.exists() else {}
+        declared = declared_stages(self.root).get(stage, {}) if path.exists() else {}
         version = data_version(self.root)
         inputs = []
         for dep in declared.get("deps", []):
@@ -238,7 +239,9 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w/.\- :]", "_", name)
 
 
-def _prefixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as section.name; the stages of a round (round_rm@r1) have theirs in section rounds."""
+    section = "rounds" if "@" in stage else stage
     return {f"{section}.{name}": value for name, value in values.items()}
 
 

@@ -6,7 +6,7 @@ A wrong key or value ends in one line: the file, the key, what was found and wha
 import difflib
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -29,6 +29,23 @@ class Params:
     seed: int
     profile: str
     stages: Profile
+    rounds: Mapping[str, "Round"] = field(default_factory=dict)
+
+
+class Round(BaseModel):
+    """One entry of params.yaml's `rounds`, which dvc.yaml unrolls: what the round starts from.
+
+    `policy`: the folder that is sampled from. `reward_model`, `ensemble`, PPO's `journal`: the last round's; models/sft
+    in the first, which has none. `rows`: the ranked rows so far.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    number: int = Field(ge=1)
+    policy: str
+    reward_model: str
+    ensemble: str
+    journal: str
+    rows: str
 
 
 class _TopLevel(BaseModel):
@@ -37,6 +54,7 @@ class _TopLevel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     seed: int = Field(ge=0, lt=2**31)
     profile: str
+    rounds: dict[str, Round] = Field(default_factory=dict)
 
 
 @cache
@@ -147,13 +165,14 @@ def load_params(root: Path = Path(".")) -> Params:
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise unknown_key(path, name, list(_TopLevel.model_fields)) from None
-        allowed = {"seed": "an int >= 0 and < 2^31", "profile": "the name of a file in profiles/"}[name]
+        allowed = {"seed": "an int >= 0 and < 2^31", "profile": "the name of a file in profiles/",
+                   "rounds": "what `python -m flows.rounds` writes"}[name]
         found = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
         raise UserError(f"{path}: {name} {found}: must be {allowed}") from None
     profiles = sorted(item.stem for item in (root / PROFILES_DIR).glob("*.yaml"))
     if top.profile not in profiles:
         raise UserError(f"{path}: unknown profile {top.profile!r}: must be one of {', '.join(profiles)}")
-    return Params(seed=top.seed, profile=top.profile, stages=load_profile(root / PROFILES_DIR / f"{top.profile}.yaml"))
+    return Params(top.seed, top.profile, load_profile(root / PROFILES_DIR / f"{top.profile}.yaml"), top.rounds)
 
 
 def load_profile(path: Path) -> Profile:
@@ -193,8 +212,12 @@ def _check_together(profile: Profile, path: Path) -> None:
          f"ingest.spec = {profile.ingest.spec!r}: must name a file of profiles/sources/ where ingest.source is hub or "
          "files, and be empty where it is embedded"),
     ]
-    evaluate = profile.evaluate
+    evaluate, rounds = profile.evaluate, profile.rounds
     rules += [
+        (rounds.episodes >= ppo.batch_size,
+         f"rounds.episodes = {rounds.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
+        (rounds.restart or not ppo.lora_rank,
+         "rounds.restart = False: must be True where ppo.lora_rank > 0: the reference is the bare policy"),
         ((evaluate.judge == "auto") == (not evaluate.judge_model),
          f"evaluate.judge_model = {evaluate.judge_model!r}: must name a model where evaluate.judge is {evaluate.judge}"
          if evaluate.judge != "auto" else

@@ -30,9 +30,7 @@ def train(stage: Stage) -> None:
     """Trains from models/sft, then measures on valid rows: accuracy, calibration, agreement with the gold labeler."""
     params = stage.params.stages.rm
     rows = list(read_rows(Path("data/rm.jsonl")))
-    valid_demonstrations = [row for row in read_rows(Path("data/sft.jsonl")) if row["split"] == "valid"]
-    demonstrations = [row for row in valid_demonstrations if row["source"] == "labeler"] or valid_demonstrations
-    model, metrics = train_reward_model(params, rows, demonstrations, Path("models/sft"), stage.params.seed,
+    model, metrics = train_reward_model(params, rows, labeler_demonstrations(), Path("models/sft"), stage.params.seed,
                                         stage.scratch)
     valid = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, stage.params.seed)
     scored = score_rows(model, PromptCodec(load_tokenizer("models/sft")), valid, params)
@@ -44,6 +42,12 @@ def train(stage: Stage) -> None:
     stage.publish(CURVE, f"metrics/{CURVE}")
     stage.publish("model", "models/rm")
     stage.finish(metrics, ["models/rm"])
+
+
+def labeler_demonstrations() -> list[dict[str, Any]]:
+    """Valid demonstrations by labelers, by anyone where there are none: what scores mean 0 is measured on."""
+    rows = [row for row in read_rows(Path("data/sft.jsonl")) if row["split"] == "valid"]
+    return [row for row in rows if row["source"] == "labeler"] or rows
 
 
 def measure(scored: list[Scored], training_labelers: set[str], labeler: GoldLabeler | None) -> dict[str, float]:

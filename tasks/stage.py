@@ -22,24 +22,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.checkpoint import Checkpoints
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.files import hash_paths, publish, write_json
-from tasks.params import Params, load_params
+from tasks.graph import declared_stages
+from tasks.params import PARAMS_FILE, Params, Round, load_params
 
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass
 class Stage:
-    """One run of one stage: `stage.params.stages.sft`, `stage.scratch`, `stage.finish(metrics)`."""
+    """One run of one stage: `stage.params.stages.sft`, `stage.scratch`, `stage.finish(metrics)`.
+
+    `name` is DVC's: sft, or round_rm@r2 for a stage of round r2.
+    """
 
     name: str
     params: Params
     root: Path
     scratch: Path
+
+    @property
+    def key(self) -> str:
+        """The round that the stage belongs to."""
+        return self.name.partition("@")[2]
+
+    @property
+    def round(self) -> Round:
+        """What that round starts from."""
+        return self.params.rounds[self.key]
 
     def publish(self, made: str, target: str) -> None:
         """Copies a finished file or folder from the scratch folder to its place in the checkout."""
@@ -58,7 +70,7 @@ class Stage:
 
 def config_hash(name: str, params: Params, root: Path) -> str:
     """Hash of what dvc.yaml declares as the stage's inputs: deps by content, sections of the profile, the seed."""
-    declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    declared = declared_stages(root)[name]
     deps = [root / dep for dep in declared.get("deps", [])]
     for dep in deps:
         if not dep.exists():
@@ -67,7 +79,8 @@ def config_hash(name: str, params: Params, root: Path) -> str:
     sections = {key: dataclasses.asdict(getattr(params.stages, key))
                 for item in declared.get("params", []) if isinstance(item, dict)
                 for keys in item.values() for key in keys}
-    text = json.dumps([params.seed, sections, hash_paths(deps, root)], sort_keys=True)
+    which = {"round": params.rounds[name.partition("@")[2]].model_dump()} if "@" in name else {}
+    text = json.dumps([params.seed, sections | which, hash_paths(deps, root)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -77,9 +90,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def run_stage(name: str, body: Callable[[Stage], None]) -> None:
+def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False) -> None:
     """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name}")
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name.replace('round_', 'rounds.')}")
+    if of_a_round:
+        parser.add_argument("--round", required=True, metavar="KEY", help="a key of params.yaml's rounds")
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
     parser.add_argument("--status", action="store_true", help="only say what a run would start from")
     args = parser.parse_args()
@@ -88,6 +103,11 @@ def run_stage(name: str, body: Callable[[Stage], None]) -> None:
     root = Path.cwd()
     try:
         params = load_params(root)
+        if of_a_round:
+            if args.round not in params.rounds:
+                raise UserError(f"{root / PARAMS_FILE}: no round {args.round}; rounds: "
+                                f"{', '.join(params.rounds) or 'none'}; `python -m flows.rounds` writes them")
+            name = f"{name}@{args.round}"
         scratch = root / "scratch" / name / config_hash(name, params, root)
         if args.status:
             print(status(name, scratch), flush=True)
@@ -142,9 +162,12 @@ def _start_mirror(stage: Stage) -> None:
     from tasks.mirror import ensure_mirror
     from tasks.mirror_record import line_of
 
+    section = "rounds" if stage.key else stage.name
     record = {"stage": stage.name, "profile": stage.params.profile, "seed": stage.params.seed,
-              "params": dataclasses.asdict(getattr(stage.params.stages, stage.name)),
+              "params": dataclasses.asdict(getattr(stage.params.stages, section)),
               "line": os.environ.get("INSTRUCTFLOW_LINE", "")}
+    if stage.key:
+        record["round"] = stage.round.number
     record["line"] = line_of(record, stage.root)
     write_json(stage.scratch / "run.json", record)
     ensure_mirror(stage.root)

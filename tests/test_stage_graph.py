@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.graph import write_rounds
+
 REPO = Path(__file__).resolve().parents[1]
 # What each stage does here: notes that it ran, and writes outputs that say what went in.
 STAND_IN = '''
-import hashlib, json, pathlib, sys, yaml
+import hashlib, json, pathlib, sys
+sys.path.insert(0, "REPO")
+from tasks.graph import declared_stages
 name = sys.argv[1]
-stage = yaml.safe_load(open("dvc.yaml"))["stages"][name]
+stage = declared_stages(pathlib.Path("."))[name]
 open("order.log", "a").write(name + "\\n")
 if name == "ingest":
     for file, text in json.load(open("wanted.json")).items():
@@ -56,20 +60,22 @@ class Copy:
     def __init__(self, root: Path) -> None:
         self.root = root
         graph: dict[str, Any] = yaml.safe_load((REPO / "dvc.yaml").read_text())
-        made = {out for stage in graph["stages"].values()
+        templates = {name: stage.get("do", stage) for name, stage in graph["stages"].items()}
+        made = {out for stage in templates.values()
                 for out in [*stage.get("outs", []), *(next(iter(item)) for item in stage["metrics"])]}
-        for name, stage in graph["stages"].items():
-            stage["cmd"] = f"{sys.executable} stand_in.py {name}"
+        for name, stage in templates.items():
+            stage["cmd"] = f"{sys.executable} stand_in.py {name}" + ("@${key}" if "foreach" in graph["stages"][name]
+                                                                      else "")
             for dep in stage["deps"]:
                 path = root / dep
-                if dep not in made and not dep.startswith("data"):
+                if dep not in made and not dep.startswith("data") and "$" not in dep:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(f"code of {dep}") if path.suffix else path.mkdir(exist_ok=True)
         graph["stages"]["ingest"]["deps"].append("wanted.json")
         (root / "dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
-        (root / "stand_in.py").write_text(STAND_IN)
+        (root / "stand_in.py").write_text(STAND_IN.replace("REPO", str(REPO)))
         shutil.copytree(REPO / "profiles", root / "profiles", dirs_exist_ok=True)
-        (root / "params.yaml").write_text("seed: 1\nprofile: cpu\n")
+        (root / "params.yaml").write_text("seed: 1\nprofile: cpu\nrounds: {}\n")
         (root / "data.dvc").write_text("deps:\n- path: build/data\nouts:\n- path: data\n")
         self.want({})
         dvc(root, "init", "--no-scm", "-q")
@@ -128,3 +134,22 @@ def test_a_changed_parameter_reruns_its_stage(copy: Copy, section: str, reruns: 
     assert copy.repro() == reruns  # the stand-in's outputs do not depend on parameters, so nothing below changes
     profile.write_text(before)
     copy.repro()
+
+
+def test_new_labels_rerun_their_round_and_those_after_it(copy: Copy) -> None:
+    for key in ("r1", "r2"):
+        path = copy.root / "feedback" / key / "labels.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(key)
+    write_rounds(copy.root, 2)
+    stages = ["collect", "labels", "rm", "ppo", "scores"]
+    ran = copy.repro()
+    assert sorted(ran) == sorted(f"round_{stage}@{key}" for stage in stages for key in ("r1", "r2"))
+    assert ran.index("round_ppo@r1") < ran.index("round_collect@r2")
+    (copy.root / "feedback" / "r2" / "labels.jsonl").write_text("corrected")
+    assert sorted(copy.repro()) == sorted(f"round_{stage}@r2" for stage in stages[1:])
+    (copy.root / "feedback" / "r1" / "labels.jsonl").write_text("corrected")
+    assert set(copy.repro()) == {*(f"round_{stage}@r1" for stage in stages[1:]),
+                                 *(f"round_{stage}@r2" for stage in stages)}
+    write_rounds(copy.root, 1)
+    assert copy.repro() == []

@@ -90,6 +90,27 @@ def agreement(labels: Iterable[Label], items: Mapping[str, Item], below: float =
                      dict(sorted(by_use_case.items())), outliers, adjudicate)
 
 
+def against(labels: Iterable[Label], truth: Mapping[str, Sequence[int]]) -> tuple[dict[str, Count], list[str]]:
+    """Screens labelers against known rankings (item: ranks): (agreement by labeler, who is an outlier).
+
+    An outlier agrees with the truth less than all others together do, beyond the 95 % intervals of both.
+    """
+    found: dict[str, Count] = defaultdict(Count)
+    for label in labels:
+        if label.item_id in truth:
+            known = Label("", label.item_id, "", tuple(truth[label.item_id]))
+            count = _agreed(label, known)
+            found[label.labeler_id].agreed += count.agreed
+            found[label.labeler_id].pairs += count.pairs
+    outliers = []
+    for name in sorted(found):
+        others = Count(sum(item.agreed for other, item in found.items() if other != name),
+                       sum(item.pairs for other, item in found.items() if other != name))
+        if found[name].pairs and others.pairs and found[name].interval()[1] < others.interval()[0]:
+            outliers.append(name)
+    return dict(sorted(found.items())), outliers
+
+
 def _agreed(one: Label, other: Label) -> Count:
     """Pairs that both have a preference on, and those where it is the same."""
     mine, theirs = preferences(one), preferences(other)

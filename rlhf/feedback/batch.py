@@ -4,6 +4,8 @@ Where the completions come from is kept apart from what a labeler sees, and each
 own: neither a model's name nor a place can be learned.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,9 +62,15 @@ def make_items(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Sequence
         if len(chosen) >= MIN_CHOICES:
             pairs = sorted(chosen.items())
             rng.shuffle(pairs)
-            items.append(Item(f"item-{len(items) + 1:05d}", dict(row), tuple(text for text, _ in pairs),
-                              tuple(model for _, model in pairs)))
+            texts = tuple(text for text, _ in pairs)
+            items.append(Item(item_id(row, texts), dict(row), texts, tuple(model for _, model in pairs)))
     return items
+
+
+def item_id(row: Mapping[str, Any], completions: Sequence[str]) -> str:
+    """From what is shown, so that no label can end at an item that says something else."""
+    shown = json.dumps([row["prompt_id"], row["prompt"], *completions])
+    return f"item-{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
 
 
 def assign(items: Sequence[Item], labelers: Sequence[str], overlap: float, per_item: int,
@@ -89,6 +97,14 @@ def assign(items: Sequence[Item], labelers: Sequence[str], overlap: float, per_i
             rng.shuffle(order)
             found.append(Assignment(items[place].item_id, name, tuple(order)))
     return sorted(found, key=lambda item: (item.item_id, item.labeler_id))
+
+
+def in_item_order(shown: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Ranks as shown → ranks in the item's own order."""
+    ranks = [0] * len(order)
+    for place, rank in zip(order, shown, strict=True):
+        ranks[place] = rank
+    return tuple(ranks)
 
 
 def write_batch(folder: Path, items: Sequence[Item], assignments: Sequence[Assignment]) -> None:

@@ -7,19 +7,20 @@ the same submission and counts once; what a crash left of a line is cut off befo
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.feedback.batch import Item
+from rlhf.feedback.batch import Item, read_batch
 from rlhf.files import sync_folder
 
 FLAGS = ("fails_instruction", "inappropriate", "hallucination", "harmful_advice", "sexual", "violent", "denigrates",
          "opinion", "moral_judgement")  # InstructGPT's yes/no questions about a response [App. B, Table 3]
 LIKERT = range(1, 8)
+LABELS = "labels.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,25 @@ class LabelStore:
 
     path: Path
 
-    def add(self, label: Label) -> bool:
-        """Keeps the label: when this returns it survives a crash. False where the submission is known already."""
+    def add(self, *labels: Label) -> int:
+        """Keeps labels: when this returns they survive a crash. Returns how many; submissions known already are not."""
         with self._held() as file:
-            if any(row["submission_id"] == label.submission_id for row in _whole_lines(file.read())):
-                return False
+            known = {row["submission_id"] for row in _whole_lines(file.read())}
+            new = list({label.submission_id: label for label in labels if label.submission_id not in known}.values())
             file.seek(0, os.SEEK_END)
-            file.write(json.dumps(label.row(), ensure_ascii=False).encode() + b"\n")
+            file.writelines(json.dumps(label.row(), ensure_ascii=False).encode() + b"\n" for label in new)
             file.flush()
             os.fsync(file.fileno())
-        return True
+        return len(new)
+
+    def forget(self, which: Callable[[Label], bool]) -> None:
+        """Takes labels out: for what a machine made and can make again, never for people's."""
+        with self._held() as file:
+            rows = list(_whole_lines(file.read()))
+            kept = [row for row in rows if not which(Label.read(row))]
+            if len(kept) < len(rows):
+                file.truncate(0)
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in kept)
 
     def all(self) -> list[Label]:
         """Every label in the order of arrival, corrections included."""
@@ -114,3 +124,22 @@ def _whole_lines(content: bytes) -> Iterator[dict[str, Any]]:
     for line in content.splitlines(keepends=True):
         if line.endswith(b"\n"):
             yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch's folder: its assignments and which of them are labeled."""
+
+    folder: Path
+
+    @property
+    def store(self) -> LabelStore:
+        return LabelStore(self.folder / LABELS)
+
+    def assigned(self) -> int:
+        return len(read_batch(self.folder)[1])
+
+    def missing(self) -> list[tuple[str, str]]:
+        """(item, labeler) of the assignments without a label, in order."""
+        known = self.store.current()
+        return [key for item in read_batch(self.folder)[1] if (key := (item.item_id, item.labeler_id)) not in known]

@@ -10,7 +10,9 @@ from flows import parameters
 from flows.champion import evaluate_champion
 from flows.check_data import check_data
 from flows.pipeline import pipeline
+from flows.rounds import rounds
 from flows.sweep import sweep
+from flows.wake import wake
 from rlhf.params import PpoParams
 
 
@@ -29,7 +31,7 @@ def test_the_rules_are_the_profiles() -> None:
     assert get_args(parameters.BetaRule) == get_args(get_type_hints(PpoParams)["beta_rule"])
 
 
-@pytest.mark.parametrize("flow", [pipeline, sweep, check_data, evaluate_champion])
+@pytest.mark.parametrize("flow", [pipeline, sweep, check_data, evaluate_champion, rounds, wake])
 def test_every_parameter_has_its_help(flow: Any) -> None:
     for name, item in parameter_schema(flow).properties.items():
         assert item.get("description"), name

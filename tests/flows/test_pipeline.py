@@ -18,12 +18,13 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
 import flows.stages
-from flows.pipeline import stage_order, use_profile
+from flows.pipeline import use_profile
 from flows.process import run_lines
 from flows.stages import StageFailed, read_failure
 from flows.summary import Summary, clock
 from flows.terminal import BarHandler
 from rlhf.errors import UserError
+from tasks.graph import line_stages
 from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout
 
 
@@ -144,7 +145,7 @@ def test_a_missed_gate_ends_in_a_state_of_its_own(checkout: Checkout) -> None:
 
 
 def test_order_is_that_of_dvc_yaml() -> None:
-    assert stage_order(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate",
+    assert line_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate",
                                        "promote"]
 
 

@@ -4,15 +4,9 @@
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,89 +14,35 @@ from typing import Any
 import pytest
 
 from infra.servers import Servers
-from tests.flows.checkout import REPOSITORY
+from tests.infra.browsing import (
+    BROWSER,
+    button,
+    copy_checkout,
+    keep,
+    open_browser,
+    post,
+    servers_of,
+    shows,
+    text_of,
+    wait,
+)
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromedriver")]
+pytestmark = BROWSER
 LINE_SECONDS = 420  # two cores, nothing beside it: 90
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of this checkout in its own git repository, with servers and a worker."""
     root = tmp_path_factory.mktemp("checkout")
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, capture_output=True,
-                           check=True).stdout.decode().split("\0")
-    for name in names:
-        if name and (REPOSITORY / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, root / name)
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
-        subprocess.run(["git", *command], cwd=root, check=True)
-    environment = {**os.environ, "PREFECT_HOME": str(root / "prefect-home"), "INSTRUCTFLOW_PREFECT_PORT": "4800",
-                   "INSTRUCTFLOW_MLFLOW_PORT": "5800"}
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_MIRROR"):
-        environment.pop(name, None)
-
-    def servers(*command: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "infra.servers", *command], cwd=root, env=environment, text=True,
-                              capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    try:
-        servers("up", "--detach")
+    copy_checkout(root)
+    with servers_of(root, 4800):
         yield root
-    finally:
-        servers("down")
 
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                     "--disable-component-update", "--disable-sync", "--window-size=1400,1000",
-                     f"--user-data-dir={tempfile.mkdtemp()}"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def wait(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    from selenium.common.exceptions import StaleElementReferenceException
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if found := condition():
-                return found
-        except StaleElementReferenceException:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"waited {seconds:.0f} s for {what}")
-
-
-def text_of(browser: Any) -> str:
-    return str(browser.find_element("css selector", "body").text)
-
-
-def shows(browser: Any, text: str) -> bool:
-    return text in text_of(browser)
-
-
-def button(browser: Any, label: str) -> Any:
-    def find() -> Any:
-        found = browser.find_elements("css selector", "button, a, li")
-        return next((item for item in found if item.text.strip() == label and item.is_displayed()), None)
-
-    return wait(find, f"a button {label}")
-
-
-def keep(browser: Any, name: str) -> None:
-    if folder := os.environ.get("SCREENSHOTS"):
-        time.sleep(2)  # plots are drawn a moment later
-        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+    with open_browser() as driver:
+        yield driver
 
 
 def watch(browser: Any, prefect: str, run: str) -> None:
@@ -116,12 +56,6 @@ def watch(browser: Any, prefect: str, run: str) -> None:
 
     assert wait(ended, "the line's end", LINE_SECONDS) == "Completed"
     wait(lambda: text_of(browser).split("Flow\n")[0].count("Completed"), "its state in the page")
-
-
-def post(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())
 
 
 def test_a_line_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> None:

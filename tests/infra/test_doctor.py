@@ -3,6 +3,7 @@
 import base64
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,7 +19,8 @@ from tests.flows.checkout import REPOSITORY, Checkout
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_WEBHOOK", "MLFLOW_TRACKING_USERNAME"):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_WEBHOOK", "MLFLOW_TRACKING_USERNAME",
+                 "LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "LABEL_STUDIO_PYTHON"):
         monkeypatch.delenv(name, raising=False)
     made = Checkout(tmp_path)
     made.write("requirements.lock", "rich==0.0.1\nno-such-package==1.0\nwindows-only==1; sys_platform == 'win32'\n")
@@ -40,7 +42,8 @@ def guarded() -> Iterator[str]:
     """A server that asks for a password for everything but its health."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            allowed = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"ada:right").decode()
+            allowed = self.headers.get("Authorization") in (
+                "Basic " + base64.b64encode(b"ada:right").decode(), "Token right")
             self.send_response(200 if self.path == "/health" or allowed else 401)
             self.end_headers()
 
@@ -132,6 +135,17 @@ def test_a_wrong_password_is_told(root: Path, guarded: str, monkeypatch: pytest.
     assert doctor.mlflow(root).state == "fail"
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
     assert doctor.mlflow(root).state == "ok"
+
+
+def test_label_studio(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.labels(root).state == "ok"
+    monkeypatch.setenv("LABEL_STUDIO_URL", guarded)
+    assert doctor.labels(root).mend.startswith("make labels")
+    monkeypatch.setenv("LABEL_STUDIO_PYTHON", sys.executable)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "wrong")
+    assert doctor.labels(root).found.endswith("answers 401 Unauthorized")
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "right")
+    assert doctor.labels(root).state == "ok"
 
 
 def test_ports_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

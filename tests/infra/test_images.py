@@ -46,7 +46,7 @@ def test_every_secret_comes_from_outside() -> None:
     text = (INFRA / "compose.yaml").read_text()
     assert set(re.findall(r"\$\{(\w+):\?", text)) >= SECRETS
     given = dict(line.split("=", 1) for line in (INFRA / "example.env").read_text().splitlines() if "=" in line)
-    assert all(given[name] == "" for name in SECRETS)
+    assert all(given[name] == "" for name in (*SECRETS, "LABELS_PASSWORD", "LABELS_KEY"))
     for path in MANIFESTS:
         for document in yaml.safe_load_all(path.read_text()):
             found = json.dumps(document)
@@ -57,7 +57,7 @@ def test_every_secret_comes_from_outside() -> None:
 def test_servers_listen_on_this_machine_unless_told() -> None:
     services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
     published = {name: item["ports"] for name, item in services.items() if "ports" in item}
-    assert set(published) == {"prefect", "mlflow"}
+    assert set(published) == {"prefect", "mlflow", "labels"}
     assert all(port.startswith("${BIND:-127.0.0.1}:") for ports in published.values() for port in ports)
 
 

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from rlhf.data.schema import KEYS, read_rows
 from rlhf.errors import UserError
-from rlhf.feedback.batch import Assignment, Item, read_batch, write_batch
-from rlhf.feedback.store import LabelStore
-from tasks.label import LABELS, in_item_order, label_on_terminal, read_ranking
+from rlhf.feedback.batch import Assignment, Item, in_item_order, read_batch, write_batch
+from rlhf.feedback.store import LABELS, Label, LabelStore
+from tasks.label import label_on_terminal, read_ranking
+from tasks.labels import consensus_rows, fit_for_data
 from tests.flows.checkout import REPOSITORY
 from tests.tasks.small_line import Line
 
@@ -122,3 +123,71 @@ def test_the_whole_way_with_simulated_labelers(line: Line, undisturbed: Any, tmp
     first = {row["prompt_id"] for row in read_rows(folder / "items.jsonl")}
     collect.collect(folder.with_name("second"), options)
     assert not first & {row["prompt_id"] for row in read_rows(folder.with_name("second") / "items.jsonl")}
+
+
+def test_rows_for_the_datasets_have_each_prompt_once(batch: Path) -> None:
+    items, _ = read_batch(batch)
+    (first, second), broken = items, "\ufffd"
+    labels = {(name, who): Label(f"{who}/{name}", name, who, ranks) for name, who, ranks in (
+        (first, "ada", (1, 2, 3, 4)), (first, "bob", (2, 1, 3, 3)), (second, "eve", (2, 2, 1, 3)))}
+    rows = consensus_rows(labels, items)
+    assert [(row["labeler_id"], row["ranks"]) for row in rows] == [("consensus", [1, 1, 2, 3]), ("eve", [2, 2, 1, 3])]
+    assert [list(row) for row in rows] == [KEYS["rm"]] * 2
+    assert fit_for_data(rows[0], 4)
+    assert not fit_for_data(rows[0], 5)
+    assert not fit_for_data({"completions": ["a", "b", broken, "d"]}, 4)
+
+
+def test_labeled_rows_make_a_new_data_version(batch: Path, tmp_path_factory: pytest.TempPathFactory,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line(tmp_path_factory.mktemp("labeled"))
+    (line.root / "raw").unlink()
+    (line.root / "raw").mkdir()
+    line.finish("ingest")
+    before = list(read_rows(line.root / "build" / "data" / "rm.jsonl"))
+    monkeypatch.chdir(line.root)
+    on_terminal(batch, "a b c d", "d")
+    done = run(line.root, "tasks.labels", str(batch), "--add")
+    assert "2 rows of 2" in done.stdout, done.stderr
+    line.finish("ingest")
+    after = list(read_rows(line.root / "build" / "data" / "rm.jsonl"))
+    assert after[: len(before)] == before
+    assert [row["labeler_id"] for row in after[len(before):]] == ["ada", "ada"]
+    assert json.loads((line.root / "metrics" / "ingest.json").read_text())["ingest/feedback_rows"] == 2
+    path = line.root / "raw" / "feedback" / f"{batch.name}.jsonl"
+    path.write_text('{"prompt": "?"}\n')
+    failed = line.start("ingest")
+    assert f"{path}: row 1: expected the keys prompt_id" in failed.communicate()[1]
+    assert failed.returncode == 2
+
+
+def test_labelers_are_screened_against_a_trusted_one(batch: Path) -> None:
+    items, _ = read_batch(batch)
+    store = LabelStore(batch / LABELS)
+    for name in items:
+        for who, ranks in (("head", (1, 2, 3, 4)), ("ada", (1, 2, 4, 3)), ("eve", (4, 3, 2, 1))):
+            store.add(Label(f"{who}/{name}", name, who, ranks))
+    done = run(batch, "tasks.labels", str(batch), "--gold", "head")
+    assert "ada with gold" in done.stdout, done.stderr
+    content = json.loads((batch / "agreement.json").read_text())
+    assert {name: (count["agreement"], count["pairs"]) for name, count in content["with_gold"].items()} == {
+        "ada": (pytest.approx(5 / 6), 12), "eve": (0, 12)}
+    assert "eve" in content["outliers"]
+    assert "no label by bob" in run(batch, "tasks.labels", str(batch), "--gold", "bob").stderr
+
+
+def test_what_labelers_disagree_on_is_decided(batch: Path) -> None:
+    first, second = read_batch(batch)[0]
+    store = LabelStore(batch / LABELS)
+    for name, who, ranks in ((first, "ada", (1, 2, 3, 4)), (first, "eve", (4, 3, 2, 1)),
+                             (second, "ada", (1, 2, 3, 4)), (second, "eve", (1, 2, 4, 3))):
+        store.add(Label(f"{who}/{name}", name, who, ranks))
+    done = run(batch, "tasks.labels", str(batch), "--adjudicate", "head")
+    target = batch.with_name(f"{batch.name}-adjudicated")
+    assert f"{target}: 1 items for head" in done.stdout, done.stderr
+    assert [(item.item_id, item.labeler_id) for item in read_batch(target)[1]] == [(first, "head")]
+    on_terminal(target, "a b c d")
+    run(batch, "tasks.labels", str(batch))
+    rows = [(row["labeler_id"], row["prompt_id"]) for row in read_rows(batch / "rm.jsonl")]
+    assert rows == [("head", "p1"), ("ada", "p2"), ("eve", "p2")]
+    assert "is there already" in run(batch, "tasks.labels", str(batch), "--adjudicate", "head").stderr

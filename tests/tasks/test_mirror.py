@@ -161,6 +161,25 @@ def test_line_is_the_parent_of_its_stages(root: Path) -> None:
         "parent_run_id": parent.info.run_id, "experiment_id": parent.info.experiment_id}
 
 
+def test_rounds_are_steps_of_their_line(root: Path) -> None:
+    for number in (1, 2):
+        stage = f"round_scores@r{number}"
+        scratch = start(root, stage)
+        write_json(scratch / "run.json", {**json.loads((scratch / "run.json").read_text()), "round": number,
+                                          "params": {"prompts": 30}})
+        metrics = {"round/gold": 5.0 + number}
+        write_json(root / "metrics" / f"{stage}.json", metrics)
+        write_json(scratch / "done.json", {"metrics": metrics, "artifacts": []})
+        sweep(root)
+    [parent], [first] = runs(root, "brave-otter"), runs(root, "round_scores@r1")
+    assert first.data.params["rounds.prompts"] == "30"
+    points = client(root).get_metric_history(parent.info.run_id, "round/gold")
+    assert [(point.step, point.value) for point in points] == [(1, 6.0), (2, 7.0)]
+    assert parent.info.status == "FINISHED"
+    assert [item.path for item in client(root).list_artifacts(first.info.run_id, "metrics")] == [
+        "metrics/round_scores@r1.json"]
+
+
 def test_plain_repro_gathers_a_configuration(root: Path) -> None:
     finish(root, start(root, "sft", line=""))
     finish(root, start(root, "rm", line=""))

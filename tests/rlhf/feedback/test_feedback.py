@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.feedback.agreement import agreement, alpha, preferences
+from rlhf.feedback.agreement import against, agreement, alpha, preferences
 from rlhf.feedback.batch import Item, assign, make_items, read_batch, write_batch
 from rlhf.feedback.store import Label, LabelStore, check
 from rlhf.world.facts import World
@@ -244,3 +244,15 @@ def test_the_simulated_labelers_agree_as_the_paper_s_do() -> None:
     found = agreement(labels, items)
     assert found.overall.share == pytest.approx(0.73, abs=0.03)
     assert 0.3 < found.alpha < 0.6
+
+
+def test_screening_against_known_rankings() -> None:
+    """By hand: ada has 5 of 6 pairs of the first item right and all of the second, eve none of 60."""
+    truth = {f"item-{number}": (1, 2, 3, 4) for number in range(10)}
+    ada = [Label("a", "item-0", "ada", (1, 2, 4, 3)), *(Label("a", f"item-{number}", "ada", (1, 2, 3, 4))
+                                                       for number in range(1, 10))]
+    eve = [Label("e", f"item-{number}", "eve", (4, 3, 2, 1)) for number in range(10)]
+    found, outliers = against([*ada, *eve, Label("x", "unknown", "bob", (1, 2, 3, 4))], truth)
+    assert {name: (count.agreed, count.pairs) for name, count in found.items()} == {"ada": (59, 60), "eve": (0, 60)}
+    assert outliers == ["eve"]
+    assert against(ada, {}) == ({}, [])

@@ -1,0 +1,49 @@
+"""Trains a round's policy with PPO against the round's reward model: models/rounds/<round>/ppo.
+
+    python -m tasks.rounds.ppo --round r2
+
+It goes on from the last round's policy and its beta, or with `rounds.restart` from SFT; the KL is to the SFT policy in
+every round. The warm-up has the same share of the rollouts as in stage ppo: a whole one would be most of a round.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rlhf.data.schema import read_rows
+from rlhf.journal import read_journal
+from rlhf.params import PpoParams, RoundsParams
+from rlhf.ppo_run import train_ppo
+from tasks.gold import gold_labeler
+from tasks.params import Round
+from tasks.ppo import summarise
+from tasks.stage import Stage, run_stage
+
+
+def train(stage: Stage) -> None:
+    """PPO of one round on the train prompts of data/ppo.jsonl."""
+    start, rounds, seed = stage.round, stage.params.stages.rounds, stage.params.seed
+    params = round_params(stage.params.stages.ppo, rounds, last_beta(start) if not rounds.restart else None)
+    prompts = [row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train"]
+    labeler = gold_labeler(seed)
+    metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rounds") / stage.key / "rm",
+                        seed + start.number, stage.scratch, gold=labeler.scores if labeler else None,
+                        corpus=Path("data/corpus.jsonl"), begin_with=None if rounds.restart else Path(start.policy))
+    metrics.update(summarise([{key: float(value) for key, value in row.items()}
+                              for row in read_journal(stage.scratch / "journal.csv")]))
+    stage.publish("model", f"models/rounds/{stage.key}/ppo")
+    stage.finish(metrics)
+
+
+def round_params(ppo: PpoParams, rounds: RoundsParams, beta: float | None) -> PpoParams:
+    """PPO's parameters in a round that begins with `beta`, the profile's if there is none."""
+    return replace(ppo, episodes=rounds.episodes, beta=ppo.beta if beta is None else beta,
+                   warmup_iterations=round(ppo.warmup_iterations * rounds.episodes / ppo.episodes))
+
+
+def last_beta(start: Round) -> float | None:
+    """Where the round before has left beta; None in the first round."""
+    return float(read_journal(Path(start.journal))[-1]["ppo/beta"]) if start.number > 1 else None
+
+
+if __name__ == "__main__":
+    run_stage("round_ppo", train, of_a_round=True)

@@ -1,0 +1,64 @@
+"""Measures a round: its policy on held-out prompts, its reward model on what that policy writes.
+
+    python -m tasks.rounds.scores --round r2
+
+Held-out prompts are those of stage evaluate. The gold labeler judges where there is one, else the profile's judge.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.evaluate import answer, mean_kl, several, with_interval
+from rlhf.models import load_scorer
+from rlhf.params import EvaluateParams
+from rlhf.preference import compare_all, outcome
+from rlhf.reward_model import accuracy, score_rows
+from rlhf.seeding import seed_everything
+from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.world.labeler import GoldLabeler
+from tasks.evaluate import held_out_rows, judge_of
+from tasks.gold import gold_labeler
+from tasks.rm import gold_ranked
+from tasks.stage import Stage, run_stage
+
+SFT = Path("models/sft")
+SAMPLES = 4  # completions a prompt on which the reward model's accuracy is measured
+
+
+def score(stage: Stage) -> None:
+    """Writes metrics/round_scores@<round>.json."""
+    params, seed, number = stage.params.stages.evaluate, stage.params.seed, stage.round.number
+    seed_everything(seed)
+    labeler = gold_labeler(seed)
+    policy, rm = (Path("models/rounds") / stage.key / name for name in ("ppo", "rm"))
+    prompts = [row["prompt"] for row in held_out_rows(params, seed)]
+    found = {"policy": answer(policy, rm, prompts, params, seed), "sft": answer(SFT, rm, prompts, params, seed)}
+    metrics: dict[str, Any] = {"round/number": number, "round/prompts": len(prompts),
+                               "round/rm_score": sum(found["policy"].rm_scores) / len(prompts),
+                               "round/kl": mean_kl(policy, SFT, prompts, found["policy"], params.precision,
+                                                   params.temperature)}
+    judge, independent = judge_of(params, labeler, rm)
+    outcomes = compare_all(prompts, {name: one.texts for name, one in found.items()}, judge)
+    metrics |= with_interval("round/win_rate_vs_sft" if independent else "round/rm_prefers_vs_sft",
+                             outcome(outcomes, "policy", "sft"), params.bootstrap, seed)
+    if labeler:
+        for name, one in found.items():
+            metrics |= with_interval("round/gold" if name == "policy" else "round/gold_sft",
+                                     labeler.scores(prompts, one.texts), params.bootstrap, seed)
+        metrics["round/rm_accuracy_on_policy"] = accuracy_on(policy, rm, prompts, labeler, params, stage)
+    stage.finish(metrics)
+
+
+def accuracy_on(policy: Path, rm: Path, prompts: Sequence[str], labeler: GoldLabeler, params: EvaluateParams,
+                stage: Stage) -> float:
+    """Share of pairs of the policy's own samples that the reward model ranks as the gold labeler does."""
+    texts = several(policy, prompts, SAMPLES, params, stage.params.seed)
+    rows = [gold_ranked({"prompt": prompt, "completions": list(dict.fromkeys(some))}, labeler)
+            for prompt, some in zip(prompts, texts, strict=True)]
+    return accuracy(score_rows(load_scorer(rm), PromptCodec(load_tokenizer(rm)),
+                               [row for row in rows if len(row["completions"]) > 1], stage.params.stages.rm))
+
+
+if __name__ == "__main__":
+    run_stage("round_scores", score, of_a_round=True)

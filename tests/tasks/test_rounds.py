@@ -1,0 +1,148 @@
+"""Two rounds of the small line, stage by stage, with simulated labelers and an ensemble that selects."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data.schema import read_rows
+from rlhf.errors import UserError
+from rlhf.feedback.batch import read_batch
+from rlhf.feedback.store import LABELS, Batch, Label, LabelStore
+from rlhf.params import PpoParams, RoundsParams
+from tasks.graph import write_rounds
+from tasks.params import Round, load_params
+from tasks.rounds.collect import round_prompts
+from tasks.rounds.ppo import last_beta, round_params
+from tests.tasks.small_line import PROFILE, Line, Undisturbed
+
+ROUNDS = """rounds: {prompts: 12, k: 4, labelers: [labeler-01, labeler-02, labeler-03], overlap: 0.5, per_item: 2,
+         episodes: 48, rm_epochs: 2, select: disagreement, ensemble: 2, candidates: 3}
+"""
+STAGES = ("labels", "rm", "ppo", "scores")
+
+
+def step(line: Line, *words: str, fails: bool = False) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=line.root, env=line.environment, capture_output=True,
+                          text=True)
+    assert bool(done.returncode) == fails, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def metrics(line: Line, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((line.root / "metrics" / f"{name}.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def rounds(line: Line, undisturbed: Undisturbed) -> Iterator[Line]:
+    """The small line after two rounds."""
+    params, profile = line.root / "params.yaml", line.root / "profiles" / "mini.yaml"
+    before = params.read_text()
+    profile.write_text(PROFILE + ROUNDS)
+    write_rounds(line.root, 2)
+    for key in ("r1", "r2"):
+        step(line, "tasks.rounds.collect", "--round", key)
+        step(line, "tasks.label", f"feedback/{key}", "--simulate")
+        for stage in STAGES:
+            step(line, f"tasks.rounds.{stage}", "--round", key)
+    yield line
+    params.write_text(before)
+    profile.write_text(PROFILE)
+    for name in ("feedback", "models/rounds"):
+        shutil.rmtree(line.root / name)
+
+
+def test_each_round_samples_the_policy_of_the_one_before(rounds: Line) -> None:
+    first, second = (read_batch(rounds.root / "feedback" / key) for key in ("r1", "r2"))
+    assert {name for item in first[0].values() for name in item.made_by} == {"models/sft"}
+    assert {name for item in second[0].values() for name in item.made_by} == {"models/rounds/r1/ppo"}
+    assert len(first[0]) == len(second[0]) == 12
+    prompts = [{str(item.row["prompt_id"]) for item in batch.values()} for batch, _ in (first, second)]
+    assert not prompts[0] & prompts[1]
+    assert not Batch(rounds.root / "feedback" / "r2").missing()
+
+
+def test_the_second_round_s_reward_model_learns_from_all_labels(rounds: Line) -> None:
+    first, second = (list(read_rows(rounds.root / "feedback" / key / "rm.jsonl")) for key in ("r1", "r2"))
+    assert second[: len(first)] == first
+    train = [row for row in second if row["split"] == "train"]
+    assert {row["labeler_id"] for row in train} <= {"labeler-01", "labeler-02", "labeler-03"}  # no row of data/ trains
+    assert metrics(rounds, "round_rm@r2")["rm/train_prompts"] == len(train)
+    assert 0 <= metrics(rounds, "round_rm@r2")["rm/accuracy_of_last_on_new"] <= 1
+    assert "rm/accuracy_of_last_on_new" not in metrics(rounds, "round_rm@r1")
+
+
+def test_ppo_goes_on_where_it_was(rounds: Line) -> None:
+    """Beta is the last round's, and the warm-up is no longer in sum than that of one long round."""
+    start = load_params(rounds.root).rounds
+    last = (rounds.root / "metrics" / "round_ppo@r1.csv").read_text().splitlines()
+    beta = float(last[-1].split(",")[last[0].split(",").index("ppo/beta")])
+    assert last_beta(start["r1"]) is None
+    assert last_beta(replace_journal(start["r2"], rounds.root)) == beta
+    ppo, several, one = PpoParams(episodes=14_000), RoundsParams(episodes=4_000), RoundsParams(episodes=12_000)
+    assert round_params(ppo, several, 0.3).beta == 0.3
+    assert 3 * round_params(ppo, several, None).warmup_iterations <= round_params(ppo, one, None).warmup_iterations + 1
+
+
+def replace_journal(start: Round, root: Path) -> Round:
+    return start.model_copy(update={"journal": str(root / start.journal)})
+
+
+def test_a_round_is_measured(rounds: Line) -> None:
+    for number, key in enumerate(("r1", "r2"), start=1):
+        found = metrics(rounds, f"round_scores@{key}")
+        assert found["round/number"] == number
+        assert found["round/gold_low"] <= found["round/gold"] <= found["round/gold_high"]
+        assert 0 <= found["round/rm_accuracy_on_policy"] <= 1
+    assert metrics(rounds, "round_scores@r1")["round/gold_sft"] == metrics(rounds, "round_scores@r2")["round/gold_sft"]
+
+
+def test_a_stage_of_a_round_run_again_gives_the_same_bytes(rounds: Line) -> None:
+    folder = rounds.root / "models" / "rounds" / "r2"
+    before = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for stage in ("collect", "rm", "ppo"):
+        step(rounds, f"tasks.rounds.{stage}", "--round", "r2", "--fresh")
+    assert {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+
+
+def test_labels_of_people_are_not_orphaned(rounds: Line) -> None:
+    """Another batch for a round that people have labeled is refused; simulated labels are made again."""
+    store = LabelStore(rounds.root / "feedback" / "r2" / LABELS)
+    known = store.path.read_bytes()
+    try:
+        store.add(Label("ada/item-gone/1", "item-gone", "ada", (1, 2, 3, 4)))
+        said = step(rounds, "tasks.rounds.collect", "--round", "r2", "--fresh", fails=True)
+        assert "1 labels are of another batch" in said
+        store.path.write_bytes(known)
+        LabelStore(store.path).add(Label("simulated/ada/item-gone", "item-gone", "ada", (1, 2, 3, 4)))
+        step(rounds, "tasks.rounds.collect", "--round", "r2", "--fresh")
+        step(rounds, "tasks.label", "feedback/r2", "--simulate")
+        assert store.path.read_bytes() == known
+    finally:
+        store.path.write_bytes(known)
+
+
+def test_missing_labels_and_unknown_rounds_are_one_line(rounds: Line) -> None:
+    path = rounds.root / "feedback" / "r1" / LABELS
+    known = path.read_bytes()
+    try:
+        path.write_bytes(b"".join(known.splitlines(keepends=True)[:-2]))
+        said = step(rounds, "tasks.rounds.labels", "--round", "r1", fails=True)
+        assert "2 of 18 labels are missing" in said
+        assert "python -m tasks.label feedback/r1 --labeler" in said
+    finally:
+        path.write_bytes(known)
+    assert "no round r9; rounds: r1, r2" in step(rounds, "tasks.rounds.rm", "--round", "r9", fails=True)
+
+
+def test_where_the_prompts_end(rounds: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(rounds.root)
+    with pytest.raises(UserError, match="3 rounds of 400 need more"):
+        round_prompts(RoundsParams(prompts=100, select="disagreement", candidates=4), 3, 1)
