@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
 import flows.quiet  # noqa: F401
 
@@ -112,8 +113,8 @@ async def rounds(count: Count = 3, labelers: Labelers = "simulated", prompts: An
                 await run_round(key, where, line, labelers, gpu_workers)
     except Waiting as waiting:
         if deployment.id:
-            # The key differs each time: a run that was woken too early has to be able to wait again.
-            await asuspend_flow_run(timeout=WAIT_DAYS * 86_400, key=f"{flow_run.run_count}: {waiting}")
+            # A key counts once, and a run that was woken too early has to be able to wait again.
+            await asuspend_flow_run(timeout=WAIT_DAYS * 86_400, key=f"{waiting}: {uuid4()}")
         return Failed(name="Waiting", message=str(waiting), data=waiting)
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)

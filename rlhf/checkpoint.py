@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from rlhf import parallel
 from rlhf.errors import Interrupted, UserError
-from rlhf.files import write_atomic, write_json
+from rlhf.files import write_atomic, write_json, writes
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes the state (tensors, numbers, strings, lists, dicts) after `step` finished steps."""
+        if not writes():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         partial = path.with_name(path.name + ".partial")
@@ -68,7 +71,20 @@ class Checkpoints:
             old.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint as (step, state); damaged ones are reported and passed over."""
+        """The newest whole checkpoint as (step, state); damaged ones are reported and passed over.
+
+        Several processes read the same one, from a folder that all of them see.
+        """
+        if parallel.first():
+            found = self._newest()
+            parallel.told(None if found is None else found[0])
+            return found
+        step = parallel.told(-1)
+        if step is None:
+            return None
+        return step, torch.load(self.folder / f"step-{step:08d}.pt", map_location="cpu", weights_only=True)
+
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
         for path in reversed(self._complete()):
             try:
                 record = json.loads(path.with_suffix(".json").read_text())
@@ -83,13 +99,14 @@ class Checkpoints:
         return None
 
     def after_step(self, step: int, state_of: Callable[[], dict[str, Any]]) -> None:
-        """Saves when it is time. Saves and raises Interrupted when a SIGTERM has come."""
-        if StopSignal.requested:
-            self.save(step, state_of())
-            raise Interrupted(f"stopped by SIGTERM after step {step}; run the same command to go on from there")
-        if time.monotonic() - self._saved_at >= self.seconds:
+        """Saves when it is time. Saves and raises Interrupted when a SIGTERM has come, to one of several processes."""
+        due = time.monotonic() - self._saved_at >= self.seconds and writes()
+        asked = parallel.add_up({"stop": float(StopSignal.requested), "save": float(due)})
+        if asked["stop"] or asked["save"]:
             self.save(step, state_of())
             self._saved_at = time.monotonic()
+        if asked["stop"]:
+            raise Interrupted(f"stopped by SIGTERM after step {step}; run the same command to go on from there")
 
     def steps(self) -> list[int]:
         """The steps after which there are checkpoints, whole ones as far as their names tell."""

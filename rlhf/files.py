@@ -8,6 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_hands_off = False
+
+
+def hands_off() -> None:
+    """From now on this process writes nothing: another one does, which does the same work (rlhf/parallel.py)."""
+    global _hands_off
+    _hands_off = True
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return not _hands_off
+
 
 def sync_folder(folder: Path) -> None:
     """Makes the folder's entries durable (rename is atomic, but only fsync makes it survive a power cut)."""
@@ -19,7 +32,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary name beside `path`, fsyncs and renames."""
+    """Writes `content` to a temporary name beside `path`, fsyncs and renames.
+
+    Only the first process of several does.
+    """
+    if _hands_off:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as handle:
@@ -43,7 +61,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Puts a finished file or folder in the place of `target`, which stays whole until the copy is complete."""
+    """Puts a finished file or folder in the place of `target`, which stays whole until the copy is complete.
+
+    Only the first process of several does.
+    """
+    if _hands_off:
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     if partial.is_dir():

@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf import parallel
 from rlhf.errors import UserError
+from rlhf.files import writes
 from rlhf.params import PretrainParams
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
@@ -79,10 +81,14 @@ def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) ->
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A Hugging Face folder: safetensors, configuration, tokenizer."""
+    """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes."""
     weights = {name: value for name, value in model.state_dict().items() if name != "score.bias"}
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    if parallel.sharded(model):  # tied weights are no longer one tensor when they are whole: only the first name stays
+        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+        weights = {name: parallel.whole(value) for name, value in weights.items() if name not in tied}
+    if writes():
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def set_dropout(model: PreTrainedModel, probability: float) -> None:
@@ -106,7 +112,10 @@ def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
     """Logits at the positions start .. T-2, which predict ids[:, start+1:]: [B, T-1-start, V]."""
-    return model.get_output_embeddings()(hidden_states(model, ids)[:, start:-1])
+    def logits(model: PreTrainedModel) -> Tensor:
+        return model.get_output_embeddings()(hidden_states(model, ids)[:, start:-1])
+
+    return parallel.compute(logits, model)
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
@@ -115,19 +124,24 @@ def logits_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
     A response's or a completion's tokens are a part of a batch's, and the vocabulary is wide: logits of prompts and
     PADs are not made.
     """
-    return model.get_output_embeddings()(hidden_states(model, ids).flatten(0, 1).index_select(0, places))
+    def logits(model: PreTrainedModel) -> Tensor:
+        return model.get_output_embeddings()(hidden_states(model, ids).flatten(0, 1).index_select(0, places))
+
+    return parallel.compute(logits, model)
 
 
 def scores_at(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
     """The scalar head at position `last` of each row: ids [B, T], last [B] -> [B], float32."""
-    hidden = hidden_states(model, ids)
-    rows = torch.arange(ids.shape[0], device=ids.device)
-    return model.score(hidden[rows, last]).squeeze(-1).float()
+    def scores(model: PreTrainedModel) -> Tensor:
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        return model.score(hidden_states(model, ids)[rows, last]).squeeze(-1).float()
+
+    return parallel.compute(scores, model)
 
 
 def values_everywhere(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The scalar head at every position: [B, T] -> [B, T], float32."""
-    return model.score(hidden_states(model, ids)).squeeze(-1).float()
+    return parallel.compute(lambda model: model.score(hidden_states(model, ids)).squeeze(-1).float(), model)
 
 
 def shift_scores(model: PreTrainedModel, shift: float) -> None:
@@ -141,13 +155,13 @@ def shift_scores(model: PreTrainedModel, shift: float) -> None:
     """
     norms = [module for _, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
     final = norms[-1] if norms else None
-    weight = model.score.weight[0]
+    weight = parallel.whole(model.score.weight)[0]
     if final is None or final.bias.shape != weight.shape:
         model.config.score_shift = getattr(model.config, "score_shift", 0.0) + shift
         _add_bias(model, model.config.score_shift)
         return
     with torch.no_grad():
-        final.bias += shift * weight / weight.square().sum()
+        final.bias += parallel.like(shift * weight / weight.square().sum(), final.bias)
 
 
 def _add_bias(model: PreTrainedModel, value: float) -> None:

@@ -61,6 +61,8 @@ class PretrainParams:
     muon_lr: float = param(0.02, "peak learning rate of the blocks' matrices (Muon)", gt=0, le=1)
     warmup_steps: int = param(50, "linear warm-up", ge=0)
     weight_decay: float = param(0.01, "Muon's weight decay", ge=0, le=10)
+    processes: int = param(1, "processes a machine that share each batch; one a GPU, on a CPU of one thread each", ge=1,
+                           le=1024)
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 
@@ -80,6 +82,9 @@ class SftParams:
     reward_model: str = param("", "folder of a reward model that picks the epoch")
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = param(False, "torch.compile the training passes")
+    processes: int = param(1, "processes a machine that share each batch; one a GPU, on a CPU of one thread each", ge=1,
+                           le=1024)
+    shard: bool = param(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 
@@ -104,6 +109,9 @@ class RmParams:
     checks: int = param(4, "times that valid accuracy is measured, for checkpoint valid_accuracy", ge=1, le=100)
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = param(False, "torch.compile the training passes")
+    processes: int = param(1, "processes a machine that share each batch; one a GPU, on a CPU of one thread each", ge=1,
+                           le=1024)
+    shard: bool = param(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 
@@ -153,6 +161,9 @@ class PpoParams:
                                  ge=0, lt=1)
     ptx_coef: float = param(0.0, "weight of the pretraining loss [InstructGPT 27.8; 0 is plain PPO]", ge=0)
     ptx_batch_size: int = param(32, "pretraining sequences a minibatch, where ptx_coef > 0", ge=1)
+    processes: int = param(1, "processes a machine that share each batch; one a GPU, on a CPU of one thread each", ge=1,
+                           le=1024)
+    shard: bool = param(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
     precision: Literal["fp32", "bf16"] = param("bf16", "arithmetic of the forward pass (weights stay fp32)")
 
 

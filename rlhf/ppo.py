@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
-from rlhf.errors import TrainingFailed
+from rlhf.errors import TrainingFailed, UserError
 from rlhf.kl import beta_rule, response_kl, response_kl_k3
 from rlhf.lora import add_adapter
 from rlhf.losses import token_log_probs
@@ -38,7 +39,7 @@ from rlhf.models import (
     values_everywhere,
 )
 from rlhf.params import PpoParams
-from rlhf.pretrain import corpus_batch, lm_loss
+from rlhf.pretrain import corpus_batch, corpus_loss
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, restore_rng, rng_state
@@ -161,6 +162,14 @@ class Trainer:
             no_dropout(model)
             save_memory(model, params.gradient_checkpointing)
             compile_passes(model, params.compile)
+        for name in ("batch_size", "minibatch_size"):
+            parallel.check_divides(getattr(params, name), f"ppo.{name}")
+        parallel.check_divides(params.batch_size % params.minibatch_size, "ppo.batch_size modulo ppo.minibatch_size")
+        if params.shard:
+            if self.reference is None:
+                raise UserError("ppo.shard: goes without ppo.lora_rank, whose adapters are small")
+            for model in (self.policy, self.value, self.reference, self.reward_model):
+                parallel.shard(model)
         self.optimizer = adamw(self.policy, params.lr, betas=(0.9, 0.95), eps=params.adam_eps)
         self.value_optimizer = adamw(self.value, params.value_lr, betas=(0.9, 0.95), eps=params.adam_eps)
         self.average = {name: value.detach().clone() for name, value in self.policy.named_parameters()
@@ -213,15 +222,34 @@ class Trainer:
 
     @torch.no_grad()
     def roll_out(self, prompts: list[list[int]], iteration: int) -> Rollouts:
-        """Samples one response per prompt and evaluates policy, reference, value and reward model on them."""
+        """Samples one response per prompt and evaluates policy, reference, value and reward model on them.
+
+        Of several processes each does that for its share of the prompts; all have all rollouts afterwards.
+        """
         self.train_mode(False)
-        responses = sample_responses(self.policy, prompts, self.sampling, generator(self.seed, "ppo", iteration))
+        rows = list(parallel.share(sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))))
+        with parallel.gathered(self.policy):
+            mine = sample_responses(self.policy, prompts, self.sampling, generator(self.seed, "ppo", iteration), rows)
+        parts = parallel.collect((rows, mine, self.examine([prompts[row] for row in rows], mine)))
+        responses: list[list[int]] = [[]] * len(prompts)
+        for places, some, _ in parts:
+            for place, response in zip(places, some, strict=True):
+                responses[place] = response
+        mask = response_mask(responses, max(map(len, responses)))
+        grid = {name: torch.zeros_like(mask) for name in ("log_probs", "ref", "values", "entropy", "scores")}
+        for places, _, found in parts:
+            for name, values in found.items():
+                grid[name][places, :values.shape[1]] = values.to(device())
+        return Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref"], grid["values"], grid["scores"][:, 0],
+                        masked_mean(grid["entropy"], mask).item())
+
+    def examine(self, prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
+        """What the models say of some responses, on the CPU: log_probs, ref, values, entropy [B, T], scores [B, 1]."""
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        width = max(map(len, responses))
-        grid = {name: torch.zeros(len(prompts), width, device=device())
-                for name in ("log_probs", "ref", "values", "entropy")}
+        mask = response_mask(responses, max(map(len, responses)))
+        grid = {name: torch.zeros_like(mask) for name in ("log_probs", "ref", "values", "entropy")}
         for rows in length_batches([len(item) for item in sequences], 4 * self.params.micro_batch_size, None):
-            some, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
+            some, answers, width = [prompts[row] for row in rows], [responses[row] for row in rows], mask.shape[1]
             grid["log_probs"][rows], logits = self.log_probs_and_logits(self.policy, some, answers, width)
             grid["entropy"][rows] = on_grid(entropy(logits, self.params.temperature), response_mask(answers, width))
             with self.as_reference() as reference:
@@ -231,9 +259,7 @@ class Trainer:
                                               self.params.precision), device=device())
         ended = torch.tensor([response[-1] == self.codec.eos_id for response in responses], device=device())
         scores = torch.where(ended, scores, scores.clamp(max=self.params.no_eos_score))
-        mask = response_mask(responses, width)
-        return Rollouts(prompts, responses, mask, grid["log_probs"] * mask, grid["ref"] * mask,
-                        grid["values"] * mask, scores, masked_mean(grid["entropy"], mask).item())
+        return {name: (values * mask).cpu() for name, values in grid.items()} | {"scores": scores.unsqueeze(1).cpu()}
 
     # --- one iteration ---------------------------------------------------------------------------------------
 
@@ -281,34 +307,39 @@ class Trainer:
 
     def update(self, rollouts: Rollouts, rows: list[int], advantages: Tensor, returns: Tensor,
                place: tuple[int, int, int]) -> dict[str, float]:
-        """One optimizer step of policy and value model on a minibatch, accumulated over micro-batches.
+        """One optimizer step of policy and value model on a minibatch, accumulated over micro-batches and processes.
 
-        Sums are divided by the minibatch's token count, so the update is the same for any micro-batch size.
+        Sums are divided by the minibatch's token count, so the update is the same for any micro-batch size and any
+        number of processes, up to rounding.
         """
         params = self.params
         tokens = rollouts.mask[rows].sum()
-        lengths = [len(rollouts.prompts[row]) + len(rollouts.responses[row]) for row in rows]
+        lengths = [len(prompt) + len(response) for prompt, response in zip(rollouts.prompts, rollouts.responses,
+                                                                           strict=True)]
+        mine = parallel.share(sorted(rows, key=lambda row: lengths[row]))
         totals = dict.fromkeys(("policy_loss", "value_loss", "clipped", "ratio"), 0.0)
-        for picked in length_batches(lengths, params.micro_batch_size, None):
-            chosen = [rows[index] for index in picked]
+        for picked in length_batches([lengths[row] for row in mine], params.micro_batch_size, None):
+            chosen = [mine[index] for index in picked]
             prompts, answers = [rollouts.prompts[row] for row in chosen], [rollouts.responses[row] for row in chosen]
             width = max(map(len, answers))
             mask, old = rollouts.mask[chosen, :width], rollouts.log_probs[chosen, :width]
             log_probs = self.log_probs(self.policy, prompts, answers, width)
             losses, ratio = policy_loss(log_probs, old, advantages[chosen, :width], params.clip)
             loss = (losses * mask).sum() / tokens
-            loss.backward()
+            parallel.backward(self.policy, loss)
             errors = value_loss(self.values_of(prompts, answers, width), rollouts.values[chosen, :width],
                                 returns[chosen, :width], params.value_clip)
             error = (errors * mask).sum() / tokens
-            error.backward()
+            parallel.backward(self.value, error)
             clipped = ((ratio - 1).abs() > params.clip).float()
             for name, value in (("policy_loss", loss), ("value_loss", error),
                                 ("clipped", (clipped * mask).sum() / tokens), ("ratio", (ratio * mask).sum() / tokens)):
                 totals[name] += value.item()
         totals["ptx_loss"] = self.add_ptx(place)
-        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), params.max_grad_norm).item()
-        value_norm = torch.nn.utils.clip_grad_norm_(self.value.parameters(), params.max_grad_norm).item()
+        totals = parallel.add_gradients(self.policy, totals)
+        parallel.add_gradients(self.value, {})
+        totals["grad_norm"] = parallel.clip_gradients(self.policy, params.max_grad_norm)
+        value_norm = parallel.clip_gradients(self.value, params.max_grad_norm)
         if not all(map(math.isfinite, (*totals.values(), value_norm))):
             raise TrainingFailed(f"iteration {place[0] + 1}: not finite: policy loss {totals['policy_loss']}, value "
                                  f"loss {totals['value_loss']}, gradient norms {totals['grad_norm']}, {value_norm}")
@@ -322,31 +353,36 @@ class Trainer:
         return totals
 
     def add_ptx(self, place: tuple[int, int, int]) -> float:
-        """Adds the gradient of ptx_coef · pretraining loss [InstructGPT eq. 2]; returns that loss (0 without ptx)."""
+        """Adds the gradient of ptx_coef · pretraining loss [InstructGPT eq. 2]; returns that loss (0 without ptx).
+
+        Of several processes each adds its part.
+        """
         if self.params.ptx_coef == 0 or self.corpus_rows is None:
             return 0.0
         iteration, _, number = place
         per_iteration = self.params.inner_epochs * self.params.batch_size // self.params.minibatch_size
         step = iteration * per_iteration + number
         batch = corpus_batch(self.corpus_rows, self.params.ptx_batch_size, step, self.seed)
-        loss = lm_loss(self.policy, batch, self.params.precision)
-        (self.params.ptx_coef * loss).backward()
+        loss = corpus_loss(self.policy, batch, self.params.precision)
+        parallel.backward(self.policy, self.params.ptx_coef * loss)
         return loss.item()
 
     # --- what a checkpoint holds -----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return {"policy": self.policy.state_dict(), "value": self.value.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "value_optimizer": self.value_optimizer.state_dict(),
-                "beta": self.beta.state(), "average": self.average, "rng": rng_state()}
+        parts = {"policy": self.policy, "value": self.value, "optimizer": self.optimizer,
+                 "value_optimizer": self.value_optimizer}
+        return {name: parallel.whole_state(part.state_dict()) for name, part in parts.items()} | {
+            "beta": self.beta.state(), "average": parallel.whole_state(self.average), "rng": rng_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.value.load_state_dict(state["value"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.value_optimizer.load_state_dict(state["value_optimizer"])
+        parallel.load_weights(self.policy, state["policy"])
+        parallel.load_weights(self.value, state["value"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
+        parallel.load_optimizer(self.value_optimizer, state["value_optimizer"])
         self.beta.restore(state["beta"])
-        self.average = {name: value.to(device()) for name, value in state["average"].items()}
+        own = dict(self.policy.named_parameters())
+        self.average = {name: parallel.like(value.to(device()), own[name]) for name, value in state["average"].items()}
         restore_rng(state["rng"])
 
     def save(self, folder: Path) -> None:

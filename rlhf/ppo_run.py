@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rlhf import parallel
 from rlhf.checkpoint import Checkpoints
 from rlhf.errors import TrainingFailed, UserError
 from rlhf.health import check_bounds, hacking_alarm, length_controlled
@@ -67,6 +68,7 @@ def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder
     iterations = params.episodes // params.batch_size
     columns = COLUMNS if gold else [name for name in COLUMNS if name != "ppo/gold"]
     journal = Journal(folder / "journal.csv", columns, resume_after=start if found else None)
+    parallel.meet()  # the first process has written what all read now
     history = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "journal.csv")]
 
     def state_now() -> dict[str, Any]:
@@ -90,6 +92,7 @@ def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder
                            if f"ppo/{name}" in values})
             checkpoints.after_step(iteration + 1, state_now)
     journal.close()
+    parallel.meet()
     trainer.save(folder / "model")
     return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": len(prompts) - len(kept)}
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf import parallel
 from rlhf.data.batching import pack
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
@@ -35,10 +36,11 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
     rows = pack(text_ids(tokenizer, train_texts), params.context, eos_id)
     valid_rows = pack(text_ids(tokenizer, valid_texts), params.context, eos_id)
     model = small_gpt(params, tokenizer)
+    parallel.check_divides(params.batch_size, "pretrain.batch_size")
     model.train()
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        return lm_loss(model, corpus_batch(rows, params.batch_size, step, seed), params.precision), {}
+        return corpus_loss(model, corpus_batch(rows, params.batch_size, step, seed), params.precision), {}
 
     optimizers = muon_and_adamw(model, params.lr, params.muon_lr, params.weight_decay)
     train_loop("pretrain", folder, model, optimizers, steps=params.steps, warmup=params.warmup_steps,
@@ -76,12 +78,19 @@ def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
     return completion_loss(log_probs, torch.ones_like(log_probs))
 
 
+def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
+    """This process's part of the mean loss over a step's packed rows; the processes' parts add up to it."""
+    mine = list(parallel.share(range(len(ids))))
+    rows = ids[mine] if mine else ids[:1]  # one with nothing to do makes the pass too, at no weight
+    return lm_loss(model, rows, precision) * (len(mine) / len(ids))
+
+
 @torch.no_grad()
 def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams) -> float:
     """Mean loss over packed rows, nats per token."""
     losses = [lm_loss(model, rows[start:start + 64].to(device()), params.precision).item() * len(rows[start:start + 64])
-              for start in range(0, len(rows), 64)]
-    return sum(losses) / len(rows)
+              for start in parallel.share(range(0, len(rows), 64))]
+    return parallel.add_up({"loss": sum(losses)})["loss"] / len(rows)
 
 
 def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:

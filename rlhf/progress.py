@@ -7,6 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from rlhf.files import writes
+
 LOG_SECONDS = 5.0
 
 
@@ -20,7 +22,8 @@ class StageProgress:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self._first = done
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total or None, initial=done, desc=name, unit=unit) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and writes()
+        self._bar = tqdm(total=total or None, initial=done, desc=name, unit=unit) if shown else None
 
     def __enter__(self) -> "StageProgress":
         return self
@@ -39,6 +42,8 @@ class StageProgress:
             self._bar.update(advance)
             return
         now = time.monotonic()
+        if not writes():
+            return
         if now - self._last_line >= LOG_SECONDS or self.done == self.total:
             self._last_line = now
             rate = (self.done - self._first) / max(now - self._start, 1e-9)

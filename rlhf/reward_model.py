@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
@@ -105,9 +106,11 @@ def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]
 
 
 def keeps_keys(model: PreTrainedModel) -> bool:
-    """Whether a pass can hand its keys and values to the next one: not where activations are recomputed or compiled."""
+    """Whether a pass can hand its keys and values to the next one: not where activations are recomputed or compiled, or
+    weights come and go block by block."""
     recomputes = model.training and getattr(model, "is_activation_checkpointing", model.is_gradient_checkpointing)
-    return not recomputes and getattr(model.base_model, "_compiled_call_impl", None) is None
+    compiled = getattr(model.base_model, "_compiled_call_impl", None) is not None
+    return not (recomputes or compiled or parallel.sharded(model))
 
 
 def _scores_after_prefixes(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
@@ -153,6 +156,18 @@ def score_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]], 
     return scores
 
 
+def score_together(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
+                   precision: str) -> list[float]:
+    """As score_sequences, of sequences that every process has: each scores a part of them."""
+    if parallel.size() == 1 or parallel.sharded(model):
+        return score_sequences(model, sequences, pad_id, precision)
+    scores = [0.0] * len(sequences)
+    mine = score_sequences(model, parallel.share(sequences), pad_id, precision)
+    for place, part in enumerate(parallel.collect(mine)):
+        scores[place::parallel.size()] = part
+    return scores
+
+
 def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrations: list[dict[str, str]],
                        policy_folder: Path, seed: int, folder: Path) -> tuple[PreTrainedModel, dict[str, float]]:
     """Trains on the train rows and saves the model in `folder`/model. Returns (model, metrics).
@@ -175,8 +190,11 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
     anchors = demonstration_ids(codec, demonstrations, params)
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
     check_length(model, params.max_tokens, "rm.max_tokens")
+    parallel.check_divides(params.batch_size, "rm.batch_size")
     save_memory(model, params.gradient_checkpointing)
     compile_passes(model, params.compile)
+    if params.shard:
+        parallel.shard(model)
     model.train()
     lengths = data.lengths()
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "rm", 0)))
@@ -188,11 +206,13 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
         if epoch not in epochs:
             epochs.clear()
             epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "rm", epoch))
-        indices = epochs[epoch][place]
+        batch = epochs[epoch][place]
+        indices = parallel.share(batch)
         scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
         ranks, present = data.batch_ranks(indices)
-        right, pairs = ranking_accuracy(scores.detach(), ranks, present)
-        return loss_of(scores, ranks, present), {"rm/accuracy": right / max(1, pairs)}
+        right, _ = ranking_accuracy(scores.detach(), ranks, present)
+        pairs = sum(decided_pairs(data.ranks[index]) for index in batch)
+        return loss_of(scores, ranks, present) * (len(indices) / len(batch)), {"rm/accuracy": right / max(1, pairs)}
 
     steps = per_epoch * params.epochs
     choice = None
@@ -205,15 +225,20 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
     gain, bias = 1.0, 0.0
     if params.normalise == "gain_and_bias":
         samples = reference_samples(policy_folder, codec, [row["prompt"] for row in valid_rows], params, seed)
-        mean, deviation = moments(score_sequences(model, samples, codec.pad_id, params.precision))
+        mean, deviation = moments(score_together(model, samples, codec.pad_id, params.precision))
         gain, bias = 1 / max(deviation, 1e-6), -mean / max(deviation, 1e-6)
         scale_scores(model, gain)
     else:
-        bias = -moments(score_sequences(model, anchors, codec.pad_id, params.precision))[0]
+        bias = -moments(score_together(model, anchors, codec.pad_id, params.precision))[0]
     shift_scores(model, bias)
     save_model(model, tokenizer, folder / "model")
     return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/gain": gain, "rm/bias": bias,
                    "rm/steps_kept": kept}
+
+
+def decided_pairs(ranks: Sequence[int]) -> int:
+    """How many pairs of a ranking are no ties."""
+    return sum(one != other for one, other in itertools.combinations(ranks, 2))
 
 
 def best_of_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
@@ -305,7 +330,7 @@ def score_rows(model: PreTrainedModel, codec: PromptCodec, rows: list[dict[str, 
         if max(map(len, mine)) <= params.max_tokens:
             kept.append(row)
             sequences += mine
-    scores = iter(score_sequences(model, sequences, codec.pad_id, params.precision))
+    scores = iter(score_together(model, sequences, codec.pad_id, params.precision))
     return [Scored(row, [next(scores) for _ in row["completions"]]) for row in kept]
 
 

@@ -34,13 +34,16 @@ class Sampling:
 
 @torch.no_grad()
 def sample_responses(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling,
-                     noise: torch.Generator) -> list[list[int]]:
+                     noise: torch.Generator, rows: Sequence[int] | None = None) -> list[list[int]]:
     """One response per prompt, as ids up to and including the stop token (or max_new_tokens without one).
 
     Every token has a uniform number of its own, drawn for (prompt, position) before anything runs: a response
-    does not depend on which other prompts share its batch, up to rounding.
+    does not depend on which other prompts share its batch, up to rounding. `rows`: only these prompts' responses, the
+    same as if all were sampled.
     """
     uniforms = torch.rand(len(prompts), sampling.max_new_tokens, generator=noise)
+    if rows is not None:
+        prompts, uniforms = [prompts[row] for row in rows], uniforms[list(rows)]
     decoder = decoder_for(model, sampling.precision)
     if decoder is not None and prompts:
         return _Rows(decoder, prompts, sampling, uniforms.to(device())).run()

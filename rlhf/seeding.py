@@ -6,6 +6,8 @@ import random
 import numpy as np
 import torch
 
+from rlhf import parallel
+
 
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch, and asks torch for deterministic kernels."""
@@ -13,18 +15,25 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # It also fills new memory, which nothing here reads before it is written: a tenth of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def rng_state() -> list[torch.Tensor]:
-    """torch's generators, those of the GPUs included (dropout draws from them), for a checkpoint."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+def rng_state() -> list[list[torch.Tensor]]:
+    """torch's generators of every process, those of its GPU included (dropout draws from them), for a checkpoint."""
+    mine = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    return parallel.collect(mine)
 
 
-def restore_rng(state: list[torch.Tensor]) -> None:
-    """Sets torch's generators to what `rng_state` returned on a machine of the same kind."""
-    torch.set_rng_state(state[0])
-    if len(state) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state[1:])
+def restore_rng(state: list[list[torch.Tensor]]) -> None:
+    """Sets torch's generators to what `rng_state` returned; a process that was not there then seeds its own."""
+    if parallel.rank() >= len(state):
+        torch.manual_seed(torch.initial_seed() + parallel.rank())
+        return
+    mine = state[parallel.rank()]
+    torch.set_rng_state(mine[0])
+    if len(mine) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(mine[1])
 
 
 def generator(seed: int, *names: object) -> torch.Generator:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.errors import UserError
 from rlhf.losses import token_log_probs
@@ -24,7 +25,7 @@ from rlhf.models import (
     set_dropout,
 )
 from rlhf.params import SftParams
-from rlhf.pretrain import corpus_batch, lm_loss, read_corpus
+from rlhf.pretrain import corpus_batch, corpus_loss, read_corpus
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
@@ -87,8 +88,11 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
     mixed_rows = max(1, round(params.batch_size * params.pretrain_mix / (1 - params.pretrain_mix)))
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
+    parallel.check_divides(params.batch_size, "sft.batch_size")
     save_memory(model, params.gradient_checkpointing)
     compile_passes(model, params.compile)
+    if params.shard:
+        parallel.shard(model)
     model.train()
     lengths = [len(ids) for ids in train.ids]
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "sft", 0)))
@@ -99,11 +103,13 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
         if epoch not in epochs:
             epochs.clear()
             epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "sft", epoch))
-        ids, mask = train.batch(epochs[epoch][place], codec.pad_id)
-        loss = batch_loss(model, ids, mask, params.precision)
+        batch = epochs[epoch][place]
+        tokens = sum(lengths[row] - train.prompt_lengths[row] for row in batch)
+        ids, mask = train.batch(list(parallel.share(batch)), codec.pad_id)
+        loss = batch_loss(model, ids, mask, params.precision, tokens)
         if corpus_rows is None:
             return loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
-        other = lm_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
+        other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
         total = (1 - params.pretrain_mix) * loss + params.pretrain_mix * other
         return total, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": other.item()}
 
@@ -121,24 +127,25 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
             "sft/too_long": train.too_long + valid.too_long}
 
 
-def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str) -> Tensor:
-    """Mean loss over the completion tokens of a batch, nats."""
+def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str, tokens: float = 0) -> Tensor:
+    """Mean loss over the completion tokens of a batch, nats; with `tokens`, its sum over that many."""
     rows, columns = mask.nonzero(as_tuple=True)
     places = rows * ids.shape[1] + columns
     with autocast(precision):
         logits = logits_at(model, ids, places)
-    return -token_log_probs(logits, ids.flatten()[places + 1]).mean()
+    return -token_log_probs(logits, ids.flatten()[places + 1]).sum() / (tokens or len(places))
 
 
 @torch.no_grad()
 def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
     """Mean loss over all completion tokens of a dataset, nats per token."""
-    total = tokens = 0.0
-    for indices in length_batches([len(ids) for ids in data.ids], 256, None):
+    sums = {"loss": 0.0, "tokens": 0.0}
+    for indices in parallel.share_passes(model, length_batches([len(ids) for ids in data.ids], 256, None)):
         ids, mask = data.batch(indices, pad_id)
-        total += batch_loss(model, ids, mask, params.precision).item() * mask.sum().item()
-        tokens += mask.sum().item()
-    return total / tokens
+        sums["loss"] += batch_loss(model, ids, mask, params.precision, 1).item()
+        sums["tokens"] += mask.sum().item()
+    sums = parallel.add_up(sums)
+    return sums["loss"] / sums["tokens"]
 
 
 def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, codec: PromptCodec, seed: int) -> float:

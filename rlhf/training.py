@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf import parallel
 from rlhf.checkpoint import Checkpoints
 from rlhf.errors import TrainingFailed
 from rlhf.journal import Journal
@@ -38,7 +39,8 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
     TrainingFailed where a loss or a gradient is not finite; the weights are then those before that step.
 
     `loss_of_step(step)` returns the loss to minimise and further values for the journal (`columns`). It must be
-    a function of the step and the weights alone, so that a resumed run does what an uninterrupted one would.
+    a function of the step and the weights alone, so that a resumed run does what an uninterrupted one would. Where
+    several processes train (rlhf/parallel.py), loss and values are this one's part; the parts add up to the batch's.
     """
     checkpoints = Checkpoints(folder / "checkpoints")
     found = checkpoints.latest()
@@ -47,14 +49,17 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
     if found is not None:
         start, state = found
         best = state.get("best", {})
-        model.load_state_dict(state["model"])
+        parallel.load_weights(model, state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            parallel.load_optimizer(optimizer, saved)
         restore_rng(state["rng"])
+    else:
+        restore_rng(rng_state()[:1])  # the first process goes on as it is, the others get numbers of their own
 
     def state_now() -> dict[str, Any]:
         journal.sync()
-        return {"model": model.state_dict(), "optimizers": [item.state_dict() for item in optimizers],
+        return {"model": parallel.whole_state(model.state_dict()),
+                "optimizers": [parallel.whole_state(item.state_dict()) for item in optimizers],
                 "rng": rng_state(), "best": best}
 
     journal = Journal(folder / "journal.csv", [f"{name}/loss", f"{name}/lr", f"{name}/grad_norm", *columns],
@@ -64,19 +69,21 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
             factor = cosine_factor(step, steps, warmup)
             for optimizer in optimizers:
                 scale_lr(optimizer, factor)
-            loss, values = loss_of_step(step)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            part, parts = loss_of_step(step)
+            parallel.backward(model, part)
+            values = parallel.add_gradients(model, {"": part.item(), **parts})
+            loss = values.pop("")
+            norm = parallel.clip_gradients(model, max_grad_norm)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(step, state_now())
-                raise TrainingFailed(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: not finite; "
+                raise TrainingFailed(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; "
                                      f"saved as it was after step {step}; lower {name}.lr or look at the data")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            journal.append(step + 1, {f"{name}/loss": loss.item(), f"{name}/lr": factor * optimizers[-1].defaults["lr"],
-                                      f"{name}/grad_norm": norm.item(), **values})
-            progress.step({"loss": loss.item(), **values})
+            journal.append(step + 1, {f"{name}/loss": loss, f"{name}/lr": factor * optimizers[-1].defaults["lr"],
+                                      f"{name}/grad_norm": norm, **values})
+            progress.step({"loss": loss, **values})
             if choice is not None and step + 1 in choice.steps:
                 model.eval()
                 value = choice.measure()
@@ -87,9 +94,9 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
     journal.close()
     if not best:
         return steps
-    model.load_state_dict(best["model"])
+    parallel.load_weights(model, best["model"])
     return int(best["step"])
 
 
 def _copy(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {name: parallel.whole(value).detach().clone() for name, value in model.state_dict().items()}

@@ -24,7 +24,8 @@ from typing import Any
 
 from rlhf.checkpoint import Checkpoints
 from rlhf.errors import Interrupted, TrainingFailed, UserError
-from rlhf.files import hash_paths, publish, write_json
+from rlhf.files import hash_paths, publish, write_json, writes
+from tasks import launch
 from tasks.graph import declared_stages
 from tasks.params import PARAMS_FILE, Params, Round, load_params
 
@@ -92,7 +93,8 @@ def die_with_parent() -> None:
 
 def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False) -> None:
     """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog=f"python -m tasks.{name.replace('round_', 'rounds.')}")
+    module = f"tasks.{name.replace('round_', 'rounds.')}"
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
     if of_a_round:
         parser.add_argument("--round", required=True, metavar="KEY", help="a key of params.yaml's rounds")
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
@@ -101,6 +103,10 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     root = Path.cwd()
+    if launch.started_by_torchrun():
+        from rlhf import parallel
+
+        parallel.join()
     try:
         params = load_params(root)
         if of_a_round:
@@ -112,13 +118,17 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if args.status:
             print(status(name, scratch), flush=True)
             return
-        if args.fresh and scratch.exists():
-            shutil.rmtree(scratch)
-        (scratch / "done.json").unlink(missing_ok=True)
-        scratch.mkdir(parents=True, exist_ok=True)
         stage = Stage(name, params, root, scratch)
-        _start_mirror(stage)
-        body(stage)
+        if writes():
+            if args.fresh and scratch.exists():
+                shutil.rmtree(scratch)
+            (scratch / "done.json").unlink(missing_ok=True)
+            scratch.mkdir(parents=True, exist_ok=True)
+            _start_mirror(stage)
+        if together(stage, module):
+            body(stage)
+            if "rlhf.parallel" in sys.modules:
+                sys.modules["rlhf.parallel"].leave()
     except UserError as error:
         fail(name, str(error), 2)
     except TrainingFailed as error:
@@ -131,6 +141,27 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(name, f"{error.filename}: cannot be written ({error.strerror}); mend its permissions", 3)
         raise
+
+
+def together(stage: Stage, module: str) -> bool:
+    """Starts the processes that the stage's parameter `processes` asks for. False: they have done the stage's work.
+
+    On a CPU they are forks of this one; else this process only waits for torchrun's.
+    """
+    section = stage.name.partition("@")[0].removeprefix("round_")
+    processes = getattr(getattr(stage.params.stages, section, None), "processes", 0)
+    if not processes or launch.started_by_torchrun():
+        return True
+    if launch.needs_torchrun() and (processes > 1 or launch.VARIABLE in os.environ):
+        launch.torchrun(module, sys.argv[1:], processes, stage.name)
+        return False
+    if processes > 1:
+        from rlhf import parallel
+
+        parallel.fork(processes)
+        if not parallel.first():
+            die_with_parent()
+    return True
 
 
 def status(name: str, scratch: Path) -> str:
@@ -153,7 +184,8 @@ def status(name: str, scratch: Path) -> str:
 
 def fail(name: str, message: str, code: int) -> None:
     """One line on stderr and the exit code."""
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if writes():
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -14,7 +14,7 @@ ingest: {scale: 0.01, corpus_documents: 1200, tax_items: 10}
 validate: {}
 pretrain: {vocab_size: 400, n_layer: 1, n_head: 2, n_embd: 32, steps: 120, warmup_steps: 5}
 sft: {epochs: 8, batch_size: 8, dropout: 0.1}
-rm: {max_prompts: 120, max_valid_prompts: 40, batch_size: 4, epochs: 3}
+rm: {max_prompts: 120, max_valid_prompts: 40, batch_size: 4, epochs: 3, processes: 2}
 ppo: {episodes: 320, batch_size: 16, minibatch_size: 8, ptx_coef: 0.5, ptx_batch_size: 4, ema_decay: 0.9,
       samples_per_prompt: 2, max_new_tokens: 12}
 evaluate: {prompts: 20, tax_items: 10, bootstrap: 100, best_of: 4, best_of_prompts: 10}

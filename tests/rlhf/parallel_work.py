@@ -1,0 +1,66 @@
+"""A small training in several processes, for tests/rlhf/test_parallel.py: python -m tests.rlhf.parallel_work '{...}'
+
+The JSON has stage, policy, scorer (folders), rows, folder, and may have processes (forked), stop_after (a step after
+which SIGTERM is taken to have come to the last process), and parameters of the stage.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import parallel
+from rlhf.checkpoint import Checkpoints, StopSignal
+from rlhf.errors import Interrupted
+from rlhf.params import PpoParams, RmParams, SftParams
+from rlhf.ppo_run import train_ppo
+from rlhf.reward_model import train_reward_model
+from rlhf.sft import sft
+
+SEED = 5
+
+
+def stop_after(step: int) -> None:
+    """As if the last process got SIGTERM in this step."""
+    own = Checkpoints.after_step
+
+    def after_step(self: Checkpoints, number: int, state_of: Callable[[], dict[str, Any]]) -> None:
+        StopSignal.requested = number == step and parallel.rank() == parallel.size() - 1
+        own(self, number, state_of)
+
+    setattr(Checkpoints, "after_step", after_step)  # noqa: B010
+
+
+def train(given: dict[str, Any]) -> dict[str, float]:
+    folder, policy, rows, changes = Path(given["folder"]), Path(given["policy"]), given["rows"], given["params"]
+    if given["stage"] == "sft":
+        return sft(SftParams(**changes), rows, policy, SEED, folder, Path(given["corpus"]))
+    if given["stage"] == "rm":
+        demonstrations = [{"prompt": row["prompt"], "completion": row["completions"][0]} for row in rows[:9]]
+        return train_reward_model(RmParams(**changes), rows, demonstrations, policy, SEED, folder)[1]
+    return train_ppo(PpoParams(**changes), rows, policy, Path(given["scorer"]), SEED, folder,
+                     corpus=Path(given["corpus"]))
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    if given.get("processes", 1) > 1:
+        parallel.fork(given["processes"])
+    parallel.join()
+    if "stop_after" in given:
+        stop_after(given["stop_after"])
+    try:
+        metrics = train(given)
+    except Interrupted:
+        metrics = {}
+    if parallel.first():
+        (Path(given["folder"]) / "metrics.json").write_text(json.dumps(metrics))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main()
