@@ -1,9 +1,9 @@
 """Starts the processes of a stage that trains in several: forks on a CPU, torchrun's on GPUs and on several machines.
 
-    INSTRUCTFLOW_TORCHRUN="--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=first:29400"   on every machine
+    INSTRUCTFLOW_TORCHRUN="--nnodes=2 --node-rank=0 --master-addr=first --master-port=29400"   rank 1 on the second, ...
     python -m tasks.launch        on every machine but the first: joins each stage that the first one starts
 
-The machines share the checkout's folder. What torchrun needs to know stands in scratch/launch.json.
+The machines share the checkout's folder. What the others need to know stands in scratch/launch.json.
 """
 
 import json

@@ -18,11 +18,13 @@ def two_machines(line: Line, undisturbed: Undisturbed) -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line.environment["INSTRUCTFLOW_TORCHRUN"] = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port}"
+    where = f"--nnodes=2 --master-addr=127.0.0.1 --master-port={port} --node-rank="
+    line.environment["INSTRUCTFLOW_TORCHRUN"] = f"{where}0"
     (line.root / "scratch" / "launch.json").unlink(missing_ok=True)
     shutil.rmtree(line.root / "scratch" / "sft")  # or the run goes on from the end of the undisturbed one
-    other = subprocess.Popen([sys.executable, "-m", "tasks.launch"], cwd=line.root, env=line.environment,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    other = subprocess.Popen([sys.executable, "-m", "tasks.launch"], cwd=line.root,
+                             env={**line.environment, "INSTRUCTFLOW_TORCHRUN": f"{where}1"}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     yield
     other.kill()
     other.communicate()
