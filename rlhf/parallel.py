@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from rlhf.files import hands_off
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+WAIT_HOURS = 4  # for the slowest process, before the others give up
 BUCKET = 2**24  # entries of gradients that are added up at once
 
 
@@ -69,7 +71,7 @@ def fork(count: int) -> None:
     if place:
         store = dist.TCPStore("127.0.0.1", store.port, count, is_master=False)
         hands_off()
-    dist.init_process_group("gloo", store=store, rank=place, world_size=count)
+    dist.init_process_group("gloo", store=store, rank=place, world_size=count, timeout=timedelta(hours=WAIT_HOURS))
 
 
 def leave() -> None:

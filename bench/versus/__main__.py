@@ -3,14 +3,16 @@
     make bench                                  1M and 10M parameters, five turns each (an hour on two cores)
     .venv/bin/python bench/versus --sizes 1M --turns 3 --bars rm sft
 
-Each side is a process that waits while the other one works. Their settings are tried first and the fastest are kept;
-ours are those of the profiles. That both do the same is seen from the losses. Writes bench/results.json: medians of the
-ratios of neighbouring turns, and the machine.
+Each side waits while the other one works. Both are tried as one process with all cores' threads and as one a core,
+theirs with several settings too, and the fastest are kept. That both do the same is seen from the losses. Writes
+bench/results.json: medians of the ratios of neighbouring turns, and the machine.
 """
 
 import argparse
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,9 +33,14 @@ ATTENTIONS = [{"attention": "eager"}, {"attention": "sdpa"}]
 class Side:
     """A process that answers one job after the other."""
 
-    def __init__(self, python: Path, script: str) -> None:
-        self.process = subprocess.Popen([python, HERE / script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+    def __init__(self, python: Path, script: str, processes: int) -> None:
+        self.processes = processes
+        self.process = subprocess.Popen([python, HERE / script, str(processes)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                        start_new_session=True)
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
 
     def do(self, job: str, **more: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -75,16 +82,19 @@ def turns(count: int, mine: Callable[[], dict[str, Any]], others: Callable[[], d
             "last": pairs[-1]}
 
 
-def fastest(theirs: Side, job: str, settings: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """The settings of the other side that are fastest here, of a first run each (the first of all is run twice)."""
-    theirs.do(job, **more, **settings[0])
-    found = [(rate(theirs.do(job, **more, **some)), place) for place, some in enumerate(settings)]
-    return settings[max(found)[1]]
+def fastest(sides: list[Side], job: str, settings: list[dict[str, Any]], **more: Any) -> tuple[Side, dict[str, Any]]:
+    """The side and the settings that are fastest here, of a first run each (a side's first of all is run twice)."""
+    found = []
+    for number, side in enumerate(sides):
+        side.do(job, **more, **settings[0])
+        found += [(rate(side.do(job, **more, **some)), number, place) for place, some in enumerate(settings)]
+    _, number, place = max(found)
+    return sides[number], settings[place]
 
 
-def bars(ours: Side, theirs: Side, folder: str, size: str, names: list[str], count: int) -> dict[str, Any]:
+def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: list[str], count: int) -> dict[str, Any]:
     """Every bar of one size of models."""
-    parameters = ours.do("make", folder=folder, shape=size)["parameters"]
+    parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
     common = {"folder": folder, "precision": "bf16"}
     found: dict[str, Any] = {"parameters": parameters}
     scale = 1 if size == "1M" else 4
@@ -99,17 +109,20 @@ def bars(ours: Side, theirs: Side, folder: str, size: str, names: list[str], cou
         "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": 512 // scale}, {}, ATTENTIONS),
         "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": 1024 // scale}, {}, ATTENTIONS)}
     if "same" in names:
-        found["same"] = same_work(ours, theirs, folder)
+        found["same"] = same_work(ours[0], theirs[0], folder)
         print(f"{size} same work: largest relative difference {found['same']['difference']:.1e}", flush=True)
     for name, (job, work, theirs_alone, settings) in works.items():
         if name.removesuffix("_unpacked") not in names:
             continue
-        chosen = theirs_alone | fastest(theirs, job, settings, **common, **work, **theirs_alone)
-        result = turns(count, partial(ours.do, job, **common, **work),
-                       partial(theirs.do, job, **common, **work, **chosen))
-        found[name] = result | {"their_settings": chosen}
+        one, _ = fastest(ours, job, [{}], **common, **work)
+        other, chosen = fastest(theirs, job, settings, **common, **work, **theirs_alone)
+        result = turns(count, partial(one.do, job, **common, **work),
+                       partial(other.do, job, **common, **work, **theirs_alone, **chosen))
+        processes = [one.processes, other.processes]
+        found[name] = result | {"their_settings": theirs_alone | chosen, "processes": processes}
         print(f"{size} {name}: {result['ratio']:.2f} times theirs [{result['least']:.2f}, {result['most']:.2f}]; "
-              f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; theirs {chosen}", flush=True)
+              f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; processes {processes}, theirs {chosen}",
+              flush=True)
         if job == "sft" and name == "sft":
             share = 6 * parameters * result["ours"] / 1e9 / matmul_rate(torch.bfloat16)
             found["sft_mfu"] = share
@@ -136,17 +149,21 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["1M", "10M"])
     parser.add_argument("--bars", nargs="+", default=list(BARS), choices=BARS)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="+", help="to try for each side; a GPU has one",
+                        default=[1] if torch.cuda.is_available() else sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--theirs", type=Path, default=Path(".venv-trl/bin/python"), help="Python that has TRL")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results.json")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            ours, theirs = Side(Path(sys.executable), "ours.py"), Side(options.theirs.absolute(), "theirs.py")
+            ours, theirs = ([Side(python, script, processes) for processes in options.processes] for python, script in (
+                (Path(sys.executable), "ours.py"), (options.theirs.absolute(), "theirs.py")))
             try:
                 found[size] = bars(ours, theirs, folder, size, options.bars, options.turns)
             finally:
-                ours.process.kill(), theirs.process.kill()
+                for side in (*ours, *theirs):
+                    side.end()
     first = found[options.sizes[0]]
     names = {"ppo_vs_trl": "ppo", "ppo_mixed_vs_trl": "ppo_mixed", "rm_vs_trl": "rm", "sft_vs_trl": "sft",
              "rollout_vs_generate": "rollout"}

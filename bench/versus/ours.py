@@ -1,8 +1,9 @@
 """instructflow on the work of a folder, beside bench/versus/theirs.py; also makes the folder.
 
-    python bench/versus/ours.py        answers the driver (bench/versus/__main__.py)
+    python bench/versus/ours.py [PROCESSES]        answers the driver (bench/versus/__main__.py)
 """
 
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ from work import (
     serve,
 )
 
+from rlhf import parallel
 from rlhf import ppo as ppo_module
 from rlhf.data.batching import length_batches
 from rlhf.losses import ranking_loss
@@ -67,7 +69,9 @@ def make(folder: str, shape: str) -> dict[str, Any]:
         model = new_scorer(root / "policy", tokenizer.pad_token_id, generator(1, name))
         save_model(model, tokenizer, root / name)
     known = min(form.vocabulary, len(tokenizer))
-    save_work(make_work(shape, known, tokenizer.eos_token_id, tokenizer.pad_token_id), root)
+    if parallel.first():
+        save_work(make_work(shape, known, tokenizer.eos_token_id, tokenizer.pad_token_id), root)
+    parallel.meet()
     return {"parameters": policy.num_parameters()}
 
 
@@ -91,7 +95,8 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     own = ppo_module.sample_responses
     if responses is not None:
         place = {tuple(prompt): response for prompt, response in zip(work.prompts, responses, strict=False)}
-        ppo_module.sample_responses = lambda model, some, *rest: [place[tuple(prompt)] for prompt in some]
+        ppo_module.sample_responses = lambda model, some, sampling, noise, rows: [
+            place[tuple(some[row])] for row in rows]
     seen, lengths = [], []
     try:
         start = time.perf_counter()
@@ -124,8 +129,11 @@ def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int) 
     rows = (work.mixed if mixed else work.prompts)[:prompts]
     sampling = Sampling(32, (work.eos,) if mixed else (-1,), work.pad, precision=precision, batch_size=batch)
     start = time.perf_counter()
-    found = sample_responses(model, rows, sampling, generator(1, "rollout"))
-    return {"seconds": time.perf_counter() - start, "tokens": sum(map(len, found))}
+    sampling = replace(sampling, batch_size=batch // parallel.size())
+    mine = list(parallel.share(range(len(rows))))
+    found = sample_responses(model, rows, sampling, generator(1, "rollout"), mine)
+    tokens = parallel.add_up({"tokens": sum(map(len, found))})["tokens"]
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
 def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
@@ -140,9 +148,9 @@ def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
     losses = []
 
     def loss_of_step(step: int) -> Any:
-        indices = list(range(step * RM_BATCH, (step + 1) * RM_BATCH))
+        indices = parallel.share(range(step * RM_BATCH, (step + 1) * RM_BATCH))
         scores = score_groups(model, [data.ids[index] for index in indices], work.pad, precision)
-        loss = ranking_loss(scores, *data.batch_ranks(indices))
+        loss = ranking_loss(scores, *data.batch_ranks(indices)) * (len(indices) / RM_BATCH)
         losses.append(loss.item())
         return loss, {}
 
@@ -161,7 +169,8 @@ def sft(folder: str, precision: str, rows: int) -> dict[str, Any]:
     losses = []
 
     def loss_of_step(step: int) -> Any:
-        loss = batch_loss(model, *data.batch(batches[step], work.pad), precision)
+        tokens = sum(len(data.ids[row]) - data.prompt_lengths[row] for row in batches[step])
+        loss = batch_loss(model, *data.batch(list(parallel.share(batches[step])), work.pad), precision, tokens)
         losses.append(loss.item())
         return loss, {}
 
@@ -180,4 +189,7 @@ def timed(root: Path, model: Any, loss_of_step: Any, steps: int, losses: list[fl
 
 
 if __name__ == "__main__":
-    serve({"make": make, "ppo": ppo, "sampled": sampled, "rollout": rollout, "rm": rm, "sft": sft})
+    if len(sys.argv) > 1 and int(sys.argv[1]) > 1:
+        parallel.fork(int(sys.argv[1]))
+    serve({"make": make, "ppo": ppo, "sampled": sampled, "rollout": rollout, "rm": rm, "sft": sft},
+          parallel.first(), parallel.told)

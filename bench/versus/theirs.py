@@ -1,19 +1,23 @@
 """TRL's trainers and transformers' generation on the work of a folder; runs in an environment of its own.
 
-    .venv-trl/bin/python bench/versus/theirs.py        answers the driver (bench/versus/__main__.py)
+    .venv-trl/bin/python bench/versus/theirs.py [PROCESSES]        answers the driver (bench/versus/__main__.py)
 
 Their settings: the attention that is faster here, no gradient checkpointing, no logging, no saving; bf16 through
 accelerate's mixed precision where asked for.
 """
 
 import os
+import socket
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+import torch.distributed as dist
 import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -23,6 +27,43 @@ transformers.logging.set_verbosity_error()
 COMMON = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 1,
           "gradient_checkpointing": False, "lr_scheduler_type": "constant", "adam_beta2": 0.95, "adam_epsilon": 1e-5,
           "learning_rate": 1e-4, "max_grad_norm": 1.0, "use_cpu": not torch.cuda.is_available()}
+
+
+def fork(count: int) -> None:
+    """Makes this process the first of `count`, one CPU thread each, as torchrun would start them."""
+    torch.set_num_threads(1)
+    COMMON["ddp_backend"] = "gloo"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = next((number for number in range(1, count) if os.fork() == 0), 0)
+    os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(count),
+                   "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    dist.init_process_group("gloo", timeout=timedelta(hours=4))
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def tell(line: str) -> str:
+    """The first process's line, to all."""
+    box = [line]
+    if size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def add_up(number: int) -> int:
+    total = torch.tensor(number)
+    if size() > 1:
+        dist.all_reduce(total)
+    return int(total)
 
 
 def load(kind: Any, folder: Path, attention: str, **more: Any) -> Any:
@@ -49,9 +90,9 @@ def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: in
     prompts = (work.mixed if mixed else work.prompts)[:batch * (iterations + 1)]
     config = PPOConfig(**{**COMMON, "output_dir": str(root / "trl")}, **set_precision(precision),
                        per_device_train_batch_size=micro,
-                       gradient_accumulation_steps=batch // micro, num_mini_batches=1, num_ppo_epochs=4,
+                       gradient_accumulation_steps=batch // micro // size(), num_mini_batches=1, num_ppo_epochs=4,
                        total_episodes=batch * iterations, response_length=32, temperature=1.0, kl_coef=0.05,
-                       vf_coef=1.0, num_sample_generations=0, local_rollout_forward_batch_size=batch,
+                       vf_coef=1.0, num_sample_generations=0, local_rollout_forward_batch_size=batch // size(),
                        stop_token="eos" if mixed else None)
     tokenizer = AutoTokenizer.from_pretrained(str(root / "policy"), padding_side="left")
     models = {name: load(AutoModelForCausalLM, root / "policy", attention) for name in ("model", "ref_model")}
@@ -89,11 +130,12 @@ def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: in
         seconds = time.perf_counter() - start
     finally:
         ppo_trainer.batch_generation = own
+    model = getattr(trainer.model, "module", trainer.model).policy
     return {"seconds": seconds, "episodes": batch * iterations, "response_tokens": sum(lengths) / len(lengths),
             "loss/policy": seen[0]["loss/policy_avg"], "loss/value": seen[0]["loss/value_avg"],
             "kl": seen[-1]["objective/kl"], "score": seen[0]["objective/scores"], "memory": memory(),
             "order": order if responses else [],
-            "weight": sum(float(item.detach().double().abs().sum()) for item in trainer.model.policy.parameters())}
+            "weight": sum(float(item.detach().double().abs().sum()) for item in model.parameters())}
 
 
 def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int, prompts: int,
@@ -105,7 +147,8 @@ def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int
     model = load(AutoModelForCausalLM, root / "policy", attention).eval()
     if precision == "bf16":
         model = model.to(torch.bfloat16)
-    rows = sorted((work.mixed if mixed else work.prompts)[:prompts], key=len)
+    rows = sorted((work.mixed if mixed else work.prompts)[:prompts], key=len)[rank()::size()]
+    batch //= size()
     settings = {"max_new_tokens": 32, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0,
                 "pad_token_id": work.pad, "eos_token_id": work.eos if mixed else None}
     if not mixed:
@@ -127,6 +170,7 @@ def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int
                 answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, longest:]
                 ends = (answers == (work.eos if mixed else -1)).int()
                 tokens += int(torch.where(ends.any(1), ends.argmax(1) + 1, answers.shape[1]).sum())
+    tokens = add_up(tokens)
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
@@ -139,10 +183,11 @@ def rm(folder: str, precision: str, attention: str, prompts: int, micro: int) ->
     pairs = [(row["prompt"] + row["completions"][one], row["prompt"] + row["completions"][other])
              for row in work.rankings[:prompts] for one in range(6) for other in range(6)
              if row["ranks"][one] < row["ranks"][other]]
+    micro = min(micro, 15 * RM_BATCH // size())
     data = Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]})
     config = RewardConfig(**{**COMMON, **logged(root)}, **set_precision(precision), per_device_train_batch_size=micro,
-                          gradient_accumulation_steps=15 * RM_BATCH // micro, num_train_epochs=1, max_length=None,
-                          train_sampling_strategy="sequential", disable_dropout=True)
+                          gradient_accumulation_steps=15 * RM_BATCH // micro // size(), num_train_epochs=1,
+                          max_length=None, train_sampling_strategy="sequential", disable_dropout=True)
     model = load(AutoModelForSequenceClassification, root / "rm", attention, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(str(root / "policy"))
     return timed(RewardTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)) | {
@@ -159,8 +204,8 @@ def sft(folder: str, precision: str, attention: str, rows: int, packing: bool, m
     data = Dataset.from_dict({"input_ids": [row["prompt"] + row["completion"] for row in some],
                               "completion_mask": [[0] * len(row["prompt"]) + [1] * len(row["completion"])
                                                   for row in some]})
-    config = SFTConfig(**{**COMMON, **logged(root)}, **set_precision(precision), per_device_train_batch_size=micro,
-                       num_train_epochs=1, max_length=128, packing=packing, completion_only_loss=True)
+    config = SFTConfig(**{**COMMON, **logged(root)}, **set_precision(precision), num_train_epochs=1, max_length=128,
+                       per_device_train_batch_size=micro // size(), packing=packing, completion_only_loss=True)
     model = load(AutoModelForCausalLM, root / "policy", attention)
     tokenizer = AutoTokenizer.from_pretrained(str(root / "policy"))
     return timed(SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)) | {
@@ -181,4 +226,6 @@ def timed(trainer: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve({"ppo": ppo, "rollout": rollout, "rm": rm, "sft": sft})
+    if len(sys.argv) > 1 and int(sys.argv[1]) > 1:
+        fork(int(sys.argv[1]))
+    serve({"ppo": ppo, "rollout": rollout, "rm": rm, "sft": sft}, rank() == 0, tell)

@@ -7,6 +7,7 @@ import json
 import random
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,14 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def serve(jobs: dict[str, Any]) -> None:
-    """Answers one JSON line for each JSON line read: {"job": name, ...} calls jobs[name](...). Waits meanwhile."""
+def serve(jobs: dict[str, Any], first: bool = True, tell: Callable[[str], str] = str) -> None:
+    """Answers one JSON line for each JSON line read: {"job": name, ...} calls jobs[name](...). Waits meanwhile.
+
+    Of several processes the `first` reads and answers; `tell` gives the others its line.
+    """
     out, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
+    while line := tell(sys.stdin.readline() if first else ""):
         asked = json.loads(line)
         answer = jobs[asked.pop("job")](**asked)
-        print(json.dumps(answer), file=out, flush=True)
+        if first:
+            print(json.dumps(answer), file=out, flush=True)

@@ -39,7 +39,7 @@ def test_a_manifest_s_schema(path: Path) -> None:
 
 def test_the_kustomization_names_every_manifest() -> None:
     listed = yaml.safe_load((INFRA / "kubernetes" / "kustomization.yaml").read_text())["resources"]
-    assert sorted([*listed, "gpu-job.yaml"]) == [path.name for path in MANIFESTS]
+    assert sorted([*listed, "gpu-job.yaml", "gpu-nodes.yaml"]) == [path.name for path in MANIFESTS]
 
 
 def test_every_secret_comes_from_outside() -> None:
