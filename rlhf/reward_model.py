@@ -63,7 +63,7 @@ class Rankings:
         return cls(Column(store, lambda parts: [parts[1] + completion for completion in parts[2:]]),
                    Column(store, only), too_long)
 
-    def lengths(self) -> Any:
+    def lengths(self) -> Sequence[int]:
         """Length of each prompt's longest sequence."""
         if isinstance(self.ids, Column):
             return lengths_of(self.ids)

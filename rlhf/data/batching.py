@@ -57,7 +57,7 @@ class Batches(Sequence[list[int]]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def length_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, shuffle: torch.Generator | None) -> Batches:
+def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None) -> Batches:
     """Indices in batches of like length: shuffled, sorted within buckets of 16 batches, batches shuffled.
 
     `shuffle` None: sorted by length, every index once, for evaluation. With shuffling the last, smaller batch

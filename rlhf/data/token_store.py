@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-import numpy as np
-
 Item = TypeVar("Item")
 CHUNK = 256  # rows that are tokenized together: what the tokenizer returns is some 100 bytes a token
 BUFFER = 2**20
@@ -86,30 +84,38 @@ class TokenStore:
             raise OSError(f"the token store ends at byte {start + len(found)}, {end} were written")
         return found
 
-    def lengths(self) -> np.ndarray:
-        """The `length` of each row, int32; nothing can be appended while somebody holds it."""
-        return np.asarray(self._lengths)
+    def lengths(self) -> Sequence[int]:
+        """The `length` of each row, four bytes each; NumPy takes it as it is."""
+        return self._lengths
 
 
 class Column(Sequence[Item], Generic[Item]):
-    """A store's rows as a list would show them: `read` makes an item of a row's lists when it is asked for."""
+    """A store's rows as a list would show them: `read` makes an item of a row's lists when it is asked for.
 
-    def __init__(self, store: TokenStore, read: Callable[[list[list[int]]], Item]) -> None:
-        self.store, self.read = store, read
+    `numbers`: the rows that it shows; None: all. A slice is a column too, so that it costs no memory.
+    """
+
+    def __init__(self, store: TokenStore, read: Callable[[list[list[int]]], Item], numbers: range | None = None
+                 ) -> None:
+        self.store, self.read, self._numbers = store, read, numbers
+
+    @property
+    def numbers(self) -> range:
+        return range(len(self.store)) if self._numbers is None else self._numbers
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.numbers)
 
     @overload
     def __getitem__(self, number: int) -> Item: ...
 
     @overload
-    def __getitem__(self, number: slice) -> list[Item]: ...
+    def __getitem__(self, number: slice) -> "Column[Item]": ...
 
-    def __getitem__(self, number: int | slice) -> Item | list[Item]:
+    def __getitem__(self, number: int | slice) -> "Item | Column[Item]":
         if isinstance(number, slice):
-            return [self[index] for index in range(*number.indices(len(self)))]
-        return self.read(self.store[number + len(self) if number < 0 else number])
+            return Column(self.store, self.read, self.numbers[number])
+        return self.read(self.store[self.numbers[number]])
 
 
 def only(parts: list[list[int]]) -> list[int]:
@@ -117,6 +123,9 @@ def only(parts: list[list[int]]) -> list[int]:
     return parts[0]
 
 
-def lengths_of(sequences: Sequence[Any]) -> Any:
+def lengths_of(sequences: Sequence[Any]) -> Sequence[int]:
     """Length of each sequence: what a store knows without reading, or counted."""
-    return sequences.store.lengths() if isinstance(sequences, Column) else [len(item) for item in sequences]
+    if not isinstance(sequences, Column):
+        return [len(item) for item in sequences]
+    shown, lengths = sequences.numbers, sequences.store.lengths()
+    return lengths if shown == range(len(lengths)) else array("i", (lengths[number] for number in shown))
