@@ -1,7 +1,7 @@
 """A whole PPO run: prompts in a seeded order, journal, checkpoints, alarms. The maths is in rlhf/ppo.py."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from rlhf import parallel
 from rlhf.checkpoint import Checkpoints
+from rlhf.data.token_store import Column, TokenStore, chunks
 from rlhf.errors import TrainingFailed, UserError
 from rlhf.health import check_bounds, hacking_alarm, length_controlled
 from rlhf.journal import Journal, read_journal
@@ -17,6 +18,7 @@ from rlhf.ppo import Rollouts, Trainer
 from rlhf.pretrain import read_corpus
 from rlhf.progress import StageProgress
 from rlhf.seeding import generator, seed_everything
+from rlhf.tokenizer import PromptCodec
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +38,24 @@ def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) 
     for position in range(first, first + needed):
         epoch, place = divmod(position, count)
         if not chosen or place == 0:
-            order = torch.randperm(count, generator=generator(seed, "ppo prompts", epoch)).tolist()
-        chosen.append(order[place])
+            order = torch.randperm(count, generator=generator(seed, "ppo prompts", epoch))
+        chosen.append(int(order[place]))
     return [index for index in chosen for _ in range(params.samples_per_prompt)]
 
 
-def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
+def encode_prompts(codec: PromptCodec, prompts: Iterable[str], max_tokens: int, folder: Path | None = None
+                   ) -> tuple[Sequence[tuple[str, list[int]]], int]:
+    """((text, ids) of the prompts that fit, how many there are in all). Both lie in a file in `folder`."""
+    store, count = TokenStore(folder), 0
+    for texts in chunks(prompts):
+        count += len(texts)
+        for text, ids in zip(texts, codec.prompts(texts), strict=True):
+            if len(ids) <= max_tokens:
+                store.append([text.encode(), ids], len(ids))
+    return Column(store, lambda parts: (bytes(parts[0]).decode(), parts[1])), count
+
+
+def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
               gold: GoldScorer | None = None, corpus: Path | None = None,
               begin_with: Path | None = None) -> dict[str, float]:
     """Trains a policy on `prompts` against the reward model and saves it in `folder`/model. Returns metrics.
@@ -53,8 +67,7 @@ def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder
     """
     seed_everything(seed)
     trainer = Trainer(params, sft_folder, rm_folder, seed, begin_with)
-    encoded = trainer.codec.prompts(prompts)
-    kept = [(text, ids) for text, ids in zip(prompts, encoded, strict=True) if len(ids) <= params.max_prompt_tokens]
+    kept, count = encode_prompts(trainer.codec, prompts, params.max_prompt_tokens, folder)
     if not kept:
         raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
     if params.ptx_coef > 0 and corpus is not None:
@@ -94,7 +107,7 @@ def train_ppo(params: PpoParams, prompts: list[str], sft_folder: Path, rm_folder
     journal.close()
     parallel.meet()
     trainer.save(folder / "model")
-    return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": len(prompts) - len(kept)}
+    return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": count - len(kept)}
 
 
 def watch(values: dict[str, float], history: list[dict[str, float]], trainer: Trainer, rollouts: Rollouts,

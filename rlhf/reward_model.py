@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.rows import Drawn, of_split
+from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
 from rlhf.models import (
@@ -43,26 +46,28 @@ SCORE_BATCH = 512
 class Rankings:
     """Tokenized completions of ranked prompts: ids[prompt][k], ranks[prompt][k]."""
 
-    ids: list[list[list[int]]]
-    ranks: list[list[int]]
+    ids: Sequence[list[list[int]]]
+    ranks: Sequence[list[int]]
     too_long: int
 
     @classmethod
-    def encode(cls, codec: PromptCodec, rows: Sequence[dict[str, Any]], max_tokens: int) -> "Rankings":
-        """Rows with a completion over the limit are left out whole and counted."""
-        prompts = codec.prompts([row["prompt"] for row in rows])
-        flat = codec.completions([text for row in rows for text in row["completions"]])
-        ids, ranks, place = [], [], 0
-        for row, prompt in zip(rows, prompts, strict=True):
-            count = len(row["completions"])
-            sequences = [prompt + completion for completion in flat[place:place + count]]
-            place += count
-            if max(map(len, sequences)) <= max_tokens:
-                ids.append(sequences)
-                ranks.append(list(row["ranks"]))
-        return cls(ids, ranks, len(rows) - len(ids))
+    def encode(cls, codec: PromptCodec, rows: Iterable[dict[str, Any]], max_tokens: int,
+               folder: Path | None = None) -> "Rankings":
+        """Rows with a completion over the limit are left out whole and counted. The ids lie in a file in `folder`."""
+        store, too_long = TokenStore(folder), 0
+        for row, prompt, completions in encoded(codec, rows):
+            longest = len(prompt) + max(map(len, completions))
+            if longest <= max_tokens:
+                store.append([row["ranks"], prompt, *completions], longest)
+            else:
+                too_long += 1
+        return cls(Column(store, lambda parts: [parts[1] + completion for completion in parts[2:]]),
+                   Column(store, only), too_long)
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
+        """Length of each prompt's longest sequence."""
+        if isinstance(self.ids, Column):
+            return lengths_of(self.ids)
         return [max(map(len, group)) for group in self.ids]
 
     def batch_ranks(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -72,6 +77,15 @@ class Rankings:
         ranks = torch.tensor([[*group, *[0] * (widest - len(group))] for group in groups])
         present = torch.tensor([[True] * len(group) + [False] * (widest - len(group)) for group in groups])
         return ranks.to(device()), present.to(device())
+
+
+def encoded(codec: PromptCodec, rows: Iterable[dict[str, Any]]
+            ) -> Iterator[tuple[dict[str, Any], list[int], list[list[int]]]]:
+    """(row, ids of its prompt, ids of its completions) of one row after the other."""
+    for some in chunks(rows):
+        flat = iter(codec.completions([text for row in some for text in row["completions"]]))
+        for row, prompt in zip(some, codec.prompts([row["prompt"] for row in some]), strict=True):
+            yield row, prompt, [next(flat) for _ in row["completions"]]
 
 
 def round_shape(ids: Tensor, pad_id: int) -> Tensor:
@@ -144,12 +158,18 @@ def shared_length(group: Sequence[Sequence[int]]) -> int:
                 min(len(first), len(last)))
 
 
-@torch.no_grad()
 def score_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
                     precision: str) -> list[float]:
     """Score of each sequence at its last token, in the order given."""
-    scores = [0.0] * len(sequences)
-    for indices in length_batches([len(item) for item in sequences], SCORE_BATCH, None):
+    return score_store(model, sequences, pad_id, precision).tolist()
+
+
+@torch.no_grad()
+def score_store(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
+                precision: str) -> "array[float]":
+    """`score_sequences` in eight bytes a score."""
+    scores = array("d", bytes(8 * len(sequences)))
+    for indices in length_batches(lengths_of(sequences), SCORE_BATCH, None):
         found = score_groups(model, [[sequences[index]] for index in indices], pad_id, precision)
         for index, value in zip(indices, found[:, 0].tolist(), strict=True):
             scores[index] = value
@@ -157,37 +177,37 @@ def score_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]], 
 
 
 def score_together(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
-                   precision: str) -> list[float]:
-    """As score_sequences, of sequences that every process has: each scores a part of them."""
+                   precision: str) -> "array[float]":
+    """As score_store, of sequences that every process has: each scores a part of them."""
     if parallel.size() == 1 or parallel.sharded(model):
-        return score_sequences(model, sequences, pad_id, precision)
-    scores = [0.0] * len(sequences)
-    mine = score_sequences(model, parallel.share(sequences), pad_id, precision)
+        return score_store(model, sequences, pad_id, precision)
+    scores = array("d", bytes(8 * len(sequences)))
+    mine = score_store(model, parallel.share(sequences), pad_id, precision)
     for place, part in enumerate(parallel.collect(mine)):
         scores[place::parallel.size()] = part
     return scores
 
 
-def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrations: list[dict[str, str]],
+def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonstrations: Iterable[dict[str, Any]],
                        policy_folder: Path, seed: int, folder: Path) -> tuple[PreTrainedModel, dict[str, float]]:
     """Trains on the train rows and saves the model in `folder`/model. Returns (model, metrics).
 
-    `rows` have prompt, completions, ranks, split, labeler_id. `params.loss` says what is learned of a ranking, and
-    `params.normalise` where the zero of the scores is: `demonstrations` (labelers' ones, prompt and completion) score
-    mean 0 [InstructGPT], or samples of the policy score mean 0 and deviation 1 [Ziegler]. Raises UserError where no row
-    fits or nothing can be normalised by, before anything is trained.
+    `rows` have prompt, completions, ranks, split, labeler_id, and are passed over several times. `params.loss` says
+    what is learned of a ranking, and `params.normalise` where the zero of the scores is: `demonstrations` (labelers'
+    ones, prompt and completion) score mean 0 [InstructGPT], or samples of the policy score mean 0 and deviation 1
+    [Ziegler]. Raises UserError where no row fits or nothing can be normalised by, before anything is trained.
     """
     seed_everything(seed)
     tokenizer = load_tokenizer(policy_folder)
     codec = PromptCodec(tokenizer)
-    train_rows = sample_rows([row for row in rows if row["split"] == "train"], params.max_prompts, seed)
-    valid_rows = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, seed)
+    train_rows = sample_rows(of_split(rows, "train"), params.max_prompts, seed)
+    valid_rows = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, seed)
     if params.loss == "best_of":
-        train_rows = best_of_rows(train_rows, params.best_of_n, seed)
-    data = Rankings.encode(codec, train_rows, params.max_tokens)
+        train_rows = best_of_groups(train_rows, params.best_of_n, seed)
+    data = Rankings.encode(codec, train_rows, params.max_tokens, folder)
     if not data.ids:
         raise UserError(f"data/rm.jsonl: no train row of at most rm.max_tokens = {params.max_tokens} tokens")
-    anchors = demonstration_ids(codec, demonstrations, params)
+    anchors = demonstration_ids(codec, demonstrations, params, folder)
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
     check_length(model, params.max_tokens, "rm.max_tokens")
     parallel.check_divides(params.batch_size, "rm.batch_size")
@@ -198,7 +218,7 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
     model.train()
     lengths = data.lengths()
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "rm", 0)))
-    epochs: dict[int, list[list[int]]] = {}
+    epochs: dict[int, Sequence[list[int]]] = {}
     loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -218,13 +238,14 @@ def train_reward_model(params: RmParams, rows: list[dict[str, Any]], demonstrati
     choice = None
     if params.checkpoint == "valid_accuracy":
         choice = Choice(frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks)),
-                        lambda: accuracy(score_rows(model, codec, valid_rows, params)))
+                        lambda: accuracy(score_rows(model, codec, valid_rows, params, folder)))
     kept = train_loop("rm", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
                       columns=["rm/accuracy"], choice=choice)
     model.eval()
     gain, bias = 1.0, 0.0
     if params.normalise == "gain_and_bias":
-        samples = reference_samples(policy_folder, codec, [row["prompt"] for row in valid_rows], params, seed)
+        prompts = [row["prompt"] for row in itertools.islice(valid_rows, params.normalise_samples)]
+        samples = reference_samples(policy_folder, codec, prompts, params, seed)
         mean, deviation = moments(score_together(model, samples, codec.pad_id, params.precision))
         gain, bias = 1 / max(deviation, 1e-6), -mean / max(deviation, 1e-6)
         scale_scores(model, gain)
@@ -241,44 +262,48 @@ def decided_pairs(ranks: Sequence[int]) -> int:
     return sum(one != other for one, other in itertools.combinations(ranks, 2))
 
 
-def best_of_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+def best_of_rows(rows: Iterable[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """All of `best_of_groups`."""
+    return list(best_of_groups(rows, count, seed))
+
+
+def best_of_groups(rows: Iterable[dict[str, Any]], count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Groups of `count` completions of each row (one of all where it has fewer), the best with rank 1, others 2.
 
     A row's groups are drawn by the seed and share no completion: 4 of a ranking of 9, twice. Groups whose best is a tie
     are left out: nobody could have chosen one.
     """
-    found = []
     for number, row in enumerate(rows):
         order = torch.randperm(len(row["ranks"]), generator=generator(seed, "rm", "best of", number)).tolist()
         for start in range(0, max(1, len(order) - count + 1), count):
             group = sorted(order[start:start + count])
             ranks = [row["ranks"][index] for index in group]
             if ranks.count(min(ranks)) == 1:
-                found.append({**row, "completions": [row["completions"][index] for index in group],
-                              "ranks": [1 if rank == min(ranks) else 2 for rank in ranks]})
-    return found
+                yield {**row, "completions": [row["completions"][index] for index in group],
+                       "ranks": [1 if rank == min(ranks) else 2 for rank in ranks]}
 
 
-def sample_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows drawn without replacement (0: all), in their order."""
-    if count == 0 or count >= len(rows):
-        return rows
-    chosen = torch.randperm(len(rows), generator=generator(seed, "rm", "sample"))[:count].tolist()
-    return [rows[index] for index in sorted(chosen)]
+def sample_rows(rows: Iterable[dict[str, Any]], count: int, seed: int) -> Iterable[dict[str, Any]]:
+    """`count` rows drawn without replacement (0: all), in their order; they are drawn anew in each pass over them."""
+    def numbers(total: int) -> list[int]:
+        return sorted(torch.randperm(total, generator=generator(seed, "rm", "sample"))[:count].tolist())
+    return Drawn(rows, numbers) if count else rows
 
 
-def demonstration_ids(codec: PromptCodec, demonstrations: list[dict[str, str]], params: RmParams) -> list[list[int]]:
+def demonstration_ids(codec: PromptCodec, demonstrations: Iterable[dict[str, Any]], params: RmParams,
+                      folder: Path | None = None) -> Sequence[list[int]]:
     """Prompt and completion of labelers' demonstrations. Raises UserError where they are needed and none fits."""
     if params.normalise != "demonstrations":
         return []
-    prompts = codec.prompts([row["prompt"] for row in demonstrations])
-    completions = codec.completions([row["completion"] for row in demonstrations])
-    sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)
-                 if len(prompt) + len(completion) <= params.max_tokens]
-    if not sequences:
+    store = TokenStore(folder)
+    for _, prompt, [completion] in encoded(codec, ({"prompt": row["prompt"], "completions": [row["completion"]]}
+                                                   for row in demonstrations)):
+        if len(prompt) + len(completion) <= params.max_tokens:
+            store.append([prompt + completion], len(prompt) + len(completion))
+    if not len(store):
         raise UserError(f"data/sft.jsonl: no valid row of at most rm.max_tokens = {params.max_tokens} tokens, and the "
                         "reward model's scores are shifted by those; or set rm.normalise to gain_and_bias")
-    return sequences
+    return Column(store, only)
 
 
 def reference_samples(policy_folder: Path, codec: PromptCodec, prompts: list[str], params: RmParams, seed: int
@@ -319,38 +344,56 @@ class Scored:
         return found
 
 
-def score_rows(model: PreTrainedModel, codec: PromptCodec, rows: list[dict[str, Any]], params: RmParams
-               ) -> list[Scored]:
-    """Scores every completion of the rows that fit."""
-    prompts = codec.prompts([row["prompt"] for row in rows])
-    flat = iter(codec.completions([text for row in rows for text in row["completions"]]))
-    kept, sequences = [], []
-    for row, prompt in zip(rows, prompts, strict=True):
-        mine = [prompt + next(flat) for _ in row["completions"]]
-        if max(map(len, mine)) <= params.max_tokens:
-            kept.append(row)
-            sequences += mine
-    scores = iter(score_together(model, sequences, codec.pad_id, params.precision))
-    return [Scored(row, [next(scores) for _ in row["completions"]]) for row in kept]
+@dataclass(frozen=True)
+class ScoredRows(Iterable[Scored]):
+    """The rows that fit with their scores; the rows themselves are passed over again each time, not held."""
+
+    rows: Iterable[dict[str, Any]]
+    fits: Sequence[int]
+    scores: Sequence[float]
+
+    def __iter__(self) -> Iterator[Scored]:
+        scores = iter(self.scores)
+        for row, fits in zip(self.rows, self.fits, strict=True):
+            if fits:
+                yield Scored(row, [next(scores) for _ in row["completions"]])
 
 
-def accuracy(scored: Sequence[Scored]) -> float:
+def score_rows(model: PreTrainedModel, codec: PromptCodec, rows: Iterable[dict[str, Any]], params: RmParams,
+               folder: Path | None = None) -> ScoredRows:
+    """Scores every completion of the rows that fit. The ids lie in a file in `folder` meanwhile."""
+    store, fits = TokenStore(folder), bytearray()
+    for _, prompt, completions in encoded(codec, rows):
+        fits.append(len(prompt) + max(map(len, completions)) <= params.max_tokens)
+        if fits[-1]:
+            for completion in completions:
+                store.append([prompt + completion], len(prompt) + len(completion))
+    return ScoredRows(rows, fits, score_together(model, Column(store, only), codec.pad_id, params.precision))
+
+
+def accuracy(scored: Iterable[Scored]) -> float:
     """Share of the pairs with a preference that the model orders like the ranking; 0 where there is none."""
-    agreed = [agrees for item in scored for _, agrees in item.pairs()]
-    return sum(agreed) / max(1, len(agreed))
+    agreed = pairs = 0
+    for item in scored:
+        for _, agrees in item.pairs():
+            agreed, pairs = agreed + agrees, pairs + 1
+    return agreed / max(1, pairs)
 
 
-def calibration(scored: Sequence[Scored], bins: int = 10) -> list[dict[str, float]]:
+def calibration(scored: Iterable[Scored], bins: int = 10) -> list[dict[str, float]]:
     """Predicted probability of the preferred completion of a pair, sigmoid(|margin|), against how often the labeler
     agrees: a row a bin of [0.5, 1] that holds pairs; low, predicted, observed, pairs."""
-    groups: dict[int, list[tuple[float, bool]]] = {}
+    predicted, observed, pairs = [0.0] * bins, [0] * bins, [0] * bins
     for item in scored:
         for margin, agrees in item.pairs():
-            predicted = 1 / (1 + math.exp(-margin))
-            groups.setdefault(min(bins - 1, int((predicted - 0.5) * 2 * bins)), []).append((predicted, agrees))
-    return [{"low": 0.5 + number / (2 * bins), "predicted": sum(p for p, _ in pairs) / len(pairs),
-             "observed": sum(agrees for _, agrees in pairs) / len(pairs), "pairs": len(pairs)}
-            for number, pairs in sorted(groups.items())]
+            probability = 1 / (1 + math.exp(-margin))
+            number = min(bins - 1, int((probability - 0.5) * 2 * bins))
+            predicted[number] += probability
+            observed[number] += agrees
+            pairs[number] += 1
+    return [{"low": 0.5 + number / (2 * bins), "predicted": predicted[number] / pairs[number],
+             "observed": observed[number] / pairs[number], "pairs": pairs[number]}
+            for number in range(bins) if pairs[number]]
 
 
 def calibration_error(curve: Sequence[dict[str, float]]) -> float:

@@ -1,7 +1,11 @@
 """Supervised fine-tuning: the loss is on the completion alone, the prompt is only read."""
 
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice, tee
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +13,8 @@ from transformers import PreTrainedModel
 
 from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.rows import of_split
+from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.losses import token_log_probs
 from rlhf.models import (
@@ -39,17 +45,32 @@ CHOICE_PROMPTS = 256
 class Demonstrations:
     """Tokenized prompt + completion pairs; rows over the length limit are left out and counted."""
 
-    ids: list[list[int]]
-    prompt_lengths: list[int]
+    ids: Sequence[list[int]]
+    prompt_lengths: Sequence[int]
     too_long: int
 
     @classmethod
-    def encode(cls, codec: PromptCodec, prompts: list[str], completions: list[str],
-               max_tokens: int) -> "Demonstrations":
-        pairs = list(zip(codec.prompts(prompts), codec.completions(completions), strict=True))
-        kept = [(prompt, completion) for prompt, completion in pairs if len(prompt) + len(completion) <= max_tokens]
-        return cls([prompt + completion for prompt, completion in kept], [len(prompt) for prompt, _ in kept],
-                   len(pairs) - len(kept))
+    def encode(cls, codec: PromptCodec, prompts: Iterable[str], completions: Iterable[str], max_tokens: int,
+               folder: Path | None = None) -> "Demonstrations":
+        """The ids lie in a file in `folder` (rlhf/data/token_store.py)."""
+        store, prompt_lengths, too_long = TokenStore(folder), array("i"), 0
+        for pairs in chunks(zip(prompts, completions, strict=True)):
+            for prompt, completion in zip(codec.prompts([pair[0] for pair in pairs]),
+                                          codec.completions([pair[1] for pair in pairs]), strict=True):
+                if len(prompt) + len(completion) > max_tokens:
+                    too_long += 1
+                    continue
+                store.append([prompt + completion], len(prompt) + len(completion))
+                prompt_lengths.append(len(prompt))
+        return cls(Column(store, only), prompt_lengths, too_long)
+
+    @classmethod
+    def of_rows(cls, codec: PromptCodec, rows: Iterable[dict[str, Any]], max_tokens: int,
+                folder: Path | None = None) -> "Demonstrations":
+        """`encode` of the rows' prompts and completions."""
+        one, other = tee(rows)
+        return cls.encode(codec, (row["prompt"] for row in one), (row["completion"] for row in other), max_tokens,
+                          folder)
 
     def batch(self, indices: list[int], pad_id: int) -> tuple[Tensor, Tensor]:
         """(ids [B, T], mask [B, T-1]): the mask is 1 where ids[:, 1:] is a completion token."""
@@ -61,23 +82,21 @@ class Demonstrations:
         return ids.to(device()), mask.to(device())
 
 
-def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: int, folder: Path,
+def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, seed: int, folder: Path,
         corpus: Path | None = None) -> dict[str, float]:
     """Fine-tunes the base model on the train rows and saves it in `folder`/model. Returns metrics.
 
     `corpus`: pretraining text (JSON Lines with "text"); `params.pretrain_mix` of each step's examples come from it,
     so that what no demonstration speaks of is not unlearned [InstructGPT App. C.3].
 
-    `rows` have prompt, completion and split. `sft/valid_loss` and `sft/valid_loss_base` are nats per completion
-    token on the valid split, after and before. Raises UserError where no row fits.
+    `rows` have prompt, completion and split; they are passed over twice. `sft/valid_loss` and `sft/valid_loss_base`
+    are nats per completion token on the valid split, after and before. Raises UserError where no row fits.
     """
     seed_everything(seed)
     tokenizer = load_tokenizer(base_folder)
     codec = PromptCodec(tokenizer)
-    train, valid = (
-        Demonstrations.encode(codec, [row["prompt"] for row in rows if row["split"] == split],
-                              [row["completion"] for row in rows if row["split"] == split], params.max_tokens)
-        for split in ("train", "valid"))
+    train, valid = (Demonstrations.of_rows(codec, of_split(rows, split), params.max_tokens, folder)
+                    for split in ("train", "valid"))
     if not train.ids or not valid.ids:
         raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
     model = load_policy(base_folder)
@@ -94,9 +113,9 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
     if params.shard:
         parallel.shard(model)
     model.train()
-    lengths = [len(ids) for ids in train.ids]
+    lengths = lengths_of(train.ids)
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "sft", 0)))
-    epochs: dict[int, list[list[int]]] = {}
+    epochs: dict[int, Sequence[list[int]]] = {}
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         epoch, place = divmod(step, per_epoch)
@@ -140,7 +159,7 @@ def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str
 def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
     """Mean loss over all completion tokens of a dataset, nats per token."""
     sums = {"loss": 0.0, "tokens": 0.0}
-    for indices in parallel.share_passes(model, length_batches([len(ids) for ids in data.ids], 256, None)):
+    for indices in parallel.share_passes(model, length_batches(lengths_of(data.ids), 256, None)):
         ids, mask = data.batch(indices, pad_id)
         sums["loss"] += batch_loss(model, ids, mask, params.precision, 1).item()
         sums["tokens"] += mask.sum().item()
@@ -150,7 +169,8 @@ def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, 
 
 def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, codec: PromptCodec, seed: int) -> float:
     """Mean score that the reward model gives to a sample for each of the first valid prompts [InstructGPT App. C.1]."""
-    prompts = [ids[:length] for ids, length in zip(valid.ids, valid.prompt_lengths, strict=True)][:CHOICE_PROMPTS]
+    first = islice(zip(valid.ids, valid.prompt_lengths, strict=True), CHOICE_PROMPTS)
+    prompts = [ids[:length] for ids, length in first]
     room = max(1, params.max_tokens - max(map(len, prompts)))
     sampling = Sampling(room, (codec.eos_id,), codec.pad_id, precision=params.precision)
     responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))

@@ -15,7 +15,7 @@ from tasks.stage import Stage, run_stage
 def train(stage: Stage) -> None:
     """PPO from models/sft on the train prompts of data/ppo.jsonl."""
     params = stage.params.stages.ppo
-    prompts = [row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train"]
+    prompts = (row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train")
     labeler = gold_labeler(stage.params.seed)
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rm"), stage.params.seed, stage.scratch,
                         gold=labeler.scores if labeler else None, corpus=Path("data/corpus.jsonl"))

@@ -3,15 +3,14 @@
     python -m tasks.rm
 """
 
-from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.schema import read_rows
+from rlhf.data.rows import Rows, of_split
 from rlhf.files import write_csv
 from rlhf.reward_model import (
     Scored,
-    accuracy,
     calibration,
     calibration_error,
     sample_rows,
@@ -29,13 +28,12 @@ CURVE = "rm_calibration.csv"
 def train(stage: Stage) -> None:
     """Trains from models/sft, then measures on valid rows: accuracy, calibration, agreement with the gold labeler."""
     params = stage.params.stages.rm
-    rows = list(read_rows(Path("data/rm.jsonl")))
+    rows = Rows(Path("data/rm.jsonl"))
     model, metrics = train_reward_model(params, rows, labeler_demonstrations(), Path("models/sft"), stage.params.seed,
                                         stage.scratch)
-    valid = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, stage.params.seed)
-    scored = score_rows(model, PromptCodec(load_tokenizer("models/sft")), valid, params)
-    metrics |= measure(scored, {row["labeler_id"] for row in rows if row["split"] == "train"},
-                       gold_labeler(stage.params.seed))
+    valid = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, stage.params.seed)
+    scored = score_rows(model, PromptCodec(load_tokenizer("models/sft")), valid, params, stage.scratch)
+    metrics |= measure(scored, {row["labeler_id"] for row in of_split(rows, "train")}, gold_labeler(stage.params.seed))
     curve = calibration(scored)
     metrics["rm/calibration_error"] = calibration_error(curve)
     write_csv(stage.scratch / CURVE, curve)
@@ -44,27 +42,29 @@ def train(stage: Stage) -> None:
     stage.finish(metrics, ["models/rm"])
 
 
-def labeler_demonstrations() -> list[dict[str, Any]]:
+def labeler_demonstrations() -> Iterable[dict[str, Any]]:
     """Valid demonstrations by labelers, by anyone where there are none: what scores mean 0 is measured on."""
-    rows = [row for row in read_rows(Path("data/sft.jsonl")) if row["split"] == "valid"]
-    return [row for row in rows if row["source"] == "labeler"] or rows
+    rows = of_split(Rows(Path("data/sft.jsonl")), "valid")
+    mine = Rows(rows, lambda row: row["source"] == "labeler")
+    return mine if any(True for _ in mine) else rows
 
 
-def measure(scored: list[Scored], training_labelers: set[str], labeler: GoldLabeler | None) -> dict[str, float]:
+def measure(scored: Iterable[Scored], training_labelers: set[str], labeler: GoldLabeler | None) -> dict[str, float]:
     """Accuracy on valid labels of training labelers, of held-out ones, by K, by use case, and by the gold labeler."""
-    known = [item for item in scored if item.row["labeler_id"] in training_labelers]
-    others = [item for item in scored if item.row["labeler_id"] not in training_labelers]
-    metrics = {"rm/accuracy": accuracy(known)}
-    if others:
-        metrics["rm/accuracy_heldout_labelers"] = accuracy(others)
-    if labeler:
-        metrics["rm/accuracy_gold"] = accuracy([Scored(gold_ranked(item.row, labeler), item.scores)
-                                                for item in scored])
-    groups: dict[str, list[Scored]] = defaultdict(list)
+    counts: dict[str, tuple[int, int]] = {"rm/accuracy": (0, 0)} | ({"rm/accuracy_gold": (0, 0)} if labeler else {})
+
+    def count(name: str, item: Scored) -> None:
+        agreed, pairs = counts.get(name, (0, 0))
+        found = item.pairs()
+        counts[name] = agreed + sum(agrees for _, agrees in found), pairs + len(found)
+
     for item in scored:
-        groups[f"rm/accuracy/k{len(item.scores)}"].append(item)
-        groups[f"rm/accuracy/{item.row['use_case']}"].append(item)
-    return metrics | {name: accuracy(group) for name, group in sorted(groups.items())}
+        count("rm/accuracy" if item.row["labeler_id"] in training_labelers else "rm/accuracy_heldout_labelers", item)
+        count(f"rm/accuracy/k{len(item.scores)}", item)
+        count(f"rm/accuracy/{item.row['use_case']}", item)
+        if labeler:
+            count("rm/accuracy_gold", Scored(gold_ranked(item.row, labeler), item.scores))
+    return {name: agreed / max(1, pairs) for name, (agreed, pairs) in sorted(counts.items())}
 
 
 def gold_ranked(row: dict[str, Any], labeler: GoldLabeler) -> dict[str, Any]:

@@ -5,16 +5,15 @@
 
 from pathlib import Path
 
-from rlhf.data.schema import read_rows
+from rlhf.data.rows import Rows
 from rlhf.sft import sft
 from tasks.stage import Stage, run_stage
 
 
 def fine_tune(stage: Stage) -> None:
     """SFT on data/sft.jsonl from models/pretrain."""
-    rows = list(read_rows(Path("data/sft.jsonl")))
-    metrics = sft(stage.params.stages.sft, rows, Path("models/pretrain"), stage.params.seed, stage.scratch,
-                  corpus=Path("data/corpus.jsonl"))
+    metrics = sft(stage.params.stages.sft, Rows(Path("data/sft.jsonl")), Path("models/pretrain"), stage.params.seed,
+                  stage.scratch, corpus=Path("data/corpus.jsonl"))
     stage.publish("model", "models/sft")
     stage.finish(metrics, ["models/sft"])
 

@@ -1,7 +1,9 @@
 """Batches of token sequences: right padding, length buckets in a seeded order, packed documents."""
 
 from collections.abc import Iterable, Sequence
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,24 +27,53 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, T
     return ids, mask
 
 
-def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None) -> list[list[int]]:
+class Batches(Sequence[list[int]]):
+    """Lists of indices that are cut out of an order when they are asked for: eight bytes a row, where Python's whole
+    numbers take forty. `places`: which piece of the order comes when; None: as they lie.
+    """
+
+    def __init__(self, order: np.ndarray, batch_size: int, places: np.ndarray | None = None) -> None:
+        self.order, self.batch_size, self.places = order, batch_size, places
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    @overload
+    def __getitem__(self, number: int) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[list[int]]: ...
+
+    def __getitem__(self, number: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        start = (number if self.places is None else int(self.places[number])) * self.batch_size
+        return self.order[start:start + self.batch_size].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None) -> Batches:
     """Indices in batches of like length: shuffled, sorted within buckets of 16 batches, batches shuffled.
 
     `shuffle` None: sorted by length, every index once, for evaluation. With shuffling the last, smaller batch
     is left out unless it is the only one.
     """
     count = len(lengths)
+    sizes = np.asarray(lengths)
     if shuffle is None:
-        order = sorted(range(count), key=lambda index: (lengths[index], index))
-        return [order[start:start + batch_size] for start in range(0, count, batch_size)]
-    order = torch.randperm(count, generator=shuffle).tolist()
-    order = order[: max(count - count % batch_size, min(count, batch_size))]
-    batches = []
+        return Batches(np.argsort(sizes, kind="stable"), batch_size)  # of equal lengths the smaller index first
+    order = torch.randperm(count, generator=shuffle)[: max(count - count % batch_size, min(count, batch_size))].numpy()
     window = batch_size * BUCKET_BATCHES
     for start in range(0, len(order), window):
-        bucket = sorted(order[start:start + window], key=lambda index: (lengths[index], index))
-        batches += [bucket[place:place + batch_size] for place in range(0, len(bucket), batch_size)]
-    return [batches[index] for index in torch.randperm(len(batches), generator=shuffle).tolist()]
+        bucket = np.sort(order[start:start + window])
+        order[start:start + window] = bucket[np.argsort(sizes[bucket], kind="stable")]
+    places = torch.randperm(-(-len(order) // batch_size), generator=shuffle).numpy()
+    return Batches(order, batch_size, places)
 
 
 def pack(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:

@@ -23,7 +23,7 @@ def train(stage: Stage) -> None:
     """PPO of one round on the train prompts of data/ppo.jsonl."""
     start, rounds, seed = stage.round, stage.params.stages.rounds, stage.params.seed
     params = round_params(stage.params.stages.ppo, rounds, last_beta(start) if not rounds.restart else None)
-    prompts = [row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train"]
+    prompts = (row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train")
     labeler = gold_labeler(seed)
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rounds") / stage.key / "rm",
                         seed + start.number, stage.scratch, gold=labeler.scores if labeler else None,

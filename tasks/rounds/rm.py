@@ -11,7 +11,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf.data.schema import read_rows
+from rlhf.data.rows import Rows, of_split
 from rlhf.feedback.batch import read_batch
 from rlhf.files import publish, write_json
 from rlhf.models import load_scorer
@@ -30,13 +30,14 @@ def train(stage: Stage) -> None:
     """Trains and measures; the members of an ensemble one after the other, each with checkpoints of its own."""
     start, rounds, seed = stage.round, stage.params.stages.rounds, stage.params.seed
     params = replace(stage.params.stages.rm, epochs=rounds.rm_epochs, max_prompts=0)
-    rows = list(read_rows(Path("feedback") / stage.key / "rm.jsonl"))
+    rows = Rows(Path("feedback") / stage.key / "rm.jsonl")
     model, metrics = train_reward_model(params, rows, labeler_demonstrations(), SFT, seed, stage.scratch)
     codec = PromptCodec(load_tokenizer(SFT))
-    valid = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, seed)
-    if valid:
+    valid = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, seed)
+    if any(True for _ in valid):
         metrics |= {name: value for name, value in measure(
-            score_rows(model, codec, valid, params), {row["labeler_id"] for row in rows if row["split"] == "train"},
+            score_rows(model, codec, valid, params, stage.scratch),
+            {row["labeler_id"] for row in of_split(rows, "train")},
             gold_labeler(seed)).items() if name.count("/") == 1}
     if start.number > 1:
         items, _ = read_batch(Path("feedback") / stage.key)

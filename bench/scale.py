@@ -1,0 +1,163 @@
+"""Datasets of 1, 10 and 100 times the paper's rows: time and memory of what SFT, reward model and PPO do with them.
+
+    python bench/scale.py [TIMES ...] [--stages sft rm ppo]     default: 1 10; writes only to a temporary folder
+
+Each line is a process that runs the stage's own function on made-up rows and a tiny model up to the third step (PPO:
+two iterations of 8 rollouts): rows are read, tokenized, stored, put in order. `tokens_a_row`: prompt and completions;
+`peak_mb`: greatest resident memory over that of the same process before it read a row, model and libraries loaded.
+CPU time is that of all threads: on a busy machine it says more than seconds. Pretraining text is not mixed in: the
+corpus does not grow with the datasets.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rlhf.data.schema import PAPER_ROWS
+
+STEPS = 3
+WORDS = [f"{one}{other}{end}" for one in "bdfgklmnprst" for other in "aeiou" for end in ("", "n", "ra", "sting")]
+
+
+class Enough(Exception):
+    """The steps that are measured are over."""
+
+
+def texts(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(4, 14))) + rng.choice(".?!") for _ in range(count)]
+
+
+def rows(stage: str, times: int) -> Iterator[dict[str, Any]]:
+    """The paper's rows by split, `times` times; a text is two halves out of a few thousand, which costs little."""
+    rng, halves = random.Random(stage), texts(4000, 1)
+    counts = {split: times * sum(count for (name, _), count in PAPER_ROWS[stage].items() if name == split)
+              for split in ("train", "valid")}
+    for split, count in counts.items():
+        for number in range(count):
+            row: dict[str, Any] = {"prompt_id": f"{split}-{number}", "labeler_id": f"l{number % 40}",
+                                   "source": "labeler", "split": split, "use_case": "other"}
+            size = rng.randint(5, 10) if stage == "rm" else 2
+            made = [f"{rng.choice(halves)} {rng.choice(halves)}" for _ in range(size)]
+            row["prompt"] = made[0]
+            if stage == "sft":
+                row["completion"] = made[1]
+            elif stage == "rm":
+                row |= {"completions": made[1:], "ranks": [rng.randint(1, len(made) - 1) for _ in made[1:]]}
+            yield row
+
+
+def write(path: Path, stage: str, times: int) -> int:
+    with path.open("w") as out:
+        return sum(out.write(json.dumps(row) + "\n") > 0 for row in rows(stage, times))
+
+
+def make_models(folder: Path) -> None:
+    """A policy of two blocks of width 32 and a reward model of the same shape."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers.utils import logging
+
+    from rlhf.models import new_scorer, save_model
+    from rlhf.seeding import generator
+    from rlhf.tokenizer import train_tokenizer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = train_tokenizer(texts(1000, 2), 400)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=256, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=2, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    save_model(model, tokenizer, folder / "policy")
+    save_model(new_scorer(folder / "policy", tokenizer.pad_token_id, generator(1, "rm")), tokenizer, folder / "rm")
+
+
+def resident(which: str) -> float:
+    """VmRSS or VmHWM (the greatest so far) of this process, MB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[which].split()[0]) / 1024
+
+
+def prepare(stage: str, folder: Path) -> dict[str, float]:
+    """In a process of its own: the stage's function up to its first steps."""
+    import rlhf.reward_model
+    import rlhf.sft
+    from rlhf.data.rows import Rows
+    from rlhf.models import load_scorer
+    from rlhf.params import PpoParams, RmParams, SftParams
+    from rlhf.ppo_run import train_ppo
+    from rlhf.reward_model import score_sequences
+
+    def first_steps(*arguments: Any, loss_of_step: Any, **others: Any) -> int:
+        for step in range(STEPS):
+            loss_of_step(step)[0].backward()
+        raise Enough
+
+    rlhf.sft.train_loop = rlhf.reward_model.train_loop = first_steps
+    rlhf.sft.valid_loss = lambda *arguments: 0.0  # it is a pass of the model over the valid rows, before and after
+    data, policy, scorer = Rows(folder / f"{stage}.jsonl"), folder / "policy", folder / "rm"
+    score_sequences(load_scorer(scorer), [[5] * 40] * 8, 0, "fp32")
+    before, start, used = resident("VmRSS"), time.monotonic(), time.process_time()
+    try:
+        if stage == "sft":
+            rlhf.sft.sft(SftParams(pretrain_mix=0, max_tokens=120, precision="fp32"), data, policy, 1, folder / "run")
+        elif stage == "rm":
+            rlhf.reward_model.train_reward_model(
+                RmParams(normalise="gain_and_bias", batch_size=8, max_tokens=120, precision="fp32"), data, [], policy,
+                1, folder / "run")
+        else:
+            train_ppo(PpoParams(episodes=16, batch_size=8, minibatch_size=8, max_new_tokens=8, precision="fp32"),
+                      (row["prompt"] for row in data if row["split"] == "train"), policy, scorer, 1, folder / "run")
+    except Enough:
+        pass
+    return {"seconds": time.monotonic() - start, "cpu": time.process_time() - used,
+            "peak_mb": resident("VmHWM") - before}
+
+
+def mean_tokens(stage: str, folder: Path) -> float:
+    """Of the first thousand rows."""
+    from rlhf.tokenizer import PromptCodec, load_tokenizer
+
+    codec = PromptCodec(load_tokenizer(folder / "policy"))
+    some = list(islice(rows(stage, 1), 1000))
+    written = [text for row in some for text in [*row.get("completions", []), row.get("completion")] if text]
+    return sum(map(len, codec.prompts([row["prompt"] for row in some]) + codec.completions(written))) / len(some)
+
+
+def measure(stage: str, times: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_models(folder)
+        count = write(folder / f"{stage}.jsonl", stage, times)
+        size = (folder / f"{stage}.jsonl").stat().st_size
+        done = subprocess.run([sys.executable, __file__, "--prepare", stage, str(folder)], check=True, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        found = json.loads(done.stdout)
+        return {"stage": stage, "times": times, "rows": count, "file_mb": round(size / 2**20),
+                "tokens_a_row": round(mean_tokens(stage, folder)),
+                "seconds": round(found["seconds"], 1), "cpu_seconds": round(found["cpu"], 1),
+                "cpu_microseconds_a_row": round(1e6 * found["cpu"] / count),
+                "peak_mb": round(found["peak_mb"])}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("times", nargs="*", type=int, default=[1, 10])
+    parser.add_argument("--stages", nargs="+", default=["sft", "rm", "ppo"], choices=["sft", "rm", "ppo"])
+    parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.prepare:
+        print(json.dumps(prepare(given.prepare[0], Path(given.prepare[1]))))
+    else:
+        for stage in given.stages:
+            for times in given.times:
+                print(json.dumps(measure(stage, times)), flush=True)
