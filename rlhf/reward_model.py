@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.batching import length_batches, pad_right, pass_batches
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
 from rlhf.models import (
@@ -146,7 +146,7 @@ def score_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]], 
                     precision: str) -> list[float]:
     """Score of each sequence at its last token, in the order given."""
     scores = [0.0] * len(sequences)
-    for indices in length_batches([len(item) for item in sequences], SCORE_BATCH, None):
+    for indices in pass_batches([len(item) for item in sequences], SCORE_BATCH):
         found = score_groups(model, [[sequences[index]] for index in indices], pad_id, precision)
         for index, value in zip(indices, found[:, 0].tolist(), strict=True):
             scores[index] = value
