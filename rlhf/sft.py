@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.batching import length_batches, pad_right, pass_batches
 from rlhf.errors import UserError
-from rlhf.losses import token_log_probs
 from rlhf.models import (
     adamw,
-    autocast,
     check_length,
     compile_passes,
     device,
     load_policy,
     load_scorer,
-    logits_at,
+    log_probs_at,
     save_memory,
     save_model,
     set_dropout,
@@ -125,16 +123,14 @@ def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str
     """Mean loss over the completion tokens of a batch, nats."""
     rows, columns = mask.nonzero(as_tuple=True)
     places = rows * ids.shape[1] + columns
-    with autocast(precision):
-        logits = logits_at(model, ids, places)
-    return -token_log_probs(logits, ids.flatten()[places + 1]).mean()
+    return -log_probs_at(model, ids, places, precision).mean()
 
 
 @torch.no_grad()
 def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
     """Mean loss over all completion tokens of a dataset, nats per token."""
     total = tokens = 0.0
-    for indices in length_batches([len(ids) for ids in data.ids], 256, None):
+    for indices in pass_batches([len(ids) for ids in data.ids], 256):
         ids, mask = data.batch(indices, pad_id)
         total += batch_loss(model, ids, mask, params.precision).item() * mask.sum().item()
         tokens += mask.sum().item()
