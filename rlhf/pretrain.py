@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.batching import pack
+from rlhf.data.packing import document_positions
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
@@ -38,14 +39,15 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
     model.train()
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        return lm_loss(model, corpus_batch(rows, params.batch_size, step, seed), params.precision), {}
+        ids = corpus_batch(rows, params.batch_size, step, seed)
+        return lm_loss(model, ids, params.precision, positions_of(ids, params, eos_id)), {}
 
     optimizers = muon_and_adamw(model, params.lr, params.muon_lr, params.weight_decay)
     train_loop("pretrain", folder, model, optimizers, steps=params.steps, warmup=params.warmup_steps,
                loss_of_step=loss_of_step, columns=[])
     model.eval()
     save_model(model, tokenizer, folder / "model")
-    return {"pretrain/valid_loss": rows_loss(model, valid_rows, params), "pretrain/tokens": params.steps
+    return {"pretrain/valid_loss": rows_loss(model, valid_rows, params, eos_id), "pretrain/tokens": params.steps
             * params.batch_size * params.context, "pretrain/parameters": model.num_parameters()}
 
 
@@ -68,20 +70,26 @@ def corpus_batch(rows: Tensor, batch_size: int, step: int, seed: int) -> Tensor:
     return rows[order[start:start + batch_size]].to(device())
 
 
-def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
-    """Mean next-token loss over all positions of packed rows, nats."""
+def positions_of(ids: Tensor, params: PretrainParams, eos_id: int) -> Tensor | None:
+    """Positions of the documents of packed rows where each is to see only itself, else None."""
+    return document_positions(ids, eos_id) if params.document_mask else None
+
+
+def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None) -> Tensor:
+    """Mean next-token loss over all positions of packed rows, nats. `positions` [B, T] keep documents apart."""
     with autocast(precision):
-        logits = next_token_logits(model, ids)
+        logits = next_token_logits(model, ids, positions=positions)
     log_probs = token_log_probs(logits, ids[:, 1:])
     return completion_loss(log_probs, torch.ones_like(log_probs))
 
 
 @torch.no_grad()
-def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams) -> float:
+def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams, eos_id: int) -> float:
     """Mean loss over packed rows, nats per token."""
-    losses = [lm_loss(model, rows[start:start + 64].to(device()), params.precision).item() * len(rows[start:start + 64])
-              for start in range(0, len(rows), 64)]
-    return sum(losses) / len(rows)
+    total = 0.0
+    for ids in rows.to(device()).split(64):
+        total += lm_loss(model, ids, params.precision, positions_of(ids, params, eos_id)).item() * len(ids)
+    return total / len(rows)
 
 
 def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches, pad_right, pass_batches
+from rlhf.data.packing import check_packing, packed_batch, shuffled_batches
 from rlhf.errors import UserError
 from rlhf.models import (
     adamw,
@@ -57,6 +58,12 @@ class Demonstrations:
         mask = ((place >= start) & (place < end)).float()
         return ids.to(device()), mask.to(device())
 
+    def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As batch, in rows of at most `room` tokens that several demonstrations share, and their positions [B, T]."""
+        ids, mask, positions = packed_batch([self.ids[index] for index in indices],
+                                            [self.prompt_lengths[index] for index in indices], room, pad_id)
+        return ids.to(device()), mask.to(device()), positions.to(device())
+
 
 def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: int, folder: Path,
         corpus: Path | None = None) -> dict[str, float]:
@@ -79,6 +86,8 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
         raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
     model = load_policy(base_folder)
     check_length(model, params.max_tokens, "sft.max_tokens")
+    if params.packing:
+        check_packing(model)
     corpus_rows = None
     if corpus and params.pretrain_mix:
         corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings)
@@ -89,16 +98,21 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
     compile_passes(model, params.compile)
     model.train()
     lengths = [len(ids) for ids in train.ids]
-    per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "sft", 0)))
+    batches = shuffled_batches if params.packing else length_batches
+    per_epoch = len(batches(lengths, params.batch_size, generator(seed, "sft", 0)))
     epochs: dict[int, list[list[int]]] = {}
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         epoch, place = divmod(step, per_epoch)
         if epoch not in epochs:
             epochs.clear()
-            epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "sft", epoch))
-        ids, mask = train.batch(epochs[epoch][place], codec.pad_id)
-        loss = batch_loss(model, ids, mask, params.precision)
+            epochs[epoch] = batches(lengths, params.batch_size, generator(seed, "sft", epoch))
+        chosen, positions = epochs[epoch][place], None
+        if params.packing:
+            ids, mask, positions = train.packed(chosen, params.max_tokens, codec.pad_id)
+        else:
+            ids, mask = train.batch(chosen, codec.pad_id)
+        loss = batch_loss(model, ids, mask, params.precision, positions)
         if corpus_rows is None:
             return loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
         other = lm_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
@@ -119,11 +133,12 @@ def sft(params: SftParams, rows: list[dict[str, str]], base_folder: Path, seed: 
             "sft/too_long": train.too_long + valid.too_long}
 
 
-def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str) -> Tensor:
-    """Mean loss over the completion tokens of a batch, nats."""
+def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str,
+               positions: Tensor | None = None) -> Tensor:
+    """Mean loss over the completion tokens of a batch, nats. `positions` [B, T] where demonstrations share rows."""
     rows, columns = mask.nonzero(as_tuple=True)
     places = rows * ids.shape[1] + columns
-    return -log_probs_at(model, ids, places, precision).mean()
+    return -log_probs_at(model, ids, places, precision, positions).mean()
 
 
 @torch.no_grad()
