@@ -99,7 +99,8 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
 
     def first_steps(*arguments: Any, loss_of_step: Any, **others: Any) -> int:
         for step in range(STEPS):
-            loss_of_step(step)[0].backward()
+            for loss, _ in loss_of_step(step):
+                loss.backward()
         raise Enough
 
     rlhf.sft.train_loop = rlhf.reward_model.train_loop = first_steps

@@ -1,8 +1,11 @@
 """The losses of supervised fine-tuning and of the reward model. PPO's are in rlhf/ppo.py."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -10,6 +13,21 @@ def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Te
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     return -F.cross_entropy(scaled.flatten(0, -2), ids.flatten(),
                             reduction="none").view(ids.shape)
+
+
+def log_probs_in_parts(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor, rows: int) -> Tensor:
+    """log softmax(head(states)) at `ids`, float32, `rows` at a time: states [n, d], ids [n] -> [n].
+
+    Logits of one part are alive at once, in the backward pass too, which makes them anew (one more product of the
+    head). torch 2.13's `linear_cross_entropy` does the like and leaves autocast out.
+    """
+    parts = [checkpoint(_head_log_probs, some, head, chosen, use_reentrant=False, preserve_rng_state=False)
+             for some, chosen in zip(states.split(rows), ids.split(rows), strict=True)]
+    return torch.cat(parts)
+
+
+def _head_log_probs(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    return token_log_probs(head(states), ids)
 
 
 def completion_loss(log_probs: Tensor, mask: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ from transformers import (
 from rlhf import parallel
 from rlhf.errors import UserError
 from rlhf.files import writes
+from rlhf.losses import log_probs_in_parts, token_log_probs
 from rlhf.params import PretrainParams
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
+LOGITS_AT_ONCE = 2**26  # places times vocabulary; a loss holds some 12 bytes for each, 0.8 GB
 
 
 def device() -> torch.device:
@@ -105,15 +107,16 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
         module.p = probability
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Last hidden states of right-padded ids: [B, T] -> [B, T, d]."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Last hidden states of right-padded ids: [B, T] -> [B, T, d]. `positions` [B, T] of texts glued into rows."""
+    given = {} if positions is None else {"position_ids": positions}
+    return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
 
 
-def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
+def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
     """Logits at the positions start .. T-2, which predict ids[:, start+1:]: [B, T-1-start, V]."""
     def logits(model: PreTrainedModel) -> Tensor:
-        return model.get_output_embeddings()(hidden_states(model, ids)[:, start:-1])
+        return model.get_output_embeddings()(hidden_states(model, ids, positions)[:, start:-1])
 
     return parallel.compute(logits, model)
 
@@ -128,6 +131,27 @@ def logits_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
         return model.get_output_embeddings()(hidden_states(model, ids).flatten(0, 1).index_select(0, places))
 
     return parallel.compute(logits, model)
+
+
+def log_probs_at(model: PreTrainedModel, ids: Tensor, places: Tensor, precision: str,
+                 positions: Tensor | None = None) -> Tensor:
+    """Log-probs of the tokens after some places of the flattened ids, float32: ids [B, T], places [n] -> [n].
+
+    `positions` [B, T] of texts glued into rows. Many places times a wide vocabulary go through the output layer in
+    parts, so that never more than LOGITS_AT_ONCE logits are alive (`rlhf/losses.py:log_probs_in_parts`).
+    """
+    targets = ids.flatten()[places + 1]
+
+    def log_probs(model: PreTrainedModel) -> Tensor:
+        head = model.get_output_embeddings()
+        with autocast(precision):
+            states = hidden_states(model, ids, positions).flatten(0, 1).index_select(0, places)
+            if len(places) * len(head.weight) > LOGITS_AT_ONCE:
+                return log_probs_in_parts(states, head, targets, max(1, LOGITS_AT_ONCE // len(head.weight)))
+            logits = head(states)
+        return token_log_probs(logits, targets)
+
+    return parallel.compute(log_probs, model)
 
 
 def scores_at(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:

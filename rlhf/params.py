@@ -55,6 +55,7 @@ class PretrainParams:
     n_head: int = param(4, "attention heads", ge=1, le=200)
     n_embd: int = param(128, "width", ge=8, le=20_000)
     context: int = param(128, "positions the model has", ge=16, le=1_000_000)
+    document_mask: bool = param(False, "a document of a packed row sees only itself, and its positions start at 0")
     steps: int = param(1000, "optimizer steps", ge=1)
     batch_size: int = param(16, "sequences of `context` tokens a step", ge=1)
     lr: float = param(3e-3, "peak learning rate of embeddings, norms and biases (AdamW)", gt=0, le=1)
@@ -77,11 +78,14 @@ class SftParams:
                                 ge=0, lt=1)
     dropout: float = param(0.0, "residual dropout [InstructGPT: 0.2]", ge=0, lt=1)
     max_tokens: int = param(96, "longest prompt + completion, tokens; longer rows are left out and counted", ge=2)
+    packing: bool = param(False, "glue a step's demonstrations into rows of at most max_tokens; each sees only itself")
     checkpoint: Literal["last", "valid_loss", "rm_score"] = param(
         "last", "which epoch's weights are kept; rm_score needs reward_model [InstructGPT App. C.1]")
     reward_model: str = param("", "folder of a reward model that picks the epoch")
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = param(False, "torch.compile the training passes")
+    micro_batch_size: int = param(0, "demonstrations a forward pass, 0: all of a step; not the update, but its memory",
+                                  ge=0)
     processes: int = param(1, "processes a machine that share each batch; one a GPU, on a CPU of one thread each", ge=1,
                            le=1024)
     shard: bool = param(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
@@ -109,6 +113,7 @@ class RmParams:
     checks: int = param(4, "times that valid accuracy is measured, for checkpoint valid_accuracy", ge=1, le=100)
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = param(False, "torch.compile the training passes")
+    micro_batch_size: int = param(0, "prompts a forward pass, 0: all of a step; not the update, but its memory", ge=0)
     processes: int = param(1, "processes a machine that share each batch; one a GPU, on a CPU of one thread each", ge=1,
                            le=1024)
     shard: bool = param(False, "split weights, gradients and optimizer state over the processes (FSDP2)")

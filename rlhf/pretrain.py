@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import parallel
 from rlhf.data.batching import pack
+from rlhf.data.packing import document_positions
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
@@ -15,7 +16,7 @@ from rlhf.models import autocast, device, load_policy, muon_and_adamw, next_toke
 from rlhf.params import PretrainParams
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import load_with_pad, text_ids, train_tokenizer
-from rlhf.training import train_loop
+from rlhf.training import Part, train_loop
 
 VALID_DOCUMENTS = 500
 CORPUS_ROW = 128
@@ -39,15 +40,16 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
     parallel.check_divides(params.batch_size, "pretrain.batch_size")
     model.train()
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        return corpus_loss(model, corpus_batch(rows, params.batch_size, step, seed), params.precision), {}
+    def loss_of_step(step: int) -> list[Part]:
+        ids = corpus_batch(rows, params.batch_size, step, seed)
+        return [(corpus_loss(model, ids, params.precision, positions_of(ids, params, eos_id)), {})]
 
     optimizers = muon_and_adamw(model, params.lr, params.muon_lr, params.weight_decay)
     train_loop("pretrain", folder, model, optimizers, steps=params.steps, warmup=params.warmup_steps,
                loss_of_step=loss_of_step, columns=[])
     model.eval()
     save_model(model, tokenizer, folder / "model")
-    return {"pretrain/valid_loss": rows_loss(model, valid_rows, params), "pretrain/tokens": params.steps
+    return {"pretrain/valid_loss": rows_loss(model, valid_rows, params, eos_id), "pretrain/tokens": params.steps
             * params.batch_size * params.context, "pretrain/parameters": model.num_parameters()}
 
 
@@ -70,27 +72,34 @@ def corpus_batch(rows: Tensor, batch_size: int, step: int, seed: int) -> Tensor:
     return rows[order[start:start + batch_size]].to(device())
 
 
-def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
-    """Mean next-token loss over all positions of packed rows, nats."""
+def positions_of(ids: Tensor, params: PretrainParams, eos_id: int) -> Tensor | None:
+    """Positions of the documents of packed rows where each is to see only itself, else None."""
+    return document_positions(ids, eos_id) if params.document_mask else None
+
+
+def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None) -> Tensor:
+    """Mean next-token loss over all positions of packed rows, nats. `positions` [B, T] keep documents apart."""
     with autocast(precision):
-        logits = next_token_logits(model, ids)
+        logits = next_token_logits(model, ids, positions=positions)
     log_probs = token_log_probs(logits, ids[:, 1:])
     return completion_loss(log_probs, torch.ones_like(log_probs))
 
 
-def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
+def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None) -> Tensor:
     """This process's part of the mean loss over a step's packed rows; the processes' parts add up to it."""
     mine = list(parallel.share(range(len(ids))))
-    rows = ids[mine] if mine else ids[:1]  # one with nothing to do makes the pass too, at no weight
-    return lm_loss(model, rows, precision) * (len(mine) / len(ids))
+    rows = mine or [0]  # one with nothing to do makes the pass too, at no weight
+    return lm_loss(model, ids[rows], precision, None if positions is None else positions[rows]) * (len(mine) / len(ids))
 
 
 @torch.no_grad()
-def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams) -> float:
+def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams, eos_id: int) -> float:
     """Mean loss over packed rows, nats per token."""
-    losses = [lm_loss(model, rows[start:start + 64].to(device()), params.precision).item() * len(rows[start:start + 64])
-              for start in parallel.share(range(0, len(rows), 64))]
-    return parallel.add_up({"loss": sum(losses)})["loss"] / len(rows)
+    total = 0.0
+    for ids in parallel.share(rows.split(64)):
+        ids = ids.to(device())
+        total += lm_loss(model, ids, params.precision, positions_of(ids, params, eos_id)).item() * len(ids)
+    return parallel.add_up({"loss": total})["loss"] / len(rows)
 
 
 def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf import parallel
-from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.batching import length_batches, pad_right, pass_batches, pieces
 from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
@@ -37,7 +37,7 @@ from rlhf.params import RmParams
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.training import Choice, train_loop
+from rlhf.training import Choice, Part, train_loop
 
 SCORE_BATCH = 512
 
@@ -169,7 +169,7 @@ def score_store(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_
                 precision: str) -> "array[float]":
     """`score_sequences` in eight bytes a score."""
     scores = array("d", bytes(8 * len(sequences)))
-    for indices in length_batches(lengths_of(sequences), SCORE_BATCH, None):
+    for indices in pass_batches(lengths_of(sequences), SCORE_BATCH):
         found = score_groups(model, [[sequences[index]] for index in indices], pad_id, precision)
         for index, value in zip(indices, found[:, 0].tolist(), strict=True):
             scores[index] = value
@@ -221,18 +221,18 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     epochs: dict[int, Sequence[list[int]]] = {}
     loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of_step(step: int) -> Iterator[Part]:
         epoch, place = divmod(step, per_epoch)
         if epoch not in epochs:
             epochs.clear()
             epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "rm", epoch))
         batch = epochs[epoch][place]
-        indices = parallel.share(batch)
-        scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
-        ranks, present = data.batch_ranks(indices)
-        right, _ = ranking_accuracy(scores.detach(), ranks, present)
         pairs = sum(decided_pairs(data.ranks[index]) for index in batch)
-        return loss_of(scores, ranks, present) * (len(indices) / len(batch)), {"rm/accuracy": right / max(1, pairs)}
+        for indices in pieces(parallel.share(batch), params.micro_batch_size):
+            scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
+            ranks, present = data.batch_ranks(indices)
+            right, _ = ranking_accuracy(scores.detach(), ranks, present)
+            yield loss_of(scores, ranks, present) * (len(indices) / len(batch)), {"rm/accuracy": right / max(1, pairs)}
 
     steps = per_epoch * params.epochs
     choice = None

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the loss is on the completion alone, the prompt is only read."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, tee
 from pathlib import Path
@@ -12,20 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import parallel
-from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.batching import length_batches, pad_right, pass_batches, pieces
+from rlhf.data.packing import check_packing, packed_batch, shuffled_batches
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
-from rlhf.losses import token_log_probs
 from rlhf.models import (
     adamw,
-    autocast,
     check_length,
     compile_passes,
     device,
     load_policy,
     load_scorer,
-    logits_at,
+    log_probs_at,
     save_memory,
     save_model,
     set_dropout,
@@ -36,7 +35,7 @@ from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.training import Choice, train_loop
+from rlhf.training import Choice, Part, train_loop
 
 CHOICE_PROMPTS = 256
 
@@ -81,6 +80,12 @@ class Demonstrations:
         mask = ((place >= start) & (place < end)).float()
         return ids.to(device()), mask.to(device())
 
+    def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As batch, in rows of at most `room` tokens that several demonstrations share, and their positions [B, T]."""
+        ids, mask, positions = packed_batch([self.ids[index] for index in indices],
+                                            [self.prompt_lengths[index] for index in indices], room, pad_id)
+        return ids.to(device()), mask.to(device()), positions.to(device())
+
 
 def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, seed: int, folder: Path,
         corpus: Path | None = None) -> dict[str, float]:
@@ -101,6 +106,8 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
     model = load_policy(base_folder)
     check_length(model, params.max_tokens, "sft.max_tokens")
+    if params.packing:
+        check_packing(model)
     corpus_rows = None
     if corpus and params.pretrain_mix:
         corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings)
@@ -114,23 +121,28 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         parallel.shard(model)
     model.train()
     lengths = lengths_of(train.ids)
-    per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "sft", 0)))
+    batches = shuffled_batches if params.packing else length_batches
+    per_epoch = len(batches(lengths, params.batch_size, generator(seed, "sft", 0)))
     epochs: dict[int, Sequence[list[int]]] = {}
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of_step(step: int) -> Iterator[Part]:
         epoch, place = divmod(step, per_epoch)
         if epoch not in epochs:
             epochs.clear()
-            epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "sft", epoch))
-        batch = epochs[epoch][place]
+            epochs[epoch] = batches(lengths, params.batch_size, generator(seed, "sft", epoch))
+        batch, positions = epochs[epoch][place], None
         tokens = sum(lengths[row] - train.prompt_lengths[row] for row in batch)
-        ids, mask = train.batch(list(parallel.share(batch)), codec.pad_id)
-        loss = batch_loss(model, ids, mask, params.precision, tokens)
-        if corpus_rows is None:
-            return loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
-        other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
-        total = (1 - params.pretrain_mix) * loss + params.pretrain_mix * other
-        return total, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": other.item()}
+        share = 1.0 if corpus_rows is None else 1 - params.pretrain_mix
+        for chosen in pieces(parallel.share(batch), params.micro_batch_size):
+            if params.packing:
+                ids, mask, positions = train.packed(chosen, params.max_tokens, codec.pad_id)
+            else:
+                ids, mask = train.batch(chosen, codec.pad_id)
+            loss = batch_loss(model, ids, mask, params.precision, positions, tokens)
+            yield share * loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
+        if corpus_rows is not None:
+            other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
+            yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.item()}
 
     measure = {"valid_loss": lambda: -valid_loss(model, valid, params, codec.pad_id),
                "rm_score": lambda: rm_score(model, valid, params, codec, seed)}.get(params.checkpoint)
@@ -146,22 +158,24 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             "sft/too_long": train.too_long + valid.too_long}
 
 
-def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str, tokens: float = 0) -> Tensor:
-    """Mean loss over the completion tokens of a batch, nats; with `tokens`, its sum over that many."""
+def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str, positions: Tensor | None = None,
+               tokens: float = 0) -> Tensor:
+    """Mean loss over the completion tokens of a batch, nats; with `tokens`, its sum over that many.
+
+    `positions` [B, T] where demonstrations share rows.
+    """
     rows, columns = mask.nonzero(as_tuple=True)
     places = rows * ids.shape[1] + columns
-    with autocast(precision):
-        logits = logits_at(model, ids, places)
-    return -token_log_probs(logits, ids.flatten()[places + 1]).sum() / (tokens or len(places))
+    return -log_probs_at(model, ids, places, precision, positions).sum() / (tokens or len(places))
 
 
 @torch.no_grad()
 def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
     """Mean loss over all completion tokens of a dataset, nats per token."""
     sums = {"loss": 0.0, "tokens": 0.0}
-    for indices in parallel.share_passes(model, length_batches(lengths_of(data.ids), 256, None)):
+    for indices in parallel.share_passes(model, pass_batches(lengths_of(data.ids), 256)):
         ids, mask = data.batch(indices, pad_id)
-        sums["loss"] += batch_loss(model, ids, mask, params.precision, 1).item()
+        sums["loss"] += batch_loss(model, ids, mask, params.precision, tokens=1).item()
         sums["tokens"] += mask.sum().item()
     sums = parallel.add_up(sums)
     return sums["loss"] / sums["tokens"]

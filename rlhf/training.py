@@ -1,7 +1,7 @@
 """The loop that pretraining, SFT and the reward model share: steps, journal, checkpoints, resume."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from rlhf.models import cosine_factor, scale_lr
 from rlhf.progress import StageProgress
 from rlhf.seeding import restore_rng, rng_state
 
+Part = tuple[Tensor, Mapping[str, float]]  # of a step's loss, and of what the journal says of it
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -31,16 +33,17 @@ class Choice:
 
 
 def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], *,
-               steps: int, loss_of_step: Callable[[int], tuple[Tensor, Mapping[str, float]]], columns: list[str],
+               steps: int, loss_of_step: Callable[[int], Iterable[Part]], columns: list[str],
                warmup: int = 0, max_grad_norm: float = 1.0, choice: Choice | None = None) -> int:
     """Runs `steps` optimizer steps with a cosine learning rate, going on from a checkpoint where there is one.
 
     Returns the step whose weights the model has at the end: the last one, or that of the best `choice`. Raises
     TrainingFailed where a loss or a gradient is not finite; the weights are then those before that step.
 
-    `loss_of_step(step)` returns the loss to minimise and further values for the journal (`columns`). It must be
-    a function of the step and the weights alone, so that a resumed run does what an uninterrupted one would. Where
-    several processes train (rlhf/parallel.py), loss and values are this one's part; the parts add up to the batch's.
+    `loss_of_step(step)` gives the loss to minimise and further values for the journal (`columns`), in one part or in
+    several that add up to the batch's: each is taken back through the model before the next is asked for. It must be a
+    function of the step and the weights alone, so that a resumed run does what an uninterrupted one would. Where
+    several processes train (rlhf/parallel.py), the parts of all of them add up.
     """
     checkpoints = Checkpoints(folder / "checkpoints")
     found = checkpoints.latest()
@@ -69,9 +72,11 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
             factor = cosine_factor(step, steps, warmup)
             for optimizer in optimizers:
                 scale_lr(optimizer, factor)
-            part, parts = loss_of_step(step)
-            parallel.backward(model, part)
-            values = parallel.add_gradients(model, {"": part.item(), **parts})
+            sums: dict[str, float] = {}
+            for part, more in loss_of_step(step):
+                parallel.backward(model, part)
+                sums = {key: sums.get(key, 0.0) + value for key, value in {"": part.item(), **more}.items()}
+            values = parallel.add_gradients(model, sums)
             loss = values.pop("")
             norm = parallel.clip_gradients(model, max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -152,7 +152,7 @@ def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
         scores = score_groups(model, [data.ids[index] for index in indices], work.pad, precision)
         loss = ranking_loss(scores, *data.batch_ranks(indices)) * (len(indices) / RM_BATCH)
         losses.append(loss.item())
-        return loss, {}
+        return [(loss, {})]
 
     return timed(root, model, loss_of_step, prompts // RM_BATCH, losses) | {"prompts": prompts}
 
@@ -170,9 +170,9 @@ def sft(folder: str, precision: str, rows: int) -> dict[str, Any]:
 
     def loss_of_step(step: int) -> Any:
         tokens = sum(len(data.ids[row]) - data.prompt_lengths[row] for row in batches[step])
-        loss = batch_loss(model, *data.batch(list(parallel.share(batches[step])), work.pad), precision, tokens)
+        loss = batch_loss(model, *data.batch(list(parallel.share(batches[step])), work.pad), precision, tokens=tokens)
         losses.append(loss.item())
-        return loss, {}
+        return [(loss, {})]
 
     return timed(root, model, loss_of_step, len(batches), losses) | {"tokens": sum(len(ids) for ids in data.ids)}
 

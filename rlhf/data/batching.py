@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BUCKET_BATCHES = 16
+PASS_TOKENS = 65_536  # of a pass without gradients, PADs included: long texts go through in fewer rows
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
@@ -74,6 +75,24 @@ def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Gener
         order[start:start + window] = bucket[np.argsort(sizes[bucket], kind="stable")]
     places = torch.randperm(-(-len(order) // batch_size), generator=shuffle).numpy()
     return Batches(order, batch_size, places)
+
+
+def pieces(rows: Sequence[int], count: int) -> list[list[int]]:
+    """The rows of a batch in parts of at most `count`, one forward pass each; 0: all in one."""
+    return [list(rows[start:start + count]) for start in range(0, len(rows), count)] if count else [list(rows)]
+
+
+def pass_batches(lengths: Sequence[int], batch_size: int, max_tokens: int = PASS_TOKENS) -> list[list[int]]:
+    """Every index once, sorted by length, for evaluation: at most `batch_size` rows and `max_tokens` padded tokens.
+
+    A row longer than that has a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if not batches or len(batches[-1]) >= min(batch_size, max(1, max_tokens // max(1, lengths[index]))):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def pack(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:

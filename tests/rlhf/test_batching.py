@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.data.batching import BUCKET_BATCHES, length_batches, pack, pad_left, pad_right
+from rlhf.data.batching import BUCKET_BATCHES, length_batches, pack, pad_left, pad_right, pass_batches
 
 lengths_of_rows = st.lists(st.integers(1, 60), min_size=1, max_size=300)
 
@@ -33,6 +33,17 @@ def test_without_shuffling_every_index_comes_once_by_length(lengths: list[int], 
     assert [lengths[index] for index in flat] == sorted(lengths)
     assert all(len(batch) == batch_size for batch in batches[:-1])
     assert 1 <= len(batches[-1]) <= batch_size
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_of_rows, st.integers(1, 40), st.integers(1, 500))
+def test_a_pass_holds_so_many_rows_and_tokens(lengths: list[int], batch_size: int, tokens: int) -> None:
+    batches = pass_batches(lengths, batch_size, tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= batch_size
+        assert len(batch) * max(lengths[index] for index in batch) <= tokens or len(batch) == 1
+    assert pass_batches(lengths, batch_size) == length_batches(lengths, batch_size, None)  # short texts: no difference
 
 
 @settings(max_examples=80, deadline=None)

@@ -21,7 +21,7 @@ from rlhf.models import load_policy
 from rlhf.params import PpoParams
 from rlhf.ppo_run import train_ppo
 from rlhf.pretrain import lm_loss
-from rlhf.training import train_loop
+from rlhf.training import Part, train_loop
 
 
 def test_the_length_controlled_score_is_the_fitted_line_s() -> None:
@@ -122,9 +122,9 @@ def test_a_loss_that_is_no_number_stops_supervised_training(model_folders: dict[
     model = load_policy(model_folders["gpt2"][0])
     rows = torch.randint(5, 300, (4, 8), generator=torch.Generator().manual_seed(1))
 
-    def loss_of_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of_step(step: int) -> list[Part]:
         loss = lm_loss(model, rows, "fp32")
-        return loss * (math.inf if step == 2 else 1.0), {}
+        return [(loss * (math.inf if step == 2 else 1.0), {})]
 
     with pytest.raises(TrainingFailed, match=r"step 3: loss inf, .*saved as it was after step 2; lower toy\.lr"):
         train_loop("toy", tmp_path, model, [torch.optim.SGD(model.parameters(), lr=1e-3)], steps=5,

@@ -2,13 +2,12 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf.checkpoint import Checkpoints, StopSignal
 from rlhf.errors import Interrupted
@@ -17,7 +16,7 @@ from rlhf.models import adamw, muon_and_adamw, set_dropout
 from rlhf.params import PpoParams
 from rlhf.ppo_run import train_ppo
 from rlhf.pretrain import corpus_batch, lm_loss
-from rlhf.training import train_loop
+from rlhf.training import Part, train_loop
 
 STEPS = 7
 ROWS = torch.randint(5, 300, (12, 16), generator=torch.Generator().manual_seed(1))
@@ -43,9 +42,9 @@ def train(make_policy: Callable[..., Any], architecture: str) -> Callable[..., d
         torch.manual_seed(42)
         optimizers = muon_and_adamw(model, 1e-2, 0.02, 0.01) if architecture == "gpt_neox" else [adamw(model, 1e-2)]
 
-        def loss_of_step(step: int) -> tuple[Tensor, Mapping[str, float]]:
+        def loss_of_step(step: int) -> list[Part]:
             hook(step)
-            return lm_loss(model, corpus_batch(ROWS, 4, step, 3), "fp32"), {"toy/step": step}
+            return [(lm_loss(model, corpus_batch(ROWS, 4, step, 3), "fp32"), {"toy/step": step})]
 
         train_loop("toy", folder, model, optimizers, steps=STEPS, loss_of_step=loss_of_step, columns=["toy/step"],
                    warmup=2)

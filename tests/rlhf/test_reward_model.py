@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import rlhf.reward_model
 from rlhf.errors import UserError
+from rlhf.journal import read_journal
 from rlhf.losses import best_of_loss
 from rlhf.models import load_policy, load_scorer, new_scorer, save_memory
 from rlhf.params import RmParams
@@ -294,3 +295,13 @@ def test_sft_keeps_the_epoch_that_the_reward_model_or_the_loss_likes_best(
 def test_more_tokens_than_positions_are_refused_before_training(policy_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rm\.max_tokens = 129: must be at most 128, the positions that the model has"):
         train(tmp_path, policy_folder, max_tokens=129)
+
+
+def test_micro_batches_do_not_change_a_step(policy_folder: Path, tmp_path: Path) -> None:
+    journals = []
+    for size in (0, 3):
+        train(tmp_path / str(size), policy_folder, micro_batch_size=size, epochs=1, lr=1e-4)
+        journals.append(read_journal(tmp_path / str(size) / "journal.csv"))
+    for one, other in zip(*journals, strict=True):
+        assert {key: float(value) for key, value in other.items()} == pytest.approx(
+            {key: float(value) for key, value in one.items()}, rel=1e-3, abs=1e-6)

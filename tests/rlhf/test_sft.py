@@ -102,3 +102,14 @@ def test_long_rows_are_left_out_and_counted(tokenizer: PreTrainedTokenizerFast, 
     assert metrics["sft/train_rows"] == 24
     with pytest.raises(UserError, match=r"sft\.max_tokens = 2"):
         sft(params(max_tokens=2), rows, policy_folder, SEED, tmp_path / "none")
+
+
+def test_micro_batches_do_not_change_a_step(policy_folder: Path, texts: list[str], corpus: Path, tmp_path: Path) -> None:
+    journals = []
+    for size in (0, 3):
+        sft(params(micro_batch_size=size, pretrain_mix=0.3), demonstration_rows(texts), policy_folder, SEED,
+            tmp_path / str(size), corpus)
+        journals.append(read_journal(tmp_path / str(size) / "journal.csv"))
+    for one, other in zip(*journals, strict=True):
+        assert {key: float(value) for key, value in other.items()} == pytest.approx(
+            {key: float(value) for key, value in one.items()}, rel=1e-4)
