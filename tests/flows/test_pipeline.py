@@ -27,7 +27,6 @@ from rlhf.errors import UserError
 from tasks.graph import line_stages
 from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout, alive
 
-
 # --- order and cache ------------------------------------------------------------------------------------------------
 
 
