@@ -21,7 +21,7 @@ _usual = gc.get_threshold()
 def imports_done(*_: object) -> None:
     """Collects garbage as usual from here on, but never among what is there by now.
 
-    A program calls it when its work begins; without that it happens by itself at the first collection, which comes
+    What trains calls it when its work begins; without that it happens by itself at the first collection, which comes
     after `IMPORTED_OBJECTS`.
     """
     if imports_done in gc.callbacks:

@@ -98,7 +98,8 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
     parser.add_argument("--status", action="store_true", help="only say what a run would start from")
     args = parser.parse_args()
-    imports_done()
+    if "torch" in sys.modules:  # garbage may hold tensors
+        imports_done()
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     root = Path.cwd()
