@@ -40,7 +40,7 @@ def start_server() -> None:
 
 
 def wait_for_server() -> None:
-    """Returns when the server that `start_server` has started answers. Raises RuntimeError where it has ended."""
+    """Returns when the server that `start_server` has started answers; ends the process where it does not."""
     from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
 
     if not _started:
@@ -52,11 +52,11 @@ def wait_for_server() -> None:
         connection.request("GET", "/api/health")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        raise RuntimeError(f"Prefect's server did not start in {seconds} s: {error or type(error).__name__}") from None
+        raise SystemExit(f"Prefect's server did not start: {error or type(error).__name__}") from None
     finally:
         connection.close()
     if status != http.HTTPStatus.OK:
-        raise RuntimeError(f"Prefect's server did not start: it answered {status}")
+        raise SystemExit(f"Prefect's server did not start: it answered {status}")
 
 
 def server_lasts() -> bool:
