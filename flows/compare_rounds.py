@@ -18,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import flows.quiet  # noqa: F401
+from flows.process import continue_in_own_group
+from flows.server import start_server, wait_for_server
+
+if __name__ == "__main__":  # the server starts while this process goes on with its own imports
+    continue_in_own_group()
+    start_server()
 
 # isort: split
-from flows.process import continue_in_own_group
 from flows.rounds import place_of, run_rounds
 from flows.terminal import show_bars
 from rlhf.errors import UserError
 from rlhf.files import write_atomic, write_json
+from tasks import imports_done
 from tasks.params import load_params
 
 OUT, PAGE = Path("metrics/rounds.json"), Path("docs/rounds.md")
@@ -116,10 +122,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=3, help="rounds")
     parser.add_argument("--only-run", action="store_true", help="write no page: another process compares")
     options = parser.parse_args()
-    continue_in_own_group()
+    imports_done()
     show_bars()
     root = Path.cwd()
     try:
+        wait_for_server()
         found = asyncio.run(compare(options.seeds, options.arms, options.count, root))
     except UserError as error:
         print(f"compare_rounds: {error}", file=sys.stderr)

@@ -19,6 +19,12 @@ from typing import Any
 from uuid import UUID
 
 import flows.quiet  # noqa: F401
+from flows.process import continue_in_own_group
+from flows.server import server_lasts, start_server, wait_for_server
+
+if __name__ == "__main__":  # the server starts while this process goes on with its own imports
+    continue_in_own_group()
+    start_server()
 
 # isort: split
 from prefect import State, flow, get_run_logger
@@ -34,19 +40,19 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Crashed, Failed
 
 from flows.artifacts import findings_of, kept, show_curves, show_findings, show_metrics
 from flows.copies import FOLDER, Changes, fill_copy
 from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
-from flows.process import continue_in_own_group
 from flows.remote import delegated_task
 from flows.stages import ON_GPU, StageFailed, mend_lock, stage_task, training_slot
 from flows.summary import StageResult, Summary, main_numbers
 from flows.terminal import show_bars
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
+from tasks import imports_done
 from tasks.graph import line_stages
 from tasks.mirror import wait_until_mirrored
 from tasks.params import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
@@ -247,7 +253,7 @@ def look_at(root: Path, mirrored: dict[str, Any]) -> list[tuple[str, str]]:
     mlflow = tracker if tracker.startswith("http") else "`mlflow ui`, then http://127.0.0.1:5000"
     if mirrored.get("parent_run_id"):
         mlflow += f"/#/experiments/{mirrored['experiment_id']}/runs/{mirrored['parent_run_id']}"
-    prefect = PREFECT_UI_URL.value() if PREFECT_API_URL.value() else "`prefect server start`, then http://127.0.0.1:4200"
+    prefect = PREFECT_UI_URL.value() if server_lasts() else "`prefect server start`, then http://127.0.0.1:4200"
     return [
         ("report", str(root / "reports" / "report.html")),
         ("data docs", str(root / "reports" / "data_docs" / "index.html")),
@@ -271,9 +277,10 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    continue_in_own_group()
+    imports_done()
     show_bars()
     try:
+        wait_for_server()
         result = asyncio.run(run_line(args.profile))
     except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -15,6 +15,12 @@ from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 import flows.quiet  # noqa: F401
+from flows.process import continue_in_own_group, run_lines
+from flows.server import start_server, wait_for_server
+
+if __name__ == "__main__":  # the server starts while this process goes on with its own imports
+    continue_in_own_group()
+    start_server()
 
 # isort: split
 from prefect import State, flow, get_run_logger
@@ -37,11 +43,11 @@ from flows.pipeline import (
     run_stages,
     use_profile,
 )
-from flows.process import continue_in_own_group, run_lines
 from flows.stages import StageFailed, child_env, mend_lock
 from flows.terminal import show_bars
 from rlhf.errors import UserError
 from rlhf.feedback.store import LABELS, Batch
+from tasks import imports_done
 from tasks.graph import write_rounds
 from tasks.mirror import wait_until_mirrored
 from tasks.params import load_params
@@ -253,9 +259,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--own-copy", action="store_true", help="work in a copy of this checkout")
     given = vars(parser.parse_args())
-    continue_in_own_group()
+    imports_done()
     show_bars()
     try:
+        wait_for_server()
         result = asyncio.run(run_rounds(given))
     except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

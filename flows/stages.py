@@ -20,13 +20,13 @@ from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.concurrency.asyncio import concurrency
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.tasks import Task
 
 from flows.artifacts import progress_of
 from flows.copies import tracking_of
 from flows.process import run_lines
+from flows.server import server_lasts
 from flows.summary import StageResult
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
@@ -48,8 +48,13 @@ class StageFailed(Exception):
 
 
 def stage_task(stage: str, hours: float | None = None) -> Task[..., Any]:
-    """The Prefect task of one stage, named after it; ended where it takes longer than `hours`."""
-    return run_stage.with_options(name=stage, task_run_name=stage, tags={"gpu"} if stage in ON_GPU else set(),
+    """The Prefect task of one stage, named after it; ended where it takes longer than `hours`.
+
+    The tag is there for a server's limits. Without a server it would cost: Prefect asks for the limit just when its own
+    database is being written, is refused, and asks again two seconds later.
+    """
+    tags = {"gpu"} if stage in ON_GPU and server_lasts() else set()
+    return run_stage.with_options(name=stage, task_run_name=stage, tags=tags,
                                   retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS,
                                   timeout_seconds=None if hours is None else hours * 3600)
 
@@ -93,7 +98,7 @@ async def training_slot() -> AsyncIterator[None]:
 
     A slot whose process was killed is free again a minute later.
     """
-    if not PREFECT_API_URL.value():
+    if not server_lasts():
         yield
         return
     async with concurrency(TRAINING_LIMIT, lease_duration=60):

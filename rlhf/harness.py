@@ -107,10 +107,11 @@ def _run(model_folder: Path, names: Sequence[str], harness: Harness) -> dict[str
     """{asked name: {task: score}}: a group or tag of the harness has several tasks."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
-        from lm_eval.evaluator import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
+        evaluator.add_env_info = lambda _: None  # asks pip and more about this machine, a second for each model
         known = local_tasks(harness.folders)
         folders = [str(folder.resolve()) for folder in harness.folders if folder.is_dir()]
         manager = TaskManager(include_path=folders or None, include_defaults=not set(names) <= set(known))
@@ -120,9 +121,9 @@ def _run(model_folder: Path, names: Sequence[str], harness: Harness) -> dict[str
                      mixed_precision_dtype="bfloat16" if harness.precision == "bf16" else None)
         tasks = {name: task for found in loaded.values() for name, task in found.items()}
         try:
-            results = simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=harness.few_shot or None,
-                                      limit=harness.limit or None, bootstrap_iters=BOOTSTRAP,
-                                      task_manager=manager)  # left out, it would scan all tasks once more
+            results = evaluator.simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=harness.few_shot or None,
+                                                limit=harness.limit or None, bootstrap_iters=BOOTSTRAP,
+                                                task_manager=manager)  # left out, it would scan all tasks once more
         except AssertionError as error:  # how the harness says that a text does not fit
             raise UserError(f"{', '.join(tasks)}: an item is longer than the {model.max_length} tokens of "
                             f"{model_folder}") from error

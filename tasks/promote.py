@@ -15,10 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluate import answer, with_interval
 from rlhf.files import hash_paths, write_atomic, write_json
 from rlhf.params import Profile
-from tasks.evaluate import HeldOut, held_out_rows, judge_of
 from tasks.gates import Gate, against_champion, gates
 from tasks.gold import gold_labeler
 from tasks.mirror_record import data_version, line_of
@@ -96,6 +94,9 @@ def crown(stage: Stage, version: str) -> None:
 
 def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
     """High end of the interval of the policy's win rate against the champion, on the held-out prompts."""
+    from rlhf.evaluate import answer, with_interval  # torch: seconds that a decision without a champion need not wait
+    from tasks.evaluate import HeldOut, held_out_rows, judge_of
+
     params = profile.evaluate
     held_out = HeldOut(held_out_rows(params, seed), gold_labeler(seed))
     texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (POLICY, champion)]

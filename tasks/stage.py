@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import Checkpoints
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.files import hash_paths, publish, write_json, writes
-from tasks import launch
+from tasks import imports_done, launch
 from tasks.graph import declared_stages
 from tasks.params import PARAMS_FILE, Params, Round, load_params
 
@@ -100,6 +99,8 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
     parser.add_argument("--status", action="store_true", help="only say what a run would start from")
     args = parser.parse_args()
+    if "torch" in sys.modules:  # garbage may hold tensors
+        imports_done()
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     root = Path.cwd()
@@ -166,6 +167,8 @@ def together(stage: Stage, module: str) -> bool:
 
 def status(name: str, scratch: Path) -> str:
     """What a run with these inputs would start from, in one line for each thing worth knowing."""
+    from rlhf.checkpoint import Checkpoints  # torch: a second that flows, ingest and validate need not wait
+
     steps = Checkpoints(scratch / "checkpoints").steps()
     lines = [f"{name}: inputs {scratch.name}"]
     if steps:

@@ -38,6 +38,13 @@ FILES = {
 }
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 class Checkout:
     """A checkout of shell stages. `run()` runs the flow there and returns its summary or its error."""
 
@@ -70,8 +77,12 @@ class Checkout:
         out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def start_command_line(self, *arguments: str) -> "subprocess.Popen[str]":
+    def start_command_line(self, *arguments: str, server: bool = True) -> "subprocess.Popen[str]":
+        """Without `server` it starts one of its own, whose database is in the checkout."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+        if not server:
+            del environment["PREFECT_API_URL"]
+            environment |= {"PREFECT_HOME": str(self.root / "prefect"), "PREFECT_PROFILE": "ephemeral"}
         return subprocess.Popen([sys.executable, "-m", "flows.pipeline", *arguments], cwd=self.root, env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 

@@ -25,15 +25,7 @@ from flows.summary import Summary, clock
 from flows.terminal import BarHandler
 from rlhf.errors import UserError
 from tasks.graph import line_stages
-from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
+from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout, alive
 
 # --- order and cache ------------------------------------------------------------------------------------------------
 

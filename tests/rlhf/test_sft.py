@@ -104,7 +104,8 @@ def test_long_rows_are_left_out_and_counted(tokenizer: PreTrainedTokenizerFast, 
         sft(params(max_tokens=2), rows, policy_folder, SEED, tmp_path / "none")
 
 
-def test_micro_batches_do_not_change_a_step(policy_folder: Path, texts: list[str], corpus: Path, tmp_path: Path) -> None:
+def test_micro_batches_do_not_change_a_step(policy_folder: Path, texts: list[str], corpus: Path, tmp_path: Path
+                                            ) -> None:
     journals = []
     for size in (0, 3):
         sft(params(micro_batch_size=size, pretrain_mix=0.3), demonstration_rows(texts), policy_folder, SEED,

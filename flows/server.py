@@ -1,0 +1,98 @@
+"""The Prefect server of a line for which none is named: started beside the flow's own imports, ended with the flow.
+
+Prefect would start the same one, on the same database, but later: it imports the whole server into the flow's process
+first and then waits for the other to do so too. `python -m flows.server FD` is that other process.
+"""
+
+import atexit
+import http.client
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HOST = "127.0.0.1"
+STOP_SECONDS = 5.0
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def start_server() -> None:
+    """Starts it unless Prefect's settings name a server; from here on they name this one.
+
+    Call it before the other imports of Prefect, `wait_for_server` after them.
+    """
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
+
+    if PREFECT_API_URL.value() or not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+        return
+    code = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with socket.create_server((HOST, 0)) as listener:  # requests wait here until the server takes them
+        _started.append(subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(listener.fileno())], pass_fds=[listener.fileno()],
+            env={**os.environ, "PYTHONPATH": code}, stdin=subprocess.DEVNULL))
+        os.environ["PREFECT_API_URL"] = f"http://{HOST}:{listener.getsockname()[1]}/api"
+    os.environ["PREFECT_UI_URL"] = ""  # it has none
+    atexit.register(stop_server)
+    refresh_global_settings_context()
+
+
+def wait_for_server() -> None:
+    """Returns when the server that `start_server` has started answers; ends the process where it does not."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
+
+    if not _started:
+        return
+    seconds = PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+    address = PREFECT_API_URL.value().split("/")[2]
+    connection = http.client.HTTPConnection(address, timeout=seconds)
+    try:
+        connection.request("GET", "/api/health")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        raise SystemExit(f"Prefect's server did not start: {error or type(error).__name__}") from None
+    finally:
+        connection.close()
+    if status != http.HTTPStatus.OK:
+        raise SystemExit(f"Prefect's server did not start: it answered {status}")
+
+
+def server_lasts() -> bool:
+    """Whether the flow reports to a server that outlives this process."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value()) and not _started
+
+
+def stop_server() -> None:
+    """Ends the server, once everything is sent that it should know."""
+    while _started:
+        process = _started.pop()
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    """Serves on the socket that the flow has opened, until the flow ends."""
+    from tasks.stage import die_with_parent
+
+    die_with_parent()
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    from tasks import imports_done
+
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    server = uvicorn.Server(uvicorn.Config(create_app(ephemeral=True, final=True), log_level="error", lifespan="on"))
+    imports_done()
+    server.run([listener])
+
+
+if __name__ == "__main__":
+    main()
