@@ -23,7 +23,7 @@ def paper_job(stage: str, shape: Shape, prompt: float = 250, response: float = 1
     sizes = {"sft": (8 if shape.name == "175B" else 32, 11_295 + 1_430, 16), "rm": (64, 33_207, 1),
              "ppo": (512, 256_000, 1)}[stage]
     return Job(stage, shape if stage != "rm" else scorer, scorer, *sizes, prompt=prompt, response=response,
-               micro=1 if shape.name == "175B" else 4)
+               micro=4 if shape.name == "1.3B" else 1, sampled=32)
 
 
 HEAD = ("| model | stage | state | widest moment of one process | cards | GB each, widest | hours | leaner: cards "

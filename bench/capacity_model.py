@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 READ_TOKENS = 16_384  # rlhf/rollout.py: of prompts in one pass
-ROLLOUT_ROWS = 256  # rlhf/rollout.py:Sampling.batch_size, which PPO leaves as it is
 SCORE_ROWS = 512  # rlhf/reward_model.py:SCORE_BATCH
 VALID_ROWS = 256  # rlhf/sft.py:valid_loss
 PASS_TOKENS = 65_536  # rlhf/data/batching.py: of a pass without gradients
@@ -56,7 +55,8 @@ class Job:
     longest_response: int = 1000
     k: float = 6.0  # completions of a ranked prompt, on average
     longest_k: int = 9
-    micro: int = 1  # PPO: rollouts a forward pass
+    micro: int = 0  # rows a forward pass of an update; 0: all of a step's
+    sampled: int = 256  # PPO: rows of the KV cache
     minibatch: int = 64  # PPO: rollouts an optimizer step
     average: bool = True  # PPO: the EMA of the weights is kept
     precision: str = "bf16"
@@ -183,6 +183,11 @@ def rows_of(job: Job, rows: float) -> float:
     return max(1, math.ceil(rows / job.processes))
 
 
+def at_once(job: Job, rows: float) -> float:
+    """Rows of a batch in one forward pass of a process."""
+    return min(rows_of(job, rows), job.micro) if job.micro else rows_of(job, rows)
+
+
 def phases(job: Job) -> dict[str, dict[str, float]]:
     """Bytes in one process at the widest moments of a stage: {moment: {what: bytes}}."""
     if job.stage == "ppo":
@@ -192,7 +197,7 @@ def phases(job: Job) -> dict[str, dict[str, float]]:
     state = {"weights": 4 * count / job.shards, "moments": 8 * count / job.shards}
     gradients = {"gradients": 4 * count / job.shards}
     if job.stage == "sft":
-        rows, valid = rows_of(job, job.batch), bounded(VALID_ROWS, job.longest)
+        rows, valid = at_once(job, job.batch), bounded(VALID_ROWS, job.longest)
         places = rows * job.longest_response
         update = training_bytes(job, shape, rows * job.longest, job.longest, places,
                                 min(LOGITS_AT_ONCE, places * shape.vocabulary))
@@ -200,7 +205,7 @@ def phases(job: Job) -> dict[str, dict[str, float]]:
         look = passing(job, shape, valid * job.longest, job.longest, 10 * logits)
         head = {"gradients": 6 * shape.width * shape.vocabulary / job.shards}
         return {"forward": state | update | head, "step": state | gradients, "valid loss": state | look}
-    rows = rows_of(job, job.batch)
+    rows = at_once(job, job.batch)
     shared = job.longest_prompt if job.checkpointing else job.longest_prompt / job.longest_k
     tokens = rows * job.longest_k * (shared + job.longest_response)
     update = training_bytes(job, shape, tokens, job.longest, 0, 0)
@@ -214,7 +219,7 @@ def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
              "reward and value model": 8 * scorer / job.shards, "moments": 8 * (policy + scorer) / job.shards,
              "average": 4 * policy / job.shards * job.average}
     mine = rows_of(job, job.batch)
-    rows, read, scored = min(ROLLOUT_ROWS, mine), min(4 * job.micro, mine), bounded(min(SCORE_ROWS, mine), job.longest)
+    rows, read, scored = min(job.sampled, mine), min(4 * at_once(job, job.minibatch), mine), bounded(min(SCORE_ROWS, mine), job.longest)
     copy: float = (2 if job.precision == "bf16" else 0) * policy
     if job.shards > 1:
         copy = copy / job.shards if job.lean else copy + 4 * policy  # gathered, then copied
@@ -222,7 +227,7 @@ def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
     prefill = min(READ_TOKENS, rows * job.longest_prompt) * passing_bytes(job.policy, job.longest_prompt, job.attention)
     sample = {"sampling copy": copy, "KV cache": cache, "passing": prefill,
               "logits": 24 * rows * job.policy.vocabulary}
-    tokens, places = job.micro * job.longest, job.micro * job.longest_response
+    tokens, places = (at_once(job, job.minibatch) * length for length in (job.longest, job.longest_response))
     look = passing(job, job.policy, read * job.longest, job.longest,
                    18 * read * job.longest_response * job.policy.vocabulary)
     score = passing(job, job.scorer, scored * job.longest, job.longest, 0, frozen=True)
@@ -298,7 +303,7 @@ def stage_work(job: Job) -> tuple[Work, float]:
         return (pass_work(job, job.policy, tokens, rows, 0, True).times(job.epochs)
                 + step_work(job.policy, False).times(steps), min(job.processes, job.rows))
     tokens, places = job.count * rows, job.count * job.response
-    mine = min(ROLLOUT_ROWS, rows_of(job, job.batch))
+    mine = min(job.sampled, rows_of(job, job.batch))
     read = pass_work(job, job.policy, job.count * job.prompt, job.prompt, job.count, False)
     looks = (pass_work(job, job.policy, tokens, rows, places, False).times(2)
              + pass_work(job, job.scorer, tokens, rows, 0, False).times(2))
@@ -317,7 +322,7 @@ def exchange(job: Job) -> float:
     steps = epochs / (job.minibatch if job.stage == "ppo" else job.batch)
     if job.shards == 1:
         return 8.0 * sum(models) * steps
-    passes = epochs / job.processes / job.micro if job.stage == "ppo" else steps
+    passes = max(steps, epochs / job.processes / job.micro) if job.micro else steps
     looks = 2.0 * 2 * sum(models) * passes / 4 if job.stage == "ppo" else 0.0
     return 8.0 * sum(models) * max(passes, steps) + looks
 

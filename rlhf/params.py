@@ -128,6 +128,7 @@ class PpoParams:
     batch_size: int = param(256, "rollouts an iteration [512]", ge=1)
     minibatch_size: int = param(64, "rollouts an optimizer step [64]", ge=1)
     micro_batch_size: int = param(32, "rollouts a forward pass; changes memory and speed, not the update", ge=1)
+    rollout_batch_size: int = param(256, "responses sampled at once: the KV cache's rows", ge=1)
     inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
     samples_per_prompt: int = param(1, "rollouts drawn for each prompt", ge=1)
     max_prompt_tokens: int = param(64, "longer prompts are left out and counted", ge=1)

@@ -121,7 +121,7 @@ def test_activations_are_what_is_saved_for_the_backward_pass(family: str, precis
 
 
 def test_shards_micro_batches_and_recomputing_save_memory() -> None:
-    whole = Job("ppo", B13, B13, 512, 256_000, 1)
+    whole = Job("ppo", B13, B13, 512, 256_000, 1, micro=1)
     sharded = dataclasses.replace(whole, processes=8, sharding="fsdp")
     copies = dataclasses.replace(whole, processes=8)
     assert peak(sharded)[1] < peak(copies)[1] < peak(whole)[1]
