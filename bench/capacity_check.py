@@ -36,7 +36,8 @@ ROW = "| {:5} | {:5} | {:>13} | {:>12} | {:>5} | {:>11} | {:>10} | {:>5} |"
 def point(shape: Shape, stage: str) -> Job:
     """The job of a point: one step, or one iteration of PPO; every text has the same length."""
     return Job(stage, shape, shape, BATCH[stage], BATCH[stage], 1, PROMPT, RESPONSE, PROMPT, RESPONSE, K, K,
-               MICRO if stage == "ppo" else 0, BATCH["ppo"], average=False, attention="eager", checkpointing=False, cache_bytes=4)
+               MICRO if stage == "ppo" else 0, BATCH["ppo"], average=False, attention="eager", checkpointing=False,
+               cache_bytes=4)
 
 
 # --- one point, in its own process -------------------------------------------------------------------------------

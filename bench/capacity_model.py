@@ -219,7 +219,8 @@ def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
              "reward and value model": 8 * scorer / job.shards, "moments": 8 * (policy + scorer) / job.shards,
              "average": 4 * policy / job.shards * job.average}
     mine = rows_of(job, job.batch)
-    rows, read, scored = min(job.sampled, mine), min(4 * at_once(job, job.minibatch), mine), bounded(min(SCORE_ROWS, mine), job.longest)
+    rows, read = min(job.sampled, mine), min(4 * at_once(job, job.minibatch), mine)
+    scored = bounded(min(SCORE_ROWS, mine), job.longest)
     copy: float = (2 if job.precision == "bf16" else 0) * policy
     if job.shards > 1:
         copy = copy / job.shards if job.lean else copy + 4 * policy  # gathered, then copied
