@@ -122,7 +122,8 @@ def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]
 def keeps_keys(model: PreTrainedModel) -> bool:
     """Whether a pass can hand its keys and values to the next one: not where activations are recomputed or compiled, or
     weights come and go block by block."""
-    recomputes = model.training and getattr(model, "is_activation_checkpointing", model.is_gradient_checkpointing)
+    name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
+    recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
     compiled = getattr(model.base_model, "_compiled_call_impl", None) is not None
     return not (recomputes or compiled or parallel.sharded(model))
 
