@@ -227,7 +227,7 @@ class Trainer:
         Of several processes each does that for its share of the prompts; all have all rollouts afterwards.
         """
         self.train_mode(False)
-        rows = list(parallel.share(sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))))
+        rows = parallel.share(range(len(prompts)))
         with parallel.gathered(self.policy):
             mine = sample_responses(self.policy, prompts, self.sampling, generator(self.seed, "ppo", iteration), rows)
         parts = parallel.collect((rows, mine, self.examine([prompts[row] for row in rows], mine)))
