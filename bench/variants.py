@@ -32,7 +32,7 @@ from tasks.params import load_params
 VARIANTS: dict[str, dict[str, Any]] = {
     "step, KL goal 0.2": {"ppo": {"kl_goal": 0.2}},
     "step, KL goal 0.6": {},
-    "step, KL goal 2": {"ppo": {"kl_goal": 2.0, "episodes": 20480}},
+    "step, KL goal 2": {"ppo": {"kl_goal": 2.0, "episodes": 40960}},
     "proportional": {"ppo": {"beta_rule": "proportional", "beta": 0.08}},
     "proportional, gain 1": {"ppo": {"beta_rule": "proportional", "beta_gain": 1.0, "beta": 0.08}},
     "fixed": {"ppo": {"beta_rule": "fixed", "beta": 0.08}},
