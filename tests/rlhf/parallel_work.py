@@ -34,6 +34,19 @@ def stop_after(step: int) -> None:
     setattr(Checkpoints, "after_step", after_step)  # noqa: B010
 
 
+def see_what_is_split(counts: list[tuple[int, int]]) -> None:
+    """Notes how many weights a sharded model has and how many of them lie in this process."""
+    own = parallel.shard
+
+    def shard(model: Any) -> None:
+        own(model)
+        weights: list[Any] = list(model.parameters())
+        counts.append((sum(item.numel() for item in weights),
+                       sum((item.to_local() if parallel.is_part(item) else item).numel() for item in weights)))
+
+    setattr(parallel, "shard", shard)  # noqa: B010
+
+
 def train(given: dict[str, Any]) -> dict[str, float]:
     folder, policy, rows, changes = Path(given["folder"]), Path(given["policy"]), given["rows"], given["params"]
     if given["stage"] == "sft":
@@ -53,10 +66,15 @@ def main() -> None:
     parallel.join()
     if "stop_after" in given:
         stop_after(given["stop_after"])
+    counts: list[tuple[int, int]] = []
+    see_what_is_split(counts)
     try:
         metrics = train(given)
     except Interrupted:
         metrics = {}
+    if given["params"].get("shard") and parallel.size() > 1:
+        assert len(counts) == (4 if given["stage"] == "ppo" else 1)
+        assert all(here < 0.6 * whole for whole, here in counts)
     if parallel.first():
         (Path(given["folder"]) / "metrics.json").write_text(json.dumps(metrics))
     parallel.leave()
