@@ -10,9 +10,9 @@ import torch
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.kl import response_kl
 from rlhf.losses import token_log_probs
-from rlhf.models import autocast, device, load_policy, load_scorer, next_token_logits
+from rlhf.models import autocast, device, load_policy, load_scorer, logits_at
 from rlhf.params import EvaluateParams
-from rlhf.ppo import response_mask, response_rows
+from rlhf.ppo import before_responses, on_grid, response_mask
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator
@@ -99,12 +99,13 @@ def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answ
         some, responses = [prompt_ids[row] for row in rows], [answers.ids[row] for row in rows]
         ids = pad_right([p + r for p, r in zip(some, responses, strict=True)], codec.pad_id).to(device())
         width = max(map(len, responses))
+        places, mask = before_responses(some, responses, ids.shape[1]), response_mask(responses, width)
         found = []
         for model in models:
             with autocast(precision):
-                logits = next_token_logits(model, ids)
-            found.append(response_rows(token_log_probs(logits, ids[:, 1:], temperature), some, width))
-        total += response_kl(found[0], found[1], response_mask(responses, width)).sum().item()
+                logits = logits_at(model, ids, places)
+            found.append(on_grid(token_log_probs(logits, ids.flatten()[places + 1], temperature), mask))
+        total += response_kl(found[0], found[1], mask).sum().item()
     return total / len(prompt_ids)
 
 

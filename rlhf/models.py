@@ -1,7 +1,8 @@
 """Policies, reward and value models as plain Hugging Face classes: build, load, save, forward."""
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,52 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0, posit
     return parallel.compute(logits, model)
 
 
+def plain_passes(model: PreTrainedModel) -> bool:
+    """Whether a pass does what its code says, once: no activations that are made anew backwards, nothing compiled."""
+    name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
+    recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
+    return not recomputes and getattr(model.base_model, "_compiled_call_impl", None) is None
+
+
+@contextmanager
+def last_mlp_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
+    """Passes over ids [B, T] whose last hidden states are read at some places of the flattened ids only.
+
+    Two thirds of a block's work are its MLP, and what the last one makes of other places nobody sees: there the hidden
+    states lack it. Nothing changes for an architecture without `mlp` in its blocks.
+    """
+    blocks = next((module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)), None)
+    mlp = getattr(blocks[-1], "mlp", None) if blocks and plain_passes(model) else None
+    if mlp is None:
+        yield
+        return
+    whole = mlp.forward
+
+    def at_places(state: Tensor) -> Tensor:
+        flat = state.flatten(0, -2)
+        found = whole(flat.index_select(0, places))
+        return torch.zeros_like(flat, dtype=found.dtype).index_copy(0, places, found).view(state.shape)
+
+    mlp.forward = at_places
+    try:
+        yield
+    finally:
+        del mlp.forward
+
+
+def states_at(model: PreTrainedModel, ids: Tensor, places: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Last hidden states at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, d]."""
+    with last_mlp_at(model, places):
+        return hidden_states(model, ids, positions).flatten(0, 1).index_select(0, places)
+
+
 def logits_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
     """Logits at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, V].
 
     A response's or a completion's tokens are a part of a batch's, and the vocabulary is wide: logits of prompts and
     PADs are not made.
     """
-    def logits(model: PreTrainedModel) -> Tensor:
-        return model.get_output_embeddings()(hidden_states(model, ids).flatten(0, 1).index_select(0, places))
-
-    return parallel.compute(logits, model)
+    return parallel.compute(lambda model: model.get_output_embeddings()(states_at(model, ids, places)), model)
 
 
 def log_probs_at(model: PreTrainedModel, ids: Tensor, places: Tensor, precision: str,
@@ -145,7 +182,7 @@ def log_probs_at(model: PreTrainedModel, ids: Tensor, places: Tensor, precision:
     def log_probs(model: PreTrainedModel) -> Tensor:
         head = model.get_output_embeddings()
         with autocast(precision):
-            states = hidden_states(model, ids, positions).flatten(0, 1).index_select(0, places)
+            states = states_at(model, ids, places, positions)
             if len(places) * len(head.weight) > LOGITS_AT_ONCE:
                 return log_probs_in_parts(states, head, targets, max(1, LOGITS_AT_ONCE // len(head.weight)))
             logits = head(states)
@@ -154,18 +191,9 @@ def log_probs_at(model: PreTrainedModel, ids: Tensor, places: Tensor, precision:
     return parallel.compute(log_probs, model)
 
 
-def scores_at(model: PreTrainedModel, ids: Tensor, last: Tensor) -> Tensor:
-    """The scalar head at position `last` of each row: ids [B, T], last [B] -> [B], float32."""
-    def scores(model: PreTrainedModel) -> Tensor:
-        rows = torch.arange(ids.shape[0], device=ids.device)
-        return model.score(hidden_states(model, ids)[rows, last]).squeeze(-1).float()
-
-    return parallel.compute(scores, model)
-
-
-def values_everywhere(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The scalar head at every position: [B, T] -> [B, T], float32."""
-    return parallel.compute(lambda model: model.score(hidden_states(model, ids)).squeeze(-1).float(), model)
+def scores_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+    """The scalar head at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n], float32."""
+    return parallel.compute(lambda model: model.score(states_at(model, ids, places)).squeeze(-1).float(), model)
 
 
 def shift_scores(model: PreTrainedModel, shift: float) -> None:

@@ -36,7 +36,7 @@ from rlhf.models import (
     save_memory,
     save_model,
     scale_lr,
-    values_everywhere,
+    scores_at,
 )
 from rlhf.params import PpoParams
 from rlhf.pretrain import corpus_batch, corpus_loss
@@ -122,11 +122,11 @@ class Rollouts:
     entropy: float
 
 
-def response_rows(full: Tensor, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Cuts [B, S-1] next-token quantities to the responses: [B, width], row b from position len(prompt)-1."""
-    starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=full.device).unsqueeze(1)
-    places = starts + torch.arange(width, device=full.device)
-    return full.gather(1, places.clamp(max=full.shape[1] - 1))
+def before_responses(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Where the token before each response token is in the flattened ids, rows of `width`, one after the other."""
+    return torch.tensor([row * width + len(prompt) - 1 + step
+                         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+                         for step in range(len(response))], device=device())
 
 
 def response_mask(responses: Sequence[Sequence[int]], width: int) -> Tensor:
@@ -206,9 +206,7 @@ class Trainer:
                              responses: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
         """As log_probs, and the logits that each response token was drawn from, one after the other: [tokens, V]."""
         ids = self.sequences(prompts, responses)
-        places = torch.tensor([row * ids.shape[1] + len(prompt) - 1 + step
-                               for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-                               for step in range(len(response))], device=ids.device)
+        places = before_responses(prompts, responses, ids.shape[1])
         with autocast(self.params.precision):
             logits = logits_at(model, ids, places)
         found = token_log_probs(logits, ids.flatten()[places + 1], self.params.temperature)
@@ -216,9 +214,10 @@ class Trainer:
 
     def values_of(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
         """Value of the state before each response token: [B, width]."""
+        ids = self.sequences(prompts, responses)
         with autocast(self.params.precision):
-            values = values_everywhere(self.value, self.sequences(prompts, responses))
-        return response_rows(values[:, :-1], prompts, width)
+            values = scores_at(self.value, ids, before_responses(prompts, responses, ids.shape[1]))
+        return on_grid(values, response_mask(responses, width))
 
     @torch.no_grad()
     def roll_out(self, prompts: list[list[int]], iteration: int) -> Rollouts:

@@ -25,8 +25,10 @@ from rlhf.models import (
     check_length,
     compile_passes,
     device,
+    last_mlp_at,
     load_policy,
     new_scorer,
+    plain_passes,
     save_memory,
     save_model,
     scale_scores,
@@ -108,10 +110,9 @@ def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]
         scores = _scores_after_prefixes(model, groups, pad_id, precision)
     else:
         flat = [sequence for group in groups for sequence in group]
-        ids, last = round_shape(pad_right(flat, pad_id), pad_id), torch.tensor([len(sequence) - 1 for sequence in flat])
-        last = F.pad(last, (0, len(ids) - len(last)))
+        ids = round_shape(pad_right(flat, pad_id), pad_id).to(device())
         with autocast(precision):
-            scores = scores_at(model, ids.to(device()), last.to(device()))[: len(flat)]
+            scores = scores_at(model, ids, last_places(flat, ids.shape[1]))
     widest = max(map(len, groups))
     rows = torch.tensor([row for row, group in enumerate(groups) for _ in group]).to(device())
     columns = torch.tensor([column for group in groups for column in range(len(group))]).to(device())
@@ -122,10 +123,12 @@ def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]
 def keeps_keys(model: PreTrainedModel) -> bool:
     """Whether a pass can hand its keys and values to the next one: not where activations are recomputed or compiled, or
     weights come and go block by block."""
-    name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
-    recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
-    compiled = getattr(model.base_model, "_compiled_call_impl", None) is not None
-    return not (recomputes or compiled or parallel.sharded(model))
+    return plain_passes(model) and not parallel.sharded(model)
+
+
+def last_places(sequences: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Where each one's last token is in the flattened ids, rows of `width`."""
+    return torch.tensor([row * width + len(sequence) - 1 for row, sequence in enumerate(sequences)], device=device())
 
 
 def _scores_after_prefixes(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
@@ -138,18 +141,21 @@ def _scores_after_prefixes(model: PreTrainedModel, groups: Sequence[Sequence[Seq
     ids = round_shape(pad_right(rest, pad_id), pad_id).to(device())
     owner = torch.tensor([row for row, group in enumerate(groups) for _ in group])
     owner = F.pad(owner, (0, len(ids) - len(owner))).to(device())
-    last = torch.tensor([len(item) - 1 for item in rest], device=device())
+    last = last_places(rest, ids.shape[1])
     lengths = torch.tensor(shared, device=device())[owner].unsqueeze(1)
     seen = torch.arange(before.shape[1], device=device()) < lengths
     cache = DynamicCache(config=model.config)
     with autocast(precision):
-        model.base_model(input_ids=before, past_key_values=cache, use_cache=True)
+        with last_mlp_at(model, last[:0]):  # keys and values are all that is wanted
+            model.base_model(input_ids=before, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
-        hidden = model.base_model(input_ids=ids, attention_mask=torch.cat([seen.long(), torch.ones_like(ids)], dim=1),
-                                  position_ids=lengths + torch.arange(ids.shape[1], device=device()),
-                                  past_key_values=cache, use_cache=True).last_hidden_state
-        return model.score(hidden[torch.arange(len(rest), device=device()), last]).squeeze(-1).float()
+        with last_mlp_at(model, last):
+            hidden = model.base_model(input_ids=ids,
+                                      attention_mask=torch.cat([seen.long(), torch.ones_like(ids)], dim=1),
+                                      position_ids=lengths + torch.arange(ids.shape[1], device=device()),
+                                      past_key_values=cache, use_cache=True).last_hidden_state
+        return model.score(hidden.flatten(0, 1)[last]).squeeze(-1).float()
 
 
 def shared_length(group: Sequence[Sequence[int]]) -> int:

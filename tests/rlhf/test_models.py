@@ -20,6 +20,7 @@ from rlhf.errors import UserError
 from rlhf.models import (
     adamw,
     cosine_factor,
+    hidden_states,
     load_policy,
     load_scorer,
     muon_and_adamw,
@@ -34,7 +35,7 @@ from rlhf.models import (
     set_dropout,
     shift_scores,
     small_gpt,
-    values_everywhere,
+    states_at,
 )
 from rlhf.params import PretrainParams
 from rlhf.reward_model import score_groups, score_sequences
@@ -44,8 +45,9 @@ SEQUENCES = [[7, 9, 30, 41, 8], [12, 5], [99, 100, 101, 102, 103, 104, 105, 106]
 
 
 def padded(pad_id: int) -> tuple[Tensor, Tensor]:
-    """(ids, last) of the sequences above."""
-    return pad_right(SEQUENCES, pad_id), torch.tensor([len(sequence) - 1 for sequence in SEQUENCES])
+    """(ids, last) of the sequences above: [4, 8], and where each one's last token is in the flattened ids."""
+    ids = pad_right(SEQUENCES, pad_id)
+    return ids, torch.tensor([row * ids.shape[1] + len(sequence) - 1 for row, sequence in enumerate(SEQUENCES)])
 
 
 def head_seed(seed: int) -> torch.Generator:
@@ -75,18 +77,18 @@ def test_scores_are_what_transformers_says(policy_folder: Path, tokenizer: PreTr
     ids, last = padded(tokenizer.pad_token_id)
     with torch.no_grad():
         ours = scores_at(scorer, ids, last)
-        everywhere = values_everywhere(scorer, ids)
+        everywhere = scores_at(scorer, ids, torch.arange(ids.numel()))
     save_model(scorer, tokenizer, tmp_path)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert plain.config.num_labels == 1
     assert plain.config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path).pad_token_id
-    mask = torch.arange(ids.shape[1]) <= last.unsqueeze(1)
+    mask = torch.arange(ids.numel()).view(ids.shape) <= last.unsqueeze(1)
     with torch.no_grad():
         batch = plain(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1)
         alone = [plain(input_ids=torch.tensor([sequence])).logits.item() for sequence in SEQUENCES]
     assert ours.tolist() == pytest.approx(alone, abs=1e-5)
     assert batch.tolist() == pytest.approx(alone, abs=1e-5)
-    assert everywhere[torch.arange(4), last].tolist() == pytest.approx(alone, abs=1e-5)
+    assert everywhere[last].tolist() == pytest.approx(alone, abs=1e-5)
     assert max(alone) - min(alone) > 0.05
     pad_id = tokenizer.pad_token_id
     assert score_sequences(load_scorer(tmp_path), SEQUENCES, pad_id, "fp32") == pytest.approx(alone, abs=1e-5)
@@ -158,14 +160,48 @@ def test_a_saved_policy_loads_in_plain_transformers(policy_folder: Path, tokeniz
     plain, words = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     assert words.get_vocab() == tokenizer.get_vocab()
     assert (words.pad_token, words.eos_token) == (tokenizer.pad_token, tokenizer.eos_token)
-    ids, last = padded(tokenizer.pad_token_id)
+    ids, _ = padded(tokenizer.pad_token_id)
     with torch.no_grad():
         ours = next_token_logits(policy, ids)
         cut = next_token_logits(policy, ids, 2)
         for row, sequence in enumerate(SEQUENCES):
             logits = plain(input_ids=torch.tensor([sequence])).logits[0, :-1]
-            torch.testing.assert_close(ours[row, : last[row]], logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours[row, : len(sequence) - 1], logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(cut, ours[:, 2:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("places", [[4, 9, 23], [5, 6], []])
+def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
+                                                 places: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same states and gradients as when it runs everywhere, in float64, and it does not."""
+    policy = load_policy(policy_folder).double()
+    ids, _ = padded(tokenizer.pad_token_id)
+    blocks = next(module for module in policy.base_model.children() if isinstance(module, torch.nn.ModuleList))
+    seen: list[int] = []
+    own = type(blocks[-1].mlp).forward
+
+    def counting(mlp: torch.nn.Module, state: Tensor) -> Tensor:
+        if mlp is blocks[-1].mlp:
+            seen.append(state.numel() // state.shape[-1])
+        return own(mlp, state)
+
+    monkeypatch.setattr(type(blocks[-1].mlp), "forward", counting)
+    chosen = torch.tensor(places, dtype=torch.long)
+    expected = hidden_states(policy, ids).flatten(0, 1)[chosen]
+    weights = torch.randn(expected.shape, generator=head_seed(5), dtype=torch.float64)
+    found = states_at(policy, ids, chosen)
+    assert seen == [ids.numel(), len(places)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad((states * weights).sum(), list(policy.base_model.parameters()),
+                                        materialize_grads=True, allow_unused=True) for states in (found, expected))
+    assert not places or sum(float(item.abs().sum()) for item in theirs) > 1
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert torch.equal(hidden_states(policy, ids).flatten(0, 1)[chosen], expected)  # and it is whole again
+    save_memory(policy.train(), True)  # backwards the pass is made anew, when nobody says any more what is read
+    no_dropout(policy)
+    states_at(policy, ids, chosen)
+    assert seen[-1] == ids.numel()
 
 
 def test_small_gpt_has_the_shape_it_was_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,10 +13,11 @@ from torch import tensor
 from rlhf.params import PpoParams
 from rlhf.ppo import (
     advantages_and_returns,
+    before_responses,
     masked_mean,
+    on_grid,
     policy_loss,
     response_mask,
-    response_rows,
     token_rewards,
     value_loss,
     whiten,
@@ -130,13 +131,13 @@ def test_value_loss_by_loops() -> None:
         assert losses[place].item() == pytest.approx(expected)
 
 
-def test_response_rows_by_hand() -> None:
-    # Entry j of a next-token row is about token j + 1, so the first response token of a prompt of 3 is entry 2.
-    full = tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24], [30, 31, 32, 33, 34]])
-    rows = response_rows(full, [[1, 1, 1], [1], [1, 1, 1, 1]], 3)
-    assert rows.tolist()[:2] == [[12, 13, 14], [20, 21, 22]]
-    assert rows.tolist()[2][:2] == [33, 34]  # what is past the end is masked
-    assert response_mask([[5, 6, 7], [5], [5, 6]], 3).tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+def test_places_before_responses_by_hand() -> None:
+    # Rows of 6 tokens: a prompt of 3 and a response of 3, a prompt of 1 and a response of 1, of 4 and 2.
+    places = before_responses([[1, 1, 1], [1], [1, 1, 1, 1]], [[5, 6, 7], [5], [5, 6]], 6)
+    assert places.tolist() == [2, 3, 4, 6, 15, 16]
+    mask = response_mask([[5, 6, 7], [5], [5, 6]], 3)
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert on_grid(places.float(), mask).tolist() == [[2, 3, 4], [6, 0, 0], [15, 16, 0]]
 
 
 @settings(max_examples=60, deadline=None)
