@@ -62,11 +62,12 @@ class Decoder:
         self.heads = config.num_attention_heads
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.model = model
         base = model.base_model
+        self.embed, self.rotary = model.get_input_embeddings(), getattr(base, "rotary_emb", None)
+        self.places = None if self.rotary else base.wpe
         read = {"gpt_neox": self._neox, "gpt2": self._gpt2}.get(config.model_type, self._llama)
         self.blocks = [read(layer) for layer in (base.h if config.model_type == "gpt2" else base.layers)]
-        self.final = {"gpt_neox": "final_layer_norm", "gpt2": "ln_f"}.get(config.model_type, "norm")
+        self.final = getattr(base, {"gpt_neox": "final_layer_norm", "gpt2": "ln_f"}.get(config.model_type, "norm"))
         self.head = self._affine(model.get_output_embeddings())
 
     # --- weights ---------------------------------------------------------------------------------------------
@@ -111,70 +112,74 @@ class Decoder:
 
     def rope(self, columns: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of the positions 0 .. columns-1: [columns, width] each; None with learned positions."""
-        rotary = getattr(self.model.base_model, "rotary_emb", None)
-        if rotary is None:
+        if self.rotary is None:
             return None
         places = torch.arange(columns, device=self.head[0].device).unsqueeze(0)
-        cos, sin = rotary(torch.zeros((), device=places.device), places)
+        cos, sin = self.rotary(torch.zeros((), device=places.device), places)
         return cos[0], sin[0]
 
-    def hidden(self, ids: Tensor, positions: Tensor, cache: Cache, rows: Tensor, rope: tuple[Tensor, Tensor] | None,
-               columns: int) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, cache: Cache, rows: Tensor | None,
+               rope: tuple[Tensor, Tensor] | None, columns: Tensor | None, last: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [n, T, d], of tokens that go into `rows` of the cache at `positions`.
 
-        ids, positions [n, T]; rows [n]; `columns`: how many the tokens may look at, beyond every position. A token sees
-        the columns up to its own, so what lies further right does not matter: PADs at a prompt's right, an older text.
+        ids, positions [n, T]; rows [n], None for all of them. Either one token a row, which sees those of the `columns`
+        0 .. C-1 that are not beyond its own, or texts from position 0 on (None), right-padded. What lies further right
+        does not matter: PADs, an older text. `last` [n]: the only token of each row whose state is wanted, [n, 1, d].
         """
-        base = self.model.base_model
-        state = self.model.get_input_embeddings()(ids).float()
+        state = self.embed(ids).float()
         if rope is None:
-            state = state + base.wpe(positions)
+            assert self.places is not None
+            state = state + self.places(positions)
             turn = None
         else:
             turn = tuple(part[positions].unsqueeze(1) for part in rope)
-        seen = torch.arange(columns, device=ids.device) <= positions.unsqueeze(-1)
-        bias = torch.zeros(seen.shape, device=ids.device, dtype=self.kept).masked_fill(~seen, float("-inf"))[:, None]
-        whole = len(rows) == len(cache.keys[0])
+        bias = None
+        if columns is not None:
+            seen = columns <= positions.unsqueeze(-1)
+            bias = torch.zeros(seen.shape, device=ids.device, dtype=self.kept)
+            bias = bias.masked_fill(~seen, float("-inf"))[:, None]
         for number, block in enumerate(self.blocks):
-            attended = self._attend(block, number, block.norm(state), positions, cache, None if whole else rows, turn,
-                                    bias)
+            attended = self._attend(block, number, block.norm(state), positions, cache, rows, turn, bias)
+            if last is not None and block is self.blocks[-1]:
+                picked = torch.arange(len(ids), device=ids.device)
+                state, attended = state[picked, last].unsqueeze(1), attended[picked, last].unsqueeze(1)
             if block.parallel:
                 state = state + attended + self._mlp(block, block.mlp_norm(state))
             else:
                 state = state + attended
                 state = state + self._mlp(block, block.mlp_norm(state))
-        return getattr(base, self.final)(state)
+        return self.final(state)
 
     def _attend(self, block: Block, number: int, state: Tensor, positions: Tensor, cache: Cache, rows: Tensor | None,
-                turn: Any, bias: Tensor) -> Tensor:
+                turn: Any, bias: Tensor | None) -> Tensor:
         count, length = positions.shape
         mixed = F.linear(state.to(self.dtype), *block.qkv).view(count, length, -1, self.head_width).transpose(1, 2)
-        mixed = mixed.to(self.kept)
         turned, value = mixed.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if turn is not None:
             turned = rotate(turned, *turn)
         query, key = turned.split((self.heads, self.kv_heads), dim=1)
-        columns = bias.shape[-1]
         keys, values = cache.keys[number], cache.values[number]
         place = (torch.arange(count, device=positions.device) if rows is None else rows).unsqueeze(1)
         keys[place, :, positions] = key.transpose(1, 2).to(self.kept)
-        values[place, :, positions] = value.transpose(1, 2)
-        if rows is None:
-            keys, values = keys[:, :, :columns], values[:, :, :columns]
+        values[place, :, positions] = value.transpose(1, 2).to(self.kept)
+        if bias is None:
+            mixed = F.scaled_dot_product_attention(query.to(self.dtype), key.to(self.dtype), value, is_causal=True,
+                                                   scale=block.scaling, enable_gqa=self.heads != self.kv_heads)
         else:
-            keys, values = keys[rows, :, :columns], values[rows, :, :columns]
-        mixed = self._mix(query.to(self.kept), keys, values, bias, block.scaling)
+            columns = bias.shape[-1]
+            keys, values = ((item if rows is None else item[rows])[:, :, :columns] for item in (keys, values))
+            mixed = self._mix(query.to(self.kept), keys, values, bias, block.scaling)
         mixed = mixed.transpose(1, 2).reshape(count, length, -1).to(self.dtype)
         return F.linear(mixed, *block.out)
 
     def _mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-        """Attention: query [n, heads, T, w], keys and values [n, kv heads, columns, w] -> as query."""
+        """Attention of single tokens: query [n, heads, 1, w], keys and values [n, kv heads, columns, w] -> as query."""
         if query.is_cuda:
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling,
                                                   enable_gqa=self.heads != self.kv_heads)
         # a quarter of the fused one's time for single tokens on a CPU
         count, _, length, width = query.shape
-        grouped = query.reshape(count, self.kv_heads, -1, width)  # the heads that share keys, and T
+        grouped = query.reshape(count, self.kv_heads, -1, width)  # the heads that share keys
         scores = (grouped @ keys.transpose(2, 3)).view(count, self.heads, length, -1) * scaling + bias
         shares = torch.softmax(scores, dim=-1).view(count, self.kv_heads, -1, keys.shape[2])
         return (shares @ values).view(query.shape)

@@ -129,6 +129,7 @@ class PpoParams:
     minibatch_size: int = param(64, "rollouts an optimizer step [64]", ge=1)
     micro_batch_size: int = param(32, "rollouts a forward pass; changes memory and speed, not the update", ge=1)
     rollout_batch_size: int = param(256, "responses sampled at once: the KV cache's rows", ge=1)
+    compile_rollouts: bool = param(False, "torch.compile the step of sampling; needs a C++ compiler on a CPU")
     inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
     samples_per_prompt: int = param(1, "rollouts drawn for each prompt", ge=1)
     max_prompt_tokens: int = param(64, "longer prompts are left out and counted", ge=1)
@@ -161,7 +162,7 @@ class PpoParams:
     lora_rank: int = param(0, "train low-rank adapters of policy and value model instead of all weights; 0: all", ge=0)
     lora_alpha: int = param(32, "LoRA's scale times its rank", ge=1)
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = param(False, "torch.compile the training passes")
+    compile: bool = param(False, "torch.compile the training passes and the step of sampling")
     kl_limit: float = param(20.0, "stop where an iteration's KL is beyond this many times KL_goal; 0: never", ge=0)
     entropy_floor: float = param(0.02, "stop where entropy is below this share of the first iteration's; 0: never",
                                  ge=0, lt=1)

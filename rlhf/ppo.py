@@ -176,7 +176,7 @@ class Trainer:
                         if value.requires_grad} if params.ema_decay else {}
         self.beta = beta_rule(params)
         self.sampling = Sampling(params.max_new_tokens, (self.codec.eos_id,), self.codec.pad_id, params.temperature,
-                                 params.precision, params.rollout_batch_size)
+                                 params.precision, params.rollout_batch_size, params.compile_rollouts)
         self.corpus_rows: Tensor | None = None
 
     @contextmanager

@@ -4,15 +4,17 @@ Four architectures have a pass of their own (rlhf/decoder.py); others go through
 are of left-padded prompts and take nobody in.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.data.batching import length_batches, pad_left, pad_right
-from rlhf.decoder import Decoder, decoder_for
+from rlhf.decoder import Cache, Decoder, decoder_for
 from rlhf.models import autocast, device
 
 SHRINK_AT = 0.7  # the batch is cut to its unfinished rows when at most this share of it is left
@@ -22,7 +24,8 @@ READ_TOKENS = 16_384  # of prompts in one pass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `stop_ids`: tokens that end a response (kept as its last); temperature 0 is greedy."""
+    """How to sample. `stop_ids`: tokens that end a response (kept as its last); temperature 0 is greedy. `compile`:
+    torch.compile the step of a batch, where rlhf/decoder.py knows the architecture."""
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
@@ -30,6 +33,7 @@ class Sampling:
     temperature: float = 1.0
     precision: str = "fp32"
     batch_size: int = 256
+    compile: bool = False
 
 
 @torch.no_grad()
@@ -106,27 +110,30 @@ class _Rows:
             texts = [self.prompts[chosen[place]] for place in places]
             ids = pad_right(texts, self.sampling.pad_id).to(rows.device)
             positions = torch.arange(ids.shape[1], device=rows.device).expand(ids.shape)
-            state = self.decoder.hidden(ids, positions, self.cache, rows[places], self.rope, ids.shape[1])
-            states.append(state[range(len(texts)), [len(text) - 1 for text in texts]])
+            last = torch.tensor([len(text) - 1 for text in texts], device=rows.device)
+            states.append(self.decoder.hidden(ids, positions, self.cache, rows[places], self.rope, None, last)[:, 0])
         source = torch.repeat_interleave(torch.arange(len(firsts)), same).to(rows.device)
         if len(firsts) < len(chosen):
             self.cache.copy(rows[torch.tensor(firsts, device=rows.device)][source], rows, longest)
         self.prompt[rows] = torch.tensor(chosen, device=rows.device)
         self.position[rows] = torch.tensor([len(self.prompts[index]) - 1 for index in chosen], device=rows.device)
         self.drawn[rows] = 0
-        self._draw(rows, torch.cat(states)[source])
+        logits = self.decoder.logits(torch.cat(states)[source])
+        uniforms = self.uniforms[self.prompt[rows], 0]
+        self._take(rows, pick(logits, uniforms, self.sampling.temperature))
 
     def _step(self, alive: Tensor) -> None:
         """The next token of every row that is not finished."""
-        reach = int(self.position[alive].max()) + 1
-        rows = torch.arange(len(self.prompt), device=alive.device)
-        state = self.decoder.hidden(self.last.unsqueeze(1), self.position.unsqueeze(1), self.cache, rows, self.rope,
-                                    reach)
-        self._draw(alive, state[alive, 0])
+        columns = torch.arange(int(self.position[alive].max()) + 1, device=alive.device)
+        uniforms = self.uniforms[self.prompt, self.drawn.clamp(max=self.sampling.max_new_tokens - 1)]
+        step = compiled_step() if self.sampling.compile else next_tokens
+        tokens = step(self.decoder, self.cache, self.rope, self.last, self.position, uniforms, columns,
+                      self.sampling.temperature)
+        self._take(alive, tokens[alive])
 
-    def _draw(self, rows: Tensor, state: Tensor) -> None:
+    def _take(self, rows: Tensor, tokens: Tensor) -> None:
+        """The tokens that were drawn for some rows."""
         mine, place = self.prompt[rows], self.drawn[rows]
-        tokens = pick(self.decoder.logits(state), self.uniforms[mine, place], self.sampling.temperature)
         self.found[mine, place] = tokens
         self.lengths[mine] = place + 1
         self.last[rows] = tokens
@@ -134,6 +141,29 @@ class _Rows:
         self.drawn[rows] += 1
         ended = torch.isin(tokens, self.stops) | (place + 1 == self.sampling.max_new_tokens)
         self.prompt[rows[ended]] = -1
+
+
+def next_tokens(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, last: Tensor, position: Tensor,
+                uniforms: Tensor, columns: Tensor, temperature: float) -> Tensor:
+    """What follows the token `last` at `position` in every row of the cache: [n] each -> [n]. Finished rows' tokens
+    mean nothing. `columns`: 0 up to the greatest position."""
+    state = decoder.hidden(last.unsqueeze(1), position.unsqueeze(1), cache, None, rope, columns)
+    return pick(decoder.logits(state[:, 0]), uniforms, temperature)
+
+
+@functools.cache
+def compiled_step() -> Callable[..., Tensor]:
+    """`next_tokens` compiled for all numbers of rows and columns: some two hundred small operations become a few."""
+    compiled = torch.compile(next_tokens)
+
+    def step(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, *rest: Any) -> Tensor:
+        for item in (*cache.keys, *cache.values):
+            torch._dynamo.maybe_mark_dynamic(item, (0, 2))
+        for item in (*(rope or ()), *(item for item in rest if isinstance(item, Tensor))):
+            torch._dynamo.maybe_mark_dynamic(item, 0)
+        return compiled(decoder, cache, rope, *rest)
+
+    return step
 
 
 def _sample_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling,

@@ -26,15 +26,16 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-BARS = ("same", "sft", "rm", "ppo", "ppo_mixed", "rollout", "rollout_256")
+BARS = ("same", "sft", "rm", "ppo", "ppo_mixed", "rollout", "rollout_256", "rollout_continuous")
 ATTENTIONS = [{"attention": "eager"}, {"attention": "sdpa"}]
+COMPILED = [{}, {"compiled": True}]
 
 
 class Side:
     """A process that answers one job after the other."""
 
     def __init__(self, python: Path, script: str, processes: int) -> None:
-        self.processes = processes
+        self.python, self.script, self.processes = python, script, processes
         self.process = subprocess.Popen([python, HERE / script, str(processes)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                         start_new_session=True)
@@ -92,12 +93,25 @@ def fastest(sides: list[Side], job: str, settings: list[dict[str, Any]], **more:
     return sides[number], settings[place]
 
 
+def peaks(ours: Side, theirs: Side, job: str, mine: dict[str, Any], others: dict[str, Any]) -> list[float]:
+    """Greatest memory, GB, of a new process of each kind that does a job once."""
+    found = []
+    for side, work in ((ours, mine), (theirs, others)):
+        new = Side(side.python, side.script, 1)
+        try:
+            found.append(new.do(job, **work)["memory"])
+        finally:
+            new.end()
+    return found
+
+
 def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: list[str], count: int) -> dict[str, Any]:
     """Every bar of one size of models."""
     parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
     common = {"folder": folder, "precision": "bf16"}
     found: dict[str, Any] = {"parameters": parameters}
     scale = 1 if size == "1M" else 4
+    # job, work, what is theirs alone, their settings to try
     works: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
         "sft": ("sft", {"rows": 2048 // scale}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
         "sft_unpacked": ("sft", {"rows": 2048 // scale}, {"packing": False}, [{**some, "micro": 32}
@@ -106,23 +120,30 @@ def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: li
                                                      for micro in (30, 60, 120)]),
         "ppo": ("ppo", {"mixed": False, "iterations": 2}, {}, ATTENTIONS),
         "ppo_mixed": ("ppo", {"mixed": True, "iterations": 2}, {}, ATTENTIONS),
-        "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": 512 // scale}, {}, ATTENTIONS),
-        "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": 1024 // scale}, {}, ATTENTIONS)}
+        "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": 512 // scale}, {},
+                    [some | more for some in ATTENTIONS for more in COMPILED]),
+        "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": 1024 // scale}, {},
+                        [some | more for some in ATTENTIONS for more in COMPILED]),
+        "rollout_continuous": ("rollout", {"mixed": True, "batch": 256, "prompts": 256 // scale}, {"continuous": True},
+                               [{"attention": "sdpa"}])}
     if "same" in names:
         found["same"] = same_work(ours[0], theirs[0], folder)
         print(f"{size} same work: largest relative difference {found['same']['difference']:.1e}", flush=True)
     for name, (job, work, theirs_alone, settings) in works.items():
         if name.removesuffix("_unpacked") not in names:
             continue
-        one, _ = fastest(ours, job, [{}], **common, **work)
-        other, chosen = fastest(theirs, job, settings, **common, **work, **theirs_alone)
-        result = turns(count, partial(one.do, job, **common, **work),
-                       partial(other.do, job, **common, **work, **theirs_alone, **chosen))
-        processes = [one.processes, other.processes]
-        found[name] = result | {"their_settings": theirs_alone | chosen, "processes": processes}
+        one, own = fastest(ours, job, COMPILED if job == "rollout" else [{}], **common, **work)
+        # transformers' continuous batching ends a process that was forked
+        able = theirs[:1] if name == "rollout_continuous" else theirs
+        other, chosen = fastest(able, job, settings, **common, **work, **theirs_alone)
+        mine, others = common | work | own, common | work | theirs_alone | chosen
+        result = turns(count, partial(one.do, job, **mine), partial(other.do, job, **others))
+        result |= {"memory": peaks(one, other, job, mine, others), "processes": [one.processes, other.processes],
+                   "our_settings": own, "their_settings": theirs_alone | chosen}
+        found[name] = result
         print(f"{size} {name}: {result['ratio']:.2f} times theirs [{result['least']:.2f}, {result['most']:.2f}]; "
-              f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; processes {processes}, theirs {chosen}",
-              flush=True)
+              f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; processes {result['processes']}; memory "
+              f"{result['memory'][0]:.2f} and {result['memory'][1]:.2f} GB; ours {own}, theirs {chosen}", flush=True)
         if job == "sft" and name == "sft":
             share = 6 * parameters * result["ours"] / 1e9 / matmul_rate(torch.bfloat16)
             found["sft_mfu"] = share
@@ -166,7 +187,8 @@ def main() -> None:
                     side.end()
     first = found[options.sizes[0]]
     names = {"ppo_vs_trl": "ppo", "ppo_mixed_vs_trl": "ppo_mixed", "rm_vs_trl": "rm", "sft_vs_trl": "sft",
-             "rollout_vs_generate": "rollout"}
+             "rollout_vs_generate": "rollout", "rollout_mixed_vs_generate": "rollout_256",
+             "rollout_vs_continuous": "rollout_continuous"}
     result = {name: round(first[bar]["ratio"], 3) for name, bar in names.items() if bar in first}
     if shares := [found[size]["sft_mfu"] for size in options.sizes if "sft_mfu" in found[size]]:
         result["sft_mfu"] = round(shares[-1], 3)

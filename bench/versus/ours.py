@@ -76,7 +76,7 @@ def make(folder: str, shape: str) -> dict[str, Any]:
 
 
 def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: list[list[int]] | None = None,
-        order: list[list[int]] | None = None) -> dict[str, Any]:
+        order: list[list[int]] | None = None, compiled: bool = False) -> dict[str, Any]:
     """As theirs.ppo. `order`: the prompts in the order that the other side had them in."""
     root = Path(folder)
     work = load_work(root)
@@ -84,7 +84,7 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
                        max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,
                        adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
-                       max_grad_norm=1e9)
+                       max_grad_norm=1e9, compile_rollouts=compiled)
     seed_everything(1)
     trainer = ppo_module.Trainer(params, root / "policy", root / "rm", 1)
     trainer.value.load_state_dict(load_scorer(root / "value").state_dict())
@@ -121,19 +121,21 @@ def sampled(folder: str, mixed: bool, iterations: int) -> dict[str, Any]:
     return {"responses": torch.randint(max(work.eos, work.pad) + 1, 300, (count, 32), generator=draw).tolist()}
 
 
-def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int) -> dict[str, Any]:
+def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int, compiled: bool = False
+            ) -> dict[str, Any]:
     """As theirs.rollout."""
     root = Path(folder)
     work = load_work(root)
     model = load_policy(root / "policy")
     rows = (work.mixed if mixed else work.prompts)[:prompts]
-    sampling = Sampling(32, (work.eos,) if mixed else (-1,), work.pad, precision=precision, batch_size=batch)
+    sampling = Sampling(32, (work.eos,) if mixed else (-1,), work.pad, precision=precision, batch_size=batch,
+                        compile=compiled)
     start = time.perf_counter()
     sampling = replace(sampling, batch_size=batch // parallel.size())
     mine = list(parallel.share(range(len(rows))))
     found = sample_responses(model, rows, sampling, generator(1, "rollout"), mine)
     tokens = parallel.add_up({"tokens": sum(map(len, found))})["tokens"]
-    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+    return {"seconds": time.perf_counter() - start, "tokens": tokens, "memory": memory()}
 
 
 def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Their settings: the attention that is faster here, no gradient checkpointing, no
 accelerate's mixed precision where asked for.
 """
 
+import functools
 import os
 import socket
 import sys
@@ -138,21 +139,33 @@ def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: in
             "weight": sum(float(item.detach().double().abs().sum()) for item in model.parameters())}
 
 
+@functools.cache
+def sampler(folder: Path, precision: str, attention: str) -> Any:
+    """A policy that stays: what is compiled belongs to it."""
+    return load(AutoModelForCausalLM, folder, attention).eval().to(
+        torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
 def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int, prompts: int,
-            continuous: bool = False) -> dict[str, Any]:
-    """transformers' generate (or its continuous batching) on the first prompts, `batch` at a time, sampling."""
+            continuous: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """transformers' generate (or its continuous batching) on the first prompts, `batch` at a time, sampling.
+
+    `compiled`: its static cache, the passes after the first compiled.
+    """
     root = Path(folder)
     work = load_work(root)
     set_seed(1)
-    model = load(AutoModelForCausalLM, root / "policy", attention).eval()
-    if precision == "bf16":
-        model = model.to(torch.bfloat16)
+    model = sampler(root / "policy", precision, attention)
     rows = sorted((work.mixed if mixed else work.prompts)[:prompts], key=len)[rank()::size()]
     batch //= size()
     settings = {"max_new_tokens": 32, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0,
                 "pad_token_id": work.pad, "eos_token_id": work.eos if mixed else None}
     if not mixed:
         settings["min_new_tokens"] = 32
+    if compiled:
+        settings |= {"cache_implementation": "static", "compile_config": transformers.CompileConfig(
+            mode="default", fullgraph=False)}
+        settings["compile_config"]._compile_all_devices = True
     config = transformers.GenerationConfig(**settings)
     model.generation_config = config
     tokens = 0
@@ -171,7 +184,7 @@ def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int
                 ends = (answers == (work.eos if mixed else -1)).int()
                 tokens += int(torch.where(ends.any(1), ends.argmax(1) + 1, answers.shape[1]).sum())
     tokens = add_up(tokens)
-    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+    return {"seconds": time.perf_counter() - start, "tokens": tokens, "memory": memory()}
 
 
 def rm(folder: str, precision: str, attention: str, prompts: int, micro: int) -> dict[str, Any]:

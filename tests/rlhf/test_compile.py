@@ -1,17 +1,22 @@
 """torch.compile changes speed, not numbers: the same loss and gradients as the plain passes."""
 
+import random
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from rlhf.models import compile_passes, next_token_logits
+from rlhf.models import compile_passes, load_policy, next_token_logits
+from rlhf.rollout import Sampling, compiled_step, sample_responses
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                                                   reason="torch.compile needs a C++ compiler")]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama", "qwen2"])
 def test_compiled_passes_give_the_same_loss_and_gradients(make_policy: Callable[..., Any], name: str) -> None:
     found = []
@@ -30,3 +35,24 @@ def test_compiled_passes_give_the_same_loss_and_gradients(make_policy: Callable[
     assert compiled == pytest.approx(plain, abs=1e-5)
     for key, value in gradients.items():
         assert torch.allclose(ours[key], value, atol=1e-5), key
+
+
+def test_a_compiled_sampler_draws_the_same_and_is_compiled_once(policy_folder: Path) -> None:
+    """Prompts of all lengths, rows that leave and come, weights that change from call to call as PPO's do."""
+    policy = load_policy(policy_folder)
+    draw = random.Random(3)
+    prompts = [[draw.randrange(3, 300) for _ in range(draw.randint(1, 20))] for _ in range(24)]
+    stops = tuple(range(3, 20))
+    torch._dynamo.reset()
+    compiled_step.cache_clear()
+    before, graphs = counters["stats"]["unique_graphs"], []
+    for number in range(3):
+        plain, compiled = (sample_responses(policy, prompts, Sampling(12, stops, 0, batch_size=8, compile=on),
+                                            torch.Generator().manual_seed(number)) for on in (False, True))
+        assert len(set(map(len, plain))) > 5
+        assert sum(one == other for one, other in zip(plain, compiled, strict=True)) >= 23  # rounding may turn a draw
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        with torch.no_grad():
+            for item in policy.parameters():
+                item.mul_(1.01)
+    assert 0 < graphs[-1] <= 2  # of a single row too, which is a case of its own to the compiler

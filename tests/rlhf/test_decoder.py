@@ -32,9 +32,10 @@ def decoded(decoder: Decoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     cache, rope = decoder.new_cache(rows + 1, length), decoder.rope(length)
     places = torch.arange(rows) + 1
     positions = torch.arange(length).expand(rows, -1)
-    found = [decoder.logits(decoder.hidden(ids[:, :prompt], positions[:, :prompt], cache, places, rope, prompt))]
+    found = [decoder.logits(decoder.hidden(ids[:, :prompt], positions[:, :prompt], cache, places, rope, None))]
     for step in range(prompt, length):
-        state = decoder.hidden(ids[:, step:step + 1], positions[:, step:step + 1], cache, places, rope, step + 1)
+        state = decoder.hidden(ids[:, step:step + 1], positions[:, step:step + 1], cache, places, rope,
+                               torch.arange(step + 1))
         found.append(decoder.logits(state))
     return torch.cat(found, dim=1)
 

@@ -178,14 +178,15 @@ def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer:
     ids, _ = padded(tokenizer.pad_token_id)
     blocks = next(module for module in policy.base_model.children() if isinstance(module, torch.nn.ModuleList))
     seen: list[int] = []
-    own = type(blocks[-1].mlp).forward
+    kind: Any = type(blocks[-1].mlp)
+    own = kind.forward
 
     def counting(mlp: torch.nn.Module, state: Tensor) -> Tensor:
         if mlp is blocks[-1].mlp:
             seen.append(state.numel() // state.shape[-1])
         return own(mlp, state)
 
-    monkeypatch.setattr(type(blocks[-1].mlp), "forward", counting)
+    monkeypatch.setattr(kind, "forward", counting)
     chosen = torch.tensor(places, dtype=torch.long)
     expected = hidden_states(policy, ids).flatten(0, 1)[chosen]
     weights = torch.randn(expected.shape, generator=head_seed(5), dtype=torch.float64)
