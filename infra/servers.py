@@ -28,6 +28,7 @@ import flows.quiet  # noqa: F401
 
 # isort: split
 from flows.quiet import SERVERS
+from infra import leftovers
 from infra.setup import HEARTBEAT_SECONDS, LEASES
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
@@ -104,6 +105,7 @@ class Servers:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.running():
             return self.links()
+        self._end_leftovers()  # before ports are chosen: they may hold them
         links = Links(f"http://{HOST}:{_port('INSTRUCTFLOW_PREFECT_PORT', 4200)}",
                       f"http://{HOST}:{_port('INSTRUCTFLOW_MLFLOW_PORT', 5000)}")
         if self.label_studio.exists():
@@ -132,12 +134,14 @@ class Servers:
 
     def down(self) -> bool:
         """Stops the servers, the worker first: its runs save their state. False if none were running."""
-        if not self.running():
+        if self.running():
+            self._control("shutdown")
+            deadline = time.monotonic() + STOP_SECONDS + 30
+            while self.running() and time.monotonic() < deadline:
+                time.sleep(0.3)
+            self._end_leftovers()
+        elif not self._end_leftovers():
             return False
-        self._control("shutdown")
-        deadline = time.monotonic() + STOP_SECONDS + 30
-        while self.running() and time.monotonic() < deadline:
-            time.sleep(0.3)
         (self.root / SERVERS).unlink(missing_ok=True)
         return True
 
@@ -145,6 +149,10 @@ class Servers:
         return self._control("status").stdout.strip() if self.running() else "not running"
 
     # --- parts ---
+
+    def _end_leftovers(self) -> bool:
+        """Ends servers' processes that no supervisord knows any more; workers' are left alone, they may be runs."""
+        return bool(leftovers.end(f"unix://{_socket(self.folder)}", "prefect", "mlflow", "labels"))
 
     def _control(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(BIN / "supervisorctl"), "-c", str(self.config), *command], capture_output=True,
@@ -218,6 +226,8 @@ serverurl=unix://{_socket(self.folder)}
                               "FRONTEND_SENTRY_DSN": ""})
 
     def _program(self, name: str, command: str, priority: int, environment: dict[str, str], start: bool = True) -> str:
+        if start:  # a server; a worker's runs may outlive it
+            command = f"{sys.executable} -m infra.leftovers {command}"
         settings = ",".join(f'{key}="{value}"' for key, value in environment.items())
         return f"""[program:{name}]
 command={command}

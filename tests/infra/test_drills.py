@@ -8,6 +8,7 @@ import pytest
 
 from tests.flows.test_pipeline import alive
 from tests.infra.site import Site, kill, wait
+from tests.infra.stores import answer
 
 pytestmark = pytest.mark.drill
 
@@ -103,6 +104,25 @@ def test_mlflow_killed_in_the_middle(site: Site) -> None:
     site.let_go()
     site.ends(run, "Completed")
     wait(lambda: site.service("mlflow") not in (0, before), "a new server")
+
+
+def test_a_killed_mlflow_leaves_no_process_beside_its_successor(site: Site) -> None:
+    before = site.service("mlflow")
+    group = site.group(before)
+    assert len(group) > 1  # the server proper is a child of what supervisord knows
+    kill(before)
+    wait(lambda: site.service("mlflow") not in (0, before), "a new server")
+    assert not [pid for pid in group if alive(pid)]
+    wait(lambda: answer(f"{site.links.mlflow}/health") == 200, "its answer")
+
+
+def test_stopped_right_after_mlflow_was_killed_nothing_is_left(site: Site) -> None:
+    group = site.group(site.service("mlflow"))
+    kill(group[0])
+    site.control("down")
+    left = [pid for pid in group if alive(pid)]
+    site.control("up", "--detach")
+    assert not left
 
 
 def test_servers_stopped_in_the_middle(site: Site) -> None:
