@@ -42,6 +42,7 @@ class Side:
 
     def end(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def do(self, job: str, **more: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
