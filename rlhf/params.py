@@ -162,7 +162,7 @@ class PpoParams:
     lora_rank: int = param(0, "train low-rank adapters of policy and value model instead of all weights; 0: all", ge=0)
     lora_alpha: int = param(32, "LoRA's scale times its rank", ge=1)
     gradient_checkpointing: bool = param(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = param(False, "torch.compile the training passes and the step of sampling")
+    compile: bool = param(False, "torch.compile the training passes")
     kl_limit: float = param(20.0, "stop where an iteration's KL is beyond this many times KL_goal; 0: never", ge=0)
     entropy_floor: float = param(0.02, "stop where entropy is below this share of the first iteration's; 0: never",
                                  ge=0, lt=1)

@@ -76,7 +76,7 @@ def make(folder: str, shape: str) -> dict[str, Any]:
 
 
 def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: list[list[int]] | None = None,
-        order: list[list[int]] | None = None, compiled: bool = False) -> dict[str, Any]:
+        order: list[list[int]] | None = None) -> dict[str, Any]:
     """As theirs.ppo. `order`: the prompts in the order that the other side had them in."""
     root = Path(folder)
     work = load_work(root)
@@ -84,7 +84,7 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
                        max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,
                        adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
-                       max_grad_norm=1e9, compile_rollouts=compiled)
+                       max_grad_norm=1e9)
     seed_everything(1)
     trainer = ppo_module.Trainer(params, root / "policy", root / "rm", 1)
     trainer.value.load_state_dict(load_scorer(root / "value").state_dict())

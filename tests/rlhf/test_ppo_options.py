@@ -101,6 +101,13 @@ def test_a_value_model_from_the_policy_has_its_backbone(make_trainer: Make, prom
     run(trainer, prompt_texts)
 
 
+def test_the_sampler_is_told_how_to_sample(make_trainer: Make) -> None:
+    """How many rows at once, and whether compiled: what that does is tested with the sampler."""
+    usual, other = make_trainer().sampling, make_trainer(compile_rollouts=True, rollout_batch_size=7).sampling
+    assert (usual.compile, usual.batch_size) == (False, 256)
+    assert (other.compile, other.batch_size) == (True, 7)
+
+
 def test_gradient_checkpointing_changes_no_number(make_trainer: Make, architecture: str,
                                                   prompt_texts: list[str]) -> None:
     plain, frugal = make_trainer(architecture), make_trainer(architecture, gradient_checkpointing=True)
