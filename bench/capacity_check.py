@@ -76,10 +76,10 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
     model.train()
     optimizer = adamw(model, 1e-5)
     if stage == "sft":
-        ids, mask = Demonstrations(texts(rows, PROMPT + RESPONSE), [PROMPT] * rows, 0).batch(list(range(rows)), 0)
+        data = Demonstrations(texts(rows, PROMPT + RESPONSE), [PROMPT] * rows, 0)
 
         def loss() -> Any:
-            return batch_loss(model, ids, mask, "bf16")
+            return batch_loss(model, *data.batch(model, list(range(rows)), 0), "bf16")
 
         def look() -> Any:
             held_out = Demonstrations(texts(VALID_ROWS, PROMPT + RESPONSE), [PROMPT] * VALID_ROWS, 0)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.batching import length_batches
 from rlhf.kl import response_kl
 from rlhf.losses import token_log_probs
-from rlhf.models import autocast, device, load_policy, load_scorer, logits_at
+from rlhf.models import autocast, load_policy, load_scorer, logits_at
 from rlhf.params import EvaluateParams
-from rlhf.ppo import before_responses, on_grid, response_mask
+from rlhf.ppo import episodes, on_grid, response_mask
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator
@@ -97,14 +97,13 @@ def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answ
     total = 0.0
     for rows in length_batches([len(p) + len(r) for p, r in zip(prompt_ids, answers.ids, strict=True)], 256, None):
         some, responses = [prompt_ids[row] for row in rows], [answers.ids[row] for row in rows]
-        ids = pad_right([p + r for p, r in zip(some, responses, strict=True)], codec.pad_id).to(device())
-        width = max(map(len, responses))
-        places, mask = before_responses(some, responses, ids.shape[1]), response_mask(responses, width)
+        mask = response_mask(responses, max(map(len, responses)))
         found = []
         for model in models:
+            texts, places = episodes(model, some, responses, codec.pad_id)
             with autocast(precision):
-                logits = logits_at(model, ids, places)
-            found.append(on_grid(token_log_probs(logits, ids.flatten()[places + 1], temperature), mask))
+                logits = logits_at(model, texts, places)
+            found.append(on_grid(token_log_probs(logits, texts.ids.flatten()[places + 1], temperature), mask))
         total += response_kl(found[0], found[1], mask).sum().item()
     return total / len(prompt_ids)
 

@@ -1,7 +1,7 @@
 """Policies, reward and value models as plain Hugging Face classes: build, load, save, forward."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rlhf.errors import UserError
 from rlhf.files import writes
 from rlhf.losses import log_probs_in_parts, token_log_probs
 from rlhf.params import PretrainParams
+from rlhf.texts import Texts, compiled, rounded, use_groups
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
 LOGITS_AT_ONCE = 2**26  # places times vocabulary; a loss holds some 12 bytes for each, 0.8 GB
@@ -42,12 +43,11 @@ def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> Pre
 
     Rotary positions: at this size they learn in two thirds of the steps that GPT-2's learned ones need.
     """
-    return GPTNeoXForCausalLM(GPTNeoXConfig(
-        attn_implementation=_loading().get("attn_implementation"),
+    return use_groups(GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=len(tokenizer), max_position_embeddings=params.context, hidden_size=params.n_embd,
         num_hidden_layers=params.n_layer, num_attention_heads=params.n_head, intermediate_size=4 * params.n_embd,
         rotary_pct=0.5, tie_word_embeddings=True, bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device())
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))).to(device())
 
 
 def _loading() -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _loading() -> dict[str, Any]:
 
 def load_policy(folder: str | Path) -> PreTrainedModel:
     """A causal language model in float32, dropout off."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), **_loading()).to(device()).eval()
+    return use_groups(AutoModelForCausalLM.from_pretrained(str(folder), **_loading())).to(device()).eval()
 
 
 def load_scorer(folder: str | Path) -> PreTrainedModel:
@@ -69,7 +69,7 @@ def load_scorer(folder: str | Path) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **_loading())
     if getattr(model.config, "score_shift", 0.0):
         _add_bias(model, model.config.score_shift)
-    return model.to(device()).eval()
+    return use_groups(model).to(device()).eval()
 
 
 def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
@@ -108,16 +108,15 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
         module.p = probability
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Last hidden states of right-padded ids: [B, T] -> [B, T, d]. `positions` [B, T] of texts glued into rows."""
-    given = {} if positions is None else {"position_ids": positions}
-    return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
+def hidden_states(model: PreTrainedModel, texts: Texts) -> Tensor:
+    """Last hidden states of texts whose ids are [B, T]: [B, T, d]."""
+    return model.base_model(input_ids=texts.ids, use_cache=False, **texts.arguments()).last_hidden_state
 
 
 def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
     """Logits at the positions start .. T-2, which predict ids[:, start+1:]: [B, T-1-start, V]."""
     def logits(model: PreTrainedModel) -> Tensor:
-        return model.get_output_embeddings()(hidden_states(model, ids, positions)[:, start:-1])
+        return model.get_output_embeddings()(hidden_states(model, Texts(ids, positions))[:, start:-1])
 
     return parallel.compute(logits, model)
 
@@ -126,7 +125,7 @@ def plain_passes(model: PreTrainedModel) -> bool:
     """Whether a pass does what its code says, once: no activations that are made anew backwards, nothing compiled."""
     name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
     recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
-    return not recomputes and getattr(model.base_model, "_compiled_call_impl", None) is None
+    return not recomputes and not compiled(model)
 
 
 @contextmanager
@@ -155,45 +154,53 @@ def last_mlp_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
         del mlp.forward
 
 
-def states_at(model: PreTrainedModel, ids: Tensor, places: Tensor, positions: Tensor | None = None) -> Tensor:
+def states_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
     """Last hidden states at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, d]."""
     with last_mlp_at(model, places):
-        return hidden_states(model, ids, positions).flatten(0, 1).index_select(0, places)
+        return hidden_states(model, texts).flatten(0, 1).index_select(0, places)
 
 
-def logits_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+def read_at(model: PreTrainedModel, head: Callable[[Tensor], Tensor], texts: Texts, places: Tensor) -> Tensor:
+    """head(hidden states) at some places of the flattened ids: [n, ...]. On a CPU a round number of them is read."""
+    wanted, more = places, rounded(len(places)) - len(places)
+    if more and places.device.type == "cpu":  # others, none twice: the last MLP's gradient counts each that it is given
+        free = torch.ones(texts.ids.numel(), dtype=torch.bool).index_fill(0, places, False)
+        wanted = torch.cat([places, free.nonzero().squeeze(1)[:more]])
+    return head(states_at(model, texts, wanted))[:len(places)]
+
+
+def logits_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
     """Logits at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, V].
 
     A response's or a completion's tokens are a part of a batch's, and the vocabulary is wide: logits of prompts and
     PADs are not made.
     """
-    return parallel.compute(lambda model: model.get_output_embeddings()(states_at(model, ids, places)), model)
+    return parallel.compute(lambda model: read_at(model, model.get_output_embeddings(), texts, places), model)
 
 
-def log_probs_at(model: PreTrainedModel, ids: Tensor, places: Tensor, precision: str,
-                 positions: Tensor | None = None) -> Tensor:
+def log_probs_at(model: PreTrainedModel, texts: Texts, places: Tensor, precision: str) -> Tensor:
     """Log-probs of the tokens after some places of the flattened ids, float32: ids [B, T], places [n] -> [n].
 
-    `positions` [B, T] of texts glued into rows. Many places times a wide vocabulary go through the output layer in
-    parts, so that never more than LOGITS_AT_ONCE logits are alive (`rlhf/losses.py:log_probs_in_parts`).
+    Many places times a wide vocabulary go through the output layer in parts, so that never more than LOGITS_AT_ONCE
+    logits are alive (`rlhf/losses.py:log_probs_in_parts`).
     """
-    targets = ids.flatten()[places + 1]
+    targets = texts.ids.flatten()[places + 1]
 
     def log_probs(model: PreTrainedModel) -> Tensor:
         head = model.get_output_embeddings()
         with autocast(precision):
-            states = states_at(model, ids, places, positions)
             if len(places) * len(head.weight) > LOGITS_AT_ONCE:
-                return log_probs_in_parts(states, head, targets, max(1, LOGITS_AT_ONCE // len(head.weight)))
-            logits = head(states)
+                return log_probs_in_parts(states_at(model, texts, places), head, targets,
+                                          max(1, LOGITS_AT_ONCE // len(head.weight)))
+            logits = read_at(model, head, texts, places)
         return token_log_probs(logits, targets)
 
     return parallel.compute(log_probs, model)
 
 
-def scores_at(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+def scores_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
     """The scalar head at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n], float32."""
-    return parallel.compute(lambda model: model.score(states_at(model, ids, places)).squeeze(-1).float(), model)
+    return parallel.compute(lambda model: read_at(model, model.score, texts, places).squeeze(-1).float(), model)
 
 
 def shift_scores(model: PreTrainedModel, shift: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import parallel
-from rlhf.data.batching import length_batches, pad_right
+from rlhf.data.batching import length_batches
 from rlhf.errors import TrainingFailed, UserError
 from rlhf.kl import beta_rule, response_kl, response_kl_k3
 from rlhf.lora import add_adapter
@@ -43,6 +43,7 @@ from rlhf.pretrain import corpus_batch, corpus_loss
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, restore_rng, rng_state
+from rlhf.texts import Texts, lay_out
 from rlhf.tokenizer import PromptCodec, load_tokenizer
 
 # --- the maths -----------------------------------------------------------------------------------------------
@@ -122,11 +123,12 @@ class Rollouts:
     entropy: float
 
 
-def before_responses(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Where the token before each response token is in the flattened ids, rows of `width`, one after the other."""
-    return torch.tensor([row * width + len(prompt) - 1 + step
-                         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-                         for step in range(len(response))], device=device())
+def episodes(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
+             pad_id: int) -> tuple[Texts, Tensor]:
+    """Prompts with their responses for one pass, and where the token before each response token is, one after the
+    other."""
+    texts = lay_out(model, [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)], pad_id)
+    return texts, texts.places([len(prompt) - 1 for prompt in prompts], list(map(len, responses)))
 
 
 def response_mask(responses: Sequence[Sequence[int]], width: int) -> Tensor:
@@ -194,9 +196,6 @@ class Trainer:
         for model in (self.policy, self.value):
             model.train(on and self.params.gradient_checkpointing)
 
-    def sequences(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-        return pad_right([[*p, *r] for p, r in zip(prompts, responses, strict=True)], self.codec.pad_id).to(device())
-
     def log_probs(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
                   width: int) -> Tensor:
         """Log-probs of the response tokens at the sampling temperature: [B, width]."""
@@ -205,18 +204,16 @@ class Trainer:
     def log_probs_and_logits(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]],
                              responses: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
         """As log_probs, and the logits that each response token was drawn from, one after the other: [tokens, V]."""
-        ids = self.sequences(prompts, responses)
-        places = before_responses(prompts, responses, ids.shape[1])
+        texts, places = episodes(model, prompts, responses, self.codec.pad_id)
         with autocast(self.params.precision):
-            logits = logits_at(model, ids, places)
-        found = token_log_probs(logits, ids.flatten()[places + 1], self.params.temperature)
+            logits = logits_at(model, texts, places)
+        found = token_log_probs(logits, texts.ids.flatten()[places + 1], self.params.temperature)
         return on_grid(found, response_mask(responses, width)), logits
 
     def values_of(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], width: int) -> Tensor:
         """Value of the state before each response token: [B, width]."""
-        ids = self.sequences(prompts, responses)
         with autocast(self.params.precision):
-            values = scores_at(self.value, ids, before_responses(prompts, responses, ids.shape[1]))
+            values = scores_at(self.value, *episodes(self.value, prompts, responses, self.codec.pad_id))
         return on_grid(values, response_mask(responses, width))
 
     @torch.no_grad()

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf import parallel
-from rlhf.data.batching import length_batches, pad_right, pass_batches, pieces
+from rlhf.data.batching import length_batches, pass_batches, pieces
 from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
@@ -25,10 +24,8 @@ from rlhf.models import (
     check_length,
     compile_passes,
     device,
-    last_mlp_at,
     load_policy,
     new_scorer,
-    plain_passes,
     save_memory,
     save_model,
     scale_scores,
@@ -38,6 +35,7 @@ from rlhf.models import (
 from rlhf.params import RmParams
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
+from rlhf.texts import lay_out
 from rlhf.tokenizer import PromptCodec, load_tokenizer
 from rlhf.training import Choice, Part, train_loop
 
@@ -90,72 +88,23 @@ def encoded(codec: PromptCodec, rows: Iterable[dict[str, Any]]
             yield row, prompt, [next(flat) for _ in row["completions"]]
 
 
-def round_shape(ids: Tensor, pad_id: int) -> Tensor:
-    """Fills up with PADs to multiples of 16 rows and 8 columns.
-
-    Prompts differ in K and length, so nearly every batch would have a shape of its own, and the CPU backend keeps
-    buffers for each: memory grew to 5.4 GB.
-    """
-    return F.pad(ids, (0, -ids.shape[1] % 8, 0, -ids.shape[0] % 16), value=pad_id)
-
-
 def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
                  precision: str) -> Tensor:
     """Scores of K sequences per prompt: [prompts, Kmax], 0 where absent.
 
-    What the sequences of a group begin with, their prompt, is read once for all of them, where the model keeps keys and
-    values; a completion is read once in any case.
+    What the sequences of a group begin with, their prompt, is read once for all of them; a completion is read once in
+    any case.
     """
-    if min(map(len, groups)) > 1 and keeps_keys(model):
-        scores = _scores_after_prefixes(model, groups, pad_id, precision)
-    else:
-        flat = [sequence for group in groups for sequence in group]
-        ids = round_shape(pad_right(flat, pad_id), pad_id).to(device())
-        with autocast(precision):
-            scores = scores_at(model, ids, last_places(flat, ids.shape[1]))
-    widest = max(map(len, groups))
-    rows = torch.tensor([row for row, group in enumerate(groups) for _ in group]).to(device())
-    columns = torch.tensor([column for group in groups for column in range(len(group))]).to(device())
-    grid = torch.zeros(len(groups), widest, device=scores.device)
-    return grid.index_put((rows, columns), scores)
-
-
-def keeps_keys(model: PreTrainedModel) -> bool:
-    """Whether a pass can hand its keys and values to the next one: not where activations are recomputed or compiled, or
-    weights come and go block by block."""
-    return plain_passes(model) and not parallel.sharded(model)
-
-
-def last_places(sequences: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Where each one's last token is in the flattened ids, rows of `width`."""
-    return torch.tensor([row * width + len(sequence) - 1 for row, sequence in enumerate(sequences)], device=device())
-
-
-def _scores_after_prefixes(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
-                           precision: str) -> Tensor:
-    """Scores of all sequences, group after group: a pass over what each group shares, one over what is left."""
-    shared = [min(shared_length(group), min(map(len, group)) - 1) for group in groups]
-    before = pad_right([group[0][:length] for group, length in zip(groups, shared, strict=True)], pad_id)
-    before = F.pad(before, (0, -before.shape[1] % 8 if before.shape[1] else 8), value=pad_id).to(device())
+    shared = [min(shared_length(group), min(map(len, group)) - 1) if len(group) > 1 else 0 for group in groups]
     rest = [sequence[length:] for group, length in zip(groups, shared, strict=True) for sequence in group]
-    ids = round_shape(pad_right(rest, pad_id), pad_id).to(device())
-    owner = torch.tensor([row for row, group in enumerate(groups) for _ in group])
-    owner = F.pad(owner, (0, len(ids) - len(owner))).to(device())
-    last = last_places(rest, ids.shape[1])
-    lengths = torch.tensor(shared, device=device())[owner].unsqueeze(1)
-    seen = torch.arange(before.shape[1], device=device()) < lengths
-    cache = DynamicCache(config=model.config)
+    rows = [row for row, group in enumerate(groups) for _ in group]
+    prompts = [group[0][:length] for group, length in zip(groups, shared, strict=True)] if any(shared) else []
+    texts = lay_out(model, rest, pad_id, prompts, rows)
     with autocast(precision):
-        with last_mlp_at(model, last[:0]):  # keys and values are all that is wanted
-            model.base_model(input_ids=before, past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
-        with last_mlp_at(model, last):
-            hidden = model.base_model(input_ids=ids,
-                                      attention_mask=torch.cat([seen.long(), torch.ones_like(ids)], dim=1),
-                                      position_ids=lengths + torch.arange(ids.shape[1], device=device()),
-                                      past_key_values=cache, use_cache=True).last_hidden_state
-        return model.score(hidden.flatten(0, 1)[last]).squeeze(-1).float()
+        scores = scores_at(model, texts, texts.places([len(text) - 1 for text in rest], [1] * len(rest)))
+    columns = [column for group in groups for column in range(len(group))]
+    grid = torch.zeros(len(groups), max(map(len, groups)), device=scores.device)
+    return grid.index_put((torch.tensor(rows, device=grid.device), torch.tensor(columns, device=grid.device)), scores)
 
 
 def shared_length(group: Sequence[Sequence[int]]) -> int:

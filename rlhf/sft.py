@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import parallel
-from rlhf.data.batching import length_batches, pad_right, pass_batches, pieces
+from rlhf.data.batching import length_batches, pass_batches, pieces
 from rlhf.data.packing import check_packing, packed_batch, shuffled_batches
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
@@ -34,6 +34,7 @@ from rlhf.pretrain import corpus_batch, corpus_loss, read_corpus
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
+from rlhf.texts import Texts, lay_out
 from rlhf.tokenizer import PromptCodec, load_tokenizer
 from rlhf.training import Choice, Part, train_loop
 
@@ -71,20 +72,19 @@ class Demonstrations:
         return cls.encode(codec, (row["prompt"] for row in one), (row["completion"] for row in other), max_tokens,
                           folder)
 
-    def batch(self, indices: list[int], pad_id: int) -> tuple[Tensor, Tensor]:
-        """(ids [B, T], mask [B, T-1]): the mask is 1 where ids[:, 1:] is a completion token."""
-        ids = pad_right([self.ids[index] for index in indices], pad_id)
-        place = torch.arange(1, ids.shape[1]).unsqueeze(0)
-        start = torch.tensor([self.prompt_lengths[index] for index in indices]).unsqueeze(1)
-        end = torch.tensor([len(self.ids[index]) for index in indices]).unsqueeze(1)
-        mask = ((place >= start) & (place < end)).float()
-        return ids.to(device()), mask.to(device())
+    def batch(self, model: PreTrainedModel, indices: list[int], pad_id: int) -> tuple[Texts, Tensor]:
+        """Demonstrations for one pass of a model, and where the token before each completion token is."""
+        rows, starts = [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices]
+        texts = lay_out(model, rows, pad_id)
+        return texts, texts.places([start - 1 for start in starts],
+                                   [len(row) - start for row, start in zip(rows, starts, strict=True)])
 
-    def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As batch, in rows of at most `room` tokens that several demonstrations share, and their positions [B, T]."""
-        ids, mask, positions = packed_batch([self.ids[index] for index in indices],
-                                            [self.prompt_lengths[index] for index in indices], room, pad_id)
-        return ids.to(device()), mask.to(device()), positions.to(device())
+    def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[Texts, Tensor]:
+        """As batch, in rows of at most `room` tokens that several demonstrations share."""
+        ids, mask, positions = (item.to(device()) for item in packed_batch(
+            [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices], room, pad_id))
+        rows, columns = mask.nonzero(as_tuple=True)
+        return Texts(ids, positions), rows * ids.shape[1] + columns
 
 
 def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, seed: int, folder: Path,
@@ -130,15 +130,13 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         if epoch not in epochs:
             epochs.clear()
             epochs[epoch] = batches(lengths, params.batch_size, generator(seed, "sft", epoch))
-        batch, positions = epochs[epoch][place], None
+        batch = epochs[epoch][place]
         tokens = sum(lengths[row] - train.prompt_lengths[row] for row in batch)
         share = 1.0 if corpus_rows is None else 1 - params.pretrain_mix
         for chosen in pieces(parallel.share(batch), params.micro_batch_size):
-            if params.packing:
-                ids, mask, positions = train.packed(chosen, params.max_tokens, codec.pad_id)
-            else:
-                ids, mask = train.batch(chosen, codec.pad_id)
-            loss = batch_loss(model, ids, mask, params.precision, positions, tokens)
+            some = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
+                    train.batch(model, chosen, codec.pad_id))
+            loss = batch_loss(model, *some, params.precision, tokens)
             yield share * loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
         if corpus_rows is not None:
             other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
@@ -158,15 +156,10 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             "sft/too_long": train.too_long + valid.too_long}
 
 
-def batch_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: str, positions: Tensor | None = None,
-               tokens: float = 0) -> Tensor:
-    """Mean loss over the completion tokens of a batch, nats; with `tokens`, its sum over that many.
-
-    `positions` [B, T] where demonstrations share rows.
-    """
-    rows, columns = mask.nonzero(as_tuple=True)
-    places = rows * ids.shape[1] + columns
-    return -log_probs_at(model, ids, places, precision, positions).sum() / (tokens or len(places))
+def batch_loss(model: PreTrainedModel, texts: Texts, places: Tensor, precision: str, tokens: float = 0) -> Tensor:
+    """Mean loss over the completion tokens of a batch, which come after `places`, nats; with `tokens`, its sum over
+    that many."""
+    return -log_probs_at(model, texts, places, precision).sum() / (tokens or len(places))
 
 
 @torch.no_grad()
@@ -174,9 +167,9 @@ def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, 
     """Mean loss over all completion tokens of a dataset, nats per token."""
     sums = {"loss": 0.0, "tokens": 0.0}
     for indices in parallel.share_passes(model, pass_batches(lengths_of(data.ids), 256)):
-        ids, mask = data.batch(indices, pad_id)
-        sums["loss"] += batch_loss(model, ids, mask, params.precision, tokens=1).item()
-        sums["tokens"] += mask.sum().item()
+        texts, places = data.batch(model, indices, pad_id)
+        sums["loss"] += batch_loss(model, texts, places, params.precision, tokens=1).item()
+        sums["tokens"] += len(places)
     sums = parallel.add_up(sums)
     return sums["loss"] / sums["tokens"]
 

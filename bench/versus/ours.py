@@ -172,7 +172,7 @@ def sft(folder: str, precision: str, rows: int) -> dict[str, Any]:
 
     def loss_of_step(step: int) -> Any:
         tokens = sum(len(data.ids[row]) - data.prompt_lengths[row] for row in batches[step])
-        loss = batch_loss(model, *data.batch(list(parallel.share(batches[step])), work.pad), precision, tokens=tokens)
+        loss = batch_loss(model, *data.batch(model, list(parallel.share(batches[step])), work.pad), precision, tokens)
         losses.append(loss.item())
         return [(loss, {})]
 

@@ -39,6 +39,7 @@ from rlhf.models import (
 )
 from rlhf.params import PretrainParams
 from rlhf.reward_model import score_groups, score_sequences
+from rlhf.texts import Texts
 
 WITH_DROPOUT = ("gpt_neox", "gpt2")  # residual dropout, a bias in the final norm
 SEQUENCES = [[7, 9, 30, 41, 8], [12, 5], [99, 100, 101, 102, 103, 104, 105, 106], [7, 9, 30]]
@@ -76,8 +77,8 @@ def test_scores_are_what_transformers_says(policy_folder: Path, tokenizer: PreTr
     scorer = new_scorer(policy_folder, tokenizer.pad_token_id, head_seed(1))
     ids, last = padded(tokenizer.pad_token_id)
     with torch.no_grad():
-        ours = scores_at(scorer, ids, last)
-        everywhere = scores_at(scorer, ids, torch.arange(ids.numel()))
+        ours = scores_at(scorer, Texts(ids), last)
+        everywhere = scores_at(scorer, Texts(ids), torch.arange(ids.numel()))
     save_model(scorer, tokenizer, tmp_path)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert plain.config.num_labels == 1
@@ -103,10 +104,10 @@ def test_a_shift_is_added_exactly_and_survives_saving(policy_folder: Path, token
     scorer = new_scorer(policy_folder, tokenizer.pad_token_id, head_seed(2))
     ids, last = padded(tokenizer.pad_token_id)
     with torch.no_grad():
-        before = scores_at(scorer, ids, last)
+        before = scores_at(scorer, Texts(ids), last)
         names = [name for name, _ in scorer.named_parameters()]
         shift_scores(scorer, shift)
-        after = scores_at(scorer, ids, last)
+        after = scores_at(scorer, Texts(ids), last)
     assert (after - before).tolist() == pytest.approx([shift] * 4, abs=1e-5)
     save_model(scorer, tokenizer, tmp_path)
     plain, problems = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -123,7 +124,7 @@ def test_a_shift_is_added_exactly_and_survives_saving(policy_folder: Path, token
     assert score_sequences(ours, SEQUENCES, tokenizer.pad_token_id, "fp32") == pytest.approx(loaded, abs=1e-5)
     with torch.no_grad():
         shift_scores(ours, -shift)  # once more, as after a second training
-        assert scores_at(ours, ids, last).tolist() == pytest.approx(before.tolist(), abs=1e-5)
+        assert scores_at(ours, Texts(ids), last).tolist() == pytest.approx(before.tolist(), abs=1e-5)
 
 
 def test_a_gain_multiplies_every_score(policy_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -188,9 +189,9 @@ def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer:
 
     monkeypatch.setattr(kind, "forward", counting)
     chosen = torch.tensor(places, dtype=torch.long)
-    expected = hidden_states(policy, ids).flatten(0, 1)[chosen]
+    expected = hidden_states(policy, Texts(ids)).flatten(0, 1)[chosen]
     weights = torch.randn(expected.shape, generator=head_seed(5), dtype=torch.float64)
-    found = states_at(policy, ids, chosen)
+    found = states_at(policy, Texts(ids), chosen)
     assert seen == [ids.numel(), len(places)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     ours, theirs = (torch.autograd.grad((states * weights).sum(), list(policy.base_model.parameters()),
@@ -198,10 +199,10 @@ def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer:
     assert not places or sum(float(item.abs().sum()) for item in theirs) > 1
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    assert torch.equal(hidden_states(policy, ids).flatten(0, 1)[chosen], expected)  # and it is whole again
+    assert torch.equal(hidden_states(policy, Texts(ids)).flatten(0, 1)[chosen], expected)  # and it is whole again
     save_memory(policy.train(), True)  # backwards the pass is made anew, when nobody says any more what is read
     no_dropout(policy)
-    states_at(policy, ids, chosen)
+    states_at(policy, Texts(ids), chosen)
     assert seen[-1] == ids.numel()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
+from rlhf.models import load_policy
 from rlhf.params import PpoParams
 from rlhf.ppo import (
     advantages_and_returns,
-    before_responses,
+    episodes,
     masked_mean,
     on_grid,
     policy_loss,
@@ -131,13 +133,18 @@ def test_value_loss_by_loops() -> None:
         assert losses[place].item() == pytest.approx(expected)
 
 
-def test_places_before_responses_by_hand() -> None:
-    # Rows of 6 tokens: a prompt of 3 and a response of 3, a prompt of 1 and a response of 1, of 4 and 2.
-    places = before_responses([[1, 1, 1], [1], [1, 1, 1, 1]], [[5, 6, 7], [5], [5, 6]], 6)
-    assert places.tolist() == [2, 3, 4, 6, 15, 16]
-    mask = response_mask([[5, 6, 7], [5], [5, 6]], 3)
+def test_places_before_responses_by_hand(policy_folder: Path) -> None:
+    # Rows of 8 tokens: a prompt of 3 and a response of 3, a prompt of 1 and a response of 1, of 4 and 2.
+    prompts, responses = [[11, 12, 13], [21], [31, 32, 33, 34]], [[5, 6, 7], [5], [5, 6]]
+    model = load_policy(policy_folder)
+    model.set_attn_implementation("eager")
+    texts, places = episodes(model, prompts, responses, 0)
+    assert places.tolist() == [2, 3, 4, 8, 19, 20]
+    mask = response_mask(responses, 3)
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert on_grid(places.float(), mask).tolist() == [[2, 3, 4], [6, 0, 0], [15, 16, 0]]
+    assert on_grid(places.float(), mask).tolist() == [[2, 3, 4], [8, 0, 0], [19, 20, 0]]
+    texts, places = episodes(load_policy(policy_folder), prompts, responses, 0)
+    assert texts.ids.flatten()[places].tolist() == [13, 5, 6, 21, 34, 5]
 
 
 @settings(max_examples=60, deadline=None)

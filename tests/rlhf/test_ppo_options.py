@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_no_number(make_trainer: Make, architectu
     plain, frugal = make_trainer(architecture), make_trainer(architecture, gradient_checkpointing=True)
     expected, found = run(plain, prompt_texts), run(frugal, prompt_texts)
     for one, other in zip(expected, found, strict=True):
-        assert other == pytest.approx(one, rel=1e-6, abs=1e-5)
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
     for one, other in zip(plain.policy.parameters(), frugal.policy.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 

@@ -45,15 +45,15 @@ def test_the_loss_is_on_the_completion_and_its_eos_alone(policy_folder: Path, te
     model = load_policy(policy_folder)
     prompts, completions = texts[:5], texts[10:15]
     data = Demonstrations.encode(codec, prompts, completions, 200)
-    ids, mask = data.batch([0, 1, 2, 3, 4], codec.pad_id)
+    batch, places = data.batch(model, [0, 1, 2, 3, 4], codec.pad_id)
     total = tokens = 0.0
     for prompt, completion in zip(codec.prompts(prompts), codec.completions(completions), strict=True):
         assert completion[-1] == codec.eos_id
         found, count = log_prob_sum(model, prompt + completion, len(prompt))
         total, tokens = total - found, tokens + count
-    assert mask.sum().item() == tokens
+    assert len(places) == tokens
     with torch.no_grad():
-        assert batch_loss(model, ids, mask, "fp32").item() == pytest.approx(total / tokens, rel=1e-5)
+        assert batch_loss(model, batch, places, "fp32").item() == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_a_step_mixes_the_two_losses_by_their_share(policy_folder: Path, texts: list[str], corpus: Path,

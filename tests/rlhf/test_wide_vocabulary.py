@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlhf.models
 from rlhf.losses import log_probs_in_parts, token_log_probs
 from rlhf.sft import batch_loss
+from rlhf.texts import Texts
 
 PLACES, WIDTH, VOCABULARY = 90, 8, 1000
 
@@ -89,8 +90,7 @@ def test_training_takes_parts_where_the_logits_are_many(make_policy: Callable[..
                                                         precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_policy(architecture)
     ids = torch.randint(5, 200, (4, 20), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones(4, 19)
-    mask[:, :6] = 0
+    places = torch.tensor([row * 20 + column for row in range(4) for column in range(6, 19)])
     found = []
     for most in (2**26, 5 * model.config.vocab_size):
         monkeypatch.setattr(rlhf.models, "LOGITS_AT_ONCE", most)
@@ -98,7 +98,7 @@ def test_training_takes_parts_where_the_logits_are_many(make_policy: Callable[..
         sizes: list[int] = []
         hook = model.get_output_embeddings().register_forward_hook(
             lambda _module, _given, made, sizes=sizes: sizes.append(len(made)))
-        loss = batch_loss(model, ids, mask, precision)
+        loss = batch_loss(model, Texts(ids), places, precision)
         loss.backward()
         hook.remove()
         found.append((loss.item(), [item.grad.clone() for item in model.parameters() if item.grad is not None], sizes))

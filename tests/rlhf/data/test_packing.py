@@ -20,6 +20,7 @@ from rlhf.models import load_policy, log_probs_at, no_dropout, save_memory
 from rlhf.params import PretrainParams, SftParams
 from rlhf.pretrain import lm_loss, pretrain
 from rlhf.sft import Demonstrations, batch_loss, sft
+from rlhf.texts import NAME, Texts
 
 LENGTHS = [(3, 9), (7, 4), (1, 12), (5, 5), (2, 2), (11, 8), (4, 1), (6, 17)]  # prompt, completion
 ROOM = 40
@@ -70,7 +71,7 @@ def gradients(model: Any, loss: Tensor) -> list[Tensor]:
     return [item.grad.clone() for item in model.parameters() if item.grad is not None]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_loss_and_gradients_are_those_of_the_unpacked_batch(make_policy: Callable[..., Any], architecture: str,
                                                             attention: str, recomputed: bool) -> None:
@@ -80,19 +81,19 @@ def test_loss_and_gradients_are_those_of_the_unpacked_batch(make_policy: Callabl
     save_memory(model, recomputed)
     model.train()
     indices = list(range(len(LENGTHS)))
-    plain = batch_loss(model, *data.batch(indices, 0), "fp32")
+    plain = batch_loss(model, *data.batch(model, indices, 0), "fp32")
     expected = gradients(model, plain)
-    ids, mask, positions = data.packed(indices, ROOM, 0)
-    assert len(ids) == 3
-    packed = batch_loss(model, ids, mask, "fp32", positions)
+    texts, places = data.packed(indices, ROOM, 0)
+    assert len(texts.ids) == 3
+    packed = batch_loss(model, texts, places, "fp32")
     assert packed.item() == pytest.approx(plain.item(), rel=1e-6)
     for one, other in zip(gradients(model, packed), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    leaking = batch_loss(model, ids, mask, "fp32")  # what is guarded against makes a difference here
+    leaking = batch_loss(model, Texts(texts.ids), places, "fp32")  # what is guarded against makes a difference here
     assert abs(leaking.item() - plain.item()) > 1e-3
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
 def test_a_demonstration_changes_no_others_log_probs(make_policy: Callable[..., Any], architecture: str,
                                                      attention: str) -> None:
     model = make_policy(architecture)
@@ -102,12 +103,11 @@ def test_a_demonstration_changes_no_others_log_probs(make_policy: Callable[..., 
                                     for number, ids in enumerate(changed.ids)])
     found = []
     for some in (data, changed):
-        ids, mask, positions = some.packed(list(range(len(LENGTHS))), ROOM, 0)
-        places = mask.new_ones(mask.shape).nonzero()
-        flat = places[:, 0] * ids.shape[1] + places[:, 1]
+        texts, places = some.packed(list(range(len(LENGTHS))), ROOM, 0)
+        everywhere = torch.arange(texts.ids.numel()).view(texts.ids.shape)[:, :-1].flatten()
         with torch.no_grad():
-            log_probs = log_probs_at(model, ids, flat, "fp32", positions)
-        found.append((ids[:, 1:].flatten(), mask.flatten().bool(), log_probs))
+            log_probs = log_probs_at(model, texts, everywhere, "fp32")
+        found.append((texts.ids[:, 1:].flatten(), torch.isin(everywhere, places), log_probs))
     (ids, mask, before), (ids_changed, _, after) = found
     own = torch.zeros_like(mask)
     start = int((ids != ids_changed).nonzero()[0])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rlhf.data.batching import BUCKET_BATCHES, length_batches
 from rlhf.data.rows import Drawn, Rows, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
+from rlhf.models import load_policy
 from rlhf.ppo_run import encode_prompts
 from rlhf.reward_model import Rankings, sample_rows
 from rlhf.seeding import generator
@@ -167,7 +168,8 @@ def test_chunks() -> None:
 
 # --- the stages' datasets --------------------------------------------------------------------------------------------
 
-def test_the_stages_datasets_are_those_of_lists(codec: PromptCodec, tmp_path: Path) -> None:
+def test_the_stages_datasets_are_those_of_lists(codec: PromptCodec, policy_folder: Path, tmp_path: Path) -> None:
+    model = load_policy(policy_folder)
     rows, limit = list(rankings(600)), 60  # more than two chunks
     prompts, completions = [row["prompt"] for row in rows], [row["completions"][0] for row in rows]
     heads, tails = codec.prompts(prompts), codec.completions(completions)
@@ -180,8 +182,9 @@ def test_the_stages_datasets_are_those_of_lists(codec: PromptCodec, tmp_path: Pa
     assert (list(data.ids), data.too_long) == (lists.ids, lists.too_long)
     assert list(data.prompt_lengths) == lists.prompt_lengths
     for indices in length_batches(lengths_of(data.ids), 16, torch.Generator().manual_seed(1))[:3]:
-        for found, wanted in zip(data.batch(indices, 0), lists.batch(indices, 0), strict=True):
-            assert torch.equal(found, wanted)
+        (found, places), (wanted, expected_places) = (some.batch(model, indices, 0) for some in (data, lists))
+        assert torch.equal(found.ids, wanted.ids)
+        assert torch.equal(places, expected_places)
 
     groups = [[head + tail for tail in codec.completions(row["completions"])]
               for head, row in zip(heads, rows, strict=True)]

@@ -1,0 +1,219 @@
+"""One pass over texts of many lengths without their PADs, and over what several of them begin with once.
+
+All of a transformer but its attention works on single tokens. So texts stand one after the other in a single row, and
+only attention takes them apart: groups of like length, each a block of its own. A ranking's completions also see the
+prompt that they share, whose keys and values are made once. The same numbers as of texts alone, up to rounding.
+
+It is an attention of its own in transformers' registry (`use_groups`), for four architectures; others' texts are a
+padded batch, each with its prompt before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from rlhf.data.batching import pad_right
+
+NAME = "instructflow_groups"
+ARCHITECTURES = ("gpt_neox", "llama", "qwen2", "gpt2")
+LEAST_ROWS = {"cpu": 16, "cuda": 64}  # of a block of texts of like length, that attention takes together
+LIKE = 0.9  # a block grows beyond that while its texts have this share of its longest one's tokens
+# Lengths and numbers of tokens are rounded up: the CPU backend makes and keeps code and buffers for every new shape.
+LENGTH_STEP = 8
+ROUND_PARTS = 16
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How attention cuts the tokens of a row: blocks of (texts, tokens each), then `rest` PADs that see nothing.
+
+    With `owner` the first block is of prompts, and every text of the others also sees one: `owner` says which, text
+    after text, and `seen` [texts, prompt tokens] which of its tokens are no PADs.
+    """
+
+    blocks: tuple[tuple[int, int], ...]
+    rest: int
+    owner: Tensor | None = None
+    seen: Tensor | None = None
+    made: dict[torch.dtype, list[Tensor]] = field(default_factory=dict, compare=False)
+
+    def biases(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """What is added to each block's scores: [1 or texts, T, S]. Made once for all layers of a pass."""
+        if dtype not in self.made:
+            longest = max(length for _, length in self.blocks)
+            causal = torch.full((longest, longest), float("-inf"), dtype=dtype, device=device).triu(1)
+            own = [causal[None, :length, :length] for _, length in self.blocks]
+            if self.seen is not None:
+                hidden = torch.zeros(self.seen.shape, dtype=dtype, device=device).masked_fill(~self.seen, float("-inf"))
+                parts = hidden.unsqueeze(1).split([rows for rows, _ in self.blocks[1:]])
+                own[1:] = [torch.cat([part.expand(-1, bias.shape[1], -1), bias.expand(len(part), -1, -1)], dim=2)
+                           for part, bias in zip(parts, own[1:], strict=True)]
+            self.made[dtype] = own
+        return self.made[dtype]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts in a row [1, N], or in a padded batch [B, T] where `groups` is None; `starts`: where each one's first
+    token is in the flattened ids, in the order given."""
+
+    ids: Tensor
+    positions: Tensor | None = None
+    groups: Groups | None = None
+    starts: Sequence[int] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """What transformers is given with the ids. A mask of four dimensions is taken as made: none is built."""
+        given: dict[str, Any] = {} if self.positions is None else {"position_ids": self.positions}
+        if self.groups is not None:
+            given |= {"groups": self.groups, "attention_mask": self.ids.new_ones(1, 1, 1, 1)}
+        return given
+
+    def places(self, first: Sequence[int], count: Sequence[int]) -> Tensor:
+        """Places in the flattened ids of `count` tokens of each text from its token `first` on: [sum of counts]."""
+        return torch.tensor([start + skip + step for start, skip, steps in zip(self.starts, first, count, strict=True)
+                             for step in range(steps)], device=self.ids.device)
+
+
+def use_groups(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets a model of one of the ARCHITECTURES attend in groups; its other passes stay what they are."""
+    layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if model.config.model_type in ARCHITECTURES and layers == {"full_attention"}:
+        model.set_attn_implementation(NAME)
+    return model
+
+
+def lay_out(model: PreTrainedModel, texts: Sequence[Sequence[int]], pad_id: int,
+            prompts: Sequence[Sequence[int]] = (), owner: Sequence[int] = ()) -> Texts:
+    """Texts for one pass of a model; with `prompts` each comes after prompts[owner[text]], which may be empty."""
+    device = model.device
+    if model.config._attn_implementation != NAME or compiled(model):
+        before = [prompts[index] for index in owner] if prompts else [[]] * len(texts)
+        batch = round_shape(pad_right([[*one, *text] for one, text in zip(before, texts, strict=True)], pad_id), pad_id)
+        return Texts(batch.to(device), starts=[row * batch.shape[1] + len(one) for row, one in enumerate(before)])
+    order = sorted(range(len(texts)), key=lambda index: (-len(texts[index]), index))
+    blocks = [(list(range(len(prompts))), prompts)] if prompts else []
+    blocks += [(chosen, texts) for chosen in like_length([len(texts[index]) for index in order], order, device.type)]
+    ids: list[int] = []
+    positions: list[int] = []
+    starts = [0] * len(texts)
+    shapes: list[tuple[int, int]] = []
+    for chosen, of in blocks:
+        length = max(len(of[index]) for index in chosen)
+        length = max(LENGTH_STEP, length + -length % LENGTH_STEP)
+        shapes.append((len(chosen), length))
+        for index in chosen:
+            skipped = len(prompts[owner[index]]) if prompts and of is texts else 0
+            if of is texts:
+                starts[index] = len(ids)
+            ids += [*of[index], *[pad_id] * (length - len(of[index]))]
+            positions += [*range(skipped, skipped + len(of[index])), *[0] * (length - len(of[index]))]
+    rest = rounded(len(ids)) - len(ids)
+    groups = Groups(tuple(shapes), rest)
+    if prompts:
+        owners = torch.tensor([owner[index] for index in order])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])[owners].unsqueeze(1)
+        groups = replace(groups, owner=owners.to(device), seen=(torch.arange(shapes[0][1]) < lengths).to(device))
+    return Texts(torch.tensor([ids + [pad_id] * rest], device=device),
+                 torch.tensor([positions + [0] * rest], device=device), groups, starts)
+
+
+def rounded(count: int) -> int:
+    """A number of tokens rounded up to a multiple of a power of two, by at most a sixteenth."""
+    return count + -count % (1 << max(1, count // ROUND_PARTS).bit_length() - 1)
+
+
+def like_length(lengths: Sequence[int], order: Sequence[int], kind: str) -> list[list[int]]:
+    """The `order` of texts, longest first, cut into blocks."""
+    blocks: list[list[int]] = []
+    longest = 0
+    for index, length in zip(order, lengths, strict=True):
+        if not blocks or (len(blocks[-1]) >= LEAST_ROWS[kind] and length < LIKE * longest):
+            blocks.append([])
+            longest = length
+        blocks[-1].append(index)
+    return blocks
+
+
+def compiled(model: PreTrainedModel) -> bool:
+    """Whether the backbone goes through torch.compile, which would compile anew for every set of lengths."""
+    return getattr(model.base_model, "_compiled_call_impl", None) is not None
+
+
+def round_shape(ids: Tensor, pad_id: int) -> Tensor:
+    """Fills a padded batch up with PADs to multiples of 16 rows and 8 columns: with a shape for nearly every batch
+    memory grew to 5.4 GB on a CPU."""
+    return F.pad(ids, (0, -ids.shape[1] % 8, 0, -ids.shape[0] % 16), value=pad_id)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+           scaling: float | None = None, dropout: float = 0.0, groups: Groups | None = None,
+           **more: Any) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query [B, heads, T, w], key, value [B, kv heads, T, w] -> [B, T, heads, w].
+
+    With `groups`, texts in a row; without, as `attention_mask` says (a causal one that is left out is SDPA's own).
+    """
+    scaling = query.shape[-1]**-0.5 if scaling is None else scaling
+    if groups is not None:
+        return _in_groups(query[0], key[0], value[0], groups, scaling, dropout if module.training else 0.0), None
+    if query.is_cuda:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      **more)
+    assert attention_mask is not None
+    key, value = (item.repeat_interleave(query.shape[1] // item.shape[1], dim=1) for item in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling + attention_mask
+    shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    shares = F.dropout(shares.to(query.dtype), dropout, module.training)
+    return (shares @ value).transpose(1, 2).contiguous(), None
+
+
+def _in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scaling: float, dropout: float) -> Tensor:
+    """query [heads, N, w], key and value [kv heads, N, w] -> [1, N, heads, w]."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    sizes = [rows * length for rows, length in groups.blocks] + [groups.rest]
+    queries, keys, values = ([part.unflatten(1, block) for part, block in zip(
+        item.to(dtype).split(sizes, dim=1), groups.blocks, strict=False)] for item in (query, key, value))
+    if groups.owner is not None:
+        counts = [rows for rows, _ in groups.blocks[1:]]
+        for own in (keys, values):
+            prompts = own[0].index_select(1, groups.owner).split(counts, dim=1)
+            own[1:] = [torch.cat(pair, dim=2) for pair in zip(prompts, own[1:], strict=True)]
+    biases = groups.biases(dtype, query.device)
+    found = [_mix(*block, scaling, dropout).permute(1, 2, 0, 3).flatten(0, 1)
+             for block in zip(queries, keys, values, biases, strict=True)]
+    return torch.cat([*found, found[0].new_zeros(groups.rest, *found[0].shape[1:])]).unsqueeze(0)
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
+    """query [heads, n, T, w], key and value [kv heads, n, S, w], bias [1 or n, T, S] -> as query."""
+    heads, count, length, width = query.shape
+    if query.is_cuda:
+        causal = length == key.shape[2]
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), is_causal=causal, dropout_p=dropout,
+            attn_mask=None if causal else bias.unsqueeze(1), scale=scaling, enable_gqa=heads != len(key))
+        return mixed.transpose(0, 1)
+    key, value = (item.repeat_interleave(heads // len(item), dim=0) if len(item) != heads else item
+                  for item in (key, value))
+    one, other, last = (item.reshape(heads * count, -1, width) for item in (query, key, value))
+    if len(bias) > 1:
+        bias = bias.repeat(heads, 1, 1)
+    scores = torch.baddbmm(bias, one, other.transpose(1, 2), alpha=scaling)
+    shares = torch.softmax(scores, dim=-1)
+    if dropout:
+        shares = F.dropout(shares, dropout)
+    return torch.bmm(shares, last).view(query.shape)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask if torch.cuda.is_available() else eager_mask)
