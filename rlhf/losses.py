@@ -79,8 +79,8 @@ def best_of_loss(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
     return F.cross_entropy(scores.float().masked_fill(~present, float("-inf")), best)
 
 
-def ranking_accuracy(scores: Tensor, ranks: Tensor, present: Tensor) -> tuple[int, int]:
-    """(pairs ordered as the labeler did, pairs with a preference). An equal score counts as wrong."""
+def ranking_accuracy(scores: Tensor, ranks: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """(pairs ordered as the labeler did, pairs with a preference), whole numbers. An equal score counts as wrong."""
     wins = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & present.unsqueeze(2) & present.unsqueeze(1)
     right = wins & (scores.unsqueeze(2) > scores.unsqueeze(1))
-    return int(right.sum()), int(wins.sum())
+    return right.sum(), wins.sum()

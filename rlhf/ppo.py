@@ -313,7 +313,8 @@ class Trainer:
         lengths = [len(prompt) + len(response) for prompt, response in zip(rollouts.prompts, rollouts.responses,
                                                                            strict=True)]
         mine = parallel.share(sorted(rows, key=lambda row: lengths[row]))
-        totals = dict.fromkeys(("policy_loss", "value_loss", "clipped", "ratio"), 0.0)
+        sums: dict[str, Any] = {name: torch.zeros((), dtype=torch.float64, device=device())
+                                for name in ("policy_loss", "value_loss", "clipped", "ratio")}
         for picked in length_batches([lengths[row] for row in mine], params.micro_batch_size, None):
             chosen = [mine[index] for index in picked]
             prompts, answers = [rollouts.prompts[row] for row in chosen], [rollouts.responses[row] for row in chosen]
@@ -330,9 +331,9 @@ class Trainer:
             clipped = ((ratio - 1).abs() > params.clip).float()
             for name, value in (("policy_loss", loss), ("value_loss", error),
                                 ("clipped", (clipped * mask).sum() / tokens), ("ratio", (ratio * mask).sum() / tokens)):
-                totals[name] += value.item()
-        totals["ptx_loss"] = self.add_ptx(place)
-        totals = parallel.add_gradients(self.policy, totals)
+                sums[name] += value.detach()
+        sums["ptx_loss"] = self.add_ptx(place)
+        totals = parallel.add_gradients(self.policy, {name: float(value) for name, value in sums.items()})
         parallel.add_gradients(self.value, {})
         totals["grad_norm"] = parallel.clip_gradients(self.policy, params.max_grad_norm)
         value_norm = parallel.clip_gradients(self.value, params.max_grad_norm)

@@ -137,10 +137,10 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             some = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
                     train.batch(model, chosen, codec.pad_id))
             loss = batch_loss(model, *some, params.precision, tokens)
-            yield share * loss, {"sft/completion_loss": loss.item(), "sft/pretrain_loss": 0.0}
+            yield share * loss, {"sft/completion_loss": loss.detach(), "sft/pretrain_loss": 0.0}
         if corpus_rows is not None:
             other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
-            yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.item()}
+            yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.detach()}
 
     measure = {"valid_loss": lambda: -valid_loss(model, valid, params, codec.pad_id),
                "rm_score": lambda: rm_score(model, valid, params, codec, seed)}.get(params.checkpoint)

@@ -78,8 +78,8 @@ class Texts:
 
     def places(self, first: Sequence[int], count: Sequence[int]) -> Tensor:
         """Places in the flattened ids of `count` tokens of each text from its token `first` on: [sum of counts]."""
-        return torch.tensor([start + skip + step for start, skip, steps in zip(self.starts, first, count, strict=True)
-                             for step in range(steps)], device=self.ids.device)
+        return _sent([start + skip + step for start, skip, steps in zip(self.starts, first, count, strict=True)
+                      for step in range(steps)], self.ids.device)
 
 
 def use_groups(model: PreTrainedModel) -> PreTrainedModel:
@@ -121,8 +121,13 @@ def lay_out(model: PreTrainedModel, texts: Sequence[Sequence[int]], pad_id: int,
         owners = torch.tensor([owner[index] for index in order])
         lengths = torch.tensor([len(prompt) for prompt in prompts])[owners].unsqueeze(1)
         groups = replace(groups, owner=owners.to(device), seen=(torch.arange(shapes[0][1]) < lengths).to(device))
-    return Texts(torch.tensor([ids + [pad_id] * rest], device=device),
-                 torch.tensor([positions + [0] * rest], device=device), groups, starts)
+    return Texts(_sent([ids + [pad_id] * rest], device), _sent([positions + [0] * rest], device), groups, starts)
+
+
+def _sent(numbers: list[Any], device: torch.device) -> Tensor:
+    """Whole numbers on a device; a GPU is not waited for."""
+    found = torch.tensor(numbers, dtype=torch.long)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def rounded(count: int) -> int:
@@ -189,13 +194,15 @@ def _in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scalin
             prompts = own[0].index_select(1, groups.owner).split(counts, dim=1)
             own[1:] = [torch.cat(pair, dim=2) for pair in zip(prompts, own[1:], strict=True)]
     biases = groups.biases(dtype, query.device)
-    found = [_mix(*block, scaling, dropout).permute(1, 2, 0, 3).flatten(0, 1)
+    found = [mix(*block, scaling, dropout).permute(1, 2, 0, 3).flatten(0, 1)
              for block in zip(queries, keys, values, biases, strict=True)]
     return torch.cat([*found, found[0].new_zeros(groups.rest, *found[0].shape[1:])]).unsqueeze(0)
 
 
-def _mix(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
-    """query [heads, n, T, w], key and value [kv heads, n, S, w], bias [1 or n, T, S] -> as query."""
+def mix(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """Attention of a block of texts; causal alone where S is T, which a GPU's kernels know without the bias.
+
+    query [heads, n, T, w], key and value [kv heads, n, S, w], bias [1 or n, T, S] -> as query."""
     heads, count, length, width = query.shape
     if query.is_cuda:
         causal = length == key.shape[2]

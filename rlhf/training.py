@@ -18,7 +18,7 @@ from rlhf.models import cosine_factor, scale_lr
 from rlhf.progress import StageProgress
 from rlhf.seeding import restore_rng, rng_state
 
-Part = tuple[Tensor, Mapping[str, float]]  # of a step's loss, and of what the journal says of it
+Part = tuple[Tensor, Mapping[str, float | Tensor]]  # of a step's loss, and of what the journal says of it
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
             factor = cosine_factor(step, steps, warmup)
             for optimizer in optimizers:
                 scale_lr(optimizer, factor)
-            sums: dict[str, float] = {}
+            sums: dict[str, Any] = {}
             for part, more in loss_of_step(step):
                 parallel.backward(model, part)
-                sums = {key: sums.get(key, 0.0) + value for key, value in {"": part.item(), **more}.items()}
-            values = parallel.add_gradients(model, sums)
+                for key, value in {"": part.detach().double(), **more}.items():
+                    sums[key] = sums.get(key, 0.0) + value
+            # not read before: a GPU goes on with a part while the next one is put together
+            values = parallel.add_gradients(model, {key: float(value) for key, value in sums.items()})
             loss = values.pop("")
             norm = parallel.clip_gradients(model, max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
