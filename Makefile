@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 PROFILE ?=
 TIMES ?= 3
 JOBS ?= 2
-SIZES ?= 1M 10M
+SIZES ?= 1M 10M 135M
 BIN := $(CURDIR)/.venv/bin
 
 export DO_NOT_TRACK := true
@@ -54,7 +54,7 @@ drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
 	$(BIN)/python -m tasks.study --profile cpu
 
-bench: .venv/.installed .venv-trl/.installed  ## ours against TRL and generate, in turns; SIZES="1M 10M": bench/results.json
+bench: .venv/.installed .venv-trl/.installed  ## ours against TRL and generate, in turns; SIZES="1M 10M 135M": bench/results.json
 	$(BIN)/python bench/versus --sizes $(SIZES)
 
 .venv-trl/.installed: requirements.lock

@@ -1,6 +1,6 @@
 """Ours against TRL 1.12's trainers and transformers' generation: same work, in turns, in one run on one machine.
 
-    make bench                                  1M and 10M parameters, five turns each (well over an hour on two cores)
+    make bench                                  1M, 10M, 135M parameters, five turns each (over an hour on two cores)
     .venv/bin/python bench/versus --sizes 1M --turns 3 --bars rm sft
 
 Each side waits while the other one works. Both are tried as one process with all cores' threads and as one a core,
@@ -18,17 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from work import COMPILES, ITERATIONS, RM_BATCH, RM_MICRO, SHARES
 
 HERE = Path(__file__).parent
 BARS = ("same", "sft", "rm", "ppo", "ppo_mixed", "rollout", "rollout_256", "rollout_continuous")
 ATTENTIONS = [{"attention": "eager"}, {"attention": "sdpa"}]
 COMPILED = [{}, {"compiled": True}]
+MFU_SIZE = "10M"  # the one whose share of the matmul rate is asked for
 
 
 class Side:
@@ -109,34 +111,37 @@ def peaks(ours: Side, theirs: Side, job: str, mine: dict[str, Any], others: dict
     return found
 
 
-def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: list[str], count: int) -> dict[str, Any]:
-    """Every bar of one size of models."""
+def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: list[str],
+         count: int) -> Iterator[tuple[str, Any]]:
+    """Name and result of every bar of one size of models, as they come."""
     parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
     common = {"folder": folder, "precision": "bf16"}
-    found: dict[str, Any] = {"parameters": parameters}
-    scale = 1 if size == "1M" else 4
+    yield "parameters", parameters
+    scale, iterations = SHARES[size], ITERATIONS[size]
+    compiled = COMPILED if size in COMPILES else COMPILED[:1]
     # job, work, what is theirs alone, their settings to try
     works: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
         "sft": ("sft", {"rows": 2048 // scale}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
         "sft_unpacked": ("sft", {"rows": 2048 // scale}, {"packing": False}, [{**some, "micro": 32}
                                                                               for some in ATTENTIONS]),
-        "rm": ("rm", {"prompts": 128 // scale}, {}, [{**some, "micro": micro} for some in ATTENTIONS
-                                                     for micro in (30, 60, 120)]),
-        "ppo": ("ppo", {"mixed": False, "iterations": 2}, {}, ATTENTIONS),
-        "ppo_mixed": ("ppo", {"mixed": True, "iterations": 2}, {}, ATTENTIONS),
-        "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": 512 // scale}, {},
-                    [some | more for some in ATTENTIONS for more in COMPILED]),
-        "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": 1024 // scale}, {},
-                        [some | more for some in ATTENTIONS for more in COMPILED]),
-        "rollout_continuous": ("rollout", {"mixed": True, "batch": 256, "prompts": 256 // scale}, {"continuous": True},
-                               [{"attention": "sdpa"}])}
+        "rm": ("rm", {"prompts": max(RM_BATCH, 128 // scale)}, {}, [{**some, "micro": micro} for some in ATTENTIONS
+                                                                    for micro in RM_MICRO[size]]),
+        "ppo": ("ppo", {"mixed": False, "iterations": iterations}, {}, ATTENTIONS),
+        "ppo_mixed": ("ppo", {"mixed": True, "iterations": iterations}, {}, ATTENTIONS),
+        "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": max(64, 512 // scale)}, {},
+                    [some | more for some in ATTENTIONS for more in compiled]),
+        "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": max(256, 1024 // scale)}, {},
+                        [some | more for some in ATTENTIONS for more in compiled]),
+        "rollout_continuous": ("rollout", {"mixed": True, "batch": 256, "prompts": max(64, 256 // scale)},
+                               {"continuous": True}, [{"attention": "sdpa"}])}
     if "same" in names:
-        found["same"] = same_work(ours[0], theirs[0], folder)
-        print(f"{size} same work: largest relative difference {found['same']['difference']:.1e}", flush=True)
+        same = same_work(ours[0], theirs[0], folder, max(RM_BATCH, 32 // scale))
+        yield "same", same
+        print(f"{size} same work: largest relative difference {same['difference']:.1e}", flush=True)
     for name, (job, work, theirs_alone, settings) in works.items():
-        if name.removesuffix("_unpacked") not in names:
+        if name.removesuffix("_unpacked") not in names or (name == "rollout_continuous" and size not in COMPILES):
             continue
-        one, own = fastest(ours, job, COMPILED if job == "rollout" else [{}], **common, **work)
+        one, own = fastest(ours, job, compiled if job in ("ppo", "rollout") else [{}], **common, **work)
         # transformers' continuous batching ends a process that was forked
         able = theirs[:1] if name == "rollout_continuous" else theirs
         other, chosen = fastest(able, job, settings, **common, **work, **theirs_alone)
@@ -144,18 +149,17 @@ def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: li
         result = turns(count, partial(one.do, job, **mine), partial(other.do, job, **others))
         result |= {"memory": peaks(one, other, job, mine, others), "processes": [one.processes, other.processes],
                    "our_settings": own, "their_settings": theirs_alone | chosen}
-        found[name] = result
+        yield name, result
         print(f"{size} {name}: {result['ratio']:.2f} times theirs [{result['least']:.2f}, {result['most']:.2f}]; "
               f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; processes {result['processes']}; memory "
               f"{result['memory'][0]:.2f} and {result['memory'][1]:.2f} GB; ours {own}, theirs {chosen}", flush=True)
         if job == "sft" and name == "sft":
             share = 6 * parameters * result["ours"] / 1e9 / matmul_rate(torch.bfloat16)
-            found["sft_mfu"] = share
+            yield "sft_mfu", share
             print(f"{size} sft: {share:.2f} of the machine's bf16 matmul rate", flush=True)
-    return found
 
 
-def same_work(ours: Side, theirs: Side, folder: str) -> dict[str, Any]:
+def same_work(ours: Side, theirs: Side, folder: str, prompts: int) -> dict[str, Any]:
     """Losses of both sides in float32 on the same data: the reward model's first step, PPO's averages over 4 epochs on
     the same responses."""
     exact = {"folder": folder, "precision": "fp32"}
@@ -163,15 +167,30 @@ def same_work(ours: Side, theirs: Side, folder: str) -> dict[str, Any]:
     other = theirs.do("ppo", **exact, mixed=False, iterations=1, attention="eager", responses=responses)
     mine = ours.do("ppo", **exact, mixed=False, iterations=1, responses=responses, order=other["order"])
     pairs = {f"ppo {name}": (mine[name], other[name]) for name in ("loss/policy", "loss/value", "score", "weight")}
-    mine, other = ours.do("rm", **exact, prompts=32), theirs.do("rm", **exact, prompts=32, attention="eager", micro=30)
+    mine = ours.do("rm", **exact, prompts=prompts)
+    other = theirs.do("rm", **exact, prompts=prompts, attention="eager", micro=30)
     pairs |= {f"rm {name}": (mine[name], other[name]) for name in ("loss/first", "loss/mean")}
     differences = {name: abs(one - two) / abs(two) for name, (one, two) in pairs.items()}
     return {"difference": max(differences.values()), "differences": differences, "values": pairs}
 
 
+def write(path: Path, machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
+    """What is known so far: the first size's ratios, those of others with the size in their names, and all of it."""
+    names = {"ppo_vs_trl": "ppo", "ppo_mixed_vs_trl": "ppo_mixed", "rm_vs_trl": "rm", "sft_vs_trl": "sft",
+             "rollout_vs_generate": "rollout", "rollout_mixed_vs_generate": "rollout_256",
+             "rollout_vs_continuous": "rollout_continuous"}
+    ratios: dict[str, float] = {}
+    for number, (size, results) in enumerate(found.items()):
+        ratios |= {name if number == 0 else f"{name}_{size}": round(results[bar]["ratio"], 3)
+                   for name, bar in names.items() if bar in results}
+    if shares := {size: results["sft_mfu"] for size, results in found.items() if "sft_mfu" in results}:
+        ratios["sft_mfu"] = round(shares.get(MFU_SIZE, list(shares.values())[-1]), 3)
+    path.write_text(json.dumps({**ratios, "machine": machine, "sizes": found}, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["1M", "10M"])
+    parser.add_argument("--sizes", nargs="+", default=["1M", "10M", "135M"])
     parser.add_argument("--bars", nargs="+", default=list(BARS), choices=BARS)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--processes", type=int, nargs="+", help="to try for each side; a GPU has one",
@@ -179,30 +198,24 @@ def main() -> None:
     parser.add_argument("--theirs", type=Path, default=Path(".venv-trl/bin/python"), help="Python that has TRL")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results.json")
     options = parser.parse_args()
-    found: dict[str, Any] = {}
-    for size in options.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            ours, theirs = ([Side(python, script, processes) for processes in options.processes] for python, script in (
-                (Path(sys.executable), "ours.py"), (options.theirs.absolute(), "theirs.py")))
-            try:
-                found[size] = bars(ours, theirs, folder, size, options.bars, options.turns)
-            finally:
-                for side in (*ours, *theirs):
-                    side.end()
-    first = found[options.sizes[0]]
-    names = {"ppo_vs_trl": "ppo", "ppo_mixed_vs_trl": "ppo_mixed", "rm_vs_trl": "rm", "sft_vs_trl": "sft",
-             "rollout_vs_generate": "rollout", "rollout_mixed_vs_generate": "rollout_256",
-             "rollout_vs_continuous": "rollout_continuous"}
-    result = {name: round(first[bar]["ratio"], 3) for name, bar in names.items() if bar in first}
-    if shares := [found[size]["sft_mfu"] for size in options.sizes if "sft_mfu" in found[size]]:
-        result["sft_mfu"] = round(shares[-1], 3)
     machine = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or
                platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
                "matmul_bf16_gflops": round(matmul_rate(torch.bfloat16)),
                "matmul_fp32_gflops": round(matmul_rate(torch.float32))}
-    text = json.dumps({**result, "machine": machine, "sizes": found}, indent=2)
-    options.out.write_text(text + "\n", encoding="utf-8")
-    print(json.dumps(result | machine, indent=2))
+    found: dict[str, dict[str, Any]] = {}
+    for size in options.sizes:
+        found[size] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = ([Side(python, script, processes) for processes in options.processes] for python, script in (
+                (Path(sys.executable), "ours.py"), (options.theirs.absolute(), "theirs.py")))
+            try:
+                for name, result in bars(ours, theirs, folder, size, options.bars, options.turns):
+                    found[size][name] = result
+                    write(options.out, machine, found)
+            finally:
+                for side in (*ours, *theirs):
+                    side.end()
+    print(options.out.read_text(encoding="utf-8").split('"sizes"')[0])
 
 
 if __name__ == "__main__":

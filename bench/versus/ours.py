@@ -76,15 +76,15 @@ def make(folder: str, shape: str) -> dict[str, Any]:
 
 
 def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: list[list[int]] | None = None,
-        order: list[list[int]] | None = None) -> dict[str, Any]:
-    """As theirs.ppo. `order`: the prompts in the order that the other side had them in."""
+        order: list[list[int]] | None = None, compiled: bool = False) -> dict[str, Any]:
+    """As theirs.ppo. `order`: the prompts in the order that the other side had them in. `compiled`: the sampler."""
     root = Path(folder)
     work = load_work(root)
     batch, micro = PPO_SIZES[work.shape]
     params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
                        max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,
                        adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
-                       max_grad_norm=1e9)
+                       max_grad_norm=1e9, compile_rollouts=compiled)
     seed_everything(1)
     trainer = ppo_module.Trainer(params, root / "policy", root / "rm", 1)
     trainer.value.load_state_dict(load_scorer(root / "value").state_dict())

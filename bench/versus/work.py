@@ -32,6 +32,12 @@ SHAPES = {"1M": Shape(4, 128, 4, 1024), "10M": Shape(6, 384, 6, 1024),
           "1B": Shape(16, 2048, 32, 50304, kv_heads=8, inner=8192)}
 # PPO: episodes an iteration, a forward pass of the update
 PPO_SIZES = {"1M": (256, 64), "10M": (128, 32), "135M": (16, 8), "1B": (64, 16)}
+# What a turn has of the 1M's rows and prompts; PPO's iterations; the batches of a forward pass that TRL's reward model
+# tries; whether sampling is compiled too (a minute and more for thirty blocks)
+SHARES = {"1M": 1, "10M": 4, "135M": 32, "1B": 32}
+ITERATIONS = {"1M": 2, "10M": 1, "135M": 1, "1B": 1}
+RM_MICRO = {"1M": (30, 60, 120), "10M": (30, 60), "135M": (30,), "1B": (30,)}
+COMPILES = ("1M", "10M")
 RM_BATCH = 8  # prompts a step
 SFT_BATCH = 32  # demonstrations a step
 
