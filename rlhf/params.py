@@ -130,6 +130,7 @@ class PpoParams:
     micro_batch_size: int = param(32, "rollouts a forward pass; changes memory and speed, not the update", ge=1)
     rollout_batch_size: int = param(256, "responses sampled at once: the KV cache's rows", ge=1)
     compile_rollouts: bool = param(False, "torch.compile the step of sampling; needs a C++ compiler on a CPU")
+    vllm_url: str = param("", "vLLM server that samples the rollouts, e.g. http://127.0.0.1:8000; empty: this process")
     inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
     samples_per_prompt: int = param(1, "rollouts drawn for each prompt", ge=1)
     max_prompt_tokens: int = param(64, "longer prompts are left out and counted", ge=1)

@@ -5,7 +5,9 @@ score them, read the KL, adapt β, turn score and KL into per-token rewards, est
 of minibatch updates of the policy and of a separate value model. Dropout is off throughout.
 """
 
+import copy
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, restore_rng, rng_state
 from rlhf.texts import Texts, lay_out
 from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.vllm_rollout import VllmServer
 
 # --- the maths -----------------------------------------------------------------------------------------------
 
@@ -179,6 +182,15 @@ class Trainer:
         self.beta = beta_rule(params)
         self.sampling = Sampling(params.max_new_tokens, (self.codec.eos_id,), self.codec.pad_id, params.temperature,
                                  params.precision, params.rollout_batch_size, params.compile_rollouts)
+        self.server = VllmServer(params.vllm_url, self.policy.config.vocab_size) if params.vllm_url else None
+        if self.server is not None:
+            if params.shard:
+                raise UserError("ppo.vllm_url: goes without ppo.shard")
+            if self.policy.get_output_embeddings().weight is self.policy.get_input_embeddings().weight:
+                raise UserError("ppo.vllm_url: goes without tied embeddings (tie_word_embeddings in the policy's "
+                                "config.json): vLLM 0.32 did not take such a model's new weights over right")
+            if parallel.first():
+                self.server.wait()
         self.corpus_rows: Tensor | None = None
 
     @contextmanager
@@ -224,8 +236,12 @@ class Trainer:
         """
         self.train_mode(False)
         rows = parallel.share(range(len(prompts)))
-        with parallel.gathered(self.policy):
-            mine = sample_responses(self.policy, prompts, self.sampling, generator(self.seed, "ppo", iteration), rows)
+        noise = generator(self.seed, "ppo", iteration)
+        if self.server is not None:
+            mine = list(parallel.share(self.ask_server(self.server, prompts, noise)))
+        else:
+            with parallel.gathered(self.policy):
+                mine = sample_responses(self.policy, prompts, self.sampling, noise, rows)
         parts = parallel.collect((rows, mine, self.examine([prompts[row] for row in rows], mine)))
         responses: list[list[int]] = [[]] * len(prompts)
         for places, some, _ in parts:
@@ -238,6 +254,28 @@ class Trainer:
                 grid[name][places, :values.shape[1]] = values.to(device())
         return Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref"], grid["values"], grid["scores"][:, 0],
                         masked_mean(grid["entropy"], mask).item())
+
+    def ask_server(self, server: VllmServer, prompts: list[list[int]], noise: torch.Generator) -> list[list[int]]:
+        """All prompts' responses from a vLLM server, which is given the weights as they are. The first process asks.
+
+        Raises UserError in every process where the server does not do it. With LoRA a merged copy of the policy is
+        made for as long as it is written.
+        """
+        found: list[list[int]] | str = []
+        if parallel.first():
+            with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
+                adapter = copy.deepcopy(self.adapter)
+                save_model(self.policy if adapter is None else adapter.merge_and_unload(), self.tokenizer, Path(folder))
+                del adapter
+                try:
+                    server.load(Path(folder))
+                    found = server.sample(prompts, self.sampling, noise)
+                except UserError as error:
+                    found = str(error)
+        found = parallel.told(found)
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
 
     def examine(self, prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
         """What the models say of some responses, on the CPU: log_probs, ref, values, entropy [B, T], scores [B, 1]."""

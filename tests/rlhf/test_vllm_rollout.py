@@ -1,0 +1,286 @@
+"""Rollouts from a vLLM server: what it is asked, in which order, and what comes of a bad answer. One that answers like
+vLLM runs in a thread; where INSTRUCTFLOW_VLLM_URL names a real one (docs/operations.md), that is asked too."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import rlhf.vllm_rollout
+from rlhf import parallel
+from rlhf.errors import UserError
+from rlhf.models import load_policy, save_model
+from rlhf.ppo import Trainer
+from rlhf.rollout import Sampling, sample_responses
+from rlhf.vllm_rollout import VllmServer
+
+Make = Callable[..., Trainer]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: "Fake"
+
+    def do_GET(self) -> None:
+        self.answer(200 if self.path == "/health" else 404, None)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.asked.append((self.path, body))
+            code, said = self.server.broken.get(self.path) or (200, self.server.act(self.path, body))
+        self.answer(code, said)
+
+    def answer(self, code: int, said: Any) -> None:
+        content = b"" if said is None else json.dumps(said).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+class Fake(ThreadingHTTPServer):
+    """A server with one model, which samples with rlhf/rollout.py, each request from a generator of its seed.
+
+    `asked`: paths and bodies of the POSTs, in order. `broken`: path -> status and JSON that it answers with instead.
+    """
+
+    request_queue_size = 300
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url, self.lock = f"http://127.0.0.1:{self.server_address[1]}", threading.Lock()
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.broken: dict[str, tuple[int, Any]] = {}
+        self.model = load_policy(folder)
+
+    def act(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            self.model = load_policy(body["kwargs"]["weights_path"])
+            return {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return {"success": True}
+        assert path == "/v1/completions"
+        assert body["ignore_eos"]
+        assert body["include_stop_str_in_output"]
+        assert not body["skip_special_tokens"]
+        assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
+        sampling = Sampling(body["max_tokens"], tuple(body["stop_token_ids"]), 0, body["temperature"])
+        noise = torch.Generator().manual_seed(body["seed"])
+        choice: dict[str, Any] = {"index": 0, "text": ""}
+        if body["return_token_ids"]:
+            choice["token_ids"] = sample_responses(self.model, [body["prompt"]], sampling, noise)[0]
+        return {"choices": [choice]}
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.asked]
+
+    def completions(self) -> list[dict[str, Any]]:
+        return [body for path, body in self.asked if path == "/v1/completions"]
+
+
+@pytest.fixture
+def fake(model_folders: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """A server whose first model is one that no trainer here has."""
+    monkeypatch.setattr(rlhf.vllm_rollout, "READY_SECONDS", 1.0)
+    with Fake(model_folders["qwen2"][0]) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def prompts(prompt_texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    return [tokenizer(text)["input_ids"] for text in prompt_texts]
+
+
+def noise(seed: int = 11) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def stops_for(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Every twelfth token ends a response."""
+    return tuple(range(1, len(tokenizer), 12))
+
+
+# --- the client ------------------------------------------------------------------------------------------------------
+
+def test_the_responses_are_those_of_the_prompts_in_their_order(fake: Fake, prompts: list[list[int]],
+                                                               tokenizer: PreTrainedTokenizerFast) -> None:
+    stops = stops_for(tokenizer)
+    greedy = Sampling(4, stops, tokenizer.pad_token_id, temperature=0.0)
+    server = VllmServer(fake.url + "/", len(tokenizer))
+    server.wait()
+    found = server.sample(prompts, greedy, noise())
+    assert found == sample_responses(fake.model, prompts, greedy, noise())
+    assert {response[-1] in stops for response in found} == {True, False}  # some are cut at max_new_tokens
+    assert sorted(body["prompt"] for body in fake.completions()) == sorted(prompts)
+    assert {(body["temperature"], body["max_tokens"]) for body in fake.completions()} == {(0.0, 4)}
+    assert server.sample([], greedy, noise()) == []
+
+
+def test_every_prompt_has_a_seed_of_its_own(fake: Fake, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampling = Sampling(16, (tokenizer.eos_token_id,), tokenizer.pad_token_id, batch_size=3)
+    server = VllmServer(fake.url, len(tokenizer))
+    found = server.sample([[5, 6, 7]] * 6, sampling, noise())
+    assert len({body["seed"] for body in fake.completions()}) == 6
+    assert len({tuple(response) for response in found}) == 6
+    assert server.sample([[5, 6, 7]] * 6, sampling, noise()) == found
+    assert server.sample([[5, 6, 7]] * 6, sampling, noise(12)) != found
+
+
+@pytest.mark.parametrize(("path", "code", "said", "parts"), [
+    ("/collective_rpc", 404, {"detail": "Not Found"}, ["refused with 404", "VLLM_SERVER_DEV_MODE=1"]),
+    ("/collective_rpc", 500, {"error": {"message": "shape\nmismatch"}}, ["/collective_rpc refused with 500", "shape"]),
+    ("/reset_prefix_cache", 200, {"success": False}, ["somebody else"]),
+    ("/v1/completions", 400, {"error": {"message": "longer than the maximum"}}, ["refused with 400", "maximum"]),
+    ("/v1/completions", 200, {"choices": [{"text": "red"}]}, ["no token_ids"]),
+    ("/v1/completions", 200, {"choices": [{"token_ids": [5, 320, 1]}]}, ["token 320", "another vocabulary"]),
+    ("/v1/completions", 200, {"choices": [{"token_ids": [5, 6]}]}, ["a response of 2 tokens", "--max-model-len"]),
+    ("/v1/completions", 200, {"choices": [{"token_ids": [1, 6, 1]}]}, ["a response of 3 tokens"]),
+])
+def test_a_bad_answer_is_one_line(make_trainer: Make, prompt_texts: list[str], fake: Fake, path: str, code: int,
+                                  said: Any, parts: list[str]) -> None:
+    trainer = make_trainer("llama", vllm_url=fake.url)
+    assert trainer.policy.config.vocab_size == 320
+    assert trainer.codec.eos_id == 1
+    fake.broken[path] = (code, said)
+    with pytest.raises(UserError) as error:
+        trainer.roll_out(trainer.codec.prompts(prompt_texts), 0)
+    assert "\n" not in str(error.value)
+    for part in ("ppo.vllm_url", fake.url, *parts):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("url", "said"), [
+    ("http://127.0.0.1:9", "no server is ready there after 1 s"), ("127.0.0.1:8000", "must be like http://"),
+    ("http://127.0.0.1:port", "nonnumeric port"),
+])
+def test_a_server_that_is_not_there(make_trainer: Make, monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
+    monkeypatch.setattr(rlhf.vllm_rollout, "READY_SECONDS", 1.0)
+    with pytest.raises(UserError, match=f"ppo.vllm_url = '{url}': .*{said}"):
+        make_trainer("llama", vllm_url=url)
+
+
+def test_a_server_that_goes_away(make_trainer: Make, prompt_texts: list[str], fake: Fake) -> None:
+    trainer = make_trainer("llama", vllm_url=fake.url)
+    fake.server_close()
+    with pytest.raises(UserError, match="/collective_rpc got no answer"):
+        trainer.roll_out(trainer.codec.prompts(prompt_texts), 0)
+
+
+# --- PPO -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_it_has_the_policys_weights_before_it_samples(make_trainer: Make, architecture: str, prompt_texts: list[str],
+                                                      fake: Fake, lora_rank: int) -> None:
+    trainer = make_trainer(architecture, vllm_url=fake.url, lora_rank=lora_rank, lr=1e-2)
+    prompts = trainer.codec.prompts(prompt_texts)
+    ratios: list[float] = []
+    for iteration in range(3):
+        before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+        fake.asked.clear()
+        rollouts = trainer.roll_out(prompts, iteration)
+        assert fake.paths() == ["/collective_rpc", "/reset_prefix_cache", *["/v1/completions"] * len(prompts)]
+        assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+        with torch.no_grad():
+            width = rollouts.mask.shape[1]
+            theirs = trainer.log_probs(fake.model, prompts, rollouts.responses, width)
+        torch.testing.assert_close(theirs, rollouts.log_probs, rtol=0, atol=1e-4)
+        assert not Path(fake.asked[0][1]["kwargs"]["weights_path"]).exists()  # it was for that only
+        ratios.append(trainer.iterate(rollouts, iteration)["ppo/ratio_first"])
+    assert ratios == pytest.approx([1, 1, 1], abs=1e-5)
+    assert abs(rollouts.log_probs - rollouts.ref_log_probs).max() > 1e-3  # the weights were not the first ones
+
+
+def test_the_trainer_asks_for_its_seed_and_iteration(make_trainer: Make, prompt_texts: list[str], fake: Fake) -> None:
+    trainer = make_trainer("llama", vllm_url=fake.url, temperature=0.7, max_new_tokens=5)
+    prompts = trainer.codec.prompts(prompt_texts)
+    one, other, again = (trainer.roll_out(prompts, iteration).responses for iteration in (0, 1, 0))
+    assert one == again != other
+    assert {(body["temperature"], body["max_tokens"]) for body in fake.completions()} == {(0.7, 5)}
+    assert {tuple(body["stop_token_ids"]) for body in fake.completions()} == {(trainer.codec.eos_id,)}
+
+
+def test_of_several_processes_the_first_asks(make_trainer: Make, prompt_texts: list[str], fake: Fake,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("llama", vllm_url=fake.url)
+    prompts = trainer.codec.prompts(prompt_texts)
+    expected = trainer.ask_server(VllmServer(fake.url, 320), prompts, noise())
+    asked = len(fake.asked)
+    monkeypatch.setattr(parallel, "first", lambda: False)
+    monkeypatch.setattr(parallel, "told", lambda thing: expected)
+    assert trainer.ask_server(VllmServer(fake.url, 320), prompts, noise()) == expected
+    monkeypatch.setattr(parallel, "told", lambda thing: "what the first was told")
+    with pytest.raises(UserError, match="what the first was told"):
+        trainer.ask_server(VllmServer(fake.url, 320), prompts, noise())
+    assert len(fake.asked) == asked
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2"])
+def test_not_with_tied_embeddings(make_trainer: Make, fake: Fake, architecture: str) -> None:
+    """Seen with vLLM 0.32: after new weights 30 of 64 greedy responses were ours, and no request failed; its log
+    says that ParallelLMHead was not loaded.
+    """
+    with pytest.raises(UserError, match=r"ppo\.vllm_url: goes without tied embeddings"):
+        make_trainer(architecture, vllm_url=fake.url)
+    assert not fake.asked
+
+
+def test_not_with_shard(make_trainer: Make, fake: Fake) -> None:
+    with pytest.raises(UserError, match=r"ppo\.vllm_url: goes without ppo\.shard"):
+        make_trainer("llama", vllm_url=fake.url, shard=True)
+
+
+# --- a real server ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif("INSTRUCTFLOW_VLLM_URL" not in os.environ, reason="INSTRUCTFLOW_VLLM_URL names no vLLM server")
+def test_a_real_server_says_what_our_sampler_says(tmp_path: Path) -> None:
+    """A server of the model in INSTRUCTFLOW_VLLM_MODEL, in float32: greedy responses, before and after new weights.
+
+    Equal but for ties, which rounding may turn.
+    """
+    from rlhf.tokenizer import PromptCodec, load_tokenizer
+
+    folder = Path(os.environ["INSTRUCTFLOW_VLLM_MODEL"])
+    policy, tokenizer = load_policy(folder), load_tokenizer(folder)
+    eos, size = PromptCodec(tokenizer).eos_id, policy.config.vocab_size
+    rows = torch.randint(3, size, (64, 24), generator=noise()).tolist()
+    prompts = [row[:4 + number % 20] for number, row in enumerate(rows)]
+    greedy, drawn = (Sampling(24, (eos, 5, 6, 7), 0, temperature=heat) for heat in (0.0, 1.0))
+    server = VllmServer(os.environ["INSTRUCTFLOW_VLLM_URL"], size)
+    server.wait()
+    seen: list[list[list[int]]] = []
+    for spread in (0.0, 0.3, 0.0):
+        with torch.no_grad():
+            for number, value in enumerate(policy.parameters()):
+                shift = torch.randn(value.shape, generator=noise(number)) * value.std()
+                value.copy_(load_weights(folder)[number] + spread * shift)
+        save_model(policy, tokenizer, tmp_path / f"{len(seen)}")
+        server.load(tmp_path / f"{len(seen)}")
+        found, expected = server.sample(prompts, greedy, noise()), sample_responses(policy, prompts, greedy, noise())
+        equal = sum(one == other for one, other in zip(found, expected, strict=True))
+        print(f"greedy: {equal} of {len(prompts)} responses equal; {len({len(item) for item in found})} lengths")
+        assert equal >= 0.95 * len(prompts)
+        seen.append(found)
+    assert seen[0] == seen[2] != seen[1]
+    many = server.sample(prompts[:1] * 64, drawn, noise())
+    assert len({tuple(response) for response in many}) > 8
+
+
+def load_weights(folder: Path) -> list[torch.Tensor]:
+    return [value.detach() for value in load_policy(folder).parameters()]
