@@ -206,8 +206,7 @@ def phases(job: Job) -> dict[str, dict[str, float]]:
         head = {"gradients": 6 * shape.width * shape.vocabulary / job.shards}
         return {"forward": state | update | head, "step": state | gradients, "valid loss": state | look}
     rows = at_once(job, job.batch)
-    shared = job.longest_prompt if job.checkpointing else job.longest_prompt / job.longest_k
-    tokens = rows * job.longest_k * (shared + job.longest_response)
+    tokens = rows * (job.longest_prompt + job.longest_k * job.longest_response)  # a prompt goes through once
     update = training_bytes(job, shape, tokens, job.longest, 0, 0)
     look = passing(job, shape, bounded(SCORE_ROWS, job.longest) * job.longest, job.longest, 0)
     return {"forward": state | update, "step": state | gradients, "scores": state | look}
@@ -298,8 +297,7 @@ def stage_work(job: Job) -> tuple[Work, float]:
         once = pass_work(job, job.policy, job.count * rows, rows, job.count * job.response, True)
         return once.times(job.epochs) + step_work(job.policy).times(steps), min(job.processes, job.rows)
     if job.stage == "rm":
-        shared = job.k if job.checkpointing else 1
-        tokens = job.count * (shared * job.prompt + job.k * job.response)
+        tokens = job.count * (job.prompt + job.k * job.response)
         steps = job.count * job.epochs / job.batch
         return (pass_work(job, job.policy, tokens, rows, 0, True).times(job.epochs)
                 + step_work(job.policy, False).times(steps), min(job.processes, job.rows))
