@@ -10,7 +10,8 @@ import torch
 from rlhf import parallel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT = 2**30  # bytes; the most that every glibc takes for the second
+LARGE = 2**25  # bytes; glibc silently takes no more, and mallopt without effect is slower than none
+KEPT = 2**30
 
 
 def seed_everything(seed: int) -> None:
@@ -29,8 +30,8 @@ def keep_freed_memory() -> None:
     step on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(parameter, KEPT)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def rng_state() -> list[list[torch.Tensor]]:
