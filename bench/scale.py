@@ -1,12 +1,13 @@
 """Datasets of 1, 10 and 100 times the paper's rows: time and memory of what SFT, reward model and PPO do with them.
 
-    python bench/scale.py [TIMES ...] [--stages sft rm ppo]     default: 1 10; writes only to a temporary folder
+    python bench/scale.py [TIMES ...] [--stages sft rm ppo corpus]   default: 1 10, the first three; writes only to a
+                                                                     temporary folder
 
 Each line is a process that runs the stage's own function on made-up rows and a tiny model up to the third step (PPO:
 two iterations of 8 rollouts): rows are read, tokenized, stored, put in order. `tokens_a_row`: prompt and completions;
 `peak_mb`: greatest resident memory over that of the same process before it read a row, model and libraries loaded.
 CPU time is that of all threads: on a busy machine it says more than seconds. Pretraining text is not mixed in: the
-corpus does not grow with the datasets.
+corpus does not grow with the datasets. `corpus` reads and packs CORPUS_ROWS documents of it and takes three batches.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rlhf.data.schema import PAPER_ROWS
 
 STEPS = 3
+CORPUS_ROWS = 60_000  # as many documents as the line's own corpus has
 WORDS = [f"{one}{other}{end}" for one in "bdfgklmnprst" for other in "aeiou" for end in ("", "n", "ra", "sting")]
 
 
@@ -40,6 +42,9 @@ def texts(count: int, seed: int) -> list[str]:
 def rows(stage: str, times: int) -> Iterator[dict[str, Any]]:
     """The paper's rows by split, `times` times; a text is two halves out of a few thousand, which costs little."""
     rng, halves = random.Random(stage), texts(4000, 1)
+    if stage == "corpus":
+        yield from ({"text": f"{rng.choice(halves)} {rng.choice(halves)}"} for _ in range(times * CORPUS_ROWS))
+        return
     counts = {split: times * sum(count for (name, _), count in PAPER_ROWS[stage].items() if name == split)
               for split in ("train", "valid")}
     for split, count in counts.items():
@@ -95,7 +100,9 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
     from rlhf.models import load_scorer
     from rlhf.params import PpoParams, RmParams, SftParams
     from rlhf.ppo_run import train_ppo
+    from rlhf.pretrain import corpus_batch, read_corpus
     from rlhf.reward_model import score_sequences
+    from rlhf.tokenizer import load_tokenizer
 
     def first_steps(*arguments: Any, loss_of_step: Any, **others: Any) -> int:
         for step in range(STEPS):
@@ -115,6 +122,10 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
             rlhf.reward_model.train_reward_model(
                 RmParams(normalise="gain_and_bias", batch_size=8, max_tokens=120, precision="fp32"), data, [], policy,
                 1, folder / "run")
+        elif stage == "corpus":
+            packed = read_corpus(folder / "corpus.jsonl", load_tokenizer(policy), 128, folder / "run")
+            for step in range(STEPS):
+                corpus_batch(packed, 16, step, 1)
         else:
             train_ppo(PpoParams(episodes=16, batch_size=8, minibatch_size=8, max_new_tokens=8, precision="fp32"),
                       (row["prompt"] for row in data if row["split"] == "train"), policy, scorer, 1, folder / "run")
@@ -130,6 +141,8 @@ def mean_tokens(stage: str, folder: Path) -> float:
 
     codec = PromptCodec(load_tokenizer(folder / "policy"))
     some = list(islice(rows(stage, 1), 1000))
+    if stage == "corpus":
+        return sum(map(len, codec.prompts([row["text"] for row in some]))) / len(some)
     written = [text for row in some for text in [*row.get("completions", []), row.get("completion")] if text]
     return sum(map(len, codec.prompts([row["prompt"] for row in some]) + codec.completions(written))) / len(some)
 
@@ -153,7 +166,7 @@ def measure(stage: str, times: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("times", nargs="*", type=int, default=[1, 10])
-    parser.add_argument("--stages", nargs="+", default=["sft", "rm", "ppo"], choices=["sft", "rm", "ppo"])
+    parser.add_argument("--stages", nargs="+", default=["sft", "rm", "ppo"], choices=["sft", "rm", "ppo", "corpus"])
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.prepare:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 COLUMNS = [f"ppo/{name}" for name in (
     "kl", "kl_k3", "kl_goal", "kl_smoothed", "beta", "reward", "rm_score", "rm_score_length_controlled", "gold",
     "entropy", "clip_fraction", "value_loss", "policy_loss", "ptx_loss", "explained_variance", "grad_norm",
-    "response_length", "eos_rate", "ratio_first", "lr", "alarm")]
+    "response_length", "eos_rate", "ratio_first", "lr", "sampler_gap", "alarm")]
 
 GoldScorer = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -71,7 +71,8 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
     if not kept:
         raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
     if params.ptx_coef > 0 and corpus is not None:
-        trainer.corpus_rows = read_corpus(corpus, trainer.tokenizer, trainer.policy.config.max_position_embeddings)
+        positions = trainer.policy.config.max_position_embeddings
+        trainer.corpus_rows = read_corpus(corpus, trainer.tokenizer, positions, folder)
     checkpoints = Checkpoints(folder / "checkpoints")
     found = checkpoints.latest()
     start = 0
@@ -79,7 +80,8 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
         start, state = found
         trainer.restore(state)
     iterations = params.episodes // params.batch_size
-    columns = COLUMNS if gold else [name for name in COLUMNS if name != "ppo/gold"]
+    without = {name for name, there in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not there}
+    columns = [name for name in COLUMNS if name not in without]
     journal = Journal(folder / "journal.csv", columns, resume_after=start if found else None)
     parallel.meet()  # the first process has written what all read now
     history = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "journal.csv")]

@@ -1,5 +1,7 @@
 """The base model: a small GPT trained on a corpus, or a Hugging Face model taken as it is."""
 
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from rlhf import parallel
 from rlhf.data.batching import pack
 from rlhf.data.packing import document_positions
 from rlhf.data.schema import read_rows
+from rlhf.data.token_store import Column, TokenStore, chunks, only
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
 from rlhf.models import autocast, device, load_policy, muon_and_adamw, next_token_logits, save_model, small_gpt
@@ -20,13 +23,14 @@ from rlhf.training import Part, train_loop
 
 VALID_DOCUMENTS = 500
 CORPUS_ROW = 128
+LEAST_ROWS = 16
 
 
-def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) -> dict[str, float]:
+def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Path) -> dict[str, float]:
     """Trains tokenizer and model on `texts` and saves them in `folder`/model. Returns metrics.
 
-    The last 500 documents are held out for `pretrain/valid_loss` (nats per token). Raises UserError where the
-    corpus is too small.
+    `texts` are passed over twice: `stored_texts` keeps a large corpus out of memory. The last 500 are held out for
+    `pretrain/valid_loss` (nats per token). Raises UserError where the corpus is too small.
     """
     seed_everything(seed)
     if len(texts) < 2 * VALID_DOCUMENTS:
@@ -34,8 +38,9 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
     train_texts, valid_texts = texts[:-VALID_DOCUMENTS], texts[-VALID_DOCUMENTS:]
     tokenizer = train_tokenizer(train_texts, params.vocab_size)
     eos_id = tokenizer.eos_token_id
-    rows = pack(text_ids(tokenizer, train_texts), params.context, eos_id)
-    valid_rows = pack(text_ids(tokenizer, valid_texts), params.context, eos_id)
+    rows, valid_rows = (packed_rows(some, tokenizer, params.context, folder) for some in (train_texts, valid_texts))
+    if not rows or not valid_rows:
+        raise UserError(f"data/corpus.jsonl: its documents fill no row of pretrain.context = {params.context} tokens")
     model = small_gpt(params, tokenizer)
     parallel.check_divides(params.batch_size, "pretrain.batch_size")
     model.train()
@@ -53,23 +58,45 @@ def pretrain(params: PretrainParams, texts: list[str], seed: int, folder: Path) 
             * params.batch_size * params.context, "pretrain/parameters": model.num_parameters()}
 
 
-def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int) -> Tensor:
-    """The pretraining corpus in packed rows, for the stages that mix it in: [rows, 128], or less if the model's
-    `positions` are fewer. Raises UserError where the corpus fills no row.
+def stored_texts(texts: Iterable[str], folder: Path) -> Column[str]:
+    """Texts in a file in `folder`, read when they are asked for (rlhf/data/token_store.py)."""
+    store = TokenStore(folder)
+    for text in texts:
+        store.append([text.encode()], len(text))
+    return Column(store, lambda parts: bytes(only(parts)).decode())
+
+
+def packed_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int,
+                folder: Path) -> Column[list[int]]:
+    """Texts end to end, EOS before each, in rows of `length` tokens that lie in a file in `folder`."""
+    store = TokenStore(folder)
+    documents = (ids for some in chunks(texts) for ids in text_ids(tokenizer, some))
+    for row in pack(documents, length, tokenizer.eos_token_id):
+        store.append([row], length)
+    return Column(store, only)
+
+
+def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, folder: Path) -> Column[list[int]]:
+    """The pretraining corpus in packed rows, for the stages that mix it in: of 128 tokens, or less if the model's
+    `positions` are fewer; they lie in a file in `folder`. Raises UserError where there are fewer than LEAST_ROWS.
     """
-    texts = [row["text"] for row in read_rows(path)]
-    if sum(map(len, texts)) < 100 * CORPUS_ROW:
+    rows = packed_rows((row["text"] for row in read_rows(path)), tokenizer, min(CORPUS_ROW, positions), folder)
+    if len(rows) < LEAST_ROWS:
         raise UserError(f"{path}: next to empty, and pretraining text is asked for; give the source a corpus, or set "
                         "sft.pretrain_mix and ppo.ptx_coef to 0")
-    return pack(text_ids(tokenizer, texts), min(CORPUS_ROW, positions), tokenizer.eos_token_id)
+    return rows
 
 
-def corpus_batch(rows: Tensor, batch_size: int, step: int, seed: int) -> Tensor:
+@lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, "corpus", epoch))
+
+
+def corpus_batch(rows: Sequence[list[int]], batch_size: int, step: int, seed: int) -> Tensor:
     """Rows of the packed corpus for a step: shuffled anew in every pass over it. [batch_size, context]."""
-    per_epoch = max(1, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=generator(seed, "corpus", step // per_epoch))
-    start = (step % per_epoch) * batch_size
-    return rows[order[start:start + batch_size]].to(device())
+    epoch, place = divmod(step, max(1, len(rows) // batch_size))
+    chosen = _order(len(rows), seed, epoch)[place * batch_size:(place + 1) * batch_size]
+    return torch.tensor([rows[row] for row in chosen.tolist()], device=device())
 
 
 def positions_of(ids: Tensor, params: PretrainParams, eos_id: int) -> Tensor | None:
@@ -93,11 +120,11 @@ def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: 
 
 
 @torch.no_grad()
-def rows_loss(model: PreTrainedModel, rows: Tensor, params: PretrainParams, eos_id: int) -> float:
+def rows_loss(model: PreTrainedModel, rows: Sequence[list[int]], params: PretrainParams, eos_id: int) -> float:
     """Mean loss over packed rows, nats per token."""
     total = 0.0
-    for ids in parallel.share(rows.split(64)):
-        ids = ids.to(device())
+    for start in parallel.share(range(0, len(rows), 64)):
+        ids = torch.tensor(list(rows[start:start + 64]), device=device())
         total += lm_loss(model, ids, params.precision, positions_of(ids, params, eos_id)).item() * len(ids)
     return parallel.add_up({"loss": total})["loss"] / len(rows)
 

@@ -110,7 +110,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         check_packing(model)
     corpus_rows = None
     if corpus and params.pretrain_mix:
-        corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings)
+        corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings, folder)
     mixed_rows = max(1, round(params.batch_size * params.pretrain_mix / (1 - params.pretrain_mix)))
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)

@@ -9,7 +9,7 @@ from rlhf.choices import choose
 from rlhf.data.schema import read_rows
 from rlhf.journal import Journal
 from rlhf.models import load_policy
-from rlhf.pretrain import pretrain, take_base_model
+from rlhf.pretrain import pretrain, stored_texts, take_base_model
 from rlhf.tokenizer import load_tokenizer
 from rlhf.world.facts import World
 from rlhf.world.tax import fact_items
@@ -25,7 +25,7 @@ def make_base(stage: Stage) -> None:
         metrics = take_base_model(params, stage.scratch)
         Journal(stage.scratch / "journal.csv", JOURNAL, None).close()  # nothing was trained; DVC wants the file
     else:
-        texts = [row["text"] for row in read_rows(Path("data/corpus.jsonl"))]
+        texts = stored_texts((row["text"] for row in read_rows(Path("data/corpus.jsonl"))), stage.scratch)
         metrics = pretrain(params, texts, stage.params.seed, stage.scratch)
         folder = stage.scratch / "model"
         facts = fact_items(World(stage.params.seed))

@@ -1,6 +1,6 @@
 """Batches of token sequences: right padding, length buckets in a seeded order, packed documents."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -95,13 +95,12 @@ def pass_batches(lengths: Sequence[int], batch_size: int, max_tokens: int = PASS
     return batches
 
 
-def pack(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:
-    """Documents end to end, EOS before each, cut into rows of `length` tokens: [rows, length]. The rest is dropped."""
+def pack(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Iterator[list[int]]:
+    """Documents end to end, EOS before each, cut into rows of `length` tokens. The rest is dropped."""
     stream: list[int] = []
     for document in documents:
         stream.append(eos_id)
         stream.extend(document)
-    rows = len(stream) // length
-    if rows == 0:
-        raise ValueError(f"{len(stream)} tokens do not fill one row of {length}")
-    return torch.tensor(stream[: rows * length]).view(rows, length)
+        whole = len(stream) - len(stream) % length
+        yield from (stream[start:start + length] for start in range(0, whole, length))
+        del stream[:whole]

@@ -169,14 +169,14 @@ def test_one_step_equals_a_float64_reimplementation(make_trainer: Make, architec
 
 
 def test_ptx_adds_its_gradient(make_trainer: Make, prompt_texts: list[str]) -> None:
-    corpus = torch.randint(5, 300, (6, 16), generator=torch.Generator().manual_seed(8))
+    corpus = torch.randint(5, 300, (6, 16), generator=torch.Generator().manual_seed(8)).tolist()
     trainer = make_trainer(ptx_coef=2.5, ptx_batch_size=6)
     assert trainer.add_ptx((0, 0, 0)) == 0  # no corpus was given
     trainer.corpus_rows = corpus
     loss = trainer.add_ptx((0, 0, 0))
     exact = copy.deepcopy(trainer.policy).double()
     exact.zero_grad()
-    expected = -torch.cat([plain_log_probs(exact, row[:1], row[1:], 1.0) for row in corpus.tolist()]).mean()
+    expected = -torch.cat([plain_log_probs(exact, row[:1], row[1:], 1.0) for row in corpus]).mean()
     (2.5 * expected).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for one, other in zip(trainer.policy.parameters(), exact.parameters(), strict=True):

@@ -19,7 +19,7 @@ from rlhf.pretrain import corpus_batch, lm_loss
 from rlhf.training import Part, train_loop
 
 STEPS = 7
-ROWS = torch.randint(5, 300, (12, 16), generator=torch.Generator().manual_seed(1))
+ROWS = torch.randint(5, 300, (12, 16), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 class Killed(Exception):

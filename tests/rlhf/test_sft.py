@@ -71,7 +71,7 @@ def test_a_step_mixes_the_two_losses_by_their_share(policy_folder: Path, texts: 
     sums = [log_prob_sum(model, pairs[index][0] + pairs[index][1], len(pairs[index][0])) for index in chosen]
     completion_loss = -sum(found for found, _ in sums) / sum(count for _, count in sums)
     # 8 demonstrations are three quarters of a step, so 8/3 rows of text, rounded, are the rest
-    mixed = corpus_batch(read_corpus(corpus, tokenizer, 128), 3, 0, SEED)
+    mixed = corpus_batch(read_corpus(corpus, tokenizer, 128, tmp_path), 3, 0, SEED)
     sums = [log_prob_sum(model, row.tolist(), 1) for row in mixed]
     pretrain_loss = -sum(found for found, _ in sums) / sum(count for _, count in sums)
 
@@ -87,8 +87,8 @@ def test_the_mix_keeps_what_no_demonstration_speaks_of(policy_folder: Path, text
         folder = tmp_path / str(mix)
         sft(params(pretrain_mix=mix, epochs=6, lr=5e-3), demonstration_rows(texts), policy_folder, SEED, folder, corpus)
         model = load_policy(folder / "model")
-        rows = read_corpus(corpus, load_tokenizer(policy_folder), 64)[:8]
-        sums = [log_prob_sum(model, row.tolist(), 1) for row in rows]
+        rows = read_corpus(corpus, load_tokenizer(policy_folder), 64, tmp_path)[:8]
+        sums = [log_prob_sum(model, row, 1) for row in rows]
         losses[mix] = -sum(found for found, _ in sums) / sum(count for _, count in sums)
     assert losses[0.5] < losses[0.0] - 0.3
 
