@@ -1,5 +1,6 @@
 """Policies, reward and value models as plain Hugging Face classes: build, load, save, forward."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -83,15 +84,25 @@ def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) ->
     return model
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untie: bool = False) -> None:
+    """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes.
+
+    `untie`: an output layer that shares its weights with the embeddings is written as one of its own.
+    """
     weights = {name: value for name, value in model.state_dict().items() if name != "score.bias"}
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     if parallel.sharded(model):  # tied weights are no longer one tensor when they are whole: only the first name stays
-        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-        weights = {name: parallel.whole(value) for name, value in weights.items() if name not in tied}
-    if writes():
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        weights = {name: parallel.whole(value) for name, value in weights.items() if untie or name not in tied}
+    elif untie:
+        weights |= {name: weights[name].clone() for name in tied}
+    if not writes():
+        return
+    model.save_pretrained(folder, state_dict=weights)
+    if untie:
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = False
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def set_dropout(model: PreTrainedModel, probability: float) -> None:

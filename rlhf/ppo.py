@@ -47,7 +47,7 @@ from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, restore_rng, rng_state
 from rlhf.texts import Texts, lay_out
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.vllm_rollout import VllmServer
+from rlhf.vllm_rollout import Sampled, VllmServer
 
 # --- the maths -----------------------------------------------------------------------------------------------
 
@@ -124,6 +124,7 @@ class Rollouts:
     values: Tensor
     scores: Tensor
     entropy: float
+    sampler_gap: float | None = None  # mean |difference| of a server's log-probs and ours, nats
 
 
 def episodes(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
@@ -183,15 +184,9 @@ class Trainer:
         self.sampling = Sampling(params.max_new_tokens, (self.codec.eos_id,), self.codec.pad_id, params.temperature,
                                  params.precision, params.rollout_batch_size, params.compile_rollouts)
         self.server = VllmServer(params.vllm_url, self.policy.config.vocab_size) if params.vllm_url else None
-        if self.server is not None:
-            if params.shard:
-                raise UserError("ppo.vllm_url: goes without ppo.shard")
-            if self.policy.get_output_embeddings().weight is self.policy.get_input_embeddings().weight:
-                raise UserError("ppo.vllm_url: goes without tied embeddings (tie_word_embeddings in the policy's "
-                                "config.json): vLLM 0.32 did not take such a model's new weights over right")
-            if parallel.first():
-                self.server.wait()
-        self.corpus_rows: Tensor | None = None
+        if self.server is not None and parallel.first():
+            self.server.wait()
+        self.corpus_rows: Sequence[list[int]] | None = None
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:
@@ -237,8 +232,10 @@ class Trainer:
         self.train_mode(False)
         rows = parallel.share(range(len(prompts)))
         noise = generator(self.seed, "ppo", iteration)
+        answers: list[Sampled] = []
         if self.server is not None:
-            mine = list(parallel.share(self.ask_server(self.server, prompts, noise)))
+            answers = self.ask_server(self.server, prompts, noise)
+            mine = [response for response, _ in parallel.share(answers)]
         else:
             with parallel.gathered(self.policy):
                 mine = sample_responses(self.policy, prompts, self.sampling, noise, rows)
@@ -252,21 +249,30 @@ class Trainer:
         for places, _, found in parts:
             for name, values in found.items():
                 grid[name][places, :values.shape[1]] = values.to(device())
-        return Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref"], grid["values"], grid["scores"][:, 0],
-                        masked_mean(grid["entropy"], mask).item())
+        rollouts = Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref"], grid["values"],
+                            grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item())
+        if self.server is not None:
+            theirs = torch.tensor([value for _, values in answers for value in values], device=device())
+            gap = masked_mean((rollouts.log_probs - on_grid(theirs, mask)).abs(), mask).item()
+            self.server.check(gap)
+            rollouts.sampler_gap = gap
+        return rollouts
 
-    def ask_server(self, server: VllmServer, prompts: list[list[int]], noise: torch.Generator) -> list[list[int]]:
+    def ask_server(self, server: VllmServer, prompts: list[list[int]], noise: torch.Generator) -> list[Sampled]:
         """All prompts' responses from a vLLM server, which is given the weights as they are. The first process asks.
 
         Raises UserError in every process where the server does not do it. With LoRA a merged copy of the policy is
-        made for as long as it is written.
+        made for as long as it is written. Tied embeddings are written apart: of a tied model vLLM 0.32 takes new
+        embeddings and keeps the old output layer, without a word.
         """
-        found: list[list[int]] | str = []
-        if parallel.first():
-            with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
+        found: list[Sampled] | str = []
+        with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
+            if parallel.first() or parallel.sharded(self.policy):  # all have to give their parts of the weights
                 adapter = copy.deepcopy(self.adapter)
-                save_model(self.policy if adapter is None else adapter.merge_and_unload(), self.tokenizer, Path(folder))
+                save_model(self.policy if adapter is None else adapter.merge_and_unload(), self.tokenizer, Path(folder),
+                           untie=True)
                 del adapter
+            if parallel.first():
                 try:
                     server.load(Path(folder))
                     found = server.sample(prompts, self.sampling, noise)
@@ -337,7 +343,7 @@ class Trainer:
             "ppo/grad_norm": means["grad_norm"], "ppo/response_length": lengths.mean().item(),
             "ppo/eos_rate": sum(item[-1] == self.codec.eos_id for item in rollouts.responses) / len(lengths),
             "ppo/ratio_first": ratio_first, "ppo/lr": params.lr * factor,
-        }
+        } | ({} if rollouts.sampler_gap is None else {"ppo/sampler_gap": rollouts.sampler_gap})
 
     def update(self, rollouts: Rollouts, rows: list[int], advantages: Tensor, returns: Tensor,
                place: tuple[int, int, int]) -> dict[str, float]:

@@ -22,6 +22,9 @@ from rlhf.rollout import Sampling
 READY_SECONDS = 300.0  # for a server that is still starting
 ANSWER_SECONDS = 1800.0  # for one answer: new weights, or a response among all the others
 AT_ONCE = 256  # requests under way, at most
+LARGEST_GAP = 0.1  # between a server's log-probs and ours; bfloat16 on either side makes a tenth of that
+
+Sampled = tuple[list[int], list[float]]  # a response's tokens and their log-probs
 
 
 class VllmServer:
@@ -79,9 +82,10 @@ class VllmServer:
         if not self._told("/reset_prefix_cache", {})["success"]:
             raise self._error("keeps what it computed with older weights: it has requests of somebody else")
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator) -> list[list[int]]:
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator
+               ) -> list[Sampled]:
         """One response per prompt, as rlhf/rollout.py:sample_responses: ids up to and including the stop token, or
-        max_new_tokens without one.
+        max_new_tokens without one; and the log-prob that the server drew each of them with.
 
         A prompt's seed is drawn from `noise` for its place in the list: a response does not depend on which others are
         under way, up to the server's rounding.
@@ -95,18 +99,20 @@ class VllmServer:
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error the other requests are not even sent
 
-    def _complete(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> list[int]:
+    def _complete(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Sampled:
         """One prompt's response. Whatever generation_config.json says is overridden: it is the plain softmax."""
         answer = self._told("/v1/completions", {
             "prompt": list(prompt), "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
             "seed": seed, "stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "top_p": 1.0, "top_k": 0,
             "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "add_special_tokens": False, "skip_special_tokens": False, "include_stop_str_in_output": True,
-            "return_token_ids": True})
+            "return_token_ids": True, "logprobs": 0})
         try:
-            response = [int(token) for token in answer["choices"][0]["token_ids"]]
+            choice = answer["choices"][0]
+            response = [int(token) for token in choice["token_ids"]]
+            log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
         except (LookupError, TypeError, ValueError):
-            raise self._error("its answers have no token_ids; vLLM 0.32 gives them") from None
+            raise self._error("its answers lack token_ids or token_logprobs; vLLM 0.32 gives them") from None
         if max(response, default=0) >= self.vocabulary:
             raise self._error(f"it answers with token {max(response)}, and the policy has {self.vocabulary}: it serves "
                               "a model of another vocabulary")
@@ -114,4 +120,14 @@ class VllmServer:
         if set(response[:-1]) & set(sampling.stop_ids) or not (ended or len(response) == sampling.max_new_tokens):
             raise self._error(f"a response of {len(response)} tokens that neither ends with the stop token nor has "
                               f"{sampling.max_new_tokens}: is its --max-model-len too small?")
-        return response
+        if len(log_probs) != len(response):
+            raise self._error(f"{len(log_probs)} log-probs for {len(response)} tokens")
+        return response, log_probs
+
+    def check(self, gap: float) -> None:
+        """`gap`: mean difference, either way, of its log-probs and the policy's own, nats a token. Raises UserError
+        beyond LARGEST_GAP: then it is not the policy that it samples from.
+        """
+        if not gap <= LARGEST_GAP:
+            raise self._error(f"its log-probs are {gap:.2g} nats a token from the policy's (at most {LARGEST_GAP:g}): "
+                              "is it started on a folder of tasks.vllm_copy, with --logprobs-mode processed_logprobs?")

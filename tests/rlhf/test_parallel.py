@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from rlhf import parallel
 from rlhf.errors import UserError
 from rlhf.journal import read_journal
+from tests.rlhf.fake_vllm import serving
 from tests.rlhf.test_reward_model import rankings
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -117,6 +118,16 @@ def test_a_run_goes_on_with_another_number_of_processes(work: Work, alone: dict[
     work(stage, tmp_path / "many", processes=2, stop_after=1, shard=True)
     work(stage, tmp_path / "many", processes=3, stop_after=2)
     assert_same(alone[stage], work(stage, tmp_path / "many"), work.policy)
+
+
+def test_a_sharded_policy_is_sampled_by_a_server(work: Work, tmp_path: Path) -> None:
+    """Its embeddings are tied: the server is given both whole, from parts that lie in two processes."""
+    with serving(work.policy) as server:
+        one = work("ppo", tmp_path / "one", vllm_url=server.url)
+        assert_same(one, work("ppo", tmp_path / "two", processes=2, shard=True, vllm_url=server.url), work.policy)
+    assert one is not None
+    assert len(one.journal) == 4
+    assert all(0 < float(row["ppo/sampler_gap"]) < 1e-4 for row in one.journal)
 
 
 def test_the_same_number_of_processes_gives_the_same_bytes(work: Work, tmp_path: Path) -> None:

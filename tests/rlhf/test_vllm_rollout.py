@@ -1,11 +1,8 @@
 """Rollouts from a vLLM server: what it is asked, in which order, and what comes of a bad answer. One that answers like
 vLLM runs in a thread; where INSTRUCTFLOW_VLLM_URL names a real one (docs/operations.md), that is asked too."""
 
-import json
 import os
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,87 +16,20 @@ from rlhf.errors import UserError
 from rlhf.models import load_policy, save_model
 from rlhf.ppo import Trainer
 from rlhf.rollout import Sampling, sample_responses
+from rlhf.tokenizer import PromptCodec, load_tokenizer
 from rlhf.vllm_rollout import VllmServer
+from tasks.vllm_copy import vllm_copy
+from tests.rlhf.fake_vllm import Fake, serving
 
 Make = Callable[..., Trainer]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: "Fake"
-
-    def do_GET(self) -> None:
-        self.answer(200 if self.path == "/health" else 404, None)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.asked.append((self.path, body))
-            code, said = self.server.broken.get(self.path) or (200, self.server.act(self.path, body))
-        self.answer(code, said)
-
-    def answer(self, code: int, said: Any) -> None:
-        content = b"" if said is None else json.dumps(said).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
-class Fake(ThreadingHTTPServer):
-    """A server with one model, which samples with rlhf/rollout.py, each request from a generator of its seed.
-
-    `asked`: paths and bodies of the POSTs, in order. `broken`: path -> status and JSON that it answers with instead.
-    """
-
-    request_queue_size = 300
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.lock = f"http://127.0.0.1:{self.server_address[1]}", threading.Lock()
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.broken: dict[str, tuple[int, Any]] = {}
-        self.model = load_policy(folder)
-
-    def act(self, path: str, body: dict[str, Any]) -> Any:
-        if path == "/collective_rpc":
-            assert body["method"] == "reload_weights"
-            self.model = load_policy(body["kwargs"]["weights_path"])
-            return {"results": [None]}
-        if path == "/reset_prefix_cache":
-            return {"success": True}
-        assert path == "/v1/completions"
-        assert body["ignore_eos"]
-        assert body["include_stop_str_in_output"]
-        assert not body["skip_special_tokens"]
-        assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
-        sampling = Sampling(body["max_tokens"], tuple(body["stop_token_ids"]), 0, body["temperature"])
-        noise = torch.Generator().manual_seed(body["seed"])
-        choice: dict[str, Any] = {"index": 0, "text": ""}
-        if body["return_token_ids"]:
-            choice["token_ids"] = sample_responses(self.model, [body["prompt"]], sampling, noise)[0]
-        return {"choices": [choice]}
-
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.asked]
-
-    def completions(self) -> list[dict[str, Any]]:
-        return [body for path, body in self.asked if path == "/v1/completions"]
 
 
 @pytest.fixture
 def fake(model_folders: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """A server whose first model is one that no trainer here has."""
     monkeypatch.setattr(rlhf.vllm_rollout, "READY_SECONDS", 1.0)
-    with Fake(model_folders["qwen2"][0]) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(model_folders["qwen2"][0]) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -116,6 +46,12 @@ def stops_for(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     return tuple(range(1, len(tokenizer), 12))
 
 
+def said(*tokens: int, log_probs: list[float] | None = None) -> dict[str, Any]:
+    """What a server says that draws these tokens, by default as if nothing else had been likely."""
+    log_probs = [0.0] * len(tokens) if log_probs is None else log_probs
+    return {"choices": [{"token_ids": list(tokens), "logprobs": {"token_logprobs": log_probs}}]}
+
+
 # --- the client ------------------------------------------------------------------------------------------------------
 
 def test_the_responses_are_those_of_the_prompts_in_their_order(fake: Fake, prompts: list[list[int]],
@@ -124,8 +60,9 @@ def test_the_responses_are_those_of_the_prompts_in_their_order(fake: Fake, promp
     greedy = Sampling(4, stops, tokenizer.pad_token_id, temperature=0.0)
     server = VllmServer(fake.url + "/", len(tokenizer))
     server.wait()
-    found = server.sample(prompts, greedy, noise())
-    assert found == sample_responses(fake.model, prompts, greedy, noise())
+    found, log_probs = zip(*server.sample(prompts, greedy, noise()), strict=True)
+    assert list(found) == sample_responses(fake.model, prompts, greedy, noise())
+    assert list(log_probs) == [fake.log_probs(*pair, 0.0) for pair in zip(prompts, found, strict=True)]
     assert {response[-1] in stops for response in found} == {True, False}  # some are cut at max_new_tokens
     assert sorted(body["prompt"] for body in fake.completions()) == sorted(prompts)
     assert {(body["temperature"], body["max_tokens"]) for body in fake.completions()} == {(0.0, 4)}
@@ -137,7 +74,7 @@ def test_every_prompt_has_a_seed_of_its_own(fake: Fake, tokenizer: PreTrainedTok
     server = VllmServer(fake.url, len(tokenizer))
     found = server.sample([[5, 6, 7]] * 6, sampling, noise())
     assert len({body["seed"] for body in fake.completions()}) == 6
-    assert len({tuple(response) for response in found}) == 6
+    assert len({tuple(response) for response, _ in found}) == 6
     assert server.sample([[5, 6, 7]] * 6, sampling, noise()) == found
     assert server.sample([[5, 6, 7]] * 6, sampling, noise(12)) != found
 
@@ -147,10 +84,13 @@ def test_every_prompt_has_a_seed_of_its_own(fake: Fake, tokenizer: PreTrainedTok
     ("/collective_rpc", 500, {"error": {"message": "shape\nmismatch"}}, ["/collective_rpc refused with 500", "shape"]),
     ("/reset_prefix_cache", 200, {"success": False}, ["somebody else"]),
     ("/v1/completions", 400, {"error": {"message": "longer than the maximum"}}, ["refused with 400", "maximum"]),
-    ("/v1/completions", 200, {"choices": [{"text": "red"}]}, ["no token_ids"]),
-    ("/v1/completions", 200, {"choices": [{"token_ids": [5, 320, 1]}]}, ["token 320", "another vocabulary"]),
-    ("/v1/completions", 200, {"choices": [{"token_ids": [5, 6]}]}, ["a response of 2 tokens", "--max-model-len"]),
-    ("/v1/completions", 200, {"choices": [{"token_ids": [1, 6, 1]}]}, ["a response of 3 tokens"]),
+    ("/v1/completions", 200, {"choices": [{"text": "red"}]}, ["lack token_ids"]),
+    ("/v1/completions", 200, {"choices": [{"token_ids": [5, 1], "logprobs": None}]}, ["lack token_ids"]),
+    ("/v1/completions", 200, said(5, 320, 1), ["token 320", "another vocabulary"]),
+    ("/v1/completions", 200, said(5, 6), ["a response of 2 tokens", "--max-model-len"]),
+    ("/v1/completions", 200, said(1, 6, 1), ["a response of 3 tokens"]),
+    ("/v1/completions", 200, said(5, 1, log_probs=[-1.0]), ["1 log-probs for 2 tokens"]),
+    ("/v1/completions", 200, said(5, 1), ["nats a token from the policy's", "tasks.vllm_copy", "processed_logprobs"]),
 ])
 def test_a_bad_answer_is_one_line(make_trainer: Make, prompt_texts: list[str], fake: Fake, path: str, code: int,
                                   said: Any, parts: list[str]) -> None:
@@ -184,7 +124,7 @@ def test_a_server_that_goes_away(make_trainer: Make, prompt_texts: list[str], fa
 
 # --- PPO -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_it_has_the_policys_weights_before_it_samples(make_trainer: Make, architecture: str, prompt_texts: list[str],
                                                       fake: Fake, lora_rank: int) -> None:
@@ -202,7 +142,9 @@ def test_it_has_the_policys_weights_before_it_samples(make_trainer: Make, archit
             theirs = trainer.log_probs(fake.model, prompts, rollouts.responses, width)
         torch.testing.assert_close(theirs, rollouts.log_probs, rtol=0, atol=1e-4)
         assert not Path(fake.asked[0][1]["kwargs"]["weights_path"]).exists()  # it was for that only
-        ratios.append(trainer.iterate(rollouts, iteration)["ppo/ratio_first"])
+        values = trainer.iterate(rollouts, iteration)
+        ratios.append(values["ppo/ratio_first"])
+        assert 0 < values["ppo/sampler_gap"] < 1e-4
     assert ratios == pytest.approx([1, 1, 1], abs=1e-5)
     assert abs(rollouts.log_probs - rollouts.ref_log_probs).max() > 1e-3  # the weights were not the first ones
 
@@ -231,19 +173,31 @@ def test_of_several_processes_the_first_asks(make_trainer: Make, prompt_texts: l
     assert len(fake.asked) == asked
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2"])
-def test_not_with_tied_embeddings(make_trainer: Make, fake: Fake, architecture: str) -> None:
-    """Seen with vLLM 0.32: after new weights 30 of 64 greedy responses were ours, and no request failed; its log
-    says that ParallelLMHead was not loaded.
-    """
-    with pytest.raises(UserError, match=r"ppo\.vllm_url: goes without tied embeddings"):
-        make_trainer(architecture, vllm_url=fake.url)
-    assert not fake.asked
+def test_a_server_that_keeps_older_weights_is_found_out(make_trainer: Make, prompt_texts: list[str], fake: Fake,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("gpt_neox", vllm_url=fake.url, lr=1e-2)
+    prompts = trainer.codec.prompts(prompt_texts)
+    trainer.iterate(trainer.roll_out(prompts, 0), 0)
+    monkeypatch.setattr(VllmServer, "load", lambda server, folder: None)
+    with pytest.raises(UserError, match="nats a token from the policy's"):
+        trainer.roll_out(prompts, 1)
 
 
-def test_not_with_shard(make_trainer: Make, fake: Fake) -> None:
-    with pytest.raises(UserError, match=r"ppo\.vllm_url: goes without ppo\.shard"):
-        make_trainer("llama", vllm_url=fake.url, shard=True)
+def test_a_copy_that_a_server_can_be_started_on(model_folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Tied or not: the same logits, an output layer of its own, which a tied model's own folder has not."""
+    for architecture in ("gpt_neox", "qwen2"):
+        vllm_copy(model_folders[architecture][0], tmp_path / architecture)
+        one, other = load_policy(model_folders[architecture][0]), load_policy(tmp_path / architecture)
+        with torch.no_grad():
+            ids = torch.tensor([[5, 6, 7]])
+            assert torch.equal(one(ids).logits, other(ids).logits)
+        assert not other.config.tie_word_embeddings
+        assert other.get_output_embeddings().weight is not other.get_input_embeddings().weight
+        assert load_tokenizer(tmp_path / architecture).eos_token_id == other.config.eos_token_id
+    with pytest.raises(UserError, match="not empty"):
+        vllm_copy(model_folders["gpt_neox"][0], tmp_path / "gpt_neox")
+    with pytest.raises(UserError, match=r"no model folder \(it has no config\.json\)"):
+        vllm_copy(tmp_path, tmp_path / "other")
 
 
 # --- a real server ---------------------------------------------------------------------------------------------------
@@ -254,8 +208,6 @@ def test_a_real_server_says_what_our_sampler_says(tmp_path: Path) -> None:
 
     Equal but for ties, which rounding may turn.
     """
-    from rlhf.tokenizer import PromptCodec, load_tokenizer
-
     folder = Path(os.environ["INSTRUCTFLOW_VLLM_MODEL"])
     policy, tokenizer = load_policy(folder), load_tokenizer(folder)
     eos, size = PromptCodec(tokenizer).eos_id, policy.config.vocab_size
@@ -270,16 +222,17 @@ def test_a_real_server_says_what_our_sampler_says(tmp_path: Path) -> None:
             for number, value in enumerate(policy.parameters()):
                 shift = torch.randn(value.shape, generator=noise(number)) * value.std()
                 value.copy_(load_weights(folder)[number] + spread * shift)
-        save_model(policy, tokenizer, tmp_path / f"{len(seen)}")
+        save_model(policy, tokenizer, tmp_path / f"{len(seen)}", untie=True)
         server.load(tmp_path / f"{len(seen)}")
-        found, expected = server.sample(prompts, greedy, noise()), sample_responses(policy, prompts, greedy, noise())
+        found = [response for response, _ in server.sample(prompts, greedy, noise())]
+        expected = sample_responses(policy, prompts, greedy, noise())
         equal = sum(one == other for one, other in zip(found, expected, strict=True))
         print(f"greedy: {equal} of {len(prompts)} responses equal; {len({len(item) for item in found})} lengths")
         assert equal >= 0.95 * len(prompts)
         seen.append(found)
     assert seen[0] == seen[2] != seen[1]
     many = server.sample(prompts[:1] * 64, drawn, noise())
-    assert len({tuple(response) for response in many}) > 8
+    assert len({tuple(response) for response, _ in many}) > 8
 
 
 def load_weights(folder: Path) -> list[torch.Tensor]:
