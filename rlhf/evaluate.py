@@ -1,4 +1,7 @@
-"""Held-out comparison of policies: responses, win rates with bootstrap intervals, KL to a reference."""
+"""Held-out comparison of policies: responses, win rates with bootstrap intervals, KL to a reference.
+
+Of several processes each does its share of the prompts, and all have all results.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from rlhf import parallel
 from rlhf.data.batching import length_batches
 from rlhf.kl import response_kl
 from rlhf.losses import token_log_probs
 from rlhf.models import autocast, load_policy, load_scorer, logits_at
 from rlhf.params import EvaluateParams
 from rlhf.ppo import episodes, on_grid, response_mask
-from rlhf.reward_model import score_sequences
+from rlhf.reward_model import score_together
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator
 from rlhf.tokenizer import PromptCodec, load_tokenizer, newline_ids, text_ids
@@ -45,9 +50,15 @@ def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: Evalua
     prompt_ids = framed(codec, prompts, form)
     room = getattr(model.config, "max_position_embeddings", 2**31) - params.max_new_tokens
     before = shot_ids(codec, shots, form, room - max(map(len, prompt_ids)))
-    ids = sample_responses(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
+    ids = sampled(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
     texts = [codec.decode(item) for item in ids]
     return Answers(ids, texts, rm_scores(rm_folder, prompts, texts, params.precision))
+
+
+def sampled(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator
+            ) -> list[list[int]]:
+    """`sample_responses` of all processes."""
+    return parallel.by_rows(lambda rows: sample_responses(model, prompts, sampling, noise, rows), range(len(prompts)))
 
 
 def framed(codec: PromptCodec, prompts: Sequence[str], form: str) -> list[list[int]]:
@@ -73,7 +84,8 @@ def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precis
     """The reward model's score of each response."""
     codec = PromptCodec(load_tokenizer(folder))
     pairs = zip(codec.prompts(list(prompts)), codec.completions(list(texts)), strict=True)
-    return score_sequences(load_scorer(folder), [prompt + text for prompt, text in pairs], codec.pad_id, precision)
+    sequences = [prompt + text for prompt, text in pairs]
+    return score_together(load_scorer(folder), sequences, codec.pad_id, precision).tolist()
 
 
 def several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int) -> list[list[str]]:
@@ -82,7 +94,7 @@ def several(folder: Path, prompts: Sequence[str], count: int, params: EvaluatePa
     sampling = Sampling(params.max_new_tokens, (codec.eos_id,), codec.pad_id, params.temperature, params.precision,
                         params.batch_size)
     ids = [one for one in codec.prompts(list(prompts)) for _ in range(count)]
-    found = sample_responses(load_policy(folder), ids, sampling, generator(seed, "best of n"))
+    found = sampled(load_policy(folder), ids, sampling, generator(seed, "best of n"))
     texts = [codec.decode(item) for item in found]
     return [texts[start:start + count] for start in range(0, len(texts), count)]
 
@@ -95,7 +107,8 @@ def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answ
     prompt_ids = codec.prompts(list(prompts))
     models = (load_policy(folder), load_policy(reference))
     total = 0.0
-    for rows in length_batches([len(p) + len(r) for p, r in zip(prompt_ids, answers.ids, strict=True)], 256, None):
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, answers.ids, strict=True)]
+    for rows in parallel.share(length_batches(lengths, 256, None)):
         some, responses = [prompt_ids[row] for row in rows], [answers.ids[row] for row in rows]
         mask = response_mask(responses, max(map(len, responses)))
         found = []
@@ -105,7 +118,7 @@ def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answ
                 logits = logits_at(model, texts, places)
             found.append(on_grid(token_log_probs(logits, texts.ids.flatten()[places + 1], temperature), mask))
         total += response_kl(found[0], found[1], mask).sum().item()
-    return total / len(prompt_ids)
+    return parallel.add_up({"kl": total})["kl"] / len(prompt_ids)
 
 
 def bootstrap(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float, float]:

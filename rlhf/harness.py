@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from rlhf import parallel
 from rlhf.errors import UserError
 from rlhf.files import hash_paths, write_json
 from rlhf.models import device, load_policy
@@ -64,7 +65,7 @@ class Harness:
 
 
 def measure(model_folder: Path, harness: Harness, kept: Path | None = None) -> dict[str, TaskScore]:
-    """Scores of a model on `harness.tasks`, or on every task of `harness.folders`.
+    """Scores of a model on `harness.tasks`, or on every task of `harness.folders`. Several processes share the items.
 
     `kept`: a folder of earlier results. Raises UserError for an unknown task and for data that cannot be had.
     """
@@ -73,17 +74,17 @@ def measure(model_folder: Path, harness: Harness, kept: Path | None = None) -> d
     if kept and model_folder.is_dir():
         model_hash = hash_paths([model_folder], model_folder)
         places = {name: kept / f"{result_key(name, model_hash, harness)}.json" for name in names}
-    missing = [name for name in names if name not in places or not places[name].is_file()]
+    earlier = parallel.told({name: _read(place) for name, place in places.items() if place.is_file()})
+    missing = [name for name in names if name not in earlier]
     measured = _run(model_folder, missing, harness) if missing else {}
-    found: dict[str, TaskScore] = {}
-    for name in names:
-        if name not in measured:
-            found |= {task: TaskScore(**score) for task, score in json.loads(places[name].read_text()).items()}
-            continue
-        found |= measured[name]
-        if places:
-            write_json(places[name], {task: asdict(score) for task, score in measured[name].items()})
-    return dict(sorted(found.items()))
+    for name in measured.keys() & places.keys():
+        write_json(places[name], {task: asdict(score) for task, score in measured[name].items()})
+    found = earlier | measured
+    return dict(sorted((task, score) for name in names for task, score in found[name].items()))
+
+
+def _read(kept: Path) -> dict[str, TaskScore]:
+    return {task: TaskScore(**score) for task, score in json.loads(kept.read_text()).items()}
 
 
 def result_key(name: str, model_hash: str, harness: Harness) -> str:
@@ -119,16 +120,33 @@ def _run(model_folder: Path, names: Sequence[str], harness: Harness) -> dict[str
         model = HFLM(pretrained=load_policy(model_folder), tokenizer=load_tokenizer(model_folder),
                      batch_size=harness.batch_size, device=str(device()),
                      mixed_precision_dtype="bfloat16" if harness.precision == "bf16" else None)
+        _share_items(model)
         tasks = {name: task for found in loaded.values() for name, task in found.items()}
         try:
             results = evaluator.simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=harness.few_shot or None,
                                                 limit=harness.limit or None, bootstrap_iters=BOOTSTRAP,
                                                 task_manager=manager)  # left out, it would scan all tasks once more
         except AssertionError as error:  # how the harness says that a text does not fit
-            raise UserError(f"{', '.join(tasks)}: an item is longer than the {model.max_length} tokens of "
-                            f"{model_folder}") from error
-    assert results is not None  # None is for ranks other than 0
-    return {name: {task: _score(task, results, found[task]) for task in found} for name, found in loaded.items()}
+            said = f"{', '.join(tasks)}: an item is longer than the {model.max_length} tokens of {model_folder}"
+            parallel.collect((None, said))  # the others are waiting
+            raise UserError(said) from error
+    return parallel.told({} if results is None else {  # None in all processes but the first
+        name: {task: _score(task, results, found[task]) for task in found} for name, found in loaded.items()})
+
+
+def _share_items(model: Any) -> None:
+    """Has the harness give each process its share of a task's items: in its own way, told to each other in ours."""
+    def gather(thing: Any, dst: int = 0) -> list[Any]:
+        found = parallel.collect((thing, ""))
+        for _, failed in found:
+            if failed:
+                raise UserError(failed)
+        return [item for item, _ in found]
+
+    model._rank, model._world_size = parallel.rank(), parallel.size()
+    model.gather_object = gather
+    model.all_gather = lambda tensor: tensor.new_tensor(gather(tensor.item()))
+    model.barrier = lambda: gather(None)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,12 @@ def collect(mine: Item) -> list[Item]:
     return found
 
 
+def by_rows(function: Callable[..., Sequence[Result]], *columns: Sequence[Any]) -> list[Result]:
+    """function(*columns), a value for each row: every process does its share of the rows and has all values."""
+    parts = collect(list(function(*(share(column) for column in columns))))
+    return [parts[row % len(parts)][row // len(parts)] for row in range(len(columns[0]))]
+
+
 def meet() -> None:
     """Waits for all."""
     if size() > 1:

@@ -198,6 +198,8 @@ class EvaluateParams:
     best_of: int = param(16, "samples a prompt for the best-of-n curve; 0: no curve", ge=0, le=1024)
     best_of_prompts: int = param(150, "prompts of the best-of-n curve", ge=2)
     batch_size: int = param(256, "prompts a forward pass", ge=1)
+    processes: int = param(1, "processes a machine that share the work; one a GPU, on a CPU of one thread each", ge=1,
+                           le=1024)
     precision: Literal["fp32", "bf16"] = param("fp32", "arithmetic of the forward passes")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.losses import token_log_probs
 from rlhf.models import autocast, device, load_policy, load_scorer, next_token_logits
@@ -82,8 +83,8 @@ def model_judge(folder: str | Path, precision: str) -> Judge:
 
 
 def compare_all(prompts: Sequence[str], texts: Mapping[str, Sequence[str]], judge: Judge) -> Outcomes:
-    """Outcomes per prompt of every pair of models, first named first."""
-    return {(one, other): judge(prompts, texts[one], texts[other])
+    """Outcomes per prompt of every pair of models, first named first. Several processes share the prompts."""
+    return {(one, other): parallel.by_rows(judge, prompts, texts[one], texts[other])
             for one, other in itertools.combinations(texts, 2)}
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from rlhf import parallel
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.evaluate import Answers, answer, mean_kl, rm_scores, several
-from rlhf.files import write_csv
+from rlhf.files import write_csv, writes
 from rlhf.harness import Harness, TaskScore, local_tasks, measure
 from rlhf.journal import read_journal
 from rlhf.overoptimisation import best_of_n, find_turn
@@ -74,7 +75,8 @@ def evaluate(stage: Stage) -> None:
         metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), **safety_metrics(held_out, answers)}
         grades: dict[str, list[Grades]] = {}
         if held_out.labeler:
-            grades = {name: held_out.labeler.grades(held_out.prompts, found.texts) for name, found in answers.items()}
+            grades = {name: parallel.by_rows(held_out.labeler.grades, held_out.prompts, found.texts)
+                      for name, found in answers.items()}
             metrics |= gold_metrics(held_out, grades, params, seed)
         judge, held_out_judge = judge_of(params, held_out.labeler)
         outcomes = compare_all(held_out.prompts, {name: found.texts for name, found in answers.items()}, judge)
@@ -89,7 +91,8 @@ def evaluate(stage: Stage) -> None:
         progress.step()
     write_csv(stage.scratch / BEST_OF, curve)
     stage.publish(BEST_OF, f"metrics/{BEST_OF}")
-    write_page(stage, metrics, samples(held_out.rows, answers, grades), curve)
+    if writes():  # the others need not draw
+        write_page(stage, metrics, samples(held_out.rows, answers, grades), curve)
     stage.finish(metrics, ["reports/report.html"])
 
 
@@ -146,7 +149,8 @@ def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluatePar
     asked = [prompt for prompt in prompts for _ in range(params.best_of)]
     flat = [text for found in texts for text in found]
     groups = [[values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
-              for values in (rm_scores(rm, asked, flat, params.precision), held_out.labeler.scores(asked, flat))]
+              for values in (rm_scores(rm, asked, flat, params.precision),
+                             parallel.by_rows(held_out.labeler.scores, asked, flat))]
     sizes = [2 ** power for power in range(params.best_of.bit_length())]
     return best_of_n(groups[0], groups[1], sizes)
 
