@@ -52,13 +52,14 @@ class Cache:
 
 
 class Decoder:
-    """Built from a model's weights as they are now; matrices are kept in bfloat16 where `precision` is bf16."""
+    """Built from a model's weights as they are now; matrices are kept in bfloat16 where `precision` is bf16, keys and
+    values too unless the steps run on a CPU and are not `compiled`."""
 
-    def __init__(self, model: PreTrainedModel, precision: str) -> None:
+    def __init__(self, model: PreTrainedModel, precision: str, compiled: bool = False) -> None:
         config = model.config
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        # On a CPU products with single rows are faster in float32 than in bfloat16.
-        self.kept = self.dtype if model.device.type == "cuda" else torch.float32
+        # On a CPU torch's products with single rows are faster in float32 than in bfloat16.
+        self.kept = self.dtype if compiled or model.device.type == "cuda" else torch.float32
         self.heads = config.num_attention_heads
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -180,6 +181,10 @@ class Decoder:
         # a quarter of the fused one's time for single tokens on a CPU
         count, _, length, width = query.shape
         grouped = query.reshape(count, self.kv_heads, -1, width)  # the heads that share keys
+        if torch.compiler.is_compiling():  # becomes two loops, which read bfloat16 and add up in float32
+            scores = (grouped.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(4) * scaling + bias
+            shares = torch.softmax(scores, dim=-1)
+            return (shares.unsqueeze(4) * values.float().unsqueeze(2)).sum(3).view(query.shape)
         scores = (grouped @ keys.transpose(2, 3)).view(count, self.heads, length, -1) * scaling + bias
         shares = torch.softmax(scores, dim=-1).view(count, self.kv_heads, -1, keys.shape[2])
         return (shares @ values).view(query.shape)
@@ -214,7 +219,7 @@ def weight_of(module: Any) -> Tensor:
     return weight.t() if type(inner).__name__ == "Conv1D" else weight
 
 
-def decoder_for(model: PreTrainedModel, precision: str) -> Decoder | None:
+def decoder_for(model: PreTrainedModel, precision: str, compiled: bool = False) -> Decoder | None:
     """A decoder of the model's weights as they are now; None for an architecture or a position code without one."""
     config = model.config
     ropes = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -222,4 +227,4 @@ def decoder_for(model: PreTrainedModel, precision: str) -> Decoder | None:
     plain = ropes in FIXED_ROPES and layers == {"full_attention"}
     if config.model_type not in ("gpt_neox", "llama", "qwen2", "gpt2") or not plain:
         return None
-    return Decoder(model, precision)
+    return Decoder(model, precision, compiled)

@@ -48,7 +48,7 @@ def sample_responses(model: PreTrainedModel, prompts: Sequence[Sequence[int]], s
     uniforms = torch.rand(len(prompts), sampling.max_new_tokens, generator=noise)
     if rows is not None:
         prompts, uniforms = [prompts[row] for row in rows], uniforms[list(rows)]
-    decoder = decoder_for(model, sampling.precision)
+    decoder = decoder_for(model, sampling.precision, sampling.compile)
     if decoder is not None and prompts:
         return _Rows(decoder, prompts, sampling, uniforms.to(device())).run()
     responses: list[list[int]] = [[] for _ in prompts]
@@ -111,7 +111,7 @@ class _Rows:
             ids = pad_right(texts, self.sampling.pad_id).to(rows.device)
             positions = torch.arange(ids.shape[1], device=rows.device).expand(ids.shape)
             last = torch.tensor([len(text) - 1 for text in texts], device=rows.device)
-            states.append(self.decoder.hidden(ids, positions, self.cache, rows[places], self.rope, None, last)[:, 0])
+            states.append(self._run(read_prompts, ids, positions, rows[places], last))
         source = torch.repeat_interleave(torch.arange(len(firsts)), same).to(rows.device)
         if len(firsts) < len(chosen):
             self.cache.copy(rows[torch.tensor(firsts, device=rows.device)][source], rows, longest)
@@ -126,10 +126,11 @@ class _Rows:
         """The next token of every row that is not finished."""
         columns = torch.arange(int(self.position[alive].max()) + 1, device=alive.device)
         uniforms = self.uniforms[self.prompt, self.drawn.clamp(max=self.sampling.max_new_tokens - 1)]
-        step = compiled_step() if self.sampling.compile else next_tokens
-        tokens = step(self.decoder, self.cache, self.rope, self.last, self.position, uniforms, columns,
-                      self.sampling.temperature)
+        tokens = self._run(next_tokens, self.last, self.position, uniforms, columns, self.sampling.temperature)
         self._take(alive, tokens[alive])
+
+    def _run(self, function: Callable[..., Tensor], *rest: Any) -> Tensor:
+        return (compiled(function) if self.sampling.compile else function)(self.decoder, self.cache, self.rope, *rest)
 
     def _take(self, rows: Tensor, tokens: Tensor) -> None:
         """The tokens that were drawn for some rows."""
@@ -143,6 +144,12 @@ class _Rows:
         self.prompt[rows[ended]] = -1
 
 
+def read_prompts(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, ids: Tensor, positions: Tensor,
+                 rows: Tensor, last: Tensor) -> Tensor:
+    """Prompts [n, T] into some rows [n] of the cache: the states at their last tokens, which stand at `last` [n]."""
+    return decoder.hidden(ids, positions, cache, rows, rope, None, last)[:, 0]
+
+
 def next_tokens(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, last: Tensor, position: Tensor,
                 uniforms: Tensor, columns: Tensor, temperature: float) -> Tensor:
     """What follows the token `last` at `position` in every row of the cache: [n] each -> [n]. Finished rows' tokens
@@ -152,18 +159,22 @@ def next_tokens(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | No
 
 
 @functools.cache
-def compiled_step() -> Callable[..., Tensor]:
-    """`next_tokens` compiled for all numbers of rows and columns: some two hundred small operations become a few."""
-    compiled = torch.compile(next_tokens)
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`read_prompts` or `next_tokens` compiled for all numbers of rows and columns: some two hundred small operations
+    become a few."""
+    made = torch.compile(function)
 
-    def step(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, *rest: Any) -> Tensor:
+    def call(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, *rest: Any) -> Tensor:
         for item in (*cache.keys, *cache.values):
             torch._dynamo.maybe_mark_dynamic(item, (0, 2))
-        for item in (*(rope or ()), *(item for item in rest if isinstance(item, Tensor))):
+        for item in rope or ():
             torch._dynamo.maybe_mark_dynamic(item, 0)
-        return compiled(decoder, cache, rope, *rest)
+        for item in rest:
+            if isinstance(item, Tensor):
+                torch._dynamo.maybe_mark_dynamic(item, tuple(range(item.dim())))
+        return made(decoder, cache, rope, *rest)
 
-    return step
+    return call
 
 
 def _sample_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling,
