@@ -81,10 +81,11 @@ class Demonstrations:
 
     def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[Texts, Tensor]:
         """As batch, in rows of at most `room` tokens that several demonstrations share."""
-        ids, mask, positions = (item.to(device()) for item in packed_batch(
-            [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices], room, pad_id))
-        rows, columns = mask.nonzero(as_tuple=True)
-        return Texts(ids, positions), rows * ids.shape[1] + columns
+        ids, mask, positions = packed_batch(
+            [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices], room, pad_id)
+        rows, columns = mask.nonzero(as_tuple=True)  # on the CPU: a GPU's count of them would have to be waited for
+        places = rows * ids.shape[1] + columns
+        return Texts(ids.to(device()), positions.to(device())), places.to(device())
 
 
 def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, seed: int, folder: Path,
