@@ -5,7 +5,8 @@
 
 Each side waits while the other one works. Both are tried as one process with all cores' threads and as one a core,
 theirs with several settings too, and the fastest are kept. That both do the same is seen from the losses. Writes
-bench/results.json: medians of the ratios of neighbouring turns, and the machine.
+bench/results.json after each bar: medians of the ratios of neighbouring turns, and the machine. Each bar has new
+processes; one that ends (continuous batching takes 14 GB on a CPU) costs its bar only. `--keep` goes on after a break.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ COMPILED = [{}, {"compiled": True}]
 MFU_SIZE = "10M"  # the one whose share of the matmul rate is asked for
 
 
+class Ended(Exception):
+    """A process has ended in a job."""
+
+
 class Side:
     """A process that answers one job after the other."""
 
@@ -43,18 +49,35 @@ class Side:
                                         start_new_session=True)
 
     def end(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def do(self, job: str, **more: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"job": job, **more}) + "\n")
-        self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"{self.process.args}: ended in job {job}; run it by hand to see why")
+        line = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"job": job, **more}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        if not line:
+            raise Ended(f"{self.python} bench/versus/{self.script} {self.processes} ended; run it by hand, give it "
+                        f"{json.dumps({'job': job, **more})} and see why")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+@contextmanager
+def both(options: argparse.Namespace) -> Iterator[tuple[list[Side], list[Side]]]:
+    """New processes of either side, for as long as they are needed."""
+    ours, theirs = ([Side(python, script, processes) for processes in options.processes] for python, script in (
+        (Path(sys.executable), "ours.py"), (options.theirs.absolute(), "theirs.py")))
+    try:
+        yield ours, theirs
+    finally:
+        for side in (*ours, *theirs):
+            side.end()
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
@@ -111,16 +134,11 @@ def peaks(ours: Side, theirs: Side, job: str, mine: dict[str, Any], others: dict
     return found
 
 
-def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: list[str],
-         count: int) -> Iterator[tuple[str, Any]]:
-    """Name and result of every bar of one size of models, as they come."""
-    parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
-    common = {"folder": folder, "precision": "bf16"}
-    yield "parameters", parameters
+def works_of(size: str) -> dict[str, tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
+    """Job, work, what is theirs alone, and their settings to try, of every bar of one size of models."""
     scale, iterations = SHARES[size], ITERATIONS[size]
     compiled = COMPILED if size in COMPILES else COMPILED[:1]
-    # job, work, what is theirs alone, their settings to try
-    works: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
+    return {
         "sft": ("sft", {"rows": 2048 // scale}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
         "sft_unpacked": ("sft", {"rows": 2048 // scale}, {"packing": False}, [{**some, "micro": 32}
                                                                               for some in ATTENTIONS]),
@@ -134,29 +152,36 @@ def bars(ours: list[Side], theirs: list[Side], folder: str, size: str, names: li
                         [some | more for some in ATTENTIONS for more in compiled]),
         "rollout_continuous": ("rollout", {"mixed": True, "batch": 256, "prompts": max(64, 256 // scale)},
                                {"continuous": True}, [{"attention": "sdpa"}])}
-    if "same" in names:
-        same = same_work(ours[0], theirs[0], folder, max(RM_BATCH, 32 // scale))
-        yield "same", same
+
+
+def bar(ours: list[Side], theirs: list[Side], folder: str, size: str, name: str, parameters: int,
+        count: int) -> dict[str, Any]:
+    """Results of one bar by name."""
+    if name == "same":
+        same = same_work(ours[0], theirs[0], folder, max(RM_BATCH, 32 // SHARES[size]))
         print(f"{size} same work: largest relative difference {same['difference']:.1e}", flush=True)
-    for name, (job, work, theirs_alone, settings) in works.items():
-        if name.removesuffix("_unpacked") not in names or (name == "rollout_continuous" and size not in COMPILES):
-            continue
-        one, own = fastest(ours, job, compiled if job in ("ppo", "rollout") else [{}], **common, **work)
-        # transformers' continuous batching ends a process that was forked
-        able = theirs[:1] if name == "rollout_continuous" else theirs
-        other, chosen = fastest(able, job, settings, **common, **work, **theirs_alone)
-        mine, others = common | work | own, common | work | theirs_alone | chosen
-        result = turns(count, partial(one.do, job, **mine), partial(other.do, job, **others))
-        result |= {"memory": peaks(one, other, job, mine, others), "processes": [one.processes, other.processes],
-                   "our_settings": own, "their_settings": theirs_alone | chosen}
-        yield name, result
-        print(f"{size} {name}: {result['ratio']:.2f} times theirs [{result['least']:.2f}, {result['most']:.2f}]; "
-              f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; processes {result['processes']}; memory "
-              f"{result['memory'][0]:.2f} and {result['memory'][1]:.2f} GB; ours {own}, theirs {chosen}", flush=True)
-        if job == "sft" and name == "sft":
-            share = 6 * parameters * result["ours"] / 1e9 / matmul_rate(torch.bfloat16)
-            yield "sft_mfu", share
-            print(f"{size} sft: {share:.2f} of the machine's bf16 matmul rate", flush=True)
+        return {name: same}
+    job, work, theirs_alone, settings = works_of(size)[name]
+    common = {"folder": folder, "precision": "bf16"}
+    compiled = COMPILED if size in COMPILES else COMPILED[:1]
+    one, own = fastest(ours, job, compiled if job in ("ppo", "rollout") else [{}], **common, **work)
+    # transformers' continuous batching ends a process that was forked
+    able = theirs[:1] if name == "rollout_continuous" else theirs
+    other, chosen = fastest(able, job, settings, **common, **work, **theirs_alone)
+    mine, others = common | work | own, common | work | theirs_alone | chosen
+    result = turns(count, partial(one.do, job, **mine), partial(other.do, job, **others))
+    for side in (*ours, *theirs):
+        side.end()  # what they hold is not free for the next ones
+    result |= {"memory": peaks(one, other, job, mine, others), "processes": [one.processes, other.processes],
+               "our_settings": own, "their_settings": theirs_alone | chosen}
+    print(f"{size} {name}: {result['ratio']:.2f} times theirs [{result['least']:.2f}, {result['most']:.2f}]; "
+          f"{result['ours']:,.0f} and {result['theirs']:,.0f} a second; processes {result['processes']}; memory "
+          f"{result['memory'][0]:.2f} and {result['memory'][1]:.2f} GB; ours {own}, theirs {chosen}", flush=True)
+    if name != "sft":
+        return {name: result}
+    share = 6 * parameters * result["ours"] / 1e9 / matmul_rate(torch.bfloat16)
+    print(f"{size} sft: {share:.2f} of the machine's bf16 matmul rate", flush=True)
+    return {name: result, "sft_mfu": share}
 
 
 def same_work(ours: Side, theirs: Side, folder: str, prompts: int) -> dict[str, Any]:
@@ -197,25 +222,35 @@ def main() -> None:
                         default=[1] if torch.cuda.is_available() else sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--theirs", type=Path, default=Path(".venv-trl/bin/python"), help="Python that has TRL")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results.json")
+    parser.add_argument("--keep", action="store_true", help="keep the bars that the results have, run the others")
     options = parser.parse_args()
     machine = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or
                platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
                "matmul_bf16_gflops": round(matmul_rate(torch.bfloat16)),
                "matmul_fp32_gflops": round(matmul_rate(torch.float32))}
     found: dict[str, dict[str, Any]] = {}
+    if options.keep and options.out.exists():
+        found = json.loads(options.out.read_text(encoding="utf-8"))["sizes"]
+    failed = False
     for size in options.sizes:
-        found[size] = {}
+        wanted = [name for name in ("same", *works_of(size)) if name.removesuffix("_unpacked") in options.bars
+                  and name not in found.get(size, {}) and (name != "rollout_continuous" or size in COMPILES)]
+        if not wanted:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            ours, theirs = ([Side(python, script, processes) for processes in options.processes] for python, script in (
-                (Path(sys.executable), "ours.py"), (options.theirs.absolute(), "theirs.py")))
-            try:
-                for name, result in bars(ours, theirs, folder, size, options.bars, options.turns):
-                    found[size][name] = result
-                    write(options.out, machine, found)
-            finally:
-                for side in (*ours, *theirs):
-                    side.end()
+            with both(options) as (ours, _):
+                parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
+            found.setdefault(size, {})["parameters"] = parameters
+            for name in wanted:
+                try:
+                    with both(options) as (ours, theirs):
+                        found[size] |= bar(ours, theirs, folder, size, name, parameters, options.turns)
+                except Ended as error:
+                    failed = True
+                    print(f"{size} {name}: {error}", file=sys.stderr, flush=True)
+                write(options.out, machine, found)
     print(options.out.read_text(encoding="utf-8").split('"sizes"')[0])
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":
