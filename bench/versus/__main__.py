@@ -40,20 +40,23 @@ class Ended(Exception):
 
 
 class Side:
-    """A process that answers one job after the other."""
+    """A process that answers one job after the other: from the first one on, and after an end anew."""
 
     def __init__(self, python: Path, script: str, processes: int) -> None:
         self.python, self.script, self.processes = python, script, processes
-        self.process = subprocess.Popen([python, HERE / script, str(processes)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                        start_new_session=True)
+        self.process: subprocess.Popen[str] | None = None
 
     def end(self) -> None:
-        if self.process.returncode is None:
+        if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            self.process = None
 
     def do(self, job: str, **more: Any) -> dict[str, Any]:
+        if self.process is None:
+            self.process = subprocess.Popen([self.python, HERE / self.script, str(self.processes)], text=True,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                            start_new_session=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         line = ""
@@ -111,13 +114,14 @@ def turns(count: int, mine: Callable[[], dict[str, Any]], others: Callable[[], d
 
 def fastest(sides: list[Side], job: str, settings: list[dict[str, Any]], **more: Any) -> tuple[Side, dict[str, Any]]:
     """The side and the settings that are fastest here, of a run each after one that is not counted: a side's first of
-    all, and what is compiled, which compiles then."""
+    all, and what is compiled, which compiles then. Sides that are not tried hold no memory."""
     found = []
     for number, side in enumerate(sides):
         for place, some in enumerate(settings):
             if place == 0 or "compiled" in some:
                 side.do(job, **more, **some)
             found.append((rate(side.do(job, **more, **some)), number, place))
+        side.end()
     _, number, place = max(found)
     return sides[number], settings[place]
 
