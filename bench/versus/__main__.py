@@ -1,6 +1,6 @@
 """Ours against TRL 1.12's trainers and transformers' generation: same work, in turns, in one run on one machine.
 
-    make bench                                  1M, 10M, 135M parameters, five turns each (over an hour on two cores)
+    make bench                                  1M, 10M, 135M parameters, five turns each (two hours on two cores)
     .venv/bin/python bench/versus --sizes 1M --turns 3 --bars rm sft
 
 Each side waits while the other one works. Both are tried as one process with all cores' threads and as one a core,
