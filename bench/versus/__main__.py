@@ -242,8 +242,11 @@ def main() -> None:
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            with both(options) as (ours, _):
-                parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
+            try:
+                with both(options) as (ours, _):
+                    parameters = ours[0].do("make", folder=folder, shape=size)["parameters"]
+            except Ended as error:
+                raise SystemExit(f"{size}: {error}") from None
             found.setdefault(size, {})["parameters"] = parameters
             for name in wanted:
                 try:

@@ -27,7 +27,9 @@ def versus(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(module, "Side", Pretender)
     monkeypatch.setattr(module, "matmul_rate", lambda dtype: 100.0)
     Pretender.asked, Pretender.ends_in, Pretender.ended = [], "", module.Ended
+    Pretender.alive, Pretender.most_alive = set(), 0
     yield module
+    assert not Pretender.alive
     sys.modules.pop("work")
 
 
@@ -35,15 +37,19 @@ class Pretender:
     asked: ClassVar[list[tuple[str, int, str, dict[str, Any]]]] = []
     ends_in: ClassVar[str] = ""
     ended: ClassVar[type[Exception]]
+    alive: ClassVar[set["Pretender"]] = set()
+    most_alive: ClassVar[int] = 0
 
     def __init__(self, python: Path, script: str, processes: int) -> None:
         self.python, self.script, self.processes = python, script, processes
 
     def end(self) -> None:
-        pass
+        self.alive.discard(self)
 
     def do(self, job: str, **more: Any) -> dict[str, Any]:
         self.asked.append((self.script, self.processes, job, more))
+        self.alive.add(self)
+        Pretender.most_alive = max(Pretender.most_alive, len(self.alive))
         if job == self.ends_in and self.script == "theirs.py":
             raise self.ended("ended")
         speed = SPEEDS[self.script][self.processes] * (0.5 if more.get("attention") == "sdpa" else 1.0)
@@ -52,10 +58,14 @@ class Pretender:
                 "responses": []} | ({"tokens": 10} if job != "rm" else {})
 
 
-def run(versus: ModuleType, out: Path, *arguments: str) -> int:
-    command = ["versus", "--out", str(out), "--processes", "1", "2", *arguments]
-    with patch.object(sys, "argv", command), pytest.raises(SystemExit) as stop:
+def versus_main(versus: ModuleType, out: Path, *arguments: str) -> None:
+    with patch.object(sys, "argv", ["versus", "--out", str(out), "--processes", "1", "2", *arguments]):
         versus.main()
+
+
+def run(versus: ModuleType, out: Path, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        versus_main(versus, out, *arguments)
     return int(stop.value.code or 0)
 
 
@@ -67,10 +77,13 @@ def test_the_fastest_of_each_are_compared(versus: ModuleType, tmp_path: Path) ->
     assert found["sizes"]["10M"]["rm"]["their_settings"]["attention"] == "eager"
     assert found["sft_mfu"] == pytest.approx(6 * 7_000_000 * 6 / 1e9 / 100, abs=1e-3)
     assert set(found["sizes"]["10M"]) == {"parameters", "sft", "sft_unpacked", "sft_mfu", "rm"}
+    assert Pretender.most_alive == 2  # of four: those that are compared
 
 
 def test_a_process_that_ends_costs_its_bar_and_no_other(versus: ModuleType, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    with patch.object(Pretender, "do", side_effect=versus.Ended("ended")), pytest.raises(SystemExit, match="1M: ended"):
+        versus_main(versus, tmp_path / "none.json")
     Pretender.ends_in = "rm"
     out = tmp_path / "r.json"
     assert run(versus, out, "--sizes", "1M", "--bars", "sft", "rm", "ppo", "--turns", "1") == 1
