@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.losses import token_log_probs
-from rlhf.models import autocast, device, next_token_logits
+from rlhf.models import autocast, device
+from rlhf.passes import next_token_logits
 from rlhf.tokenizer import text_ids
 
 BATCH = 256

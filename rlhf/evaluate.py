@@ -15,8 +15,9 @@ from rlhf import parallel
 from rlhf.data.batching import length_batches
 from rlhf.kl import response_kl
 from rlhf.losses import token_log_probs
-from rlhf.models import autocast, load_policy, load_scorer, logits_at
+from rlhf.models import autocast, load_policy, load_scorer
 from rlhf.params import EvaluateParams
+from rlhf.passes import logits_at
 from rlhf.ppo import episodes, on_grid, response_mask
 from rlhf.reward_model import score_together
 from rlhf.rollout import Sampling, sample_responses

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+NEAR = 2**20  # logits in float32 that a CPU keeps near: 4 MB
+
 
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `ids`, in float32. logits [..., V], ids [...] -> [...]."""
@@ -22,18 +24,31 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        wide = logits.float()
-        normaliser = wide.logsumexp(dim=-1, keepdim=True)
-        ctx.save_for_backward(logits, ids, normaliser)
-        return (wide.gather(1, ids.unsqueeze(1)) - normaliser).squeeze(1)
+        found, normalisers = [], []
+        for some, chosen in zip(_near(logits, logits), _near(ids, logits), strict=True):
+            wide = some.float()
+            normalisers.append(wide.logsumexp(dim=-1, keepdim=True))
+            found.append((wide.gather(1, chosen.unsqueeze(1)) - normalisers[-1]).squeeze(1))
+        ctx.save_for_backward(logits, ids, torch.cat(normalisers))
+        return torch.cat(found)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, ids, normaliser = ctx.saved_tensors
-        gradient = gradient.unsqueeze(1)
-        found = (logits.float() - normaliser).exp_().mul_(-gradient)
-        found[torch.arange(len(ids), device=ids.device), ids] += gradient.squeeze(1)
-        return found.to(logits.dtype), None
+        logits, ids, normalisers = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for some, chosen, normaliser, part, out in zip(*(_near(item, logits) for item in (
+                logits, ids, normalisers, gradient.unsqueeze(1), found)), strict=True):
+            shares = some.float().sub_(normaliser).exp_().mul_(-part)
+            shares[torch.arange(len(chosen), device=chosen.device), chosen] += part.squeeze(1)
+            out.copy_(shares)
+        return found, None
+
+
+def _near(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """`rows`, one for each row of logits [n, V], in parts. On a CPU as many as stay in its cache while several
+    operations pass over their logits in float32; else all of them."""
+    most = len(logits) if logits.is_cuda else NEAR // logits.shape[1]
+    return rows.split(max(1, most))
 
 
 def log_probs_in_parts(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor, rows: int) -> Tensor:

@@ -1,14 +1,12 @@
-"""Policies, reward and value models as plain Hugging Face classes: build, load, save, forward."""
+"""Policies, reward and value models as plain Hugging Face classes: build, load, save, and what is set on them."""
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,12 +19,10 @@ from transformers import (
 from rlhf import parallel
 from rlhf.errors import UserError
 from rlhf.files import writes
-from rlhf.losses import log_probs_in_parts, token_log_probs
 from rlhf.params import PretrainParams
-from rlhf.texts import Texts, compiled, rounded, use_groups
+from rlhf.texts import use_groups
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
-LOGITS_AT_ONCE = 2**26  # places times vocabulary; a loss holds some 12 bytes for each, 0.8 GB
 
 
 def device() -> torch.device:
@@ -117,101 +113,6 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
         raise UserError(f"dropout = {probability:g}: {type(model).__name__} has no residual dropout; set it to 0")
     for module in branches:
         module.p = probability
-
-
-def hidden_states(model: PreTrainedModel, texts: Texts) -> Tensor:
-    """Last hidden states of texts whose ids are [B, T]: [B, T, d]."""
-    return model.base_model(input_ids=texts.ids, use_cache=False, **texts.arguments()).last_hidden_state
-
-
-def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
-    """Logits at the positions start .. T-2, which predict ids[:, start+1:]: [B, T-1-start, V]."""
-    def logits(model: PreTrainedModel) -> Tensor:
-        return model.get_output_embeddings()(hidden_states(model, Texts(ids, positions))[:, start:-1])
-
-    return parallel.compute(logits, model)
-
-
-def plain_passes(model: PreTrainedModel) -> bool:
-    """Whether a pass does what its code says, once: no activations that are made anew backwards, nothing compiled."""
-    name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
-    recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
-    return not recomputes and not compiled(model)
-
-
-@contextmanager
-def last_mlp_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
-    """Passes over ids [B, T] whose last hidden states are read at some places of the flattened ids only.
-
-    Two thirds of a block's work are its MLP, and what the last one makes of other places nobody sees: there the hidden
-    states lack it. Nothing changes for an architecture without `mlp` in its blocks.
-    """
-    blocks = next((module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)), None)
-    mlp = getattr(blocks[-1], "mlp", None) if blocks and plain_passes(model) else None
-    if mlp is None:
-        yield
-        return
-    whole = mlp.forward
-
-    def at_places(state: Tensor) -> Tensor:
-        flat = state.flatten(0, -2)
-        found = whole(flat.index_select(0, places))
-        return torch.zeros_like(flat, dtype=found.dtype).index_copy(0, places, found).view(state.shape)
-
-    mlp.forward = at_places
-    try:
-        yield
-    finally:
-        del mlp.forward
-
-
-def states_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
-    """Last hidden states at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, d]."""
-    with last_mlp_at(model, places):
-        return hidden_states(model, texts).flatten(0, 1).index_select(0, places)
-
-
-def read_at(model: PreTrainedModel, head: Callable[[Tensor], Tensor], texts: Texts, places: Tensor) -> Tensor:
-    """head(hidden states) at some places of the flattened ids: [n, ...]. On a CPU a round number of them is read."""
-    wanted, more = places, rounded(len(places)) - len(places)
-    if more and places.device.type == "cpu":  # others, none twice: the last MLP's gradient counts each that it is given
-        free = torch.ones(texts.ids.numel(), dtype=torch.bool).index_fill(0, places, False)
-        wanted = torch.cat([places, free.nonzero().squeeze(1)[:more]])
-    return head(states_at(model, texts, wanted))[:len(places)]
-
-
-def logits_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
-    """Logits at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, V].
-
-    A response's or a completion's tokens are a part of a batch's, and the vocabulary is wide: logits of prompts and
-    PADs are not made.
-    """
-    return parallel.compute(lambda model: read_at(model, model.get_output_embeddings(), texts, places), model)
-
-
-def log_probs_at(model: PreTrainedModel, texts: Texts, places: Tensor, precision: str) -> Tensor:
-    """Log-probs of the tokens after some places of the flattened ids, float32: ids [B, T], places [n] -> [n].
-
-    Many places times a wide vocabulary go through the output layer in parts, so that never more than LOGITS_AT_ONCE
-    logits are alive (`rlhf/losses.py:log_probs_in_parts`).
-    """
-    targets = texts.ids.flatten()[places + 1]
-
-    def log_probs(model: PreTrainedModel) -> Tensor:
-        head = model.get_output_embeddings()
-        with autocast(precision):
-            if len(places) * len(head.weight) > LOGITS_AT_ONCE:
-                return log_probs_in_parts(states_at(model, texts, places), head, targets,
-                                          max(1, LOGITS_AT_ONCE // len(head.weight)))
-            logits = read_at(model, head, texts, places)
-        return token_log_probs(logits, targets)
-
-    return parallel.compute(log_probs, model)
-
-
-def scores_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
-    """The scalar head at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n], float32."""
-    return parallel.compute(lambda model: read_at(model, model.score, texts, places).squeeze(-1).float(), model)
 
 
 def shift_scores(model: PreTrainedModel, shift: float) -> None:

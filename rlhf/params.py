@@ -128,6 +128,8 @@ class PpoParams:
     batch_size: int = param(256, "rollouts an iteration [512]", ge=1)
     minibatch_size: int = param(64, "rollouts an optimizer step [64]", ge=1)
     micro_batch_size: int = param(32, "rollouts a forward pass; changes memory and speed, not the update", ge=1)
+    kept_passes: int = param(0, "micro-batches of an iteration's first update whose activations are kept from the "
+                             "evaluation of the rollouts, not made anew", ge=0)
     rollout_batch_size: int = param(256, "responses sampled at once: the KV cache's rows", ge=1)
     compile_rollouts: bool = param(False, "torch.compile the step of sampling; needs a C++ compiler on a CPU")
     vllm_url: str = param("", "vLLM server that samples the rollouts, e.g. http://127.0.0.1:8000; empty: this process")

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,14 @@ from rlhf.models import (
     device,
     load_policy,
     load_scorer,
-    logits_at,
     new_scorer,
     no_dropout,
     save_memory,
     save_model,
     scale_lr,
-    scores_at,
 )
 from rlhf.params import PpoParams
+from rlhf.passes import logits_at, scores_at
 from rlhf.pretrain import corpus_batch, corpus_loss
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses
@@ -125,6 +124,8 @@ class Rollouts:
     scores: Tensor
     entropy: float
     sampler_gap: float | None = None  # mean |difference| of a server's log-probs and ours, nats
+    kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Log-probs and values [n, T] of some rows, with the passes that they came from: good until weights change."""
 
 
 def episodes(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
@@ -144,6 +145,12 @@ def response_mask(responses: Sequence[Sequence[int]], width: int) -> Tensor:
 def on_grid(values: Tensor, mask: Tensor) -> Tensor:
     """Puts [tokens] where mask [B, width] is 1, row after row; 0 elsewhere."""
     return torch.zeros_like(mask).masked_scatter(mask.bool(), values)
+
+
+def first_share(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Sequence[int]:
+    """This process's part of some rows that have no responses yet, by the lengths of their prompts. What it samples it
+    also has in the first update, where passes over it may still be there (Trainer.examine)."""
+    return parallel.share(sorted(rows, key=lambda row: len(prompts[row])))
 
 
 class Trainer:
@@ -230,16 +237,19 @@ class Trainer:
         Of several processes each does that for its share of the prompts; all have all rollouts afterwards.
         """
         self.train_mode(False)
-        rows = parallel.share(range(len(prompts)))
+        order = self.order(iteration, 0, len(prompts))
+        first = first_share(prompts, order[:self.params.minibatch_size])
+        rows = [*first, *first_share(prompts, order[self.params.minibatch_size:])]
         noise = generator(self.seed, "ppo", iteration)
         answers: list[Sampled] = []
         if self.server is not None:
             answers = self.ask_server(self.server, prompts, noise)
-            mine = [response for response, _ in parallel.share(answers)]
+            mine = [answers[row][0] for row in rows]
         else:
             with parallel.gathered(self.policy):
                 mine = sample_responses(self.policy, prompts, self.sampling, noise, rows)
-        parts = parallel.collect((rows, mine, self.examine([prompts[row] for row in rows], mine)))
+        found, kept = self.examine([prompts[row] for row in rows], mine, len(first))
+        parts = parallel.collect((rows, mine, found))
         responses: list[list[int]] = [[]] * len(prompts)
         for places, some, _ in parts:
             for place, response in zip(places, some, strict=True):
@@ -250,7 +260,8 @@ class Trainer:
             for name, values in found.items():
                 grid[name][places, :values.shape[1]] = values.to(device())
         rollouts = Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref"], grid["values"],
-                            grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item())
+                            grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item(),
+                            kept={tuple(rows[index] for index in picked): made for picked, made in kept})
         if self.server is not None:
             theirs = torch.tensor([value for _, values in answers for value in values], device=device())
             gap = masked_mean((rollouts.log_probs - on_grid(theirs, mask)).abs(), mask).item()
@@ -283,23 +294,43 @@ class Trainer:
             raise UserError(found)
         return found
 
-    def examine(self, prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
-        """What the models say of some responses, on the CPU: log_probs, ref, values, entropy [B, T], scores [B, 1]."""
+    def examine(self, prompts: list[list[int]], responses: list[list[int]], first: int
+                ) -> tuple[dict[str, Tensor], list[tuple[list[int], tuple[Tensor, Tensor]]]]:
+        """What the models say of some responses, on the CPU: log_probs, ref, values, entropy [B, T], scores [B, 1].
+
+        The `first` ones are this process's part of the first update, which wants policy and value of the same weights:
+        up to params.kept_passes of its passes keep what their gradients need, and come back with their rows.
+        """
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        lengths = list(map(len, sequences))
         mask = response_mask(responses, max(map(len, responses)))
+        width = mask.shape[1]
         grid = {name: torch.zeros_like(mask) for name in ("log_probs", "ref", "values", "entropy")}
-        for rows in length_batches([len(item) for item in sequences], 4 * self.params.micro_batch_size, None):
-            some, answers, width = [prompts[row] for row in rows], [responses[row] for row in rows], mask.shape[1]
-            grid["log_probs"][rows], logits = self.log_probs_and_logits(self.policy, some, answers, width)
+        to_keep = length_batches(lengths[:first], self.params.micro_batch_size, None)[:self.params.kept_passes]
+        done = {row for rows in to_keep for row in rows}
+        others = [row for row in range(len(sequences)) if row not in done]
+        batches = length_batches([lengths[row] for row in others], 4 * self.params.micro_batch_size, None)
+        kept = []
+        for keep, rows in [*((True, rows) for rows in to_keep), *((False, [others[index] for index in picked])
+                                                                  for picked in batches)]:
+            some, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
+            with torch.set_grad_enabled(keep):
+                self.train_mode(keep)
+                log_probs, logits = self.log_probs_and_logits(self.policy, some, answers, width)
+                values = self.values_of(some, answers, width)
+            self.train_mode(False)
+            if keep:
+                kept.append((rows, (log_probs, values)))
+            grid["log_probs"][rows], grid["values"][rows] = log_probs.detach(), values.detach()
             grid["entropy"][rows] = on_grid(entropy(logits, self.params.temperature), response_mask(answers, width))
             with self.as_reference() as reference:
                 grid["ref"][rows] = self.log_probs(reference, some, answers, width)
-            grid["values"][rows] = self.values_of(some, answers, width)
         scores = torch.tensor(score_sequences(self.reward_model, sequences, self.codec.pad_id,
                                               self.params.precision), device=device())
         ended = torch.tensor([response[-1] == self.codec.eos_id for response in responses], device=device())
         scores = torch.where(ended, scores, scores.clamp(max=self.params.no_eos_score))
-        return {name: (values * mask).cpu() for name, values in grid.items()} | {"scores": scores.unsqueeze(1).cpu()}
+        return {name: (values * mask).cpu() for name, values in grid.items()} | {
+            "scores": scores.unsqueeze(1).cpu()}, kept
 
     # --- one iteration ---------------------------------------------------------------------------------------
 
@@ -324,9 +355,10 @@ class Trainer:
         sums: dict[str, float] = {}
         updates = 0
         for epoch in range(params.inner_epochs):
-            order = torch.randperm(len(rollouts.prompts), generator=generator(self.seed, "minibatch", iteration, epoch))
-            for rows in order.split(params.minibatch_size):
-                step = self.update(rollouts, rows.tolist(), advantages, returns, (iteration, epoch, updates))
+            order = self.order(iteration, epoch, len(rollouts.prompts))
+            for start in range(0, len(order), params.minibatch_size):
+                step = self.update(rollouts, order[start:start + params.minibatch_size], advantages, returns,
+                                   (iteration, epoch, updates))
                 sums = {name: sums.get(name, 0.0) + value for name, value in step.items()}
                 if updates == 0:
                     ratio_first = step["ratio"]
@@ -345,6 +377,12 @@ class Trainer:
             "ppo/ratio_first": ratio_first, "ppo/lr": params.lr * factor,
         } | ({} if rollouts.sampler_gap is None else {"ppo/sampler_gap": rollouts.sampler_gap})
 
+    def order(self, iteration: int, epoch: int, count: int) -> list[int]:
+        """The rollouts in the order in which an epoch's minibatches take them."""
+        noise = generator(self.seed, "minibatch", iteration, epoch)
+        order: list[int] = torch.randperm(count, generator=noise).tolist()
+        return order
+
     def update(self, rollouts: Rollouts, rows: list[int], advantages: Tensor, returns: Tensor,
                place: tuple[int, int, int]) -> dict[str, float]:
         """One optimizer step of policy and value model on a minibatch, accumulated over micro-batches and processes.
@@ -356,7 +394,8 @@ class Trainer:
         tokens = rollouts.mask[rows].sum()
         lengths = [len(prompt) + len(response) for prompt, response in zip(rollouts.prompts, rollouts.responses,
                                                                            strict=True)]
-        mine = parallel.share(sorted(rows, key=lambda row: lengths[row]))
+        mine = (first_share(rollouts.prompts, rows) if place[1:] == (0, 0) else
+                parallel.share(sorted(rows, key=lambda row: lengths[row])))
         sums: dict[str, Any] = {name: torch.zeros((), dtype=torch.float64, device=device())
                                 for name in ("policy_loss", "value_loss", "clipped", "ratio")}
         for picked in length_batches([lengths[row] for row in mine], params.micro_batch_size, None):
@@ -364,12 +403,16 @@ class Trainer:
             prompts, answers = [rollouts.prompts[row] for row in chosen], [rollouts.responses[row] for row in chosen]
             width = max(map(len, answers))
             mask, old = rollouts.mask[chosen, :width], rollouts.log_probs[chosen, :width]
-            log_probs = self.log_probs(self.policy, prompts, answers, width)
+            log_probs, values = (item if item is None else item[:, :width]
+                                 for item in rollouts.kept.pop(tuple(chosen), (None, None)))
+            if log_probs is None:
+                log_probs = self.log_probs(self.policy, prompts, answers, width)
             losses, ratio = policy_loss(log_probs, old, advantages[chosen, :width], params.clip)
             loss = (losses * mask).sum() / tokens
             parallel.backward(self.policy, loss)
-            errors = value_loss(self.values_of(prompts, answers, width), rollouts.values[chosen, :width],
-                                returns[chosen, :width], params.value_clip)
+            if values is None:
+                values = self.values_of(prompts, answers, width)
+            errors = value_loss(values, rollouts.values[chosen, :width], returns[chosen, :width], params.value_clip)
             error = (errors * mask).sum() / tokens
             parallel.backward(self.value, error)
             clipped = ((ratio - 1).abs() > params.clip).float()
@@ -384,6 +427,7 @@ class Trainer:
         if not all(map(math.isfinite, (*totals.values(), value_norm))):
             raise TrainingFailed(f"iteration {place[0] + 1}: not finite: policy loss {totals['policy_loss']}, value "
                                  f"loss {totals['value_loss']}, gradient norms {totals['grad_norm']}, {value_norm}")
+        rollouts.kept.clear()
         for optimizer in (self.optimizer, self.value_optimizer):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

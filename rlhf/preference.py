@@ -15,7 +15,8 @@ from scipy.optimize import minimize
 from rlhf import parallel
 from rlhf.data.batching import length_batches, pad_right
 from rlhf.losses import token_log_probs
-from rlhf.models import autocast, device, load_policy, load_scorer, next_token_logits
+from rlhf.models import autocast, device, load_policy, load_scorer
+from rlhf.passes import next_token_logits
 from rlhf.reward_model import score_sequences
 from rlhf.tokenizer import PromptCodec, load_tokenizer, text_ids
 from rlhf.world.labeler import GoldLabeler, compare

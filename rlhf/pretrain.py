@@ -15,8 +15,9 @@ from rlhf.data.schema import read_rows
 from rlhf.data.token_store import Column, TokenStore, chunks, only
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss, token_log_probs
-from rlhf.models import autocast, device, load_policy, muon_and_adamw, next_token_logits, save_model, small_gpt
+from rlhf.models import autocast, device, load_policy, muon_and_adamw, save_model, small_gpt
 from rlhf.params import PretrainParams
+from rlhf.passes import next_token_logits
 from rlhf.seeding import generator, seed_everything
 from rlhf.tokenizer import load_with_pad, text_ids, train_tokenizer
 from rlhf.training import Part, train_loop

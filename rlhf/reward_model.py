@@ -29,10 +29,10 @@ from rlhf.models import (
     save_memory,
     save_model,
     scale_scores,
-    scores_at,
     shift_scores,
 )
 from rlhf.params import RmParams
+from rlhf.passes import scores_at
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, seed_everything
 from rlhf.texts import lay_out

@@ -24,12 +24,12 @@ from rlhf.models import (
     device,
     load_policy,
     load_scorer,
-    log_probs_at,
     save_memory,
     save_model,
     set_dropout,
 )
 from rlhf.params import SftParams
+from rlhf.passes import log_probs_at
 from rlhf.pretrain import corpus_batch, corpus_loss, read_corpus
 from rlhf.reward_model import score_sequences
 from rlhf.rollout import Sampling, sample_responses

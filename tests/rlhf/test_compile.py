@@ -12,7 +12,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from rlhf.decoder import Cache, Decoder
-from rlhf.models import compile_passes, load_policy, next_token_logits
+from rlhf.models import compile_passes, load_policy
+from rlhf.passes import next_token_logits
 from rlhf.rollout import Sampling, compiled, read_prompts, sample_responses
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),

@@ -20,24 +20,21 @@ from rlhf.errors import UserError
 from rlhf.models import (
     adamw,
     cosine_factor,
-    hidden_states,
     load_policy,
     load_scorer,
     muon_and_adamw,
     new_scorer,
-    next_token_logits,
     no_dropout,
     save_memory,
     save_model,
     scale_lr,
     scale_scores,
-    scores_at,
     set_dropout,
     shift_scores,
     small_gpt,
-    states_at,
 )
 from rlhf.params import PretrainParams
+from rlhf.passes import next_token_logits, scores_at
 from rlhf.reward_model import score_groups, score_sequences
 from rlhf.texts import Texts
 
@@ -169,41 +166,6 @@ def test_a_saved_policy_loads_in_plain_transformers(policy_folder: Path, tokeniz
             logits = plain(input_ids=torch.tensor([sequence])).logits[0, :-1]
             torch.testing.assert_close(ours[row, : len(sequence) - 1], logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(cut, ours[:, 2:], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("places", [[4, 9, 23], [5, 6], []])
-def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
-                                                 places: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same states and gradients as when it runs everywhere, in float64, and it does not."""
-    policy = load_policy(policy_folder).double()
-    ids, _ = padded(tokenizer.pad_token_id)
-    blocks = next(module for module in policy.base_model.children() if isinstance(module, torch.nn.ModuleList))
-    seen: list[int] = []
-    kind: Any = type(blocks[-1].mlp)
-    own = kind.forward
-
-    def counting(mlp: torch.nn.Module, state: Tensor) -> Tensor:
-        if mlp is blocks[-1].mlp:
-            seen.append(state.numel() // state.shape[-1])
-        return own(mlp, state)
-
-    monkeypatch.setattr(kind, "forward", counting)
-    chosen = torch.tensor(places, dtype=torch.long)
-    expected = hidden_states(policy, Texts(ids)).flatten(0, 1)[chosen]
-    weights = torch.randn(expected.shape, generator=head_seed(5), dtype=torch.float64)
-    found = states_at(policy, Texts(ids), chosen)
-    assert seen == [ids.numel(), len(places)]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    ours, theirs = (torch.autograd.grad((states * weights).sum(), list(policy.base_model.parameters()),
-                                        materialize_grads=True, allow_unused=True) for states in (found, expected))
-    assert not places or sum(float(item.abs().sum()) for item in theirs) > 1
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    assert torch.equal(hidden_states(policy, Texts(ids)).flatten(0, 1)[chosen], expected)  # and it is whole again
-    save_memory(policy.train(), True)  # backwards the pass is made anew, when nobody says any more what is read
-    no_dropout(policy)
-    states_at(policy, Texts(ids), chosen)
-    assert seen[-1] == ids.numel()
 
 
 def test_small_gpt_has_the_shape_it_was_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:

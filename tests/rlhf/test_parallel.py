@@ -112,6 +112,13 @@ def test_two_processes_train_what_one_does(work: Work, alone: dict[str, Result |
     assert_same(alone[stage], work(stage, tmp_path / "two", processes=2, shard=shard), work.policy)
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_passes_that_two_processes_keep_change_nothing(work: Work, alone: dict[str, Result | None], shard: bool,
+                                                       tmp_path: Path) -> None:
+    """One of the two that each has of a first update is kept."""
+    assert_same(alone["ppo"], work("ppo", tmp_path / "two", processes=2, shard=shard, kept_passes=1), work.policy)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_goes_on_with_another_number_of_processes(work: Work, alone: dict[str, Result | None], stage: str,
                                                         tmp_path: Path) -> None:

@@ -76,8 +76,10 @@ def test_a_response_without_eos_never_scores_above_the_fixed_penalty(
         make_trainer: Make, prompt_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(no_eos_score=-1.0)
     answers = [[5, 6, trainer.codec.eos_id], [5, 6, 7], [5, trainer.codec.eos_id], [8]]
-    monkeypatch.setattr(rlhf.ppo, "sample_responses", lambda *arguments: answers)
-    monkeypatch.setattr(rlhf.ppo, "score_sequences", lambda *arguments: [3.0, 3.0, -4.0, -4.0])
+    good = answers[:2]
+    monkeypatch.setattr(rlhf.ppo, "sample_responses", lambda *given: [answers[row] for row in given[-1]])
+    monkeypatch.setattr(rlhf.ppo, "score_sequences", lambda model, sequences, *_: [
+        3.0 if sequence[-3:] in good else -4.0 for sequence in sequences])
     assert rolled_out(trainer, prompt_texts[:4]).scores.tolist() == [3.0, -1.0, -4.0, -4.0]
 
 
@@ -121,6 +123,36 @@ def test_micro_batches_do_not_change_the_update(make_trainer: Make, architecture
         assert journal == pytest.approx(outcomes[0][1], abs=1e-5)
         for one, other in zip(outcomes[0][0], after, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"gradient_checkpointing": True}, {"minibatch_size": 8}],
+                         ids=lambda changes: "".join(changes))
+def test_kept_passes_spare_passes_and_change_nothing(make_trainer: Make, architecture: str, prompt_texts: list[str],
+                                                     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = []
+    for kept in (0, 1, 9):
+        torch.manual_seed(0)  # of adapters
+        trainer = make_trainer(architecture, kept_passes=kept, micro_batch_size=3, inner_epochs=2, **changes)
+        passes: list[int] = []
+        own = trainer.values_of
+        monkeypatch.setattr(trainer, "values_of", lambda prompts, *rest, own=own, passes=passes: (
+            passes.append(len(prompts)), own(prompts, *rest))[1])
+        journal = []
+        for iteration in range(2):
+            rollouts = rolled_out(trainer, prompt_texts, iteration)
+            assert len(rollouts.kept) == min(kept, 3 if "minibatch_size" in changes else 2)
+            spared = sum(map(len, rollouts.kept))
+            passes.clear()
+            journal.append(trainer.iterate(rollouts, iteration))
+            assert sum(passes) == 2 * 8 - spared
+            assert not rollouts.kept  # and their memory is free
+        outcomes.append((journal, [item.detach() for model in (trainer.policy, trainer.value)
+                                   for item in model.parameters()]))
+    for journal, weights in outcomes[1:]:
+        for one, other in zip(journal, outcomes[0][0], strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+        for item, other in zip(weights, outcomes[0][1], strict=True):
+            torch.testing.assert_close(item, other, rtol=0, atol=2e-6)
 
 
 def test_one_step_equals_a_float64_reimplementation(make_trainer: Make, architecture: str,
@@ -220,8 +252,9 @@ def test_the_policy_learns_what_is_rewarded(make_trainer: Make, prompt_texts: li
 
     def share(model: Any, sequences: list[list[int]], *_: Any) -> list[float]:
         """How much of the response comes from a quarter of the vocabulary."""
+        begins = [next(prompt for prompt in prompts if sequence[:len(prompt)] == prompt) for sequence in sequences]
         return [sum(token % 4 == 0 for token in sequence[len(prompt):]) / 6
-                for prompt, sequence in zip(prompts, sequences, strict=True)]
+                for prompt, sequence in zip(begins, sequences, strict=True)]
 
     monkeypatch.setattr(rlhf.ppo, "score_sequences", share)
     scores = [trainer.iterate(trainer.roll_out(prompts, iteration), iteration)["ppo/rm_score"]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.models import autocast, hidden_states, load_policy, no_dropout, read_at, save_memory, states_at
+from rlhf.models import autocast, load_policy, no_dropout, save_memory
+from rlhf.passes import hidden_states, read_at, states_at
 from rlhf.texts import NAME, Texts, attend, lay_out, like_length, rounded, use_groups
 
 PROMPTS = [[7, 9, 30, 41, 8, 11, 60], [5], [], [99, 100, 101, 102, 103, 104, 105, 106, 12, 13, 14]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rlhf.models
+import rlhf.passes
 from rlhf.losses import log_probs_in_parts, token_log_probs
 from rlhf.sft import batch_loss
 from rlhf.texts import Texts
@@ -93,7 +93,7 @@ def test_training_takes_parts_where_the_logits_are_many(make_policy: Callable[..
     places = torch.tensor([row * 20 + column for row in range(4) for column in range(6, 19)])
     found = []
     for most in (2**26, 5 * model.config.vocab_size):
-        monkeypatch.setattr(rlhf.models, "LOGITS_AT_ONCE", most)
+        monkeypatch.setattr(rlhf.passes, "LOGITS_AT_ONCE", most)
         model.zero_grad()
         sizes: list[int] = []
         hook = model.get_output_embeddings().register_forward_hook(

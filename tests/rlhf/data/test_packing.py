@@ -16,8 +16,9 @@ from transformers import BloomConfig, BloomForCausalLM
 from rlhf.data.packing import check_packing, document_positions, fill_rows, packed_batch, shuffled_batches
 from rlhf.errors import UserError
 from rlhf.journal import read_journal
-from rlhf.models import load_policy, log_probs_at, no_dropout, save_memory
+from rlhf.models import load_policy, no_dropout, save_memory
 from rlhf.params import PretrainParams, SftParams
+from rlhf.passes import log_probs_at
 from rlhf.pretrain import lm_loss, pretrain
 from rlhf.sft import Demonstrations, batch_loss, sft
 from rlhf.texts import NAME, Texts
