@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import COMPILES, ITERATIONS, RM_BATCH, RM_MICRO, SHARES
+from work import COMPILES, ITERATIONS, RM_BATCH, RM_MICRO, SFT_ROWS, SHARES
 
 HERE = Path(__file__).parent
 BARS = ("same", "sft", "rm", "ppo", "ppo_mixed", "rollout", "rollout_256", "rollout_continuous")
@@ -143,8 +143,8 @@ def works_of(size: str) -> dict[str, tuple[str, dict[str, Any], dict[str, Any], 
     scale, iterations = SHARES[size], ITERATIONS[size]
     compiled = COMPILED if size in COMPILES else COMPILED[:1]
     return {
-        "sft": ("sft", {"rows": 2048 // scale}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
-        "sft_unpacked": ("sft", {"rows": 2048 // scale}, {"packing": False}, [{**some, "micro": 32}
+        "sft": ("sft", {"rows": SFT_ROWS[size]}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
+        "sft_unpacked": ("sft", {"rows": SFT_ROWS[size]}, {"packing": False}, [{**some, "micro": 32}
                                                                               for some in ATTENTIONS]),
         "rm": ("rm", {"prompts": max(RM_BATCH, 128 // scale)}, {}, [{**some, "micro": micro} for some in ATTENTIONS
                                                                     for micro in RM_MICRO[size]]),

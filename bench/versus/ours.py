@@ -3,6 +3,7 @@
     python bench/versus/ours.py [PROCESSES]        answers the driver (bench/versus/__main__.py)
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -82,6 +83,7 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     work = load_work(root)
     batch, micro = PPO_SIZES[work.shape]
     params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
+                       kept_passes=batch // micro,
                        max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,
                        adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
                        max_grad_norm=1e9, compile_rollouts=compiled)
@@ -191,6 +193,7 @@ def timed(root: Path, model: Any, loss_of_step: Any, steps: int, losses: list[fl
 
 
 if __name__ == "__main__":
+    os.environ["INSTRUCTFLOW_CHECKPOINT_SECONDS"] = "1000000"  # theirs saves nothing either
     if len(sys.argv) > 1 and int(sys.argv[1]) > 1:
         parallel.fork(int(sys.argv[1]))
     serve({"make": make, "ppo": ppo, "sampled": sampled, "rollout": rollout, "rm": rm, "sft": sft},
