@@ -34,8 +34,8 @@ SHAPES = {"1M": Shape(4, 128, 4, 1024), "10M": Shape(6, 384, 6, 1024),
 PPO_SIZES = {"1M": (256, 64), "10M": (128, 32), "135M": (16, 8), "1B": (64, 16)}
 # Demonstrations of a turn: a first step's Adam touches all of its memory, which costs 135M as much as half a step
 SFT_ROWS = {"1M": 2048, "10M": 512, "135M": 256, "1B": 256}
-# What a turn has of the 1M's other rows and prompts; PPO's iterations; the batches of a forward pass that TRL's reward model
-# tries; whether sampling is compiled too (a minute and more for thirty blocks)
+# What a turn has of the 1M's other rows and prompts; PPO's iterations; the batches of a forward pass that TRL's reward
+# model tries; whether sampling is compiled too (a minute and more for thirty blocks)
 SHARES = {"1M": 1, "10M": 4, "135M": 32, "1B": 32}
 ITERATIONS = {"1M": 2, "10M": 1, "135M": 1, "1B": 1}
 RM_MICRO = {"1M": (30, 60, 120), "10M": (30, 60), "135M": (30,), "1B": (30,)}
