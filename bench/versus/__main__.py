@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import COMPILES, ITERATIONS, RM_BATCH, RM_MICRO, SFT_ROWS, SHARES
+from work import COMPILES, ITERATIONS, PPO_MICRO, RM_BATCH, RM_MICRO, SFT_ROWS, SHARES
 
 HERE = Path(__file__).parent
 BARS = ("same", "sft", "rm", "ppo", "ppo_mixed", "rollout", "rollout_256", "rollout_continuous")
@@ -142,14 +142,15 @@ def works_of(size: str) -> dict[str, tuple[str, dict[str, Any], dict[str, Any], 
     """Job, work, what is theirs alone, and their settings to try, of every bar of one size of models."""
     scale, iterations = SHARES[size], ITERATIONS[size]
     compiled = COMPILED if size in COMPILES else COMPILED[:1]
+    ppo = [{**some, "micro": micro} for some in ATTENTIONS for micro in PPO_MICRO[size]]
     return {
         "sft": ("sft", {"rows": SFT_ROWS[size]}, {"packing": True}, [{**some, "micro": 16} for some in ATTENTIONS]),
         "sft_unpacked": ("sft", {"rows": SFT_ROWS[size]}, {"packing": False}, [{**some, "micro": 32}
                                                                               for some in ATTENTIONS]),
         "rm": ("rm", {"prompts": max(RM_BATCH, 128 // scale)}, {}, [{**some, "micro": micro} for some in ATTENTIONS
                                                                     for micro in RM_MICRO[size]]),
-        "ppo": ("ppo", {"mixed": False, "iterations": iterations}, {}, ATTENTIONS),
-        "ppo_mixed": ("ppo", {"mixed": True, "iterations": iterations}, {}, ATTENTIONS),
+        "ppo": ("ppo", {"mixed": False, "iterations": iterations}, {}, ppo),
+        "ppo_mixed": ("ppo", {"mixed": True, "iterations": iterations}, {}, ppo),
         "rollout": ("rollout", {"mixed": False, "batch": 64, "prompts": max(64, 512 // scale)}, {},
                     [some | more for some in ATTENTIONS for more in compiled]),
         "rollout_256": ("rollout", {"mixed": True, "batch": 256, "prompts": max(256, 1024 // scale)}, {},
@@ -168,7 +169,9 @@ def bar(ours: list[Side], theirs: list[Side], folder: str, size: str, name: str,
     job, work, theirs_alone, settings = works_of(size)[name]
     common = {"folder": folder, "precision": "bf16"}
     compiled = COMPILED if size in COMPILES else COMPILED[:1]
-    one, own = fastest(ours, job, compiled if job in ("ppo", "rollout") else [{}], **common, **work)
+    micros = [{"micro": micro} for micro in PPO_MICRO[size]] if job == "ppo" else [{}]
+    tried = [some | more for some in (compiled if job in ("ppo", "rollout") else [{}]) for more in micros]
+    one, own = fastest(ours, job, tried, **common, **work)
     # transformers' continuous batching ends a process that was forked
     able = theirs[:1] if name == "rollout_continuous" else theirs
     other, chosen = fastest(able, job, settings, **common, **work, **theirs_alone)

@@ -77,11 +77,12 @@ def make(folder: str, shape: str) -> dict[str, Any]:
 
 
 def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: list[list[int]] | None = None,
-        order: list[list[int]] | None = None, compiled: bool = False) -> dict[str, Any]:
+        order: list[list[int]] | None = None, compiled: bool = False, micro: int = 0) -> dict[str, Any]:
     """As theirs.ppo. `order`: the prompts in the order that the other side had them in. `compiled`: the sampler."""
     root = Path(folder)
     work = load_work(root)
-    batch, micro = PPO_SIZES[work.shape]
+    batch, usual = PPO_SIZES[work.shape]
+    micro = micro or usual
     params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
                        kept_passes=batch // micro,
                        max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,

@@ -80,13 +80,15 @@ def set_precision(precision: str) -> dict[str, Any]:
 
 
 def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: int,
-        responses: list[list[int]] | None = None) -> dict[str, Any]:
-    """PPOTrainer on `iterations` batches; with `responses` it learns from those instead of its own samples."""
+        responses: list[list[int]] | None = None, micro: int = 0) -> dict[str, Any]:
+    """PPOTrainer on `iterations` batches, `micro` episodes a forward pass of the update; with `responses` it learns from
+    those instead of its own samples."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
     root = Path(folder)
     work = load_work(root)
     set_seed(1)
-    batch, micro = PPO_SIZES[work.shape]
+    batch, usual = PPO_SIZES[work.shape]
+    micro = min(micro or usual, batch // size())
     # a batch more than is asked for: at the end of its data accelerate steps after every forward pass
     prompts = (work.mixed if mixed else work.prompts)[:batch * (iterations + 1)]
     config = PPOConfig(**{**COMMON, "output_dir": str(root / "trl")}, **set_precision(precision),

@@ -30,8 +30,9 @@ class Shape:
 SHAPES = {"1M": Shape(4, 128, 4, 1024), "10M": Shape(6, 384, 6, 1024),
           "135M": Shape(30, 576, 9, 49152, kv_heads=3, inner=1536),
           "1B": Shape(16, 2048, 32, 50304, kv_heads=8, inner=8192)}
-# PPO: episodes an iteration, a forward pass of the update
+# PPO: episodes an iteration and of a forward pass of the update; what either side tries for the latter
 PPO_SIZES = {"1M": (256, 64), "10M": (128, 32), "135M": (16, 8), "1B": (64, 16)}
+PPO_MICRO = {"1M": (64, 128), "10M": (32, 64), "135M": (8,), "1B": (16,)}
 # Demonstrations of a turn: a first step's Adam touches all of its memory, which costs 135M as much as half a step
 SFT_ROWS = {"1M": 2048, "10M": 512, "135M": 256, "1B": 256}
 # What a turn has of the 1M's other rows and prompts; PPO's iterations; the batches of a forward pass that TRL's reward
