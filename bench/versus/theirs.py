@@ -81,8 +81,8 @@ def set_precision(precision: str) -> dict[str, Any]:
 
 def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: int,
         responses: list[list[int]] | None = None, micro: int = 0) -> dict[str, Any]:
-    """PPOTrainer on `iterations` batches, `micro` episodes a forward pass of the update; with `responses` it learns from
-    those instead of its own samples."""
+    """PPOTrainer on `iterations` batches, `micro` episodes a forward pass of the update. With `responses` it learns
+    from those instead of its own samples."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
     root = Path(folder)
     work = load_work(root)
