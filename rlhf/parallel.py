@@ -150,21 +150,21 @@ def backward(model: nn.Module, loss: Tensor) -> None:
     (loss * size() if sharded(model) else loss).backward()
 
 
-def add_gradients(model: nn.Module, values: Mapping[str, float]) -> dict[str, float]:
+def add_gradients(models: Sequence[nn.Module], values: Mapping[str, float]) -> dict[str, float]:
     """Adds up a step's gradients over the processes, in place, and `values`, which are returned."""
     if size() == 1:
         return dict(values)
-    if not sharded(model):  # FSDP has done it in the backward pass
-        bucket: list[Tensor] = []
-        for parameter in filter(lambda item: item.requires_grad, model.parameters()):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-            if sum(item.numel() for item in bucket) >= BUCKET:
-                _add(bucket)
-                bucket = []
-        if bucket:
+    bucket: list[Tensor] = []
+    for parameter in (item for model in models if not sharded(model)  # FSDP has done it in the backward pass
+                      for item in model.parameters() if item.requires_grad):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if sum(item.numel() for item in bucket) >= BUCKET:
             _add(bucket)
+            bucket = []
+    if bucket:
+        _add(bucket)
     return add_up(values)
 
 

@@ -420,8 +420,7 @@ class Trainer:
                                 ("clipped", (clipped * mask).sum() / tokens), ("ratio", (ratio * mask).sum() / tokens)):
                 sums[name] += value.detach()
         sums["ptx_loss"] = self.add_ptx(place)
-        totals = parallel.add_gradients(self.policy, {name: float(value) for name, value in sums.items()})
-        parallel.add_gradients(self.value, {})
+        totals = parallel.add_gradients((self.policy, self.value), {name: float(value) for name, value in sums.items()})
         totals["grad_norm"] = parallel.clip_gradients(self.policy, params.max_grad_norm)
         value_norm = parallel.clip_gradients(self.value, params.max_grad_norm)
         if not all(map(math.isfinite, (*totals.values(), value_norm))):

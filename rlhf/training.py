@@ -78,7 +78,7 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
                 for key, value in {"": part.detach().double(), **more}.items():
                     sums[key] = sums.get(key, 0.0) + value
             # not read before: a GPU goes on with a part while the next one is put together
-            values = parallel.add_gradients(model, {key: float(value) for key, value in sums.items()})
+            values = parallel.add_gradients([model], {key: float(value) for key, value in sums.items()})
             loss = values.pop("")
             norm = parallel.clip_gradients(model, max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
