@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.lora import add_adapter
 from rlhf.models import load_policy, no_dropout, save_memory
+from rlhf.params import PpoParams
 from rlhf.passes import blocks_of, hidden_states, states_at
 from rlhf.texts import Texts, lay_out, use_groups
 from tests.rlhf.test_models import head_seed, padded
@@ -79,6 +81,23 @@ def test_the_first_block_looks_at_each_different_token_once(
     torch.testing.assert_close(found.flatten(0, 1)[places], expected, rtol=0, atol=1e-12)
     compare_gradients(policy, found.flatten(0, 1)[places], expected, 1e-9)
     assert first[1:] == list(map(len, texts))
+
+
+def test_the_first_block_has_its_adapters(make_policy: Callable[..., Any], ppo_params: Callable[..., PpoParams],
+                                          tokens_of: Callable[[Any], list[int]]) -> None:
+    policy = make_policy("gpt_neox").double()
+    policy.set_attn_implementation("sdpa")
+    ids = torch.randint(20, (8, 40), generator=head_seed(1))
+    before = plainly(policy, ids)
+    add_adapter(policy, ppo_params(lora_rank=2))
+    for name, item in policy.named_parameters():
+        if "lora_B" in name:  # they start at 0
+            torch.nn.init.normal_(item, generator=head_seed(2))
+    first = tokens_of(mlps_of(policy)[0])
+    found, expected = hidden_states(policy, Texts(ids)), plainly(policy, ids)
+    assert first == [20, 320]
+    assert (found - before).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # adapters are in float32
 
 
 @pytest.mark.parametrize("case", ["few repeats", "llama", "gpt2", "one after the other", "dropout", "recomputed"])
