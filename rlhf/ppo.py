@@ -5,9 +5,7 @@ score them, read the KL, adapt β, turn score and KL into per-token rewards, est
 of minibatch updates of the policy and of a separate value model. Dropout is off throughout.
 """
 
-import copy
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +44,7 @@ from rlhf.rollout import Sampling, sample_responses
 from rlhf.seeding import generator, restore_rng, rng_state
 from rlhf.texts import Texts, lay_out
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.vllm_rollout import Sampled, VllmServer
+from rlhf.vllm_rollout import Sampled, VllmServer, sample_on
 
 # --- the maths -----------------------------------------------------------------------------------------------
 
@@ -243,7 +241,7 @@ class Trainer:
         noise = generator(self.seed, "ppo", iteration)
         answers: list[Sampled] = []
         if self.server is not None:
-            answers = self.ask_server(self.server, prompts, noise)
+            answers = sample_on(self.server, self.policy, self.adapter, self.tokenizer, prompts, self.sampling, noise)
             mine = [answers[row][0] for row in rows]
         else:
             with parallel.gathered(self.policy):
@@ -269,31 +267,6 @@ class Trainer:
             rollouts.sampler_gap = gap
         return rollouts
 
-    def ask_server(self, server: VllmServer, prompts: list[list[int]], noise: torch.Generator) -> list[Sampled]:
-        """All prompts' responses from a vLLM server, which is given the weights as they are. The first process asks.
-
-        Raises UserError in every process where the server does not do it. With LoRA a merged copy of the policy is
-        made for as long as it is written. Tied embeddings are written apart: of a tied model vLLM 0.32 takes new
-        embeddings and keeps the old output layer, without a word.
-        """
-        found: list[Sampled] | str = []
-        with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
-            if parallel.first() or parallel.sharded(self.policy):  # all have to give their parts of the weights
-                adapter = copy.deepcopy(self.adapter)
-                save_model(self.policy if adapter is None else adapter.merge_and_unload(), self.tokenizer, Path(folder),
-                           untie=True)
-                del adapter
-            if parallel.first():
-                try:
-                    server.load(Path(folder))
-                    found = server.sample(prompts, self.sampling, noise)
-                except UserError as error:
-                    found = str(error)
-        found = parallel.told(found)
-        if isinstance(found, str):
-            raise UserError(found)
-        return found
-
     def examine(self, prompts: list[list[int]], responses: list[list[int]], first: int
                 ) -> tuple[dict[str, Tensor], list[tuple[list[int], tuple[Tensor, Tensor]]]]:
         """What the models say of some responses, on the CPU: log_probs, ref, values, entropy [B, T], scores [B, 1].
@@ -310,9 +283,10 @@ class Trainer:
         done = {row for rows in to_keep for row in rows}
         others = [row for row in range(len(sequences)) if row not in done]
         batches = length_batches([lengths[row] for row in others], 4 * self.params.micro_batch_size, None)
+        to_pass = [(rows, True) for rows in to_keep] + [([others[index] for index in picked], False)
+                                                        for picked in batches]
         kept = []
-        for keep, rows in [*((True, rows) for rows in to_keep), *((False, [others[index] for index in picked])
-                                                                  for picked in batches)]:
+        for rows, keep in to_pass:
             some, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
             with torch.set_grad_enabled(keep):
                 self.train_mode(keep)

@@ -4,8 +4,10 @@ The server runs in an environment of its own, started with VLLM_SERVER_DEV_MODE=
 only HTTP: POST /collective_rpc with reload_weights, /reset_prefix_cache and /v1/completions, as of vLLM 0.32.
 """
 
+import copy
 import http.client
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +17,11 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf import parallel
 from rlhf.errors import UserError
+from rlhf.models import save_model
 from rlhf.rollout import Sampling
 
 READY_SECONDS = 300.0  # for a server that is still starting
@@ -131,3 +136,29 @@ class VllmServer:
         if not gap <= LARGEST_GAP:
             raise self._error(f"its log-probs are {gap:.2g} nats a token from the policy's (at most {LARGEST_GAP:g}): "
                               "is it started on a folder of tasks.vllm_copy, with --logprobs-mode processed_logprobs?")
+
+
+def sample_on(server: VllmServer, policy: PreTrainedModel, adapter: Any, tokenizer: PreTrainedTokenizerBase,
+              prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator) -> list[Sampled]:
+    """All prompts' responses from a server that is given the policy's weights as they are. The first process asks.
+
+    Raises UserError in every process where the server does not do it. With LoRA (`adapter`) a merged copy of the policy
+    is made for as long as it is written. Tied embeddings are written apart: of a tied model vLLM 0.32 takes new
+    embeddings and keeps the old output layer, without a word.
+    """
+    found: list[Sampled] | str = []
+    with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
+        if parallel.first() or parallel.sharded(policy):  # all have to give their parts of the weights
+            merged = None if adapter is None else copy.deepcopy(adapter).merge_and_unload()
+            save_model(policy if merged is None else merged, tokenizer, Path(folder), untie=True)
+            del merged
+        if parallel.first():
+            try:
+                server.load(Path(folder))
+                found = server.sample(prompts, sampling, noise)
+            except UserError as error:
+                found = str(error)
+    found = parallel.told(found)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found

@@ -47,15 +47,15 @@ def mlps_of(model: Any) -> list[Any]:
     return [block.mlp for block in blocks]
 
 
-def plainly(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    return model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+def plainly(model: Any, ids: Tensor) -> Tensor:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def compare_gradients(model: Any, found: Tensor, expected: Tensor, tolerance: float) -> None:
     weights = torch.randn(expected.shape, generator=head_seed(5), dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((states * weights).sum(), list(model.base_model.parameters()),
                                         materialize_grads=True, allow_unused=True) for states in (found, expected))
-    assert sum(float(item.abs().sum()) for item in theirs) > 1
+    assert not len(expected) or sum(float(item.abs().sum()) for item in theirs) > 1
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
@@ -132,7 +132,7 @@ def test_gradients_of_a_token_that_comes_often_are_added_up_exactly(make_policy:
         assert (one - other).norm() < 0.02 * other.norm()
 
 
-@pytest.mark.parametrize("places", [[4, 9, 23], [5, 6]])
+@pytest.mark.parametrize("places", [[4, 9, 23], [5, 6], []])
 def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
                                                  places: list[int], tokens_of: Callable[[Any], list[int]]) -> None:
     """Same states and gradients as when it runs everywhere, in float64, and it does not."""

@@ -17,7 +17,7 @@ from rlhf.models import load_policy, save_model
 from rlhf.ppo import Trainer
 from rlhf.rollout import Sampling, sample_responses
 from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.vllm_rollout import VllmServer
+from rlhf.vllm_rollout import Sampled, VllmServer, sample_on
 from tasks.vllm_copy import vllm_copy
 from tests.rlhf.fake_vllm import Fake, serving
 
@@ -162,14 +162,19 @@ def test_of_several_processes_the_first_asks(make_trainer: Make, prompt_texts: l
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer("llama", vllm_url=fake.url)
     prompts = trainer.codec.prompts(prompt_texts)
-    expected = trainer.ask_server(VllmServer(fake.url, 320), prompts, noise())
+
+    def ask() -> list[Sampled]:
+        return sample_on(VllmServer(fake.url, 320), trainer.policy, None, trainer.tokenizer, prompts, trainer.sampling,
+                         noise())
+
+    expected = ask()
     asked = len(fake.asked)
     monkeypatch.setattr(parallel, "first", lambda: False)
     monkeypatch.setattr(parallel, "told", lambda thing: expected)
-    assert trainer.ask_server(VllmServer(fake.url, 320), prompts, noise()) == expected
+    assert ask() == expected
     monkeypatch.setattr(parallel, "told", lambda thing: "what the first was told")
     with pytest.raises(UserError, match="what the first was told"):
-        trainer.ask_server(VllmServer(fake.url, 320), prompts, noise())
+        ask()
     assert len(fake.asked) == asked
 
 
