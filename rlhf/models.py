@@ -20,7 +20,7 @@ from rlhf import parallel
 from rlhf.errors import UserError
 from rlhf.files import writes
 from rlhf.params import PretrainParams
-from rlhf.texts import use_groups
+from rlhf.texts import compiled, use_groups
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
 
@@ -169,6 +169,18 @@ def no_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def plain_passes(model: PreTrainedModel) -> bool:
+    """Whether a pass does what its code says, once: no activations that are made anew backwards, nothing compiled."""
+    name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
+    recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
+    return not recomputes and not compiled(model)
+
+
+def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList | None:
+    """A transformer's blocks in their order; None where it has no such list."""
+    return next((module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)), None)
 
 
 def compile_passes(model: PreTrainedModel, on: bool) -> None:

@@ -1,29 +1,27 @@
 """A model's pass over texts: hidden states, logits, log-probs and scores, at the places where they are read.
 
-What nobody reads is not computed, and what comes out the same for many tokens is computed once: the last block's MLP
-(`last_mlp_at`) and the first block's part before attention (`first_block_by_token`).
+What nobody reads is not computed: the last block's MLP (`last_mlp_at`). Of GPT-NeoX more is left out (rlhf/neox.py).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import parallel
 from rlhf.losses import log_probs_in_parts, token_log_probs
-from rlhf.models import autocast
-from rlhf.texts import Texts, compiled, rounded
+from rlhf.models import autocast, blocks_of, plain_passes
+from rlhf.neox import first_block_by_token, last_block_at, turned_together
+from rlhf.texts import Texts, rounded
 
 LOGITS_AT_ONCE = 2**26  # places times vocabulary; a loss holds some 12 bytes for each, 0.8 GB
 
 
 def hidden_states(model: PreTrainedModel, texts: Texts) -> Tensor:
     """Last hidden states of texts whose ids are [B, T]: [B, T, d]."""
-    with first_block_by_token(model, texts.ids):
+    with first_block_by_token(model, texts.ids), turned_together(model, texts.groups):
         return model.base_model(input_ids=texts.ids, use_cache=False, **texts.arguments()).last_hidden_state
 
 
@@ -33,71 +31,6 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor, start: int = 0, posit
         return model.get_output_embeddings()(hidden_states(model, Texts(ids, positions))[:, start:-1])
 
     return parallel.compute(logits, model)
-
-
-def plain_passes(model: PreTrainedModel) -> bool:
-    """Whether a pass does what its code says, once: no activations that are made anew backwards, nothing compiled."""
-    name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
-    recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
-    return not recomputes and not compiled(model)
-
-
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList | None:
-    """A transformer's blocks in their order; None where it has no such list."""
-    return next((module for module in model.base_model.children() if isinstance(module, nn.ModuleList)), None)
-
-
-@contextmanager
-def first_block_by_token(model: PreTrainedModel, ids: Tensor) -> Iterator[None]:
-    """A pass over ids [B, T] whose first block looks at each different token once.
-
-    GPT-NeoX's MLP stands beside attention and its positions come in after queries and keys: all that its first block
-    does but attention itself, eleven twelfths of its products, follows from the token alone. Many tokens of a small
-    vocabulary are the same. The results are put in every token's place; gradients are added up in float32. Nothing
-    changes for other architectures, where fewer than half of the tokens are repeated, and on a GPU, which would have to
-    be waited for.
-    """
-    blocks = blocks_of(model)
-    if (model.config.model_type != "gpt_neox" or not model.config.use_parallel_residual or not blocks
-            or len(blocks) == 1 or ids.device.type != "cpu" or not plain_passes(model)
-            or (model.training and model.base_model.emb_dropout.p > 0)):
-        yield
-        return
-    tokens, places = ids.unique(return_inverse=True)
-    tokens = F.pad(tokens, (0, rounded(len(tokens)) - len(tokens)), value=int(tokens[0]))
-    if 2 * len(tokens) > ids.numel():
-        yield
-        return
-    block: Any = blocks[0]
-    products = (block.attention.query_key_value, block.mlp)
-    norms = (block.input_layernorm, block.post_attention_layernorm)
-    embeddings = F.embedding(tokens, model.get_input_embeddings().weight)
-    for product, norm in zip(products, norms, strict=True):
-        def of_tokens(_: Tensor, product: Any = product.forward, norm: Any = norm.forward) -> Tensor:
-            return _Spread.apply(product(norm(embeddings)), places)
-
-        product.forward, norm.forward = of_tokens, lambda state: state
-    try:
-        yield
-    finally:
-        for module in (*products, *norms):
-            del module.forward
-
-
-class _Spread(torch.autograd.Function):
-    """rows [n, d], places [B, T] in 0 .. n-1 -> [B, T, d]. A row's gradients are added up in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.count, ctx.dtype = len(rows), rows.dtype
-        return F.embedding(places, rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        total = torch.ops.aten.embedding_dense_backward(exact, *ctx.saved_tensors, ctx.count, -1, False)
-        return total.to(ctx.dtype), None
 
 
 @contextmanager
@@ -126,19 +59,23 @@ def last_mlp_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
         del mlp.forward
 
 
-def states_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:
-    """Last hidden states at some places of the flattened ids: ids [B, T], places [n] in 0 .. B*T-1 -> [n, d]."""
+def states_at(model: PreTrainedModel, texts: Texts, places: Tensor, more: int = 0) -> Tensor:
+    """Last hidden states at some places of the flattened ids, and `more` behind them that mean nothing: ids [B, T],
+    places [n] in 0 .. B*T-1 -> [n + more, d]."""
+    with last_block_at(model, texts, torch.cat([places, places[-1:].expand(more)])) as alone:
+        if alone:
+            return hidden_states(model, texts).squeeze(0)
+    if more:  # none twice: the last MLP's gradient counts each that it is given
+        free = torch.ones(texts.ids.numel(), dtype=torch.bool).index_fill(0, places, False)
+        places = torch.cat([places, free.nonzero().squeeze(1)[:more]])
     with last_mlp_at(model, places):
         return hidden_states(model, texts).flatten(0, 1).index_select(0, places)
 
 
 def read_at(model: PreTrainedModel, head: Callable[[Tensor], Tensor], texts: Texts, places: Tensor) -> Tensor:
     """head(hidden states) at some places of the flattened ids: [n, ...]. On a CPU a round number of them is read."""
-    wanted, more = places, rounded(len(places)) - len(places)
-    if more and places.device.type == "cpu":  # others, none twice: the last MLP's gradient counts each that it is given
-        free = torch.ones(texts.ids.numel(), dtype=torch.bool).index_fill(0, places, False)
-        wanted = torch.cat([places, free.nonzero().squeeze(1)[:more]])
-    return head(states_at(model, texts, wanted))[:len(places)]
+    more = rounded(len(places)) - len(places) if places.device.type == "cpu" else 0
+    return head(states_at(model, texts, places, more))[:len(places)]
 
 
 def logits_at(model: PreTrainedModel, texts: Texts, places: Tensor) -> Tensor:

@@ -60,6 +60,41 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Readers:
+    """The tokens of a row that attend where not all do, padded to as many in every text of a block.
+
+    `steps`: of each block of the groups, where the readers are in their texts [texts or 1, readers of a text];
+    `tokens`: the same in the row, block after block [all readers]; `found`: which of them each place asked for is.
+    """
+
+    steps: list[Tensor]
+    tokens: Tensor
+    found: Tensor
+
+
+def readers_at(groups: Groups, places: Tensor) -> Readers:
+    """places [n] of a row, in any order, some perhaps twice; none is one of the `rest`."""
+    distinct, which = places.unique(return_inverse=True)
+    steps: list[Tensor] = []
+    tokens: list[Tensor] = []
+    own: list[Tensor] = []
+    start = readers = 0
+    for count, length in groups.blocks:
+        here = distinct[(start <= distinct) & (distinct < start + count * length)] - start
+        text, step = here // length, here % length
+        each = torch.bincount(text, minlength=count)
+        number = torch.arange(len(here)) - (each.cumsum(0) - each)[text]  # of a reader in its text
+        most = int(each.max())
+        most = min(length, most if most < 2 else most + -most % LENGTH_STEP)
+        grid = torch.zeros(count, most, dtype=torch.long).index_put((text, number), step)
+        steps.append(grid[:1] if bool((grid == grid[:1]).all()) else grid)
+        tokens.append((start + length * torch.arange(count).unsqueeze(1) + grid).flatten())
+        own.append(readers + most * text + number)
+        start, readers = start + count * length, readers + count * most
+    return Readers(steps, torch.cat(tokens), torch.cat(own)[which])
+
+
+@dataclass(frozen=True)
 class Texts:
     """Texts in a row [1, N], or in a padded batch [B, T] where `groups` is None; `starts`: where each one's first
     token is in the flattened ids, in the order given."""
@@ -169,7 +204,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     """
     scaling = query.shape[-1]**-0.5 if scaling is None else scaling
     if groups is not None:
-        return _in_groups(query[0], key[0], value[0], groups, scaling, dropout if module.training else 0.0), None
+        return in_groups(query[0], key[0], value[0], groups, scaling, dropout if module.training else 0.0), None
     if query.is_cuda:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **more)
@@ -181,22 +216,34 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return (shares @ value).transpose(1, 2).contiguous(), None
 
 
-def _in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scaling: float, dropout: float) -> Tensor:
-    """query [heads, N, w], key and value [kv heads, N, w] -> [1, N, heads, w]."""
+def in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scaling: float, dropout: float,
+              readers: Readers | None = None) -> Tensor:
+    """query [heads, N, w], key and value [kv heads, N, w] -> [1, N, heads, w]; of `readers` alone, theirs instead of N
+    (and no PADs)."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    sizes = [rows * length for rows, length in groups.blocks] + [groups.rest]
-    queries, keys, values = ([part.unflatten(1, block) for part, block in zip(
-        item.to(dtype).split(sizes, dim=1), groups.blocks, strict=False)] for item in (query, key, value))
+    blocks, biases, rest = groups.blocks, groups.biases(dtype, query.device), groups.rest
+    keys, values = (_blocks(item.to(dtype), blocks) for item in (key, value))
     if groups.owner is not None:
-        counts = [rows for rows, _ in groups.blocks[1:]]
+        counts = [rows for rows, _ in blocks[1:]]
         for own in (keys, values):
             prompts = own[0].index_select(1, groups.owner).split(counts, dim=1)
             own[1:] = [torch.cat(pair, dim=2) for pair in zip(prompts, own[1:], strict=True)]
-    biases = groups.biases(dtype, query.device)
+    if readers is not None:
+        blocks, rest = tuple((rows, step.shape[1]) for (rows, _), step in zip(blocks, readers.steps, strict=True)), 0
+        biases = [bias[torch.arange(len(bias)).unsqueeze(1), step]
+                  for bias, step in zip(biases, readers.steps, strict=True)]
+    queries = _blocks(query.to(dtype), blocks)
     found = [mix(*block, scaling, dropout).permute(1, 2, 0, 3).flatten(0, 1)
-             for block in zip(queries, keys, values, biases, strict=True)]
-    return torch.cat([*found, found[0].new_zeros(groups.rest, *found[0].shape[1:])]).unsqueeze(0)
+             for block in zip(queries, keys, values, biases, strict=True) if block[0].numel()]
+    return torch.cat([*found, found[0].new_zeros(rest, *found[0].shape[1:])]).unsqueeze(0)
+
+
+def _blocks(states: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """[heads, N, w] -> of each block [heads, texts, tokens, w]."""
+    sizes = [rows * length for rows, length in blocks]
+    parts = states.split([*sizes, states.shape[1] - sum(sizes)], dim=1)
+    return [part.unflatten(1, block) for part, block in zip(parts, blocks, strict=False)]
 
 
 def mix(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:

@@ -175,3 +175,21 @@ def copy_folder(tmp_path: Path) -> Callable[[Path], Path]:
     def copy(source: Path) -> Path:
         return Path(shutil.copytree(source, tmp_path / source.name))
     return copy
+
+
+@pytest.fixture
+def tokens_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
+    """tokens_of(module): the numbers of tokens that the module is given from now on."""
+    def watch(module: Any) -> list[int]:
+        seen: list[int] = []
+        kind = type(module)
+        own = kind.forward
+
+        def counting(some: torch.nn.Module, state: torch.Tensor) -> torch.Tensor:
+            if some is module:
+                seen.append(state.numel() // state.shape[-1])
+            return own(some, state)
+
+        monkeypatch.setattr(kind, "forward", counting)
+        return seen
+    return watch
