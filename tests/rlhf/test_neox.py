@@ -218,7 +218,7 @@ def test_the_last_block_asks_only_where_it_is_read(share: float, prompts: bool, 
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_round_number_of_places_is_read(turns: list[str]) -> None:
+def test_a_round_number_of_places_is_read() -> None:
     """The last one again and again, which changes no number and no gradient."""
     model = neox(0.5).double()
     texts = repeated(40, 290)
