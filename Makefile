@@ -52,7 +52,7 @@ drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES
 	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
-	$(BIN)/python -m tasks.study --profile cpu
+	$(BIN)/python -m mlops.tools.study --profile cpu
 
 bench: .venv/.installed .venv-trl/.installed  ## ours against TRL and generate, in turns; SIZES="1M 10M 135M": bench/results.json
 	$(BIN)/python bench/versus --sizes $(SIZES)

@@ -53,11 +53,13 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
     import torch
 
     from rlhf.losses import ranking_loss
-    from rlhf.models import adamw, load_policy, load_scorer
+    from rlhf.model.load import load_policy, load_scorer
+    from rlhf.model.scoring import score_groups, score_sequences
     from rlhf.params import PpoParams, SftParams
-    from rlhf.ppo import Trainer
-    from rlhf.reward_model import Rankings, score_groups, score_sequences
+    from rlhf.ppo.trainer import Trainer
+    from rlhf.reward_model import Rankings
     from rlhf.sft import Demonstrations, batch_loss, valid_loss
+    from rlhf.training.optim import adamw
 
     draw = torch.Generator().manual_seed(1)
 
@@ -71,7 +73,7 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
         trainer = Trainer(params, folder / "policy", folder / "rm", 1)
         trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=(-1,))
         prompts = texts(rows, PROMPT)
-        return lambda: trainer.iterate(trainer.roll_out(prompts, 0), 0), lambda: None
+        return lambda: trainer.step(trainer.collect_rollouts(prompts, 0), 0), lambda: None
     model = load_policy(folder / "policy") if stage == "sft" else load_scorer(folder / "rm")
     model.train()
     optimizer = adamw(model, 1e-5)
@@ -151,8 +153,8 @@ def make(folder: Path, shape: Shape) -> None:
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from rlhf.models import new_scorer, save_model
-    from rlhf.tokenizer import train_tokenizer
+    from rlhf.model.load import new_scorer, save_model
+    from rlhf.model.tokenizer import train_tokenizer
 
     torch.manual_seed(1)
     tokenizer = train_tokenizer(["a few words about nothing, again and again"] * 300, 300)

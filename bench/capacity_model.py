@@ -8,13 +8,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-READ_TOKENS = 16_384  # rlhf/rollout.py: of prompts in one pass
+READ_TOKENS = 16_384  # rlhf/model/sampling.py: of prompts in one pass
 SCORE_ROWS = 512  # rlhf/reward_model.py:SCORE_BATCH
 VALID_ROWS = 256  # rlhf/sft.py:valid_loss
 PASS_TOKENS = 65_536  # rlhf/data/batching.py: of a pass without gradients
-LOGITS_AT_ONCE = 2**26  # rlhf/passes.py: of SFT's losses; PPO makes all of a micro-batch
+LOGITS_AT_ONCE = 2**26  # rlhf/model/forward.py: of SFT's losses; PPO makes all of a micro-batch
 MOVED = 3.5  # bytes of element-wise operations in a forward pass, in saved ones; counted with a dispatch mode
-DECODE_OPERATIONS = 30  # small operations of a block for a token, rlhf/decoder.py
+DECODE_OPERATIONS = 30  # small operations of a block for a token, rlhf/fast/decoder.py
 OF_A_MACHINE = 8  # accelerators that are linked
 GATHERED_BLOCKS = 2  # FSDP: the block at work and the one that is fetched meanwhile
 

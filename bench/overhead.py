@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.graph import PIN, line_stages
+from mlops.config.stage_graph import PIN, pipeline_stages
 
-ENVIRONMENT = {**os.environ, "INSTRUCTFLOW_MIRROR": "off", "DO_NOT_TRACK": "true",
+ENVIRONMENT = {**os.environ, "INSTRUCTFLOW_UPLOADER": "off", "DO_NOT_TRACK": "true",
                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 for name in ("PREFECT_API_URL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):  # a copy runs its own code, without a server
@@ -62,7 +62,7 @@ def by_flow(folder: Path, home: Path) -> Cost:
 def by_hand(folder: Path, home: Path) -> Cost:
     """Only the stages' own processes are timed; the outputs move as DVC would move them."""
     costs = []
-    for stage in [name for name in line_stages(folder) if name != PIN]:
+    for stage in [name for name in pipeline_stages(folder) if name != PIN]:
         (folder / "models").mkdir(exist_ok=True)
         costs.append(timed([sys.executable, "-m", f"tasks.{stage}"], folder, home))
         if stage == "ingest":

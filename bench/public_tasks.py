@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.schema import write_rows
-from rlhf.harness import Harness, measure
+from rlhf.evaluation.lm_eval import Harness, measure
 
 Row = dict[str, Any]
 BENCHMARKS = Path(__file__).parents[1] / "profiles" / "benchmarks"

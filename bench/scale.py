@@ -71,9 +71,9 @@ def make_models(folder: Path) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     from transformers.utils import logging
 
-    from rlhf.models import new_scorer, save_model
-    from rlhf.seeding import generator
-    from rlhf.tokenizer import train_tokenizer
+    from rlhf.model.load import new_scorer, save_model
+    from rlhf.model.tokenizer import train_tokenizer
+    from rlhf.training.seeding import generator
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -97,12 +97,12 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
     import rlhf.reward_model
     import rlhf.sft
     from rlhf.data.rows import Rows
-    from rlhf.models import load_scorer
+    from rlhf.model.load import load_scorer
+    from rlhf.model.scoring import score_sequences
+    from rlhf.model.tokenizer import load_tokenizer
     from rlhf.params import PpoParams, RmParams, SftParams
-    from rlhf.ppo_run import train_ppo
+    from rlhf.ppo.run import train_ppo
     from rlhf.pretrain import corpus_batch, read_corpus
-    from rlhf.reward_model import score_sequences
-    from rlhf.tokenizer import load_tokenizer
 
     def first_steps(*arguments: Any, loss_of_step: Any, **others: Any) -> int:
         for step in range(STEPS):
@@ -137,7 +137,7 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
 
 def mean_tokens(stage: str, folder: Path) -> float:
     """Of the first thousand rows."""
-    from rlhf.tokenizer import PromptCodec, load_tokenizer
+    from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 
     codec = PromptCodec(load_tokenizer(folder / "policy"))
     some = list(islice(rows(stage, 1), 1000))

@@ -51,9 +51,9 @@ def write(folder: Path, count: int) -> None:
 
 def rows(folder: Path, count: int) -> float:
     """Seconds that the checks of `count` rows take, reading included."""
+    from mlops.validation.docs import make_context
+    from mlops.validation.run import files_in, validate_files
     from rlhf.params import ValidateParams
-    from tasks.validation.docs import make_context
-    from tasks.validation.run import files_in, validate_files
 
     write(folder, count)
     limits = ValidateParams(counts="none", max_prompt_chars=10**6, max_completion_chars=10**6)

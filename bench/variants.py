@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 
+from mlops.config.loader import load_params
 from rlhf.data.schema import read_rows
-from rlhf.evaluate import answer, with_interval
-from rlhf.harness import Harness, measure
-from rlhf.journal import read_journal
-from rlhf.ppo_run import train_ppo
-from rlhf.preference import gold_judge
+from rlhf.evaluation.generate import answer
+from rlhf.evaluation.lm_eval import Harness, measure
+from rlhf.evaluation.preference import gold_judge
+from rlhf.evaluation.statistics import with_interval
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.ppo.run import train_ppo
 from rlhf.reward_model import Scored, accuracy, sample_rows, score_rows, train_reward_model
 from rlhf.sft import sft
-from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.training.journal import read_journal
 from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
-from tasks.params import load_params
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "step, KL goal 0.2": {"ppo": {"kl_goal": 0.2}},

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ from prefect.artifacts import (
 )
 
 from flows.terminal import PROGRESS
-from tasks.mirror_record import numbers
+from mlops.tracking.upload_record import numbers
 
 SHOWN_FINDINGS = 200
 PROGRESS_SECONDS = 5.0

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
 from prefect import State, flow
@@ -17,12 +17,12 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.artifacts import kept
-from flows.copies import FOLDER, Changes, fill_copy
+from flows.execution import check_params, run_lock, run_stages
 from flows.parameters import ProfileName
-from flows.pipeline import check_params, line_lock, run_stages
 from flows.stages import StageFailed
+from flows.workspaces import FOLDER, Changes, fill_workspace
+from mlops.config.loader import Params, load_params
 from rlhf.errors import UserError
-from tasks.params import Params, load_params
 
 NAME = "champion"
 FETCHED = Path("scratch/champion")
@@ -44,8 +44,8 @@ async def evaluate_champion(profile: ProfileName | None = None, root: Path | Non
         others = {**params.stages.evaluate.others, NAME: str(folder)}
         changes = Changes(profile, None, {"evaluate": {"others": others}}, label=f"{NAME}-{version}")
         where = checkout / FOLDER / changes.name(checkout)
-        async with line_lock(where):
-            await asyncio.to_thread(fill_copy, checkout, where, changes)
+        async with run_lock(where):
+            await asyncio.to_thread(fill_workspace, checkout, where, changes)
             await run_stages(where, str(flow_run.name), last="evaluate")
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)
@@ -58,7 +58,7 @@ async def evaluate_champion(profile: ProfileName | None = None, root: Path | Non
 
 def fetch(checkout: Path, params: Params) -> tuple[str, Path]:
     """The champion's version and its folder. Raises UserError where there is no champion."""
-    from tasks.registry import Registry  # imports mlflow, which takes seconds
+    from mlops.release.registry import Registry  # imports mlflow, which takes seconds
 
     registry = Registry(params.stages.promote.registry, checkout)
     found = registry.champion()

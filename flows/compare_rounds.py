@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 from flows.process import continue_in_own_group
 from flows.server import start_server, wait_for_server
 
@@ -28,10 +28,10 @@ if __name__ == "__main__":  # the server starts while this process goes on with 
 # isort: split
 from flows.rounds import place_of, run_rounds
 from flows.terminal import show_bars
+from mlops import imports_done
+from mlops.config.loader import load_params
 from rlhf.errors import UserError
 from rlhf.files import write_atomic, write_json
-from tasks import imports_done
-from tasks.params import load_params
 
 OUT, PAGE = Path("metrics/rounds.json"), Path("docs/rounds.md")
 ARMS = ("rounds", "one", "restart", "active")

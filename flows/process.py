@@ -13,7 +13,7 @@ from types import FrameType
 
 import anyio
 
-from tasks.stage import die_with_parent
+from mlops.processes import die_with_parent
 
 GRACE_SECONDS = 10.0  # from TERM to KILL: time for a trainer to save its state
 KILL_SECONDS = 5.0

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
 from prefect import State, flow, get_run_logger, task
@@ -30,8 +30,8 @@ from prefect.tasks import Task
 
 from flows.stages import StageFailed, repro, training_slot
 from flows.summary import StageResult
+from mlops.config.stage_graph import declared_stages, paths
 from rlhf.errors import UserError
-from tasks.graph import declared_stages, paths
 
 DEPLOYMENT = "remote-stage/gpu"
 REFS = "refs/instructflow"

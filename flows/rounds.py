@@ -2,7 +2,7 @@
 
 Each step is a stage of dvc.yaml, which unrolls params.yaml's `rounds`; between collecting and reading the labels people
 work, on the terminal or in Label Studio. Started by a deployment, the run is suspended then: no process waits, and
-`flows.wake` resumes it when the last label is there, after days and restarts if need be.
+`flows.resume_rounds` resumes it when the last label is there, after days and restarts if need be.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 from flows.process import continue_in_own_group, run_lines
 from flows.server import start_server, wait_for_server
 
@@ -32,25 +32,25 @@ from prefect.states import Failed
 from pydantic import Field
 
 from flows.artifacts import kept
-from flows.copies import FOLDER, Changes, checkout_of, fill_copy
-from flows.parameters import ProfileName, Seed
-from flows.pipeline import (
-    MIRROR_SECONDS,
+from flows.execution import (
+    UPLOAD_SECONDS,
     check_params,
     close_earlier_tasks,
-    line_lock,
+    run_lock,
     run_stage_of,
     run_stages,
     use_profile,
 )
+from flows.parameters import ProfileName, Seed
 from flows.stages import StageFailed, child_env, mend_lock
 from flows.terminal import show_bars
+from flows.workspaces import FOLDER, Changes, checkout_of, fill_workspace
+from mlops import imports_done
+from mlops.config.loader import load_params
+from mlops.config.stage_graph import write_rounds
+from mlops.labeling.store import LABELS, Batch
+from mlops.tracking.uploader import wait_until_uploaded
 from rlhf.errors import UserError
-from rlhf.feedback.store import LABELS, Batch
-from tasks import imports_done
-from tasks.graph import write_rounds
-from tasks.mirror import wait_until_mirrored
-from tasks.params import load_params
 
 Count = Annotated[int, Field(ge=1, le=50)]
 Labelers = Literal["simulated", "people"]
@@ -106,9 +106,9 @@ async def rounds(count: Count = 3, labelers: Labelers = "simulated", prompts: An
     try:
         check_params(checkout, profile)
         where = place_of(given, checkout)
-        async with line_lock(where):
+        async with run_lock(where):
             if where != checkout:
-                await asyncio.to_thread(fill_copy, checkout, where, changes_of(given))
+                await asyncio.to_thread(fill_workspace, checkout, where, changes_of(given))
             else:
                 use_profile(where, profile)
                 write_rounds(where, count)
@@ -172,12 +172,12 @@ def server_is_named() -> bool:
 
 
 async def label_server(where: Path, line: str, *arguments: str) -> None:
-    """`tasks.label_server` in the environment of Label Studio's SDK."""
+    """`mlops.labeling.label_studio` in the environment of Label Studio's SDK."""
     python = os.environ.get("LABEL_STUDIO_PYTHON") or str(checkout_of(where) / ".venv-labels" / "bin" / "python")
     if not Path(python).exists():
         raise UserError(f"{python}: LABEL_STUDIO_URL is set and its SDK's environment is not there; `make labels` "
                         "makes it, or LABEL_STUDIO_PYTHON names another")
-    await run(where, line, "label_server", [python, "-W", "ignore", "-m", "tasks.label_server", *arguments])
+    await run(where, line, "label_server", [python, "-W", "ignore", "-m", "mlops.labeling.label_studio", *arguments])
 
 
 async def pull_labels(where: Path, line: str, folder: Path) -> None:
@@ -192,16 +192,16 @@ def waiting_text(batch: Batch, folder: Path) -> str:
         left[name] = left.get(name, 0) + 1
     rows = "\n".join(f"| {name} | {count} |" for name, count in sorted(left.items()))
     how = f"in Label Studio, {os.environ['LABEL_STUDIO_URL']}" if server_is_named() else \
-        f"on the terminal: `python -m tasks.label {folder} --labeler NAME`"
+        f"on the terminal: `python -m mlops.labeling.terminal {folder} --labeler NAME`"
     return f"Labels are wanted, {how}. The run goes on when all are there.\n\n| labeler | left |\n|-|-|\n{rows}"
 
 
 async def mirrored(where: Path, line: str) -> None:
     """Waits until MLflow has the rounds; says where it has not."""
     try:
-        await asyncio.to_thread(wait_until_mirrored, where, line, MIRROR_SECONDS)
+        await asyncio.to_thread(wait_until_uploaded, where, line, UPLOAD_SECONDS)
     except Exception as error:  # the rounds are complete and their journals on disk, whatever happened to the mirror
-        get_run_logger().warning("MLflow mirror: %s; `python -m tasks.mirror --once` sends what is missing", error)
+        get_run_logger().warning("MLflow mirror: %s; `python -m mlops.tracking.uploader --once` sends what is missing", error)
 
 
 async def pin(where: Path, line: str, file: Path) -> None:

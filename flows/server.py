@@ -80,13 +80,13 @@ def stop_server() -> None:
 
 def main() -> None:
     """Serves on the socket that the flow has opened, until the flow ends."""
-    from tasks.stage import die_with_parent
+    from mlops.processes import die_with_parent
 
     die_with_parent()
     import uvicorn
     from prefect.server.api.server import create_app
 
-    from tasks import imports_done
+    from mlops import imports_done
 
     listener = socket.socket(fileno=int(sys.argv[1]))
     server = uvicorn.Server(uvicorn.Config(create_app(ephemeral=True, final=True), log_level="error", lifespan="on"))

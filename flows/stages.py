@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
 from prefect import State, get_run_logger, task
@@ -24,10 +24,10 @@ from prefect.states import Failed
 from prefect.tasks import Task
 
 from flows.artifacts import progress_of
-from flows.copies import tracking_of
 from flows.process import run_lines
 from flows.server import server_lasts
 from flows.summary import StageResult
+from flows.workspaces import tracking_of
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
                     "round_scores"})
@@ -108,7 +108,7 @@ async def training_slot() -> AsyncIterator[None]:
 def child_env(line: str) -> dict[str, str]:
     """The environment of dvc and of the stage: this Python first in PATH, where dvc.yaml's `python` is looked up."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_LINE": line}
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_RUN_NAME": line}
 
 
 def disk_full(stage: str, root: Path) -> StageFailed | None:

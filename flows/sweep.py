@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
 from prefect import State, flow, get_run_logger
@@ -17,10 +17,10 @@ from prefect.states import Failed
 from pydantic import Field
 
 from flows.artifacts import kept
-from flows.copies import FOLDER, Changes
 from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed
 from flows.pipeline import NotPromoted, pipeline
 from flows.summary import Summary
+from flows.workspaces import FOLDER, Changes
 from rlhf.errors import UserError
 
 SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_vs_sft", "gold": "eval/gold_ppo",

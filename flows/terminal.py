@@ -11,7 +11,7 @@ import sys
 from prefect.logging.handlers import PrefectConsoleHandler
 from tqdm import tqdm
 
-PROGRESS = re.compile(r"(?P<name>\S.*?)  (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+)  (?P<rest>.*)")  # rlhf.progress
+PROGRESS = re.compile(r"(?P<name>\S.*?)  (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+)  (?P<rest>.*)")  # rlhf.training.progress
 FORMAT = "{desc:<9}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}{postfix}"
 
 

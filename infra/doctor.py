@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from flows.quiet import local_prefect
+from flows.environment import local_prefect
 from infra.servers import Servers
+from mlops.config.loader import load_params
 from rlhf.errors import UserError
-from tasks.params import load_params
 
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 FREE_GB = 5  # the cpu profile's data, cache and models
@@ -279,7 +279,7 @@ def _answers(url: str, authorization: str = "") -> str:
     return ""
 
 
-def examine(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
+def evaluate_rollouts(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
     """Every check's finding; a check that breaks is a finding too."""
     found = []
     for check in checks:
@@ -291,7 +291,7 @@ def examine(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
 
 
 def main() -> None:
-    found = examine(Path.cwd())
+    found = evaluate_rollouts(Path.cwd())
     table = Table("check", "", "found", "how to mend", show_edge=False)
     for item in found:
         table.add_row(item.what, MARKS[item.state], item.found, "" if item.state == "ok" else item.mend)

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 
 def answers(url: str) -> bool:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 REQUIRED = {
     "MLFLOW_BACKEND_STORE_URI": "the database, postgresql://USER:PASSWORD@HOST/NAME",

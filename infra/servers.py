@@ -9,6 +9,7 @@ INSTRUCTFLOW_PREFECT_PORT (4200), INSTRUCTFLOW_MLFLOW_PORT (5000) and INSTRUCTFL
 try first.
 """
 
+
 import argparse
 import json
 import os
@@ -24,11 +25,11 @@ import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import flows.quiet  # noqa: F401
+import flows.environment  # noqa: F401
 
 # isort: split
-from flows.quiet import SERVERS
-from infra import leftovers
+from flows.environment import SERVERS
+from infra import orphans
 from infra.setup import HEARTBEAT_SECONDS, LEASES
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
@@ -152,7 +153,7 @@ class Servers:
 
     def _end_leftovers(self) -> bool:
         """Ends servers' processes that no supervisord knows any more; workers' are left alone, they may be runs."""
-        return bool(leftovers.end(f"unix://{_socket(self.folder)}", "prefect", "mlflow", "labels"))
+        return bool(orphans.end(f"unix://{_socket(self.folder)}", "prefect", "mlflow", "labels"))
 
     def _control(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(BIN / "supervisorctl"), "-c", str(self.config), *command], capture_output=True,
@@ -227,7 +228,7 @@ serverurl=unix://{_socket(self.folder)}
 
     def _program(self, name: str, command: str, priority: int, environment: dict[str, str], start: bool = True) -> str:
         if start:  # a server; a worker's runs may outlive it
-            command = f"{sys.executable} -m infra.leftovers {command}"
+            command = f"{sys.executable} -m infra.orphans {command}"
         settings = ",".join(f'{key}="{value}"' for key, value in environment.items())
         return f"""[program:{name}]
 command={command}

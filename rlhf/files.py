@@ -12,7 +12,7 @@ _hands_off = False
 
 
 def hands_off() -> None:
-    """From now on this process writes nothing: another one does, which does the same work (rlhf/parallel.py)."""
+    """From now on this process writes nothing: another one does, which does the same work (rlhf/training/distributed.py)."""
     global _hands_off
     _hands_off = True
 

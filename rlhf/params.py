@@ -1,6 +1,6 @@
 """Every parameter of the line: plain dataclasses whose fields carry their limits and their help.
 
-`tasks.params` turns the same classes into pydantic models and reads profiles/<profile>.yaml into them, so each
+`mlops.config.loader` turns the same classes into pydantic models and reads profiles/<profile>.yaml into them, so each
 limit is written once, here. The library itself needs only the standard library to build them.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 def param(default: Any, help: str, *, gt: float | None = None, ge: float | None = None, lt: float | None = None,
           le: float | None = None) -> Any:
-    """A dataclass field with a default, a help text and numeric limits (checked by `tasks.params`)."""
+    """A dataclass field with a default, a help text and numeric limits (checked by `mlops.config.loader`)."""
     limits = {name: value for name, value in (("gt", gt), ("ge", ge), ("lt", lt), ("le", le)) if value is not None}
     metadata = {"help": help, **limits}
     if isinstance(default, (dict, list)):
@@ -128,7 +128,7 @@ class PpoParams:
     batch_size: int = param(256, "rollouts an iteration [512]", ge=1)
     minibatch_size: int = param(64, "rollouts an optimizer step [64]", ge=1)
     micro_batch_size: int = param(32, "rollouts a forward pass; changes memory and speed, not the update", ge=1)
-    kept_passes: int = param(0, "micro-batches of an iteration's first update whose activations are kept from the "
+    reuse_forward_passes: int = param(0, "micro-batches of an iteration's first update whose activations are kept from the "
                              "evaluation of the rollouts, not made anew", ge=0)
     rollout_batch_size: int = param(256, "responses sampled at once: the KV cache's rows", ge=1)
     compile_rollouts: bool = param(False, "torch.compile the step of sampling; needs a C++ compiler on a CPU")

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import parallel
 from rlhf.data.batching import pack
 from rlhf.data.packing import document_positions
 from rlhf.data.schema import read_rows
 from rlhf.data.token_store import Column, TokenStore, chunks, only
 from rlhf.errors import UserError
-from rlhf.losses import completion_loss, token_log_probs
-from rlhf.models import autocast, device, load_policy, muon_and_adamw, save_model, small_gpt
+from rlhf.losses import completion_loss
+from rlhf.model.device import autocast, device
+from rlhf.model.forward import next_token_logits
+from rlhf.model.load import load_policy, save_model, small_gpt
+from rlhf.model.log_probs import token_log_probs
+from rlhf.model.tokenizer import load_with_pad, text_ids, train_tokenizer
 from rlhf.params import PretrainParams
-from rlhf.passes import next_token_logits
-from rlhf.seeding import generator, seed_everything
-from rlhf.tokenizer import load_with_pad, text_ids, train_tokenizer
-from rlhf.training import Part, train_loop
+from rlhf.training import distributed
+from rlhf.training.loop import Part, train_loop
+from rlhf.training.optim import muon_and_adamw
+from rlhf.training.seeding import generator, seed_everything
 
 VALID_DOCUMENTS = 500
 CORPUS_ROW = 128
@@ -43,7 +46,7 @@ def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Pa
     if not rows or not valid_rows:
         raise UserError(f"data/corpus.jsonl: its documents fill no row of pretrain.context = {params.context} tokens")
     model = small_gpt(params, tokenizer)
-    parallel.check_divides(params.batch_size, "pretrain.batch_size")
+    distributed.check_divides(params.batch_size, "pretrain.batch_size")
     model.train()
 
     def loss_of_step(step: int) -> list[Part]:
@@ -115,7 +118,7 @@ def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tens
 
 def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None) -> Tensor:
     """This process's part of the mean loss over a step's packed rows; the processes' parts add up to it."""
-    mine = list(parallel.share(range(len(ids))))
+    mine = list(distributed.share(range(len(ids))))
     rows = mine or [0]  # one with nothing to do makes the pass too, at no weight
     return lm_loss(model, ids[rows], precision, None if positions is None else positions[rows]) * (len(mine) / len(ids))
 
@@ -124,10 +127,10 @@ def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: 
 def rows_loss(model: PreTrainedModel, rows: Sequence[list[int]], params: PretrainParams, eos_id: int) -> float:
     """Mean loss over packed rows, nats per token."""
     total = 0.0
-    for start in parallel.share(range(0, len(rows), 64)):
+    for start in distributed.share(range(0, len(rows), 64)):
         ids = torch.tensor(list(rows[start:start + 64]), device=device())
         total += lm_loss(model, ids, params.precision, positions_of(ids, params, eos_id)).item() * len(ids)
-    return parallel.add_up({"loss": total})["loss"] / len(rows)
+    return distributed.all_reduce({"loss": total})["loss"] / len(rows)
 
 
 def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf import parallel
-from rlhf.data.batching import length_batches, pass_batches, pieces
+from rlhf.data.batching import length_batches, pieces
 from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
-from rlhf.models import (
-    adamw,
-    autocast,
+from rlhf.model.device import device
+from rlhf.model.load import (
     check_length,
-    compile_passes,
-    device,
+    compile_model,
     load_policy,
     new_scorer,
     save_memory,
@@ -31,15 +27,14 @@ from rlhf.models import (
     scale_scores,
     shift_scores,
 )
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.scoring import score_groups, score_together
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import RmParams
-from rlhf.passes import scores_at
-from rlhf.rollout import Sampling, sample_responses
-from rlhf.seeding import generator, seed_everything
-from rlhf.texts import lay_out
-from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.training import Choice, Part, train_loop
-
-SCORE_BATCH = 512
+from rlhf.training import distributed
+from rlhf.training.loop import BestCheckpoint, Part, train_loop
+from rlhf.training.optim import adamw
+from rlhf.training.seeding import generator, seed_everything
 
 
 @dataclass(frozen=True)
@@ -88,60 +83,14 @@ def encoded(codec: PromptCodec, rows: Iterable[dict[str, Any]]
             yield row, prompt, [next(flat) for _ in row["completions"]]
 
 
-def score_groups(model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], pad_id: int,
-                 precision: str) -> Tensor:
-    """Scores of K sequences per prompt: [prompts, Kmax], 0 where absent.
-
-    What the sequences of a group begin with, their prompt, is read once for all of them; a completion is read once in
-    any case.
-    """
-    shared = [min(shared_length(group), min(map(len, group)) - 1) if len(group) > 1 else 0 for group in groups]
-    rest = [sequence[length:] for group, length in zip(groups, shared, strict=True) for sequence in group]
-    rows = [row for row, group in enumerate(groups) for _ in group]
-    prompts = [group[0][:length] for group, length in zip(groups, shared, strict=True)] if any(shared) else []
-    texts = lay_out(model, rest, pad_id, prompts, rows)
-    with autocast(precision):
-        scores = scores_at(model, texts, texts.places([len(text) - 1 for text in rest], [1] * len(rest)))
-    columns = [column for group in groups for column in range(len(group))]
-    grid = torch.zeros(len(groups), max(map(len, groups)), device=scores.device)
-    return grid.index_put((torch.tensor(rows, device=grid.device), torch.tensor(columns, device=grid.device)), scores)
 
 
-def shared_length(group: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    first, last = min(group, key=tuple), max(group, key=tuple)  # what these two share, those between share too
-    return next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other),
-                min(len(first), len(last)))
 
 
-def score_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
-                    precision: str) -> list[float]:
-    """Score of each sequence at its last token, in the order given."""
-    return score_store(model, sequences, pad_id, precision).tolist()
 
 
-@torch.no_grad()
-def score_store(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
-                precision: str) -> "array[float]":
-    """`score_sequences` in eight bytes a score."""
-    scores = array("d", bytes(8 * len(sequences)))
-    for indices in pass_batches(lengths_of(sequences), SCORE_BATCH):
-        found = score_groups(model, [[sequences[index]] for index in indices], pad_id, precision)
-        for index, value in zip(indices, found[:, 0].tolist(), strict=True):
-            scores[index] = value
-    return scores
 
 
-def score_together(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
-                   precision: str) -> "array[float]":
-    """As score_store, of sequences that every process has: each scores a part of them."""
-    if parallel.size() == 1 or parallel.sharded(model):
-        return score_store(model, sequences, pad_id, precision)
-    scores = array("d", bytes(8 * len(sequences)))
-    mine = score_store(model, parallel.share(sequences), pad_id, precision)
-    for place, part in enumerate(parallel.collect(mine)):
-        scores[place::parallel.size()] = part
-    return scores
 
 
 def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonstrations: Iterable[dict[str, Any]],
@@ -166,11 +115,11 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     anchors = demonstration_ids(codec, demonstrations, params, folder)
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
     check_length(model, params.max_tokens, "rm.max_tokens")
-    parallel.check_divides(params.batch_size, "rm.batch_size")
+    distributed.check_divides(params.batch_size, "rm.batch_size")
     save_memory(model, params.gradient_checkpointing)
-    compile_passes(model, params.compile)
+    compile_model(model, params.compile)
     if params.shard:
-        parallel.shard(model)
+        distributed.shard(model)
     model.train()
     lengths = data.lengths()
     per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "rm", 0)))
@@ -184,7 +133,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
             epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "rm", epoch))
         batch = epochs[epoch][place]
         pairs = sum(decided_pairs(data.ranks[index]) for index in batch)
-        for indices in pieces(parallel.share(batch), params.micro_batch_size):
+        for indices in pieces(distributed.share(batch), params.micro_batch_size):
             scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
             ranks, present = data.batch_ranks(indices)
             right, _ = ranking_accuracy(scores.detach(), ranks, present)
@@ -193,7 +142,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     steps = per_epoch * params.epochs
     choice = None
     if params.checkpoint == "valid_accuracy":
-        choice = Choice(frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks)),
+        choice = BestCheckpoint(frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks)),
                         lambda: accuracy(score_rows(model, codec, valid_rows, params, folder)))
     kept = train_loop("rm", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
                       columns=["rm/accuracy"], choice=choice)

@@ -11,32 +11,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf import parallel
 from rlhf.data.batching import length_batches, pass_batches, pieces
 from rlhf.data.packing import check_packing, packed_batch, shuffled_batches
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
-from rlhf.models import (
-    adamw,
-    check_length,
-    compile_passes,
-    device,
-    load_policy,
-    load_scorer,
-    save_memory,
-    save_model,
-    set_dropout,
-)
+from rlhf.fast.packed_attention import PackedBatch, pack
+from rlhf.model.device import device
+from rlhf.model.forward import log_probs_at
+from rlhf.model.load import check_length, compile_model, load_policy, load_scorer, save_memory, save_model, set_dropout
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.scoring import score_sequences
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import SftParams
-from rlhf.passes import log_probs_at
 from rlhf.pretrain import corpus_batch, corpus_loss, read_corpus
-from rlhf.reward_model import score_sequences
-from rlhf.rollout import Sampling, sample_responses
-from rlhf.seeding import generator, seed_everything
-from rlhf.texts import Texts, lay_out
-from rlhf.tokenizer import PromptCodec, load_tokenizer
-from rlhf.training import Choice, Part, train_loop
+from rlhf.training import distributed
+from rlhf.training.loop import BestCheckpoint, Part, train_loop
+from rlhf.training.optim import adamw
+from rlhf.training.seeding import generator, seed_everything
 
 CHOICE_PROMPTS = 256
 
@@ -72,20 +64,20 @@ class Demonstrations:
         return cls.encode(codec, (row["prompt"] for row in one), (row["completion"] for row in other), max_tokens,
                           folder)
 
-    def batch(self, model: PreTrainedModel, indices: list[int], pad_id: int) -> tuple[Texts, Tensor]:
+    def batch(self, model: PreTrainedModel, indices: list[int], pad_id: int) -> tuple[PackedBatch, Tensor]:
         """Demonstrations for one pass of a model, and where the token before each completion token is."""
         rows, starts = [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices]
-        texts = lay_out(model, rows, pad_id)
-        return texts, texts.places([start - 1 for start in starts],
+        texts = pack(model, rows, pad_id)
+        return texts, texts.token_indices([start - 1 for start in starts],
                                    [len(row) - start for row, start in zip(rows, starts, strict=True)])
 
-    def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[Texts, Tensor]:
+    def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[PackedBatch, Tensor]:
         """As batch, in rows of at most `room` tokens that several demonstrations share."""
         ids, mask, positions = packed_batch(
             [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices], room, pad_id)
         rows, columns = mask.nonzero(as_tuple=True)  # on the CPU: a GPU's count of them would have to be waited for
-        places = rows * ids.shape[1] + columns
-        return Texts(ids.to(device()), positions.to(device())), places.to(device())
+        token_indices = rows * ids.shape[1] + columns
+        return PackedBatch(ids.to(device()), positions.to(device())), token_indices.to(device())
 
 
 def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, seed: int, folder: Path,
@@ -115,11 +107,11 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     mixed_rows = max(1, round(params.batch_size * params.pretrain_mix / (1 - params.pretrain_mix)))
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
-    parallel.check_divides(params.batch_size, "sft.batch_size")
+    distributed.check_divides(params.batch_size, "sft.batch_size")
     save_memory(model, params.gradient_checkpointing)
-    compile_passes(model, params.compile)
+    compile_model(model, params.compile)
     if params.shard:
-        parallel.shard(model)
+        distributed.shard(model)
     model.train()
     lengths = lengths_of(train.ids)
     batches = shuffled_batches if params.packing else length_batches
@@ -134,7 +126,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         batch = epochs[epoch][place]
         tokens = sum(lengths[row] - train.prompt_lengths[row] for row in batch)
         share = 1.0 if corpus_rows is None else 1 - params.pretrain_mix
-        for chosen in pieces(parallel.share(batch), params.micro_batch_size):
+        for chosen in pieces(distributed.share(batch), params.micro_batch_size):
             some = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
                     train.batch(model, chosen, codec.pad_id))
             loss = batch_loss(model, *some, params.precision, tokens)
@@ -148,7 +140,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     ends = frozenset(per_epoch * (epoch + 1) for epoch in range(params.epochs))
     kept = train_loop("sft", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
                       loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"],
-                      choice=Choice(ends, measure) if measure else None)
+                      choice=BestCheckpoint(ends, measure) if measure else None)
     set_dropout(model, 0.0)
     model.eval()
     save_model(model, tokenizer, folder / "model")
@@ -157,21 +149,21 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             "sft/too_long": train.too_long + valid.too_long}
 
 
-def batch_loss(model: PreTrainedModel, texts: Texts, places: Tensor, precision: str, tokens: float = 0) -> Tensor:
+def batch_loss(model: PreTrainedModel, texts: PackedBatch, token_indices: Tensor, precision: str, tokens: float = 0) -> Tensor:
     """Mean loss over the completion tokens of a batch, which come after `places`, nats; with `tokens`, its sum over
     that many."""
-    return -log_probs_at(model, texts, places, precision).sum() / (tokens or len(places))
+    return -log_probs_at(model, texts, token_indices, precision).sum() / (tokens or len(token_indices))
 
 
 @torch.no_grad()
 def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
     """Mean loss over all completion tokens of a dataset, nats per token."""
     sums = {"loss": 0.0, "tokens": 0.0}
-    for indices in parallel.share_passes(model, pass_batches(lengths_of(data.ids), 256)):
-        texts, places = data.batch(model, indices, pad_id)
-        sums["loss"] += batch_loss(model, texts, places, params.precision, tokens=1).item()
-        sums["tokens"] += len(places)
-    sums = parallel.add_up(sums)
+    for indices in distributed.share_passes(model, pass_batches(lengths_of(data.ids), 256)):
+        texts, token_indices = data.batch(model, indices, pad_id)
+        sums["loss"] += batch_loss(model, texts, token_indices, params.precision, tokens=1).item()
+        sums["tokens"] += len(token_indices)
+    sums = distributed.all_reduce(sums)
     return sums["loss"] / sums["tokens"]
 
 

@@ -1,35 +1,3 @@
 """One module per pipeline stage; `python -m tasks.<stage>` is what dvc.yaml runs."""
 
-import atexit
-import gc
-import os
-
-# Before torch and transformers are imported: no telemetry, no bars of theirs between our progress lines, and
-# threads that spin only briefly, so that a stage shares its cores with the tracker instead of fighting it (with one
-# core taken by another process a training step takes 2.1 times as long instead of 3 to 6 times).
-for _name, _value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                      "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "true",
-                      "GOMP_SPINCOUNT": "2000", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}.items():
-    os.environ.setdefault(_name, _value)
-
-# Imports make half a million objects, and all of them stay. Looking for garbage among them again and again, and once
-# more when the process ends, takes over a third of the seconds that a process needs to start and to end.
-IMPORTED_OBJECTS = 1_000_000
-_usual = gc.get_threshold()
-
-
-def imports_done(*_: object) -> None:
-    """Collects garbage as usual from here on, but never among what is there by now.
-
-    What trains calls it when its work begins; without that it happens by itself at the first collection, which comes
-    after `IMPORTED_OBJECTS`.
-    """
-    if imports_done in gc.callbacks:
-        gc.callbacks.remove(imports_done)
-        gc.freeze()
-        gc.set_threshold(*_usual)
-
-
-gc.callbacks.append(imports_done)
-gc.set_threshold(IMPORTED_OBJECTS)
-atexit.register(gc.freeze)
+import mlops  # noqa: F401  (first: it sets the environment that torch and transformers read)

@@ -5,58 +5,40 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rlhf import parallel
+from mlops.config.paths import BENCHMARKS, MODELS, PROMPTS, RM, TAX
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
-from rlhf.evaluate import Answers, answer, mean_kl, rm_scores, several
+from rlhf.evaluation.generate import Answers, answer, mean_kl
+from rlhf.evaluation.held_out import HeldOut, best_of_curve, held_out_rows, judge_of
+from rlhf.evaluation.lm_eval import Harness, TaskScore, local_tasks, measure
+from rlhf.evaluation.metrics import gold_metrics, preference_metrics, safety_metrics, tax_metrics
+from rlhf.evaluation.overoptimisation import find_turn
+from rlhf.evaluation.preference import compare_all
 from rlhf.files import write_csv, writes
-from rlhf.harness import Harness, TaskScore, local_tasks, measure
-from rlhf.journal import read_journal
-from rlhf.overoptimisation import best_of_n, find_turn
 from rlhf.params import EvaluateParams
-from rlhf.preference import Judge, compare_all, gold_judge, model_judge, reward_judge
-from rlhf.progress import StageProgress
-from rlhf.seeding import generator, seed_everything
-from rlhf.world.labeler import GoldLabeler, Grades
-from tasks.gold import gold_labeler
-from tasks.scores import gold_metrics, preference_metrics, safety_metrics, tax_metrics
+from rlhf.training import distributed
+from rlhf.training.journal import read_journal
+from rlhf.training.progress import StageProgress
+from rlhf.training.seeding import seed_everything
+from rlhf.world.gold import gold_labeler
+from rlhf.world.labeler import Grades
 from tasks.stage import Stage, run_stage
 
-MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft"), "ppo": Path("models/ppo")}
 PROMPTED = "base_prompted"
-RM = Path("models/rm")
-TAX, BENCHMARKS = Path("data/tax"), Path("profiles/benchmarks")
 KEPT = Path("scratch/evaluate/kept")  # results of tasks, by the contents of model and task
 BEST_OF = "best_of_n.csv"
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What every model is asked: rows of the valid PPO prompts."""
-
-    rows: list[dict[str, Any]]
-    labeler: GoldLabeler | None
-
-    @property
-    def prompts(self) -> list[str]:
-        return [row["prompt"] for row in self.rows]
-
-    def slices(self) -> list[list[str]]:
-        """The slices of each prompt (false premise, ambiguous, high stakes); none where nobody knows them."""
-        return [self.labeler.slices(prompt) if self.labeler else [] for prompt in self.prompts]
 
 
 def evaluate(stage: Stage) -> None:
     """Writes metrics/evaluate.json, metrics/best_of_n.csv and reports/report.html."""
     params, seed = stage.params.stages.evaluate, stage.params.seed
     seed_everything(seed)
-    held_out = HeldOut(held_out_rows(params, seed), gold_labeler(seed))
+    held_out = HeldOut(held_out_rows(PROMPTS, params.prompts, seed), gold_labeler(seed))
     folders = MODELS | {name: _folder(name, path) for name, path in params.others.items()}
     answers: dict[str, Answers] = {}
     tasks: dict[str, dict[str, TaskScore]] = {}
@@ -75,10 +57,10 @@ def evaluate(stage: Stage) -> None:
         metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), **safety_metrics(held_out, answers)}
         grades: dict[str, list[Grades]] = {}
         if held_out.labeler:
-            grades = {name: parallel.by_rows(held_out.labeler.grades, held_out.prompts, found.texts)
+            grades = {name: distributed.by_rows(held_out.labeler.grades, held_out.prompts, found.texts)
                       for name, found in answers.items()}
             metrics |= gold_metrics(held_out, grades, params, seed)
-        judge, held_out_judge = judge_of(params, held_out.labeler)
+        judge, held_out_judge = judge_of(params, held_out.labeler, RM)
         outcomes = compare_all(held_out.prompts, {name: found.texts for name, found in answers.items()}, judge)
         metrics |= preference_metrics(held_out, answers, outcomes, params, seed,
                                       "win_rate" if held_out_judge else "rm_prefers")
@@ -96,11 +78,6 @@ def evaluate(stage: Stage) -> None:
     stage.finish(metrics, ["reports/report.html"])
 
 
-def held_out_rows(params: EvaluateParams, seed: int) -> list[dict[str, Any]]:
-    """Seeded choice of valid PPO prompts: about entities that no training prompt mentions."""
-    rows = [row for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "valid"]
-    chosen = torch.randperm(len(rows), generator=generator(seed, "held out"))[: params.prompts].tolist()
-    return [rows[index] for index in sorted(chosen)]
 
 
 def demonstrations(count: int) -> list[dict[str, str]]:
@@ -128,31 +105,8 @@ def tax_harness(params: EvaluateParams) -> Harness:
     return harness(params, [*local_tasks([TAX]), *params.tax_tasks])
 
 
-def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path = RM) -> tuple[Judge, bool]:
-    """(who prefers, whether that is independent of what PPO was trained on, the reward model `rm`)."""
-    if params.judge == "model":
-        return model_judge(params.judge_model, params.precision), True
-    if params.judge == "reward_model":
-        return reward_judge(Path(params.judge_model), params.precision), True
-    if labeler:
-        return gold_judge(labeler), True
-    return reward_judge(rm, params.precision), False
 
 
-def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluateParams, seed: int
-                  ) -> list[dict[str, float]]:
-    """Proxy and gold score of the best of n samples of a policy, n a power of two; without a gold labeler no curve."""
-    if not params.best_of or not held_out.labeler:
-        return []
-    prompts = held_out.prompts[: params.best_of_prompts]
-    texts = several(policy, prompts, params.best_of, params, seed)
-    asked = [prompt for prompt in prompts for _ in range(params.best_of)]
-    flat = [text for found in texts for text in found]
-    groups = [[values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
-              for values in (rm_scores(rm, asked, flat, params.precision),
-                             parallel.by_rows(held_out.labeler.scores, asked, flat))]
-    sizes = [2 ** power for power in range(params.best_of.bit_length())]
-    return best_of_n(groups[0], groups[1], sizes)
 
 
 def turn_metrics(curve: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -184,7 +138,9 @@ def samples(rows: list[dict[str, Any]], answers: dict[str, Answers],
 
 def write_page(stage: Stage, metrics: dict[str, Any], side_by_side: list[dict[str, Any]],
                best_of: list[dict[str, float]]) -> None:
-    from tasks.report import write_report  # matplotlib costs a second that a failing evaluation need not wait for
+    from mlops.reporting.report import (
+        write_report,  # matplotlib costs a second that a failing evaluation need not wait for
+    )
 
     page = stage.scratch / "report.html"
     write_report(stage.root, page, metrics, side_by_side, {"best_of_n": best_of})

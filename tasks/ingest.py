@@ -10,61 +10,28 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.assemble import DROPPED, QUARANTINE, assemble
-from rlhf.data.rules import RULES
-from rlhf.data.schema import KEYS, PAPER_ROWS, expected_rows, read_rows, write_rows
-from rlhf.data.sources.spec import Source
+from mlops.config.paths import FEEDBACK
+from mlops.config.sources import load_source
+from mlops.processes import die_with_parent
+from rlhf.curation.assemble import DROPPED, QUARANTINE, assemble
+from rlhf.curation.rules import RULES
+from rlhf.curation.sources.spec import Source
+from rlhf.data.schema import KEYS, read_rows, write_rows
 from rlhf.errors import UserError
-from rlhf.files import publish, write_atomic, write_json
+from rlhf.files import publish, write_json
 from rlhf.params import IngestParams
-from rlhf.progress import StageProgress
-from rlhf.world.corpus import documents
-from rlhf.world.datasets import ppo_rows, rm_rows, sft_rows
-from rlhf.world.facts import World
-from rlhf.world.tax import TASKS, task_yaml, tax_items
-from tasks.sources import load_source
-from tasks.stage import Stage, die_with_parent, run_stage
+from rlhf.training.progress import StageProgress
+from rlhf.world.embedded import SOURCE, write_embedded
+from tasks.stage import Stage, run_stage
 
 MAX_PROCESSES = 8
-SOURCE = "source.json"
 SPECS = Path("profiles/sources")
-FEEDBACK = Path("raw/feedback")
 
 
-def write_embedded(params: IngestParams, seed: int, made: Path) -> dict[str, Any]:
-    """The embedded world's sft.jsonl, rm.jsonl, ppo.jsonl, corpus.jsonl and tax/; returns the metrics."""
-    world = World(seed)
-    rows = {name: sum(expected_rows(name, params.scale).values()) for name in PAPER_ROWS}
-    total = sum(rows.values()) + params.corpus_documents
-    writers = {"sft": sft_rows, "rm": rm_rows, "ppo": ppo_rows}
-    with StageProgress("ingest", total, "rows") as progress:
-
-        valid_prompts: set[str] = set()
-
-        def counted(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-            for item in items:
-                if item.get("split") == "valid":
-                    valid_prompts.add(item["prompt"])
-                yield item
-                progress.step()
-
-        for name, writer in writers.items():
-            write_rows(made / f"{name}.jsonl", counted(writer(world, params.scale)))
-        held_out = {"forum": valid_prompts}
-        for task in TASKS:
-            items = tax_items(world, task, params.tax_items)
-            held_out[task] = {item["prompt"] for item in items}
-            write_rows(made / "tax" / f"{task}.jsonl", items)
-            write_atomic(made / "tax" / f"{task}.yaml", task_yaml(task).encode())
-        texts = documents(world, params.corpus_documents, held_out)
-        write_rows(made / "corpus.jsonl", counted({"text": text} for text in texts))
-    write_json(made / SOURCE, {"source": "embedded"})
-    metrics = {f"ingest/{name}_rows": count for name, count in rows.items()}
-    return {**metrics, "ingest/corpus_documents": params.corpus_documents}
 
 
 def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[str, Any]:
@@ -136,7 +103,7 @@ def ingest(stage: Stage) -> None:
 
 
 def add_feedback(folder: Path, target: Path) -> dict[str, int]:
-    """Appends the rows that people have labeled (`tasks.labels --add` puts them there); returns the metric.
+    """Appends the rows that people have labeled (`mlops.labeling.to_rows --add` puts them there); returns the metric.
 
     Raises UserError for a row that has other keys than the dataset's.
     """

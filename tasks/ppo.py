@@ -6,9 +6,9 @@
 from pathlib import Path
 
 from rlhf.data.schema import read_rows
-from rlhf.journal import read_journal
-from rlhf.ppo_run import train_ppo
-from tasks.gold import gold_labeler
+from rlhf.ppo.run import train_ppo
+from rlhf.training.journal import read_journal
+from rlhf.world.gold import gold_labeler
 from tasks.stage import Stage, run_stage
 
 

@@ -5,12 +5,12 @@
 
 from pathlib import Path
 
-from rlhf.choices import choose
 from rlhf.data.schema import read_rows
-from rlhf.journal import Journal
-from rlhf.models import load_policy
+from rlhf.evaluation.multiple_choice import choose
+from rlhf.model.load import load_policy
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.pretrain import pretrain, stored_texts, take_base_model
-from rlhf.tokenizer import load_tokenizer
+from rlhf.training.journal import Journal
 from rlhf.world.facts import World
 from rlhf.world.tax import fact_items
 from tasks.stage import Stage, run_stage

@@ -15,15 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlops.config.paths import MODELS, PROMPTS, RM
+from mlops.release.gates import Gate, against_champion, gates
+from mlops.release.model_card import model_card
+from mlops.tracking.upload_record import data_version, run_name_of
 from rlhf.files import hash_paths, write_atomic, write_json
 from rlhf.params import Profile
-from tasks.gates import Gate, against_champion, gates
-from tasks.gold import gold_labeler
-from tasks.mirror_record import data_version, line_of
-from tasks.model_card import model_card
+from rlhf.world.gold import gold_labeler
 from tasks.stage import Stage, run_stage
 
-POLICY, RM, PROMOTED = Path("models/ppo"), Path("models/rm"), "models/promoted"
+POLICY, PROMOTED = MODELS["ppo"], "models/promoted"
 DATASETS = ("sft", "rm", "ppo")
 
 
@@ -63,15 +64,19 @@ def promote(stage: Stage) -> None:
 
 def register(stage: Stage, found: list[Gate]) -> str:
     """Registers both models, makes them the challenger, adds the gate against the champion; the policy's version."""
-    from tasks.registry import CHALLENGER, CONTENT_TAG, Registry  # mlflow: seconds that a decision alone need not wait
+    from mlops.release.registry import (  # mlflow: seconds that a decision alone need not wait
+        CHALLENGER,
+        CONTENT_TAG,
+        Registry,
+    )
 
     registry = Registry(stage.params.stages.promote.registry, stage.root)
-    run = {"line": os.environ.get("INSTRUCTFLOW_LINE", ""), "profile": stage.params.profile}
+    run = {"line": os.environ.get("INSTRUCTFLOW_RUN_NAME", ""), "profile": stage.params.profile}
     content = {kind: hash_paths([folder], folder) for kind, folder in (("policy", POLICY), ("rm", RM))}
     champion = registry.champion()
     numbers = {}
     for kind, folder in (("policy", POLICY), ("rm", RM)):
-        made = registry.register(kind, folder, content[kind], line_of(run, stage.root), lineage(stage, run))
+        made = registry.register(kind, folder, content[kind], run_name_of(run, stage.root), lineage(stage, run))
         registry.set_alias(kind, CHALLENGER, made.version)
         numbers[kind] = str(made.version)
     write_json(stage.scratch / "versions.json", numbers)
@@ -83,7 +88,7 @@ def register(stage: Stage, found: list[Gate]) -> str:
 
 def crown(stage: Stage, version: str) -> None:
     """The alias champion goes to the new versions of policy and reward model."""
-    from tasks.registry import CHAMPION, Registry
+    from mlops.release.registry import CHAMPION, Registry
 
     registry = Registry(stage.params.stages.promote.registry, stage.root)
     numbers = json.loads((stage.scratch / "versions.json").read_text())
@@ -94,20 +99,23 @@ def crown(stage: Stage, version: str) -> None:
 
 def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
     """High end of the interval of the policy's win rate against the champion, on the held-out prompts."""
-    from rlhf.evaluate import answer, with_interval  # torch: seconds that a decision without a champion need not wait
-    from tasks.evaluate import HeldOut, held_out_rows, judge_of
+    from rlhf.evaluation.generate import answer
+    from rlhf.evaluation.held_out import HeldOut, held_out_rows, judge_of
+    from rlhf.evaluation.statistics import (
+        with_interval,  # torch: seconds that a decision without a champion need not wait
+    )
 
     params = profile.evaluate
-    held_out = HeldOut(held_out_rows(params, seed), gold_labeler(seed))
+    held_out = HeldOut(held_out_rows(PROMPTS, params.prompts, seed), gold_labeler(seed))
     texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (POLICY, champion)]
-    judge, _ = judge_of(params, held_out.labeler)
+    judge, _ = judge_of(params, held_out.labeler, RM)
     values = judge(held_out.prompts, *texts)
     return with_interval("win", values, params.bootstrap, seed)["win_high"]
 
 
 def lineage(stage: Stage, run: dict[str, Any]) -> dict[str, str]:
     """Where a version comes from: commit, dvc.lock, datasets, parameters."""
-    tags = {"profile": run["profile"], "seed": str(stage.params.seed), "line": line_of(run, stage.root),
+    tags = {"profile": run["profile"], "seed": str(stage.params.seed), "line": run_name_of(run, stage.root),
             "data_version": data_version(stage.root)}
     lock = stage.root / "dvc.lock"
     if lock.is_file():

@@ -9,17 +9,10 @@ from typing import Any
 
 from rlhf.data.rows import Rows, of_split
 from rlhf.files import write_csv
-from rlhf.reward_model import (
-    Scored,
-    calibration,
-    calibration_error,
-    sample_rows,
-    score_rows,
-    train_reward_model,
-)
-from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.reward_model import Scored, calibration, calibration_error, sample_rows, score_rows, train_reward_model
+from rlhf.world.gold import gold_labeler
 from rlhf.world.labeler import GoldLabeler
-from tasks.gold import gold_labeler
 from tasks.stage import Stage, run_stage
 
 CURVE = "rm_calibration.csv"

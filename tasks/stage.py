@@ -6,7 +6,6 @@ run again with the same inputs goes on from its checkpoint, with other inputs it
 """
 
 import argparse
-import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -22,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlops import imports_done
+from mlops.config.loader import PARAMS_FILE, Params, Round, load_params
+from mlops.config.stage_graph import declared_stages
+from mlops.processes import die_with_parent
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.files import hash_paths, publish, write_json, writes
-from tasks import imports_done, launch
-from tasks.graph import declared_stages
-from tasks.params import PARAMS_FILE, Params, Round, load_params
-
-PR_SET_PDEATHSIG = 1
+from tasks import launch
 
 
 @dataclass
@@ -84,10 +83,6 @@ def config_hash(name: str, params: Params, root: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def die_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent (dvc) ends, so that no stage outlives its orchestrator."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False) -> None:
@@ -105,9 +100,9 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     root = Path.cwd()
     if launch.started_by_torchrun():
-        from rlhf import parallel
+        from rlhf.training import distributed
 
-        parallel.join()
+        distributed.join()
     try:
         params = load_params(root)
         if of_a_round:
@@ -125,11 +120,11 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
                 shutil.rmtree(scratch)
             (scratch / "done.json").unlink(missing_ok=True)
             scratch.mkdir(parents=True, exist_ok=True)
-            _start_mirror(stage)
+            _start_uploader(stage)
         if together(stage, module):
             body(stage)
-            if "rlhf.parallel" in sys.modules:
-                sys.modules["rlhf.parallel"].leave()
+            if "rlhf.training.distributed" in sys.modules:
+                sys.modules["rlhf.training.distributed"].leave()
     except UserError as error:
         fail(name, str(error), 2)
     except TrainingFailed as error:
@@ -157,17 +152,17 @@ def together(stage: Stage, module: str) -> bool:
         launch.torchrun(module, sys.argv[1:], processes, stage.name)
         return False
     if processes > 1:
-        from rlhf import parallel
+        from rlhf.training import distributed
 
-        parallel.fork(processes)
-        if not parallel.first():
+        distributed.fork(processes)
+        if not distributed.is_main():
             die_with_parent()
     return True
 
 
 def status(name: str, scratch: Path) -> str:
     """What a run with these inputs would start from, in one line for each thing worth knowing."""
-    from rlhf.checkpoint import Checkpoints  # torch: a second that flows, ingest and validate need not wait
+    from rlhf.training.checkpoint import Checkpoints  # torch: a second that flows, ingest and validate need not wait
 
     steps = Checkpoints(scratch / "checkpoints").steps()
     lines = [f"{name}: inputs {scratch.name}"]
@@ -192,17 +187,17 @@ def fail(name: str, message: str, code: int) -> None:
     raise SystemExit(code)
 
 
-def _start_mirror(stage: Stage) -> None:
+def _start_uploader(stage: Stage) -> None:
     """Writes what the tracker should know of this run and makes sure that a mirror process is alive."""
-    from tasks.mirror import ensure_mirror
-    from tasks.mirror_record import line_of
+    from mlops.tracking.upload_record import run_name_of
+    from mlops.tracking.uploader import ensure_uploader
 
     section = "rounds" if stage.key else stage.name
     record = {"stage": stage.name, "profile": stage.params.profile, "seed": stage.params.seed,
               "params": dataclasses.asdict(getattr(stage.params.stages, section)),
-              "line": os.environ.get("INSTRUCTFLOW_LINE", "")}
+              "line": os.environ.get("INSTRUCTFLOW_RUN_NAME", "")}
     if stage.key:
         record["round"] = stage.round.number
-    record["line"] = line_of(record, stage.root)
+    record["line"] = run_name_of(record, stage.root)
     write_json(stage.scratch / "run.json", record)
-    ensure_mirror(stage.root)
+    ensure_uploader(stage.root)

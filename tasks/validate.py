@@ -3,7 +3,7 @@
     python -m tasks.validate                                     the stage: data/, with the profile's limits
     python -m tasks.validate --data DIR --report OUT.json        any folder, apart from DVC and parameters
 
-The rules are in `tasks.validation.suites`, and in docs/validation.md. The stage writes Data Docs to
+The rules are in `mlops.validation.suites`, and in docs/validation.md. The stage writes Data Docs to
 reports/data_docs/ and rows that break a rule to reports/quarantine.jsonl, also where a rule fails.
 """
 
@@ -19,14 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.characters import SPECIAL_TOKENS
+from mlops.validation.docs import DOCS, build_docs, make_context
+from mlops.validation.run import Finding, Outcome, TokenCounter, files_in, row_entries, validate_files
+from rlhf.curation.characters import SPECIAL_TOKENS
 from rlhf.data.schema import KEYS
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.params import ValidateParams
 from tasks.stage import Stage, run_stage
-from tasks.validation.docs import DOCS, build_docs, make_context
-from tasks.validation.run import Finding, Outcome, TokenCounter, files_in, row_entries, validate_files
 
 QUARANTINE = "quarantine.jsonl"
 NO_LIMIT = 10_000_000
@@ -74,7 +74,7 @@ def quarantine(entries: list[dict[str, Any]], files: dict[str, Path], target: Pa
 
 def token_counter(name: str) -> tuple[TokenCounter, list[str]]:
     """A counter for a tokenizer (a folder, or a name of the hub), and its own special tokens. Raises UserError."""
-    from rlhf.tokenizer import PromptCodec, load_with_pad
+    from rlhf.model.tokenizer import PromptCodec, load_with_pad
 
     try:
         codec = PromptCodec(load_with_pad(name))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.graph import write_rounds
+from mlops.config.stage_graph import write_rounds
 
 REPO = Path(__file__).resolve().parents[1]
 # What each stage does here: notes that it ran, and writes outputs that say what went in.

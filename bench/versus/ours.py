@@ -27,18 +27,20 @@ from work import (
     serve,
 )
 
-from rlhf import parallel
-from rlhf import ppo as ppo_module
 from rlhf.data.batching import length_batches
 from rlhf.losses import ranking_loss
-from rlhf.models import adamw, load_policy, load_scorer, new_scorer, save_model
+from rlhf.model.load import load_policy, load_scorer, new_scorer, save_model
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.scoring import score_groups
+from rlhf.model.tokenizer import train_tokenizer
 from rlhf.params import PpoParams
-from rlhf.reward_model import Rankings, score_groups
-from rlhf.rollout import Sampling, sample_responses
-from rlhf.seeding import generator, seed_everything
+from rlhf.ppo import trainer as ppo_module
+from rlhf.reward_model import Rankings
 from rlhf.sft import Demonstrations, batch_loss
-from rlhf.tokenizer import train_tokenizer
-from rlhf.training import train_loop
+from rlhf.training import distributed
+from rlhf.training.loop import train_loop
+from rlhf.training.optim import adamw
+from rlhf.training.seeding import generator, seed_everything
 
 
 def new_policy(shape: Shape, eos: int, pad: int) -> Any:
@@ -70,9 +72,9 @@ def make(folder: str, shape: str) -> dict[str, Any]:
         model = new_scorer(root / "policy", tokenizer.pad_token_id, generator(1, name))
         save_model(model, tokenizer, root / name)
     known = min(form.vocabulary, len(tokenizer))
-    if parallel.first():
+    if distributed.is_main():
         save_work(make_work(shape, known, tokenizer.eos_token_id, tokenizer.pad_token_id), root)
-    parallel.meet()
+    distributed.barrier()
     return {"parameters": policy.num_parameters()}
 
 
@@ -84,7 +86,7 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     batch, usual = PPO_SIZES[work.shape]
     micro = micro or usual
     params = PpoParams(batch_size=batch, minibatch_size=batch, micro_batch_size=micro, inner_epochs=4,
-                       kept_passes=batch // micro,
+                       reuse_forward_passes=batch // micro,
                        max_prompt_tokens=64, max_new_tokens=32, lr=1e-4, value_lr=1e-4, warmup_iterations=0,
                        adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
                        max_grad_norm=1e9, compile_rollouts=compiled)
@@ -104,8 +106,8 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     try:
         start = time.perf_counter()
         for iteration in range(iterations):
-            rollouts = trainer.roll_out(prompts[iteration * batch:(iteration + 1) * batch], iteration)
-            seen.append({**trainer.iterate(rollouts, iteration), "score": rollouts.scores.mean().item()})
+            rollouts = trainer.collect_rollouts(prompts[iteration * batch:(iteration + 1) * batch], iteration)
+            seen.append({**trainer.step(rollouts, iteration), "score": rollouts.scores.mean().item()})
             lengths += list(map(len, rollouts.responses))
         seconds = time.perf_counter() - start
     finally:
@@ -134,10 +136,10 @@ def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int, 
     sampling = Sampling(32, (work.eos,) if mixed else (-1,), work.pad, precision=precision, batch_size=batch,
                         compile=compiled)
     start = time.perf_counter()
-    sampling = replace(sampling, batch_size=batch // parallel.size())
-    mine = list(parallel.share(range(len(rows))))
+    sampling = replace(sampling, batch_size=batch // distributed.size())
+    mine = list(distributed.share(range(len(rows))))
     found = sample_responses(model, rows, sampling, generator(1, "rollout"), mine)
-    tokens = parallel.add_up({"tokens": sum(map(len, found))})["tokens"]
+    tokens = distributed.all_reduce({"tokens": sum(map(len, found))})["tokens"]
     return {"seconds": time.perf_counter() - start, "tokens": tokens, "memory": memory()}
 
 
@@ -153,7 +155,7 @@ def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
     losses = []
 
     def loss_of_step(step: int) -> Any:
-        indices = parallel.share(range(step * RM_BATCH, (step + 1) * RM_BATCH))
+        indices = distributed.share(range(step * RM_BATCH, (step + 1) * RM_BATCH))
         scores = score_groups(model, [data.ids[index] for index in indices], work.pad, precision)
         loss = ranking_loss(scores, *data.batch_ranks(indices)) * (len(indices) / RM_BATCH)
         losses.append(loss.item())
@@ -175,7 +177,7 @@ def sft(folder: str, precision: str, rows: int) -> dict[str, Any]:
 
     def loss_of_step(step: int) -> Any:
         tokens = sum(len(data.ids[row]) - data.prompt_lengths[row] for row in batches[step])
-        loss = batch_loss(model, *data.batch(model, list(parallel.share(batches[step])), work.pad), precision, tokens)
+        loss = batch_loss(model, *data.batch(model, list(distributed.share(batches[step])), work.pad), precision, tokens)
         losses.append(loss.item())
         return [(loss, {})]
 
@@ -196,6 +198,6 @@ def timed(root: Path, model: Any, loss_of_step: Any, steps: int, losses: list[fl
 if __name__ == "__main__":
     os.environ["INSTRUCTFLOW_CHECKPOINT_SECONDS"] = "1000000"  # theirs saves nothing either
     if len(sys.argv) > 1 and int(sys.argv[1]) > 1:
-        parallel.fork(int(sys.argv[1]))
+        distributed.fork(int(sys.argv[1]))
     serve({"make": make, "ppo": ppo, "sampled": sampled, "rollout": rollout, "rm": rm, "sft": sft},
-          parallel.first(), parallel.told)
+          distributed.is_main(), distributed.broadcast)

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlops.labeling.batch import Item, assign, write_batch
+from mlops.labeling.collect import sample_items
+from mlops.labeling.selection import most_disputed
+from mlops.labeling.store import LABELS, LabelStore
+from mlops.labeling.terminal import SIMULATED
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
-from rlhf.evaluate import rm_scores
-from rlhf.feedback.batch import Item, assign, write_batch
-from rlhf.feedback.selection import most_disputed
-from rlhf.feedback.store import LABELS, LabelStore
+from rlhf.evaluation.generate import rm_scores
 from rlhf.params import RoundsParams
-from tasks.collect import sample_items
-from tasks.label import SIMULATED
 from tasks.rounds.rm import members
 from tasks.stage import Stage, run_stage
 

@@ -9,17 +9,17 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from mlops.labeling.batch import MIN_CHOICES, read_batch
+from mlops.labeling.store import LABELS, LabelStore, check
+from mlops.labeling.to_rows import agreed_on, numbers_of, rm_rows
+from mlops.validation.docs import make_context
+from mlops.validation.run import validate_files
 from rlhf.data.schema import read_rows, write_rows
 from rlhf.errors import UserError
-from rlhf.feedback.batch import MIN_CHOICES, read_batch
-from rlhf.feedback.store import LABELS, LabelStore, check
 from rlhf.files import write_json
 from rlhf.params import Profile
-from tasks.labels import agreed_on, numbers_of, rm_rows
 from tasks.stage import Stage, run_stage
 from tasks.validate import report as stop_at
-from tasks.validation.docs import make_context
-from tasks.validation.run import validate_files
 
 # In rows of a batch these say nothing against it: some prompts have several labelers, a model may write anything.
 EXPECTED = ("unique_prompt_id", "unique_prompt", "characters")
@@ -34,7 +34,7 @@ def ingest(stage: Stage) -> None:
     if missing := sorted(wanted - set(labels)):
         item, labeler = missing[0]
         raise UserError(f"{folder / LABELS}: {len(missing)} of {len(wanted)} labels are missing, first: {item} by "
-                        f"{labeler}; `python -m tasks.label {folder} --labeler {labeler}`")
+                        f"{labeler}; `python -m mlops.labeling.terminal {folder} --labeler {labeler}`")
     for label in labels.values():
         check(label, items)
     rows = rm_rows(labels, items)

@@ -9,12 +9,12 @@ every round. The warm-up has the same share of the rollouts as in stage ppo: a w
 from dataclasses import replace
 from pathlib import Path
 
+from mlops.config.loader import Round
 from rlhf.data.schema import read_rows
-from rlhf.journal import read_journal
 from rlhf.params import PpoParams, RoundsParams
-from rlhf.ppo_run import train_ppo
-from tasks.gold import gold_labeler
-from tasks.params import Round
+from rlhf.ppo.run import train_ppo
+from rlhf.training.journal import read_journal
+from rlhf.world.gold import gold_labeler
 from tasks.ppo import summarise
 from tasks.stage import Stage, run_stage
 

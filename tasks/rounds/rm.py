@@ -11,13 +11,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from mlops.labeling.batch import read_batch
 from rlhf.data.rows import Rows, of_split
-from rlhf.feedback.batch import read_batch
 from rlhf.files import publish, write_json
-from rlhf.models import load_scorer
+from rlhf.model.load import load_scorer
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.reward_model import accuracy, sample_rows, score_rows, train_reward_model
-from rlhf.tokenizer import PromptCodec, load_tokenizer
-from tasks.gold import gold_labeler
+from rlhf.world.gold import gold_labeler
 from tasks.rm import labeler_demonstrations, measure
 from tasks.stage import Stage, run_stage
 

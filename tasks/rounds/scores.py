@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluate import answer, mean_kl, several, with_interval
-from rlhf.models import load_scorer
+from mlops.config.paths import MODELS, PROMPTS
+from rlhf.evaluation.generate import answer, mean_kl, several
+from rlhf.evaluation.held_out import held_out_rows, judge_of
+from rlhf.evaluation.preference import compare_all, outcome
+from rlhf.evaluation.statistics import with_interval
+from rlhf.model.load import load_scorer
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import EvaluateParams
-from rlhf.preference import compare_all, outcome
 from rlhf.reward_model import accuracy, score_rows
-from rlhf.seeding import seed_everything
-from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.training.seeding import seed_everything
+from rlhf.world.gold import gold_labeler
 from rlhf.world.labeler import GoldLabeler
-from tasks.evaluate import held_out_rows, judge_of
-from tasks.gold import gold_labeler
 from tasks.rm import gold_ranked
 from tasks.stage import Stage, run_stage
 
-SFT = Path("models/sft")
+SFT = MODELS["sft"]
 SAMPLES = 4  # completions a prompt on which the reward model's accuracy is measured
 
 
@@ -32,7 +34,7 @@ def score(stage: Stage) -> None:
     seed_everything(seed)
     labeler = gold_labeler(seed)
     policy, rm = (Path("models/rounds") / stage.key / name for name in ("ppo", "rm"))
-    prompts = [row["prompt"] for row in held_out_rows(params, seed)]
+    prompts = [row["prompt"] for row in held_out_rows(PROMPTS, params.prompts, seed)]
     found = {"policy": answer(policy, rm, prompts, params, seed), "sft": answer(SFT, rm, prompts, params, seed)}
     metrics: dict[str, Any] = {"round/number": number, "round/prompts": len(prompts),
                                "round/rm_score": sum(found["policy"].rm_scores) / len(prompts),

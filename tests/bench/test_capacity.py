@@ -29,7 +29,7 @@ from bench.capacity_model import (
     stage_seconds,
     stage_work,
 )
-from rlhf.models import adamw
+from rlhf.training.optim import adamw
 
 SHAPES = [Shape("a", 3, 48, 4, 320, 200, 64, "gpt2"), Shape("b", 2, 64, 4, 320, 128, 64, "gpt_neox", tied=False),
           Shape("c", 2, 64, 4, 320, 160, 64, "gpt_neox"), Shape("d", 2, 64, 4, 320, 176, 64, "llama", kv_heads=2),

@@ -24,7 +24,7 @@ SFT_AND_PPO = """
 """
 INGEST = """
   ingest:
-    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_LINE > build/data/line
+    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_RUN_NAME > build/data/line
     outs: [build/data]
 """
 FILES = {

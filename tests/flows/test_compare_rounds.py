@@ -9,8 +9,8 @@ import yaml
 
 from flows.compare_rounds import differences, page, parameters_of, read_arm, verdict
 from flows.rounds import place_of
+from mlops.config.stage_graph import unrolled
 from rlhf.errors import UserError
-from tasks.graph import unrolled
 
 ROW = {"gold": 6.0, "low": 5.9, "high": 6.1, "gold_sft": 5.5, "accuracy": 0.7, "win_rate": 0.6, "kl": 0.5, "rows": 100,
        "agreement": 0.73, "alpha": 0.4}

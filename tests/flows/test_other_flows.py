@@ -13,8 +13,8 @@ from prefect.states import State
 import flows.champion
 from flows.champion import evaluate_champion
 from flows.check_data import check_data
-from flows.copies import FOLDER
 from flows.sweep import sweep
+from flows.workspaces import FOLDER
 from rlhf.data.schema import KEYS, write_rows
 from tests.flows.checkout import Checkout
 

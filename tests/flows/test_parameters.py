@@ -10,9 +10,9 @@ from flows import parameters
 from flows.champion import evaluate_champion
 from flows.check_data import check_data
 from flows.pipeline import pipeline
+from flows.resume_rounds import wake
 from flows.rounds import rounds
 from flows.sweep import sweep
-from flows.wake import wake
 from rlhf.params import PpoParams
 
 

@@ -18,13 +18,13 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
 import flows.stages
-from flows.pipeline import use_profile
+from flows.execution import use_profile
 from flows.process import run_lines
 from flows.stages import StageFailed, read_failure
 from flows.summary import Summary, clock
 from flows.terminal import BarHandler
+from mlops.config.stage_graph import pipeline_stages
 from rlhf.errors import UserError
-from tasks.graph import line_stages
 from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout, alive
 
 # --- order and cache ------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_missed_gate_ends_in_a_state_of_its_own(checkout: Checkout) -> None:
 
 
 def test_order_is_that_of_dvc_yaml() -> None:
-    assert line_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate",
+    assert pipeline_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate",
                                        "promote"]
 
 

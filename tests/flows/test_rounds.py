@@ -14,12 +14,12 @@ import yaml
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Suspended
 
+from flows.resume_rounds import missing_labels
 from flows.rounds import Waiting, place_of, rounds, run_rounds
 from flows.stages import StageFailed
-from flows.wake import missing_labels
+from mlops.labeling.batch import Assignment, Item, item_id, write_batch
+from mlops.labeling.store import LABELS, Label, LabelStore
 from rlhf.errors import UserError
-from rlhf.feedback.batch import Assignment, Item, item_id, write_batch
-from rlhf.feedback.store import LABELS, Label, LabelStore
 from tests.flows.checkout import REPOSITORY, Checkout
 
 ROW = {"prompt_id": "p1", "user_id": "u", "source": "customer", "split": "train", "use_case": "chat", "prompt": "Why?"}

@@ -38,7 +38,7 @@ def servers_of(root: Path, first_port: int) -> Iterator[None]:
     environment = {**os.environ, "PREFECT_HOME": str(root / "prefect-home"),
                    **{f"INSTRUCTFLOW_{name}_PORT": str(first_port + 10 * place)
                       for place, name in enumerate(("PREFECT", "MLFLOW", "LABELS"))}}
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_MIRROR"):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_UPLOADER"):
         environment.pop(name, None)
 
     def servers(*command: str) -> None:

@@ -87,7 +87,7 @@ class Site(Checkout):
         self.git()
         self.notices = Receiver()
         self.servers = Servers(root)
-        self.environment = {**os.environ, "PREFECT_HOME": str(root / "prefect-home"), "INSTRUCTFLOW_MIRROR": "off",
+        self.environment = {**os.environ, "PREFECT_HOME": str(root / "prefect-home"), "INSTRUCTFLOW_UPLOADER": "off",
                             "INSTRUCTFLOW_WEBHOOK": self.notices.url, "PREFECT_API_URL": "",
                             "INSTRUCTFLOW_PREFECT_PORT": "4700", "INSTRUCTFLOW_MLFLOW_PORT": "5700"}
         del self.environment["PREFECT_API_URL"]

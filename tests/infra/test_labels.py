@@ -24,10 +24,10 @@ import yaml
 
 from infra.servers import Servers
 from infra.setup import SILENT_SECONDS
+from mlops.config.stage_graph import unrolled
+from mlops.labeling.batch import Assignment, Item, assign, item_id, read_batch, write_batch
+from mlops.labeling.store import LABELS, Batch, LabelStore
 from rlhf.data.schema import read_rows
-from rlhf.feedback.batch import Assignment, Item, assign, item_id, read_batch, write_batch
-from rlhf.feedback.store import LABELS, Batch, LabelStore
-from tasks.graph import unrolled
 from tests.flows.checkout import REPOSITORY
 from tests.infra.browsing import copy_checkout, keep, open_browser, post, servers_of, text_of, wait
 
@@ -216,7 +216,7 @@ class LabelServer:
         self.process.wait()
 
     def command(self, what: str, *options: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen([str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-m", "tasks.label_server", what,
+        return subprocess.Popen([str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-m", "mlops.labeling.label_studio", what,
                                  "feedback/r1", *options], cwd=self.root, env=self.environment, text=True,
                                 start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -22,11 +22,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf.checkpoint import StopSignal
-from rlhf.models import new_scorer, save_model
+from rlhf.model.load import new_scorer, save_model
+from rlhf.model.tokenizer import train_tokenizer
 from rlhf.params import PpoParams
-from rlhf.ppo import Trainer
-from rlhf.tokenizer import train_tokenizer
+from rlhf.ppo.trainer import Trainer
+from rlhf.training.checkpoint import StopSignal
 
 WITH_DROPOUT = ("gpt_neox", "gpt2")  # residual dropout, a bias in the final norm
 ARCHITECTURES = (*WITH_DROPOUT, "llama", "qwen2")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.losses import completion_loss, ranking_accuracy, ranking_loss, token_log_probs
+from rlhf.losses import completion_loss, ranking_accuracy, ranking_loss
+from rlhf.model.log_probs import token_log_probs
 
 Group = list[tuple[float, int]]  # (score, rank) of the completions of one prompt
 

@@ -16,9 +16,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import rlhf.reward_model
 from rlhf.errors import UserError
-from rlhf.journal import read_journal
+from rlhf.fast.packed_attention import NAME
 from rlhf.losses import best_of_loss
-from rlhf.models import load_policy, load_scorer, new_scorer, no_dropout, save_memory
+from rlhf.model.load import load_policy, load_scorer, new_scorer, no_dropout, save_memory
+from rlhf.model.scoring import score_groups, score_sequences
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import RmParams
 from rlhf.reward_model import (
     Scored,
@@ -27,13 +29,10 @@ from rlhf.reward_model import (
     calibration,
     calibration_error,
     reference_samples,
-    score_groups,
     score_rows,
-    score_sequences,
     train_reward_model,
 )
-from rlhf.texts import NAME
-from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.training.journal import read_journal
 
 Row = dict[str, Any]
 WORDS = ("red", "blue", "rice", "fish", "forest", "desert", "home", "ba-do", "mi-ka", "what")

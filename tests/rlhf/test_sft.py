@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.data.batching import length_batches
 from rlhf.errors import UserError
-from rlhf.journal import read_journal
-from rlhf.models import load_policy
+from rlhf.model.load import load_policy
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import SftParams
 from rlhf.pretrain import corpus_batch, read_corpus
-from rlhf.seeding import generator
 from rlhf.sft import Demonstrations, batch_loss, sft
-from rlhf.tokenizer import PromptCodec, load_tokenizer
+from rlhf.training.journal import read_journal
+from rlhf.training.seeding import generator
 
 SEED = 9
 

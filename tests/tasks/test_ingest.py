@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rlhf.data.rules import RULES
+from mlops.config.sources import load_source
+from rlhf.curation.rules import RULES
 from rlhf.errors import UserError
 from rlhf.params import IngestParams
 from tasks.ingest import as_table, folder_parser, main, make_folder
-from tasks.sources import load_source
 from tasks.validate import check_folder
 from tasks.validate import folder_parser as validate_parser
 

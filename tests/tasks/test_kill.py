@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.tasks.small_line import PROFILE, STAGES, Line, Undisturbed
+from tests.tasks.small_pipeline import PROFILE, STAGES, Line, Undisturbed
 
 
 def kill_until_done(line: Line, stage: str, seconds: float, rng: random.Random, kills: int) -> int:

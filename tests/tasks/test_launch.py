@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.tasks.small_line import PROFILE, Line, Undisturbed
+from tests.tasks.small_pipeline import PROFILE, Line, Undisturbed
 
 
 @pytest.fixture

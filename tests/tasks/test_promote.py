@@ -15,13 +15,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from rlhf.models import load_policy
+from mlops.release.gates import against_champion, gates
+from rlhf.model.load import load_policy
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import PromoteParams
-from rlhf.rollout import Sampling, sample_responses
-from rlhf.seeding import generator
-from rlhf.tokenizer import PromptCodec, load_tokenizer
-from tasks.gates import against_champion, gates
-from tests.tasks.small_line import PROFILE, Line, Undisturbed
+from rlhf.training.seeding import generator
+from tests.tasks.small_pipeline import PROFILE, Line, Undisturbed
 
 OPEN = "promote: {min_win_rate: 0, kl_band: 1000000, max_tax: 1, max_mean_tax: 1, max_toxic: 1}"
 METRICS = {"eval/kl_ppo": 0.5, "eval/toxic_ppo": 0.01, "eval/win_rate_vs_sft": 0.6, "eval/win_rate_vs_sft_low": 0.58,
@@ -171,7 +171,7 @@ def test_the_champion_answers_a_request(promotion: Promotion, served: str) -> No
 
 def test_chat_shows_models_side_by_side(promotion: Promotion) -> None:
     def chat(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([sys.executable, "-m", "tasks.chat", *arguments], cwd=promotion.line.root,
+        return subprocess.run([sys.executable, "-m", "mlops.tools.chat", *arguments], cwd=promotion.line.root,
                               input="what color is the ba-do?\n", capture_output=True, text=True,
                               env={**promotion.line.environment, "COLUMNS": "100"})
     both = chat("sft", "ppo", "--max-new-tokens", "8")

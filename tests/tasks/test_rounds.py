@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
+from mlops.config.loader import Round, load_params
+from mlops.config.stage_graph import write_rounds
+from mlops.labeling.batch import read_batch
+from mlops.labeling.store import LABELS, Batch, Label, LabelStore
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
-from rlhf.feedback.batch import read_batch
-from rlhf.feedback.store import LABELS, Batch, Label, LabelStore
 from rlhf.params import PpoParams, RoundsParams
-from tasks.graph import write_rounds
-from tasks.params import Round, load_params
 from tasks.rounds.collect import round_prompts
 from tasks.rounds.ppo import last_beta, round_params
-from tests.tasks.small_line import PROFILE, Line, Undisturbed
+from tests.tasks.small_pipeline import PROFILE, Line, Undisturbed
 
 ROUNDS = """rounds: {prompts: 12, k: 4, labelers: [labeler-01, labeler-02, labeler-03], overlap: 0.5, per_item: 2,
          episodes: 48, rm_epochs: 2, select: disagreement, ensemble: 2, candidates: 3}
@@ -49,7 +49,7 @@ def rounds(line: Line, undisturbed: Undisturbed) -> Iterator[Line]:
     write_rounds(line.root, 2)
     for key in ("r1", "r2"):
         step(line, "tasks.rounds.collect", "--round", key)
-        step(line, "tasks.label", f"feedback/{key}", "--simulate")
+        step(line, "mlops.labeling.terminal", f"feedback/{key}", "--simulate")
         for stage in STAGES:
             step(line, f"tasks.rounds.{stage}", "--round", key)
     yield line
@@ -123,7 +123,7 @@ def test_labels_of_people_are_not_orphaned(rounds: Line) -> None:
         store.path.write_bytes(known)
         LabelStore(store.path).add(Label("simulated/ada/item-gone", "item-gone", "ada", (1, 2, 3, 4)))
         step(rounds, "tasks.rounds.collect", "--round", "r2", "--fresh")
-        step(rounds, "tasks.label", "feedback/r2", "--simulate")
+        step(rounds, "mlops.labeling.terminal", "feedback/r2", "--simulate")
         assert store.path.read_bytes() == known
     finally:
         store.path.write_bytes(known)
@@ -136,7 +136,7 @@ def test_missing_labels_and_unknown_rounds_are_one_line(rounds: Line) -> None:
         path.write_bytes(b"".join(known.splitlines(keepends=True)[:-2]))
         said = step(rounds, "tasks.rounds.labels", "--round", "r1", fails=True)
         assert "2 of 18 labels are missing" in said
-        assert "python -m tasks.label feedback/r1 --labeler" in said
+        assert "python -m mlops.labeling.terminal feedback/r1 --labeler" in said
     finally:
         path.write_bytes(known)
     assert "no round r9; rounds: r1, r2" in step(rounds, "tasks.rounds.rm", "--round", "r9", fails=True)

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from mlops.config.loader import load_params
+from mlops.validation.docs import make_context
+from mlops.validation.reader import read_frame
+from mlops.validation.run import Finding, check
+from mlops.validation.suites import RULES, suite_of
 from rlhf.data.schema import PAPER_ROWS, USE_CASE_PERCENT, expected_rows, split_by_shares, write_rows
 from rlhf.errors import UserError
 from rlhf.params import ValidateParams
-from tasks.params import load_params
 from tasks.stage import Stage
 from tasks.validate import validate
-from tasks.validation.docs import make_context
-from tasks.validation.reader import read_frame
-from tasks.validation.run import Finding, check
-from tasks.validation.suites import RULES, suite_of
 
 REPO = Path(__file__).resolve().parents[2]
 SCALE = 0.01
@@ -175,7 +175,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
 
 
 def test_blank_text_in_any_alphabet() -> None:
-    from tasks.validation.kinds import is_visible
+    from mlops.validation.expectations import is_visible
 
     assert [text for text in ("", " \n\t", "\u00a0", "\u3000\u200b", "\x00") if is_visible(text)] == []
     assert all(map(is_visible, ("a", " é ", "字", "🙂", "?")))
@@ -268,7 +268,7 @@ def test_the_command_fails_with_one_line_and_leaves_the_metrics(root: Path) -> N
     rows[41]["ranks"] = [1, 2, 2, 4]
     write_rows(root / "data" / "rm.jsonl", rows)
     done = subprocess.run([sys.executable, "-m", "tasks.validate"], cwd=root, capture_output=True, text=True,
-                          check=False, env=os.environ | {"INSTRUCTFLOW_MIRROR": "off"})
+                          check=False, env=os.environ | {"INSTRUCTFLOW_UPLOADER": "off"})
     assert done.returncode == 2
     assert done.stderr == (
         "validate: data/rm.jsonl: dense_ranks: ranks are 1, 2, ... without a gap, ties share one; 1 row breaks it: "

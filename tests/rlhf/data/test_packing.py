@@ -15,13 +15,13 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from rlhf.data.packing import check_packing, document_positions, fill_rows, packed_batch, shuffled_batches
 from rlhf.errors import UserError
-from rlhf.journal import read_journal
-from rlhf.models import load_policy, no_dropout, save_memory
+from rlhf.fast.packed_attention import NAME, PackedBatch
+from rlhf.model.forward import log_probs_at
+from rlhf.model.load import load_policy, no_dropout, save_memory
 from rlhf.params import PretrainParams, SftParams
-from rlhf.passes import log_probs_at
 from rlhf.pretrain import lm_loss, pretrain
 from rlhf.sft import Demonstrations, batch_loss, sft
-from rlhf.texts import NAME, Texts
+from rlhf.training.journal import read_journal
 
 LENGTHS = [(3, 9), (7, 4), (1, 12), (5, 5), (2, 2), (11, 8), (4, 1), (6, 17)]  # prompt, completion
 ROOM = 40
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_batch(make_policy: Callabl
     assert packed.item() == pytest.approx(plain.item(), rel=1e-6)
     for one, other in zip(gradients(model, packed), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    leaking = batch_loss(model, Texts(texts.ids), places, "fp32")  # what is guarded against makes a difference here
+    leaking = batch_loss(model, PackedBatch(texts.ids), places, "fp32")  # what is guarded against makes a difference here
     assert abs(leaking.item() - plain.item()) > 1e-3
 
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from rlhf.data.batching import BUCKET_BATCHES, length_batches
 from rlhf.data.rows import Drawn, Rows, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
-from rlhf.models import load_policy
-from rlhf.ppo_run import encode_prompts
+from rlhf.model.load import load_policy
+from rlhf.model.tokenizer import PromptCodec
+from rlhf.ppo.run import encode_prompts
 from rlhf.reward_model import Rankings, sample_rows
-from rlhf.seeding import generator
 from rlhf.sft import Demonstrations
-from rlhf.tokenizer import PromptCodec
+from rlhf.training.seeding import generator
 
 WORDS = ("red", "blue", "rice", "fish", "forest", "désert", "home", "ba-do", "mi-ka", "what")
 lists_of_ids = st.lists(st.integers(0, 2**32 - 1), max_size=20)

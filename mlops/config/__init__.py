@@ -1,0 +1,1 @@
+"""Typed parameters, source descriptions, what dvc.yaml declares, where things lie."""

@@ -1,0 +1,1 @@
+"""The gates, the registry, the model card, what is served."""

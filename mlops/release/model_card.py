@@ -1,0 +1,87 @@
+"""The Hugging Face model card of a promoted policy: what it is, what it was trained on, how it was measured."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import ModelCardData
+
+from mlops.config.loader import load_params
+from mlops.release.gates import Gate
+from mlops.reporting.comparison import in_order, models_of
+from mlops.reporting.headline import estimate, number, percent, score
+from mlops.reporting.report import data_versions
+
+SHOWN = ("gold", "helpful", "truthful", "harmless", "toxic", "repetition", "length")
+
+
+def model_card(root: Path, metrics: Mapping[str, Any], found: Sequence[Gate], reasons: Sequence[str]) -> str:
+    """README.md of models/promoted. With reasons not to promote, it says so at its top."""
+    loaded = load_params(root)
+    stages = loaded.stages
+    embedded = json.loads((root / "data" / "source.json").read_text(encoding="utf-8"))["source"] == "embedded"
+    data = ModelCardData(
+        base_model=stages.pretrain.base_model or None, library_name="transformers", pipeline_tag="text-generation",
+        tags=["rlhf", "ppo", "instructgpt", "instructflow"], model_name=None)
+    models = models_of(metrics)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("model_card.md.j2").render(
+        front=data.to_yaml().strip(), embedded=embedded, reasons=reasons, gates=found, models=models,
+        base=stages.pretrain.base_model or "a small GPT trained from scratch on data/corpus.jsonl",
+        seed=loaded.seed, profile=loaded.profile, ppo=stages.ppo, sft=stages.sft, rm=stages.rm,
+        versions=data_versions(root), qualities=_qualities(metrics, models), wins=_wins(metrics),
+        taxes=_taxes(metrics), kl=score(number(metrics, "eval/kl_ppo")), prompts=int(metrics["eval/prompts"]),
+        accuracy=_rm_accuracy(root), described=_described(root)).strip() + "\n"
+
+
+def _qualities(metrics: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for stem in SHOWN:
+        values = [number(metrics, f"eval/{stem}_{model}") for model in models]
+        if any(value is not None for value in values):
+            form = score if stem in ("gold", "length") else percent
+            rows.append((stem, [form(value) for value in values]))
+    return rows
+
+
+def _wins(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(against whom, rate with interval) of the policy."""
+    rows = []
+    for word in ("win_rate", "rm_prefers"):
+        prefix = f"eval/{word}_vs_"
+        names = {key.removeprefix(prefix) for key in metrics if key.startswith(prefix)}
+        plain = [name for name in names if "/" not in name
+                 and not name.endswith(("_low", "_high", "_equal_length", "_length_weight"))]
+        for name in in_order(plain):
+            found = estimate(metrics, prefix + name)
+            if found and found.low is not None:
+                rows.append((name, f"{percent(found.value)} ({percent(found.low)} to {percent(found.high)})"))
+    return rows
+
+
+def _taxes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(task, the policy's score, its tax)."""
+    tasks = sorted(key.removeprefix("tax_score/ppo/") for key in metrics if key.startswith("tax_score/ppo/"))
+    return [(task, score(number(metrics, f"tax_score/ppo/{task}")), score(number(metrics, f"tax/{task}")))
+            for task in tasks]
+
+
+def _rm_accuracy(root: Path) -> str:
+    path = root / "metrics" / "rm.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return percent(number(values, "rm/accuracy"))
+
+
+def _described(root: Path) -> list[str]:
+    """The names of the sources that the data came from, where it is people's."""
+    spec = load_params(root).stages.ingest.spec
+    path = root / "profiles" / "sources" / f"{spec}.yaml"
+    if not spec or not path.exists():
+        return []
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = [entry for role in ("sft", "rm", "ppo") for entry in content.get(role) or []]
+    return sorted({str(entry.get("dataset") or entry.get("files")) for entry in entries})

@@ -1,0 +1,131 @@
+"""MLflow's model registry: versions of policy and reward model, their lineage, the aliases.
+
+A version holds a pyfunc model that `mlflow models serve` runs, with the Hugging Face folder inside. Equal content is
+one version, however often it is promoted.
+"""
+
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlops.tracking.mlflow_client  # noqa: F401  (before mlflow: it sets the environment that mlflow reads)
+
+# isort: split
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from mlops.tracking.mlflow_client import RUN_NAME_TAG, experiment_id, tracking_uri
+from rlhf.errors import UserError
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+CONTENT_TAG = "instructflow.content"
+FOLDER = "model"  # the artifact's name inside the pyfunc model
+SERVED = {"policy": "served_policy.py", "rm": "served_rm.py"}
+REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
+SIGNATURES = {
+    "policy": ModelSignature(
+        Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string, "response")]),
+        ParamSchema([ParamSpec("max_new_tokens", DataType.long, 64), ParamSpec("temperature", DataType.double, 1.0),
+                     ParamSpec("seed", DataType.long, 1)])),
+    "rm": ModelSignature(Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.string, "completion")]),
+                         Schema([ColSpec(DataType.double, "score")])),
+}
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The registered models NAME-policy and NAME-rm at MLFLOW_TRACKING_URI, or in mlflow.db of the checkout."""
+
+    name: str
+    root: Path
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=tracking_uri(self.root), registry_uri=tracking_uri(self.root))
+
+    def model(self, kind: str) -> str:
+        return f"{self.name}-{kind}"
+
+    def register(self, kind: str, folder: Path, content: str, line: str, lineage: Mapping[str, str]) -> ModelVersion:
+        """The version that holds `folder` ("policy" or "rm"), made where there is none; tagged with its lineage."""
+        with answered():
+            known = self._version_of(kind, content)
+            if known is None:
+                known = self._log(kind, folder, line)
+            for key, value in {CONTENT_TAG: content, **lineage}.items():
+                self.client.set_model_version_tag(self.model(kind), known.version, key, value)
+            return known
+
+    def set_alias(self, kind: str, alias: str, number: str) -> None:
+        with answered():
+            self.client.set_registered_model_alias(self.model(kind), alias, number)
+
+    def champion(self) -> ModelVersion | None:
+        """The policy's version with the alias champion."""
+        with answered():
+            try:
+                return self.client.get_model_version_by_alias(self.model("policy"), CHAMPION)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+                    return None
+                raise
+
+    def folder_of(self, found: ModelVersion, target: Path) -> Path:
+        """The Hugging Face folder of a version, fetched into `target`."""
+        with answered(), self._here():
+            path = mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}", dst_path=str(target))
+        folder = Path(path) / "artifacts"
+        return next(item for item in sorted(folder.iterdir()) if (item / "config.json").is_file())
+
+    def _version_of(self, kind: str, content: str) -> ModelVersion | None:
+        try:
+            found = self.client.search_model_versions(f"name = '{self.model(kind)}'")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return next((item for item in found if item.tags.get(CONTENT_TAG) == content), None)
+
+    def _log(self, kind: str, folder: Path, line: str) -> ModelVersion:
+        code = Path(__file__).parent
+        os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+        with self._here(), redirect_stderr(io.StringIO()), mlflow.start_run(run_id=self._run(line)):
+            logged = mlflow.pyfunc.log_model(
+                name=kind, python_model=str(code / SERVED[kind]), artifacts={FOLDER: str(folder)},
+                code_paths=[str(code.parent / "rlhf")], signature=SIGNATURES[kind],
+                pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+                registered_model_name=self.model(kind))
+        return self.client.get_model_version(self.model(kind), str(logged.registered_model_version))
+
+    def _run(self, line: str) -> str:
+        """The line's parent run; a new one where the mirror has not made it yet."""
+        experiment = experiment_id(self.client, self.root)
+        found = self.client.search_runs([experiment], f"tags.`{RUN_NAME_TAG}` = '{line}'", max_results=1)
+        run = found[0] if found else self.client.create_run(experiment, run_name=f"promote {line}")
+        return str(run.info.run_id)
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """Points mlflow's own functions at this registry."""
+        mlflow.set_tracking_uri(tracking_uri(self.root))
+        mlflow.set_registry_uri(tracking_uri(self.root))
+        yield
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Turns a registry that does not answer or refuses into one clear line."""
+    try:
+        yield
+    except MlflowException as error:
+        where = os.environ.get("MLFLOW_TRACKING_URI", "mlflow.db")
+        raise UserError(f"promote: the model registry at {where} says: {' '.join(str(error).split())[:300]}") from error

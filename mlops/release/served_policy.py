@@ -1,0 +1,36 @@
+"""The policy as `mlflow models serve` runs it: {"dataframe_records": [{"prompt": ...}]} -> responses.
+
+MLflow runs this file when a version is loaded; it needs the library and the Hugging Face folder logged with it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from rlhf.model.load import load_policy
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.training.seeding import generator
+
+
+class Policy(PythonModel):
+    """prompt -> response."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        folder = Path(context.artifacts["model"])
+        self.codec, self.model = PromptCodec(load_tokenizer(folder)), load_policy(folder)
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame,
+                params: dict[str, Any] | None = None) -> list[str]:
+        options = {"max_new_tokens": 64, "temperature": 1.0, "seed": 1, **(params or {})}
+        sampling = Sampling(int(options["max_new_tokens"]), (self.codec.eos_id,), self.codec.pad_id,
+                            float(options["temperature"]))
+        prompts = self.codec.prompts([str(text) for text in model_input["prompt"]])
+        found = sample_responses(self.model, prompts, sampling, generator(int(options["seed"]), "served"))
+        return [self.codec.decode(ids) for ids in found]
+
+
+mlflow.models.set_model(Policy())

@@ -1,0 +1,30 @@
+"""The reward model as `mlflow models serve` runs it: {"dataframe_records": [{"prompt", "completion"}]} -> scores."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from rlhf.model.load import load_scorer
+from rlhf.model.scoring import score_sequences
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+
+
+class RewardModel(PythonModel):
+    """prompt, completion -> score."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        folder = Path(context.artifacts["model"])
+        self.codec, self.model = PromptCodec(load_tokenizer(folder)), load_scorer(folder)
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame,
+                params: dict[str, Any] | None = None) -> list[float]:
+        prompts = self.codec.prompts([str(text) for text in model_input["prompt"]])
+        completions = self.codec.completions([str(text) for text in model_input["completion"]])
+        return score_sequences(self.model, [prompt + completion for prompt, completion in
+                                            zip(prompts, completions, strict=True)], self.codec.pad_id, "fp32")
+
+
+mlflow.models.set_model(RewardModel())

@@ -1,0 +1,202 @@
+"""The report's headline: numbers in words, the verdict sentence, the four cards on top of the page."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlops.reporting.plots import Estimate
+
+MINUS, DASH, NBSP = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NO-BREAK SPACE}"
+KL_BAND = (2 / 3, 3 / 2)  # beta changes where the KL leaves these shares of its goal
+Form = Callable[[float | None], str]
+
+
+def number(values: Mapping[str, Any], key: str) -> float | None:
+    """The finite number under `key`, else None."""
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def percent(value: float | None) -> str:
+    """A share as percent with one decimal."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{100 * value:.1f}{NBSP}%".replace("-", MINUS)
+
+
+def score(value: float | None) -> str:
+    """A score with two decimals, three below 1."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:.{2 if abs(value) >= 1 else 3}f}".replace("-", MINUS)
+
+
+def signed(value: float | None) -> str:
+    """A score with its sign."""
+    return score(value) if value is None or value <= 0 else "+" + score(value)
+
+
+def length(value: float | None) -> str:
+    """A mean length with one decimal."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:.1f}"
+
+
+def figure(value: Any) -> str:
+    """Any metric: whole numbers with separators, others to four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}".replace("-", MINUS)
+    return f"{value:.4g}".replace("-", MINUS)
+
+
+def estimate(values: Mapping[str, Any], key: str, name: str = "") -> Estimate | None:
+    """`key` with its `_low`, `_high` and `_n`; with a count but no interval, the Wilson interval of a share."""
+    value = number(values, key)
+    if value is None:
+        return None
+    low, high, n = number(values, key + "_low"), number(values, key + "_high"), number(values, key + "_n")
+    if (low is None or high is None) and n and 0 <= value <= 1:
+        middle, spread = (value + 1.92 / n) / (1 + 3.84 / n), math.sqrt(value * (1 - value) / n + 0.96 / n**2)
+        low, high = middle - 1.96 * spread / (1 + 3.84 / n), middle + 1.96 * spread / (1 + 3.84 / n)
+    return Estimate(name or key, value, low, high, None if n is None else int(n))
+
+
+def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]:
+    """Tone (good, bad, open), one line, and a paragraph: is PPO better than SFT, at what price?"""
+    win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
+    tone, line = _answer(win, gain)
+    said = []
+    if win:
+        n = number(evaluation, "eval/prompts")
+        where = f" on {int(n):,} held-out prompts" if n else ""
+        said.append(f"The gold labeler gives PPO a win rate of {percent(win.value)}{_interval(win, percent)} "
+                    f"against SFT{where}.")
+    if gain:
+        said.append(f"The mean gold score changes by {signed(gain.value)}{_interval(gain, signed)}.")
+    said.append(_price(evaluation, goal))
+    rm_sft, rm_ppo = number(evaluation, "eval/rm_score_sft"), number(evaluation, "eval/rm_score_ppo")
+    fell = gain is not None and gain.high is not None and gain.high < 0
+    if fell and rm_sft is not None and rm_ppo is not None and rm_ppo > rm_sft:
+        said.append("The reward model's score rose while the gold score fell: the reward model was over-optimised.")
+    return {"tone": tone, "line": line, "text": " ".join(said)}
+
+
+def _answer(win: Estimate | None, gain: Estimate | None) -> tuple[str, str]:
+    """Tone and line. A win rate clear of 50 % decides, unless the gold score clearly moved the other way."""
+    if win is None:
+        return "open", "Not measured: there is no win rate against SFT."
+    if win.low is None or win.high is None:
+        return "open", "Open: there is a win rate but no interval."
+    if win.low > 0.5:
+        if gain and gain.high is not None and gain.high < 0:
+            return "open", "Mixed: PPO wins more often than SFT, but its mean gold score is lower."
+        return "good", "Yes: PPO is better than SFT."
+    if win.high < 0.5:
+        if gain and gain.low is not None and gain.low > 0:
+            return "open", "Mixed: PPO wins less often than SFT, but its mean gold score is higher."
+        return "bad", "No: PPO is worse than SFT."
+    return "open", "Not shown: PPO and SFT cannot be told apart."
+
+
+def _interval(value: Estimate, form: Form) -> str:
+    if value.low is None or value.high is None:
+        return ""
+    return f" (95{NBSP}% interval {form(value.low)} to {form(value.high)})"
+
+
+def _price(evaluation: Mapping[str, Any], goal: float | None) -> str:
+    """The price in words: KL against its goal band, and the mean alignment tax."""
+    parts = []
+    kl, mean = number(evaluation, "eval/kl_ppo"), tax_mean(evaluation)
+    if kl is not None:
+        where = f", {_place(kl, goal)}" if goal else ""
+        parts.append(f"{score(kl)}{NBSP}nats of KL from the SFT policy{where}")
+    if mean:
+        interval = _interval(mean, points) + _tax_words(mean)
+        parts.append(f"a mean alignment tax of {points(mean.value)}{NBSP}points{interval}")
+    return "The price: " + "; and ".join(parts) + "." if parts else "The price was not measured."
+
+
+def _place(kl: float, goal: float) -> str:
+    low, high = KL_BAND[0] * goal, KL_BAND[1] * goal
+    where = "below" if kl < low else "above" if kl > high else "inside"
+    return f"{where} the goal band of {score(low)} to {score(high)}"
+
+
+def points(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.1f}".replace("-0.0", "0.0").replace("-", MINUS)
+
+
+def _tax_words(mean: Estimate) -> str:
+    if mean.low is None or mean.high is None:
+        return ""
+    return ", a loss" if mean.low > 0 else ", a gain" if mean.high < 0 else ", not distinguishable from zero"
+
+
+def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[dict[str, Any]]:
+    """The four headline figures: title, value, note, tone, and the strip (low, value, high, mark, ends)."""
+    win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
+    base, mean = estimate(evaluation, "eval/win_rate_vs_base"), tax_mean(evaluation)
+    kl = number(evaluation, "eval/kl_ppo")
+    cards: list[dict[str, Any]] = []
+    if win:
+        note = f"against base {percent(base.value)}" if base else ""
+        cards.append({"title": "Win rate against SFT", "value": percent(win.value), "range": _range(win, percent),
+                      "note": note, **_strip(win, 0.5, "50 %", up=True, ends=(0.0, 1.0))})
+    if gain:
+        note = f"SFT {score(number(evaluation, 'eval/gold_sft'))} → PPO {score(number(evaluation, 'eval/gold_ppo'))}"
+        cards.append({"title": "Gold score gain", "value": signed(gain.value), "range": _range(gain, signed),
+                      "note": note, **_strip(gain, 0, "0", up=True)})
+    if kl is not None:
+        band = Estimate("kl", kl, KL_BAND[0] * goal, KL_BAND[1] * goal) if goal else Estimate("kl", kl)
+        inside = goal is None or KL_BAND[0] * goal <= kl <= KL_BAND[1] * goal
+        note = f"{_place(kl, goal).split(' the ')[0]} its goal band" if goal else ""
+        cards.append({"title": "KL to the SFT policy", "value": f"{score(kl)}{NBSP}nats", "note": note,
+                      "range": f"goal {score(goal)}, band {score(band.low)} to {score(band.high)}" if goal else "",
+                      **_strip(band, goal or 0, "goal", band=True), "tone": "good" if inside and goal else "open"})
+    if mean:
+        cards.append({"title": "Mean alignment tax", "value": f"{points(mean.value)}{NBSP}points",
+                      "range": _range(mean, points), "note": f"base {MINUS} PPO, lower is better",
+                      **_strip(mean, 0, "0", up=False)})
+    return cards
+
+
+def _range(value: Estimate, form: Form) -> str:
+    return "no interval" if value.low is None else f"{form(value.low)} to {form(value.high)}"
+
+
+def _strip(value: Estimate, mark: float, label: str, up: bool = True, ends: tuple[float, float] | None = None,
+           band: bool = False) -> dict[str, Any]:
+    """Places, in percent of the strip's width, of the interval, the dot and the mark; and the tone."""
+    low = value.value if value.low is None else value.low
+    high = value.value if value.high is None else value.high
+    reach = 1.25 * max(abs(low - mark), abs(high - mark), abs(value.value - mark), 1e-9)
+    left, right = ends or ((0.0, max(2 * mark, 1.1 * value.value, 1e-9)) if band else (mark - reach, mark + reach))
+    places = {name: round(100 * min(1.0, max(0.0, (x - left) / (right - left))), 2)
+              for name, x in (("low", low), ("dot", value.value), ("high", high), ("mark", mark))}
+    sign = 0 if low <= mark <= high else 1 if low > mark else -1
+    tone = "open" if sign == 0 or value.low is None else "good" if (sign > 0) == up else "bad"
+    return {"strip": places, "label": label, "band": band, "tone": tone}
+
+
+def tax_mean(evaluation: Mapping[str, Any]) -> Estimate | None:
+    """The mean alignment tax with its interval: measured, or from the scores' standard errors.
+
+    The errors are added as if base and PPO were independent; they answer the same items, so it is on the wide side.
+    """
+    mean = estimate(evaluation, "tax/mean")
+    if mean is None or mean.low is not None:
+        return mean
+    tasks = tax_tasks(evaluation)
+    errors = [number(evaluation, f"tax_se/{model}/{task}") for task in tasks for model in ("base", "ppo")]
+    known = [error for error in errors if error is not None]
+    if not tasks or len(known) < len(errors):
+        return mean
+    half = 1.96 * math.sqrt(sum(error * error for error in known)) / len(tasks)
+    return Estimate("tax/mean", mean.value, mean.value - half, mean.value + half)
+
+
+def tax_tasks(evaluation: Mapping[str, Any]) -> list[str]:
+    """The names of the tasks that have scores, sorted."""
+    return sorted({key.split("/", 2)[2] for key in evaluation if key.startswith("tax_score/") and key.count("/") > 1})

@@ -1,0 +1,109 @@
+"""Talk to the models of the line, several side by side.
+
+    python -m mlops.tools.chat                    # the promoted policy, else PPO
+    python -m mlops.tools.chat sft ppo            # two stages' models; a folder of a model works too
+    echo "a prompt" | python -m mlops.tools.chat base sft ppo --temperature 0
+
+Each line of input is a prompt of its own, as in the training data; an empty one or Ctrl-D ends.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from mlops.config.paths import RM
+from rlhf.errors import UserError
+
+FOLDERS = {"base": "models/pretrain", "sft": "models/sft", "ppo": "models/ppo", "promoted": "models/promoted"}
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model and its codec."""
+
+    name: str
+    codec: Any
+    model: Any
+
+
+def load(name: str) -> Speaker:
+    """A stage's model or a folder. Raises UserError where there is none."""
+    from rlhf.model.load import load_policy
+    from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+
+    folder = Path(FOLDERS.get(name, name))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model here; run `make run`, or name one of {', '.join(FOLDERS)} or a folder")
+    return Speaker(name, PromptCodec(load_tokenizer(folder)), load_policy(folder))
+
+
+def reply(speaker: Speaker, prompt: str, options: argparse.Namespace, turn: int) -> str:
+    """The model's response; the same words, seed and turn give the same response."""
+    from rlhf.model.sampling import Sampling, sample_responses
+    from rlhf.model.tokenizer import newline_ids
+    from rlhf.training.seeding import generator
+
+    stops = (speaker.codec.eos_id, *(newline_ids(speaker.codec.tokenizer) if speaker.name == "base" else ()))
+    sampling = Sampling(options.max_new_tokens, stops, speaker.codec.pad_id, options.temperature)
+    ids = sample_responses(speaker.model, speaker.codec.prompts([prompt]), sampling,
+                           generator(options.seed, "chat", turn))
+    return str(speaker.codec.decode(ids[0]))
+
+
+def scores(speaker: Speaker, prompt: str, responses: list[str]) -> list[float]:
+    """What the reward model makes of them; NaN without one."""
+    from rlhf.evaluation.generate import rm_scores
+
+    if not (RM / "config.json").is_file():
+        return [float("nan")] * len(responses)
+    return rm_scores(RM, [prompt] * len(responses), responses, "fp32")
+
+
+def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console) -> None:
+    """Reads prompts until the end and shows the responses."""
+    asked = sys.stdin.isatty()
+    turn = 0
+    while True:
+        try:
+            prompt = console.input("[bold]prompt> [/bold]") if asked else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            return
+        prompt = prompt.rstrip("\n")
+        if not prompt.strip():
+            return
+        turn += 1
+        responses = [reply(speaker, prompt, options, turn) for speaker in speakers]
+        if not asked:
+            console.print(Text(prompt, style="bold"))
+        boxes = [Panel(Text(response or "(nothing)"), title=speaker.name, subtitle=f"rm {value:.2f}",
+                       width=min(console.width, max(30, console.width // len(speakers) - 1)))
+                 for speaker, response, value in zip(speakers, responses, scores(speakers[0], prompt, responses),
+                                                     strict=True)]
+        console.print(Columns(boxes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlops.tools.chat", description="Talk to the models of the line.")
+    parser.add_argument("models", nargs="*", help=f"{', '.join(FOLDERS)} or folders; several are shown side by side")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest words")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    promoted = Path(FOLDERS["promoted"]) / "config.json"
+    try:
+        talk([load(name) for name in options.models or ["promoted" if promoted.is_file() else "ppo"]], options,
+             Console(highlight=False))
+    except UserError as error:
+        print(f"chat: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Brings the pinned data and models from DVC's remote; where a file of it is missing or damaged, changes nothing.
+
+    python -m mlops.tools.pull [TARGET ...]      data.dvc, models/ppo, ...; everything unless told
+
+`dvc pull` removes a file before it knows that it has the new one. Here everything is fetched into the cache and
+checked by its hash first, and only then checked out.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf.errors import UserError
+
+SHOWN = 3
+
+
+def damaged(root: Path, targets: list[str]) -> list[str]:
+    """The files whose object in the cache is missing or does not have its hash; a damaged object is deleted."""
+    from dvc.repo import Repo
+
+    wrong = []
+    with Repo(str(root)) as repo:
+        for wanted in repo.used_objs(targets or None).values():
+            for item in sorted(wanted, key=lambda item: (str(item.obj_name), item.value)):
+                path = Path(repo.cache.local.oid_to_path(item.value))
+                if not path.exists():
+                    wrong.append(f"{item.obj_name} (missing)")
+                    continue
+                with path.open("rb") as handle:
+                    found = hashlib.file_digest(handle, "md5").hexdigest()
+                if found != item.value.removesuffix(".dir"):
+                    path.unlink()
+                    wrong.append(f"{item.obj_name} (damaged)")
+    return wrong
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    """Runs dvc; returns the last line of what it complains about, "" where it succeeds."""
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, text=True, stderr=subprocess.PIPE)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return (lines or [f"exit code {done.returncode}"])[0].removeprefix("ERROR: ") if done.returncode else ""
+
+
+def pull(root: Path, targets: list[str]) -> None:
+    """Fetches, checks, checks out. Raises UserError with nothing changed in the checkout."""
+    from dvc.exceptions import DvcException
+
+    complaint = dvc(root, "fetch", *targets)
+    try:
+        wrong = damaged(root, targets)
+    except DvcException as error:
+        raise UserError(f"{' '.join(targets) or 'dvc.lock'}: {str(error).splitlines()[0]}") from None
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError(f"{', '.join(wrong[:SHOWN])}{more} in the remote; nothing was changed; run `dvc push` in a "
+                        f"checkout that has them" + (f" ({complaint})" if complaint else ""))
+    complaint = dvc(root, "checkout", *targets)
+    if complaint:
+        raise UserError(f"fetched and sound, but not checked out: {complaint}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 where nothing could be pulled."""
+    parser = argparse.ArgumentParser(prog="python -m mlops.tools.pull", description="pulls what DVC pins, or nothing")
+    parser.add_argument("targets", nargs="*", help="stages, outputs or .dvc files; all unless given")
+    try:
+        pull(Path.cwd(), parser.parse_args(arguments).targets)
+    except UserError as error:
+        print(f"pull: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

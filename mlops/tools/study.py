@@ -1,0 +1,235 @@
+"""Reruns the paper's claims in the embedded world over several seeds: metrics/claims.json and docs/claims.md.
+
+    python -m mlops.tools.study                   # seeds 1 2 3, the profile of params.yaml; `make study` sets itself up first
+    python -m mlops.tools.study --seeds 1 2 3 4 5 --profile smoke
+
+Every unit (a seed's data, a model, a measurement) is kept in scratch/study and taken from there the next time, and
+training goes on from its checkpoints: an interrupted study costs minutes. What each claim needs is in mlops/tools/claims.py.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlops.config.loader import Params, load_params, load_profile
+from mlops.tools.claims import judge_claims, write_claims
+from rlhf.data.schema import read_rows
+from rlhf.errors import Interrupted, TrainingFailed, UserError
+from rlhf.evaluation.generate import Answers, answer
+from rlhf.evaluation.held_out import HeldOut, best_of_curve
+from rlhf.evaluation.lm_eval import Harness, TaskScore, measure
+from rlhf.evaluation.metrics import gold_metrics, preference_metrics, safety_metrics, tax_metrics
+from rlhf.evaluation.preference import compare_all, gold_judge
+from rlhf.files import write_json
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.params import PpoParams, Profile
+from rlhf.ppo.run import train_ppo
+from rlhf.pretrain import pretrain
+from rlhf.reward_model import accuracy, sample_rows, score_rows, train_reward_model
+from rlhf.sft import sft
+from rlhf.training.journal import read_journal
+from rlhf.training.seeding import seed_everything
+from rlhf.world.embedded import write_embedded
+from rlhf.world.facts import World
+from rlhf.world.labeler import GoldLabeler
+
+FOLDER = Path("scratch/study")
+# The study's SFT has no pretraining text: with the profile's share of it there is no tax left to study.
+SFT_CHANGES: dict[str, Any] = {"pretrain_mix": 0.0}
+PTX = 0.5
+HIGH_BETA = 10.0  # times the profile's beta, fixed
+FREE_BETA = 0.001  # hardly any penalty: the reward model is optimised as far as it goes
+FREE_EPISODES = 2.0  # times the profile's
+SMALL_WIDTH = 0.5  # of the profile's: the aligned model of claim 1
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed's folder, parameters and world."""
+
+    number: int
+    profile: Profile
+    root: Path
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def rows(self, name: str, split: str = "") -> list[dict[str, Any]]:
+        rows = list(read_rows(self.root / "data" / f"{name}.jsonl"))
+        return [row for row in rows if row["split"] == split] if split else rows
+
+    def unit(self, name: str, make: Callable[[Path], Any]) -> Any:
+        """What `make(folder)` returns, computed once; `folder` holds its files."""
+        place = self.root / name
+        done = place / "unit.json"
+        if done.is_file():
+            return json.loads(done.read_text(encoding="utf-8"))
+        place.mkdir(parents=True, exist_ok=True)
+        print(f"study: seed {self.number}: {name}", flush=True)
+        before = time.monotonic()
+        found = make(place)
+        print(f"study: seed {self.number}: {name} took {time.monotonic() - before:.0f} s", flush=True)
+        write_json(done, found)
+        return found
+
+
+def run_seed(seed: Seed) -> dict[str, Any]:
+    """Trains and measures everything for one seed; returns its numbers."""
+    profile, number = seed.profile, seed.number
+    labeler = GoldLabeler(World(number))
+    seed.unit("data", lambda place: write_embedded(profile.ingest, number, place))  # and unit.json beside the rows
+    texts = [row["text"] for row in read_rows(seed.path("data/corpus.jsonl"))]
+    narrow = dataclasses.replace(profile.pretrain, n_embd=_width(profile))
+    for name, shape in (("base", profile.pretrain), ("small_base", narrow)):
+        seed.unit(name, partial(pretrain, shape, texts, number))
+    for name, base in (("sft", "base"), ("small_sft", "small_base")):
+        seed.unit(name, partial(_sft, seed, base))
+    found: dict[str, Any] = {"rm": seed.unit("rm", lambda place: _reward_model(seed, place))}
+    for name, (start, changes) in ppo_runs(profile.ppo).items():
+        seed.unit(name, partial(_ppo, seed, start, changes, labeler))
+    found["scores"] = seed.unit("scores", lambda place: _measure(seed, labeler, place))
+    found["free_run"] = [{key: float(row[f"ppo/{key}"]) for key in ("kl", "rm_score", "gold")}
+                         for row in read_journal(seed.path("ppo_free/journal.csv"))]
+    found["best_of_n"] = seed.unit("best_of_n", lambda place: best_of_curve(
+        seed.path("sft/model"), seed.path("rm/model"), HeldOut(seed.rows("ppo", "valid"), labeler), profile.evaluate,
+        number))
+    found["prompts"] = min(profile.evaluate.prompts, len(seed.rows("ppo", "valid")))
+    found["parameters"] = {name: sum(item.numel() for item in _weights(seed.path(f"{name}/model")))
+                           for name in ("base", "small_base")}
+    return found
+
+
+def _sft(seed: Seed, base: str, place: Path) -> dict[str, float]:
+    params = dataclasses.replace(seed.profile.sft, **SFT_CHANGES)
+    return sft(params, seed.rows("sft"), seed.path(f"{base}/model"), seed.number, place, seed.path("data/corpus.jsonl"))
+
+
+def _ppo(seed: Seed, start: str, changes: dict[str, Any], labeler: GoldLabeler, place: Path) -> dict[str, float]:
+    params = dataclasses.replace(seed.profile.ppo, **changes)
+    prompts = [row["prompt"] for row in seed.rows("ppo", "train")]
+    return train_ppo(params, prompts, seed.path(f"{start}/model"), seed.path("rm/model"), seed.number, place,
+                     labeler.scores, seed.path("data/corpus.jsonl"))
+
+
+def ppo_runs(params: PpoParams) -> dict[str, tuple[str, dict[str, Any]]]:
+    """name: (the SFT it starts from, changes to the profile's PPO)."""
+    free = int(FREE_EPISODES * params.episodes)
+    return {
+        "ppo": ("sft", {}),
+        "ppo_ptx": ("sft", {"ptx_coef": PTX}),
+        "ppo_high_beta": ("sft", {"beta_rule": "fixed", "beta": HIGH_BETA * params.beta}),
+        "ppo_free": ("sft", {"beta_rule": "fixed", "beta": FREE_BETA, "kl_limit": 1000.0, "episodes": free}),
+        "small_ppo": ("small_sft", {}),
+    }
+
+
+def _width(profile: Profile) -> int:
+    """About half the width, a multiple of the heads."""
+    heads = profile.pretrain.n_head
+    return max(heads * 4, int(profile.pretrain.n_embd * SMALL_WIDTH) // (heads * 4) * heads * 4)
+
+
+def _weights(folder: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return list(load_file(folder / "model.safetensors").values())
+
+
+def _reward_model(seed: Seed, place: Path) -> dict[str, float]:
+    """Trains it; accuracy on valid labels of training labelers and of held-out ones, with their standard errors."""
+    params, rows = seed.profile.rm, seed.rows("rm")
+    shown = [row for row in seed.rows("sft", "valid") if row["source"] == "labeler"]
+    model, _ = train_reward_model(params, rows, shown, seed.path("sft/model"), seed.number, place)
+    valid = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, seed.number)
+    scored = score_rows(model, PromptCodec(load_tokenizer(seed.path("sft/model"))), valid, params)
+    training = {row["labeler_id"] for row in rows if row["split"] == "train"}
+    found = {}
+    for name, known in (("training", True), ("held_out", False)):
+        group = [item for item in scored if (item.row["labeler_id"] in training) == known]
+        share = accuracy(group)
+        found[name] = share
+        found[f"{name}_stderr"] = (share * (1 - share) / max(1, len(group))) ** 0.5  # a prompt's pairs hang together
+    return found
+
+
+def _measure(seed: Seed, labeler: GoldLabeler, place: Path) -> dict[str, float]:
+    """Preference, quality, safety and tax of every model of the seed."""
+    params = seed.profile.evaluate
+    held_out = HeldOut(seed.rows("ppo", "valid")[: params.prompts], labeler)
+    tax = Harness(folders=[seed.path("data/tax")], limit=params.tax_items, batch_size=params.task_batch_size)
+    answers: dict[str, Answers] = {}
+    tasks: dict[str, dict[str, TaskScore]] = {}
+    rm = seed.path("rm/model")
+    answers["base_prompted"] = answer(seed.path("base/model"), rm, held_out.prompts, params, seed.number,
+                                      ends_at_newline=True, form=params.prompt_form,
+                                      shots=seed.rows("sft", "train")[: params.shots])
+    for name in ("base", "sft", *ppo_runs(seed.profile.ppo)):
+        folder = seed.path(f"{name}/model")
+        if name != "base":
+            answers[name] = answer(folder, rm, held_out.prompts, params, seed.number)
+        if not name.startswith("small"):
+            tasks[name] = measure(folder, tax, place / "kept")
+    grades = {name: labeler.grades(held_out.prompts, found.texts) for name, found in answers.items()}
+    texts = {name: found.texts for name, found in answers.items()}
+    outcomes = compare_all(held_out.prompts, texts, gold_judge(labeler))
+    return (safety_metrics(held_out, answers) | gold_metrics(held_out, grades, params, seed.number)
+            | preference_metrics(held_out, answers, outcomes, params, seed.number, "win_rate")
+            | tax_metrics(tasks, {}, params, seed.number))
+
+
+def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
+    """Runs the seeds one after the other and writes the claims. Returns them."""
+    if params.stages.ingest.source != "embedded" or params.stages.pretrain.base_model:
+        raise UserError("study: needs the embedded source and a model trained here: the claims are judged by its gold "
+                        "labeler; use profile cpu")
+    digest = _digest(params)
+    found = {}
+    for number in seeds:
+        seed_everything(number)
+        found[number] = run_seed(Seed(number, params.stages, root / FOLDER / digest / f"seed-{number}"))
+    claims = judge_claims(list(found.values()))
+    write_claims(claims, found, params.profile, root)
+    return claims
+
+
+def _digest(params: Params) -> str:
+    """A folder's name for these parameters: others never mix with them."""
+    text = json.dumps([dataclasses.asdict(params.stages), SFT_CHANGES, PTX, HIGH_BETA, FREE_BETA, FREE_EPISODES,
+                       SMALL_WIDTH], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlops.tools.study", description="Reruns the paper's claims.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--profile", help="the file of profiles/ to use; left out: that of params.yaml")
+    options = parser.parse_args()
+    root = Path.cwd()
+    try:
+        params = load_params(root)
+        if options.profile:
+            params = dataclasses.replace(params, profile=options.profile,
+                                         stages=load_profile(root / "profiles" / f"{options.profile}.yaml"))
+        claims = study(params, options.seeds, root)
+    except (UserError, TrainingFailed) as error:
+        print(f"study: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Interrupted as error:
+        print(f"study: {error}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(143) from None
+    held = sum(claim["holds"] for claim in claims)
+    print(f"study: {held} of {len(claims)} claims hold: docs/claims.md, metrics/claims.json", flush=True)
+
+
+if __name__ == "__main__":
+    main()

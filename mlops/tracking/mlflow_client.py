@@ -1,0 +1,250 @@
+"""The mirror's MLflow calls: a parent run for the line, a child run for each stage, metrics, datasets, artifacts.
+
+Used by `python -m mlops.tracking.uploader` only. Where everything goes: experiment "instructflow" at MLFLOW_TRACKING_URI, or
+`mlflow.db` and `mlartifacts/` in the checkout.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+# Retries are the mirror's: it looks for what an unanswered request did before it repeats it.
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "true"
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
+from mlops.config.loader import load_params
+from mlops.config.stage_graph import declared_stages
+from mlops.tracking.upload_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
+from rlhf.errors import UserError
+
+Answer = TypeVar("Answer")
+EXPERIMENT = "instructflow"
+LAST_STAGE = "promote"  # the line is finished when it is
+LAST_OF_ROUND = "round_scores@"
+KEY_TAG = "instructflow.key"
+RUN_NAME_TAG = "instructflow.line"
+PARENT_TAG = "mlflow.parentRunId"
+DIGEST_CHARS = 36  # MLflow's limit; an md5 with ".dir" just fits
+REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "MALFORMED_REQUEST", "FEATURE_DISABLED"}
+
+for name in ("mlflow", "alembic"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tracking_uri(root: Path) -> str:
+    """Where everything goes: MLFLOW_TRACKING_URI, or mlflow.db in the checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
+
+
+def experiment_id(client: MlflowClient, root: Path) -> str:
+    """The project's experiment, made or restored where it is missing; artifacts lie beside a database of our own."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        uri = tracking_uri(root)
+        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri() \
+            if uri.startswith("sqlite:") else None
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+class MlflowTracker:
+    """`mlops.tracking.upload_record.Tracker` for MLflow. Makes no request before it is asked something."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.uri = tracking_uri(self.root)
+        self._answered: dict[tuple[Any, ...], Any] = {}
+
+    def open_run(self, record: Record, run: dict[str, Any]) -> None:
+        stage, start_ms = run["stage"], record.started_ns // 1_000_000
+        params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(stage, run["params"])}
+        with _answers(gone=Unreachable):  # "no such experiment": replaced under us, made anew at the next attempt
+            try:
+                once = (record.key, record.started_ns)
+                parent = self._once((*once, "line"), lambda: self._line_run(record.line, start_ms))
+                child = self._once((*once, "run"), lambda: self._find_or_create(
+                    record.key, stage, start_ms, {PARENT_TAG: parent.info.run_id}))
+                self._once((*once, "describe"), lambda: self._describe_line(parent, run))
+                tags = self._tags(run) | {"stage": stage}
+                if "beta_rule" in run["params"]:
+                    tags["beta_rule"] = run["params"]["beta_rule"]
+                self._once((*once, "log"), lambda: self._log(child, params, tags))
+                self._once((*once, "inputs"), lambda: self._client.log_inputs(child.info.run_id, self._datasets(stage)))
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    self._answered.clear()
+                    self.__dict__.pop("_experiment", None)
+                raise
+        record.run_id, record.parent_run_id = child.info.run_id, parent.info.run_id
+        record.experiment_id = self._experiment
+
+    def send(self, run_id: str, rows: Sequence[Row], timestamp_ms: int) -> None:
+        points = [Metric(key=metric_name(name), value=value, timestamp=timestamp_ms, step=row.step)
+                  for row in rows for name, value in row.values.items()]
+        with _answers():
+            self._client.log_batch(run_id, metrics=points)
+
+    def last_step(self, run_id: str, metric: str) -> int:
+        with _answers():
+            history = self._client.get_metric_history(run_id, metric_name(metric))
+        return max((point.step for point in history), default=-1)
+
+    def finish(self, record: Record, run: dict[str, Any], done: dict[str, Any], journaled: Collection[str]) -> None:
+        """The stage's run gets the final metrics that its journal does not have, the line's run all of them."""
+        stage, final = run["stage"], numbers(done["metrics"])
+        own = {name: value for name, value in final.items() if name not in journaled}
+        once = (record.run_id, record.end_ms)
+        with _answers():
+            self._once((*once, "final"),
+                       lambda: self._log_final(record.run_id, own, record.end_ms, max(record.last_step, 0)))
+            for path in dict.fromkeys([*done["artifacts"], f"metrics/{stage}.json"]):
+                self._once((*once, "upload", path), partial(self._upload, record.run_id, path))
+            self._client.set_terminated(record.run_id, "FINISHED", record.end_ms)
+            parent = self._line_run(record.line, record.started_ns // 1_000_000)
+            if parent.info.run_id != record.parent_run_id:  # somebody deleted it
+                self._describe_line(parent, run)
+                self._client.set_tag(record.run_id, PARENT_TAG, parent.info.run_id)
+                record.parent_run_id = parent.info.run_id
+            self._log_final(record.parent_run_id, final, record.end_ms, run.get("round", 0))
+            if stage == LAST_STAGE or stage.startswith(LAST_OF_ROUND):
+                self._client.set_terminated(record.parent_run_id, "FINISHED", record.end_ms)
+
+    def abandon(self, run_id: str) -> None:
+        with _answers(gone=None):
+            self._client.set_terminated(run_id, "KILLED")
+
+    def system(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+        """The machine's load, as it is now (`mlops.tracking.system_metrics`)."""
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    # --- parts ---
+
+    def _once(self, key: tuple[Any, ...], request: Callable[[], Answer]) -> Answer:
+        """A request that is not made again once it was answered: a server that fails now and then lets each attempt
+        get a little further."""
+        if key not in self._answered:
+            self._answered[key] = request()
+        return cast(Answer, self._answered[key])
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=self.uri)
+
+    @cached_property
+    def _experiment(self) -> str:
+        return experiment_id(self._client, self.root)
+
+    def _find_or_create(self, key: str, name: str, start_ms: int, tags: Mapping[str, str]) -> Run:
+        found = self._client.search_runs([self._experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1,
+                                         order_by=["attributes.start_time ASC"])
+        if found:
+            return found[0]
+        return self._client.create_run(self._experiment, start_ms, {KEY_TAG: key, **tags}, name)
+
+    def _line_run(self, line: str, start_ms: int) -> Run:
+        return self._find_or_create(line_key(line), line, start_ms, {RUN_NAME_TAG: line})
+
+    def _describe_line(self, parent: Run, run: dict[str, Any]) -> None:
+        """Gives the parent run the parameters of all stages, so that lines can be compared."""
+        try:
+            loaded = load_params(self.root)
+            params = {"seed": loaded.seed, "profile": loaded.profile}
+            for section, values in dataclasses.asdict(loaded.stages).items():
+                params |= _prefixed(section, values)
+        except UserError:  # edited since the stage started
+            params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(run["stage"], run["params"])}
+        rule = params.get("ppo.beta_rule")
+        self._log(parent, params, self._tags(run) | ({"beta_rule": rule} if rule else {}))
+
+    def _log(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Parameters that the run does not have yet (MLflow never changes one), and tags."""
+        new = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
+        changed = [RunTag(key, str(value)) for key, value in tags.items() if run.data.tags.get(key) != str(value)]
+        self._client.log_batch(run.info.run_id, params=new, tags=changed)
+
+    def _log_final(self, run_id: str, values: Mapping[str, float], time_ms: int, step: int) -> None:
+        self._client.log_batch(run_id, metrics=[Metric(metric_name(name), value, time_ms, step)
+                                                for name, value in values.items()])
+
+    def _tags(self, run: dict[str, Any]) -> dict[str, str]:
+        tags = {"profile": run["profile"], "data_version": data_version(self.root)}
+        with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+            commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=self.root, stderr=subprocess.DEVNULL)
+            tags["git_commit"] = tags["mlflow.source.git.commit"] = commit.decode().strip()
+        return tags
+
+    def _datasets(self, stage: str) -> list[DatasetInput]:
+        """What dvc.yaml declares as the stage's inputs from data/, with the version that data.dvc pins."""
+        path = self.root / "dvc.yaml"
+        declared = declared_stages(self.root).get(stage, {}) if path.exists() else {}
+        version = data_version(self.root)
+        inputs = []
+        for dep in declared.get("deps", []):
+            if str(dep).startswith("data/") and version:
+                source = CodeDatasetSource({"path": dep, "data.dvc": version})
+                dataset = MetaDataset(source, Path(dep).stem, version[:DIGEST_CHARS])  # type: ignore[abstract]
+                inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", stage)]))
+        return inputs
+
+    def _upload(self, run_id: str, path: str) -> None:
+        source = self.root / path
+        if source.is_dir():
+            self._client.log_artifacts(run_id, str(source), path)
+        elif source.exists():  # else another run has replaced it since
+            folder = str(Path(path).parent)
+            self._client.log_artifact(run_id, str(source), None if folder == "." else folder)
+
+
+@contextmanager
+def _answers(gone: type[Exception] | None = Gone) -> Iterator[None]:
+    """Turns MLflow's errors into the three that the mirror knows; `gone=None`: a missing run is fine."""
+    try:
+        yield
+    except MlflowException as error:
+        text = " ".join(str(error).split())
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            if gone is not None:
+                raise gone(text) from error
+        elif error.error_code in REFUSALS:
+            raise Refused(text) from error
+        else:
+            raise Unreachable(text) from error
+    except Exception as error:  # the object store's client, the database's driver: each has its own
+        raise Unreachable(f"{type(error).__name__}: {error}") from error
+
+
+def metric_name(name: str) -> str:
+    """The name with characters that MLflow does not allow replaced."""
+    return re.sub(r"[^\w/.\- :]", "_", name)
+
+
+def _prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as section.name; the stages of a round (round_rm@r1) have theirs in section rounds."""
+    section = "rounds" if "@" in stage else stage
+    return {f"{section}.{name}": value for name, value in values.items()}
+
+
+def line_key(line: str) -> str:
+    """The tag by which the line's run is found: safe inside a search filter, whatever the line is called."""
+    return "line-" + hashlib.sha256(line.encode()).hexdigest()[:32]

@@ -1,0 +1,294 @@
+"""What the mirror remembers of a scratch folder (its mirror.json), and how the folder's news is sent, each point once.
+
+1. A run is created with a key of ours as a tag, and the key is on disk before. After a crash the run is found by it.
+2. Before rows are sent, mirror.json gets the batch's last step and its timestamp; after the answer, that they are
+   sent. A crash or a lost answer in between leaves the batch open: the server is asked for the last step it has
+   (it stores a batch whole or not at all), and what remains goes again *with the same timestamp*. The server's
+   primary key is (run, metric, step, timestamp, value), so even a batch that arrives late, twice, stays one.
+3. A journal that was cut back by a resumed stage repeats its steps; those up to the last sent are skipped. An open
+   batch keeps its timestamp until the journal has grown past it again.
+4. All that follows done.json (final metrics, artifacts, status) overwrites itself when repeated.
+
+A new MLflow run begins where the line differs from the recorded one, or the stage finished again with another result.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import yaml
+
+from rlhf.files import write_json
+from rlhf.training.journal import read_journal
+
+RECORD = "mirror.json"
+OPEN, DONE = "open", "done"
+POINTS_PER_CALL = 1000  # MLflow's limit for log_batch
+
+Mark = tuple[int, int, int] | None  # mtime in ns, size, inode; None if the file is absent
+
+
+class Row(NamedTuple):
+    """One journal row; empty cells are left out."""
+
+    step: int
+    values: dict[str, float]
+
+
+class Unreachable(Exception):
+    """The tracker does not answer, or fails in a way that may pass: try again later."""
+
+
+class Refused(Exception):
+    """The tracker answered and does not take this; the same request would fail again."""
+
+
+class Gone(Exception):
+    """The tracker does not know the run: its store was replaced."""
+
+
+class Marks(NamedTuple):
+    """When the files of a scratch folder were last written."""
+
+    run: Mark
+    journal: Mark
+    done: Mark
+
+
+@dataclass
+class Record:
+    """mirror.json."""
+
+    line: str  # the parent run's name
+    key: str  # tag by which the server's run is found, should we crash before its id is written here
+    started_ns: int  # run.json's time for which `line` was determined
+    run_id: str = ""
+    parent_run_id: str = ""
+    experiment_id: str = ""
+    last_step: int = -1  # every row up to here is on the server
+    open_upto: int | None = None  # last step of a batch that may or may not be on the server
+    open_ms: int = 0  # timestamp of that batch
+    end_ms: int = 0  # timestamp of the final metrics
+    state: str = OPEN
+    done_ns: int = 0  # time and content of the done.json that was sent
+    digest: str = ""
+
+    @classmethod
+    def load(cls, folder: Path) -> "Record | None":
+        content = read_json(folder / RECORD)
+        return None if content is None else cls(**content)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RECORD, dataclasses.asdict(self))
+
+
+class Tracker(Protocol):
+    """What the mirror asks of MLflow (`mlops.tracking.mlflow_client`). All raise Unreachable, Refused or Gone."""
+
+    def open_run(self, record: Record, run: dict[str, Any]) -> None:
+        """Finds or creates the run with `record.key` and its parent; fills in the record's three ids."""
+
+    def send(self, run_id: str, rows: Sequence[Row], timestamp_ms: int) -> None:
+        """Logs rows as metrics."""
+
+    def last_step(self, run_id: str, metric: str) -> int:
+        """The last step the server has of a metric, -1 for none."""
+
+    def finish(self, record: Record, run: dict[str, Any], done: dict[str, Any], journaled: Collection[str]) -> None:
+        """Logs final metrics and artifacts and ends the run; may be repeated."""
+
+    def abandon(self, run_id: str) -> None:
+        """Ends a run that no one will continue."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a stage has written so far, of one start of the stage."""
+
+    run: dict[str, Any]
+    rows: list[Row]
+    done: dict[str, Any] | None
+    marks: Marks
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.done, self.rows]).encode()).hexdigest()
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def scratch_folders(root: Path) -> list[Path]:
+    """The scratch folders of stage runs, in the order they were started."""
+    times = {path.parent: _mark(path) for path in (root / "scratch").glob("*/*/run.json")}
+    return sorted(times, key=lambda folder: (times[folder] or (0,), folder))
+
+
+def file_marks(folder: Path) -> Marks:
+    return Marks(*(_mark(folder / name) for name in ("run.json", "journal.csv", "done.json")))
+
+
+def _mark(path: Path) -> Mark:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def read_snapshot(folder: Path) -> Snapshot | None:
+    """None if the stage was started anew or finished while we read: look again."""
+    marks = file_marks(folder)
+    run, done = read_json(folder / "run.json"), read_json(folder / "done.json")
+    # A journal older than run.json is that of an earlier start; the stage will cut it back when it gets there.
+    fresh = marks.journal and marks.run and marks.journal[0] >= marks.run[0]
+    rows = _read_rows(folder / "journal.csv") if fresh or done is not None else []
+    after = file_marks(folder)
+    if run is None or (after.run, after.done) != (marks.run, marks.done):
+        return None
+    return Snapshot(run, rows, done, marks)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    try:
+        rows = read_journal(path)
+    except FileNotFoundError:
+        return []
+    return [Row(int(row["step"]), {name: float(value) for name, value in row.items() if name != "step" and value})
+            for row in rows]
+
+
+def run_name_of(run: dict[str, Any], root: Path) -> str:
+    """The line a stage run belongs to: the flow run's name, or for `dvc repro` one name for each configuration."""
+    if run["line"]:
+        return str(run["line"])
+    digest = hashlib.sha256()
+    for name in ("params.yaml", f"profiles/{run['profile']}.yaml", "data.dvc"):
+        digest.update((root / name).read_bytes() if (root / name).exists() else b"")
+        digest.update(b"\0")
+    return f"repro-{digest.hexdigest()[:8]}"
+
+
+def data_version(root: Path) -> str:
+    """The md5 by which data.dvc pins data/, empty if there is none yet."""
+    path = root / "data.dvc"
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return str((content or {}).get("outs", [{}])[0].get("md5", ""))
+
+
+# --- sending ------------------------------------------------------------------------------------------------------
+
+
+def advance(folder: Path, root: Path, tracker: Tracker) -> bool:
+    """Sends what is new in one scratch folder. False: there may be more at once, look again."""
+    snapshot = read_snapshot(folder)
+    if snapshot is None:
+        return not (folder / "run.json").exists()
+    record = _record_for(snapshot, folder, root, tracker)
+    if record.state == DONE:
+        return True
+    try:
+        if not record.run_id:
+            tracker.open_run(record, snapshot.run)
+            record.save(folder)
+        _send_rows(record, snapshot, folder, tracker)
+        if snapshot.done is not None:
+            _finish(record, snapshot, folder, tracker)
+    except Gone:
+        _new_record(record.line, snapshot).save(folder)
+        return False
+    return True
+
+
+def _new_record(line: str, snapshot: Snapshot) -> Record:
+    assert snapshot.marks.run is not None
+    return Record(line=line, key=uuid.uuid4().hex, started_ns=snapshot.marks.run[0])
+
+
+def _record_for(snapshot: Snapshot, folder: Path, root: Path, tracker: Tracker) -> Record:
+    """The folder's record, on disk, or a new one where a new MLflow run is due."""
+    record = Record.load(folder)
+    assert snapshot.marks.run is not None
+    if record is None:
+        record = _new_record(run_name_of(snapshot.run, root), snapshot)
+        record.save(folder)
+        return record
+    restarted = record.started_ns != snapshot.marks.run[0]
+    line = run_name_of(snapshot.run, root) if restarted else record.line
+    other_result = False
+    if record.state == DONE and snapshot.marks.done is not None and record.done_ns != snapshot.marks.done[0]:
+        other_result = snapshot.digest != record.digest
+        record.done_ns = snapshot.marks.done[0]
+    elif not restarted:
+        return record
+    if line != record.line or other_result:
+        if record.state == OPEN and record.run_id:
+            tracker.abandon(record.run_id)  # its stage goes on as part of another line
+        record = _new_record(line, snapshot)
+    record.started_ns = snapshot.marks.run[0]
+    record.save(folder)
+    return record
+
+
+def _send_rows(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracker) -> None:
+    """Sends the rows after `last_step`; see this module's first lines for the order of writes."""
+    rows = snapshot.rows
+    if record.open_upto is not None and rows:
+        metric = next(iter(rows[0].values), None)
+        known = tracker.last_step(record.run_id, metric) if metric else -1
+        record.last_step = max(record.last_step, min(known, record.open_upto))
+    while True:
+        if record.open_upto is None:
+            waiting = [row for row in rows if row.step > record.last_step]
+            if not waiting:
+                return
+            batch = waiting[: max(1, POINTS_PER_CALL // max(1, len(waiting[0].values)))]
+            record.open_upto, record.open_ms = batch[-1].step, time.time_ns() // 1_000_000
+            record.save(folder)
+        else:
+            batch = [row for row in rows if record.last_step < row.step <= record.open_upto]
+        if batch:
+            tracker.send(record.run_id, batch, record.open_ms)
+            record.last_step = batch[-1].step
+        whole = record.last_step >= record.open_upto or snapshot.done is not None
+        if whole:
+            record.open_upto = None
+        record.save(folder)
+        if not whole:
+            return  # the journal was cut back within the open batch; its rows come again
+
+
+def _finish(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracker) -> None:
+    assert snapshot.done is not None
+    assert snapshot.marks.done is not None
+    if not record.end_ms:
+        record.end_ms = snapshot.marks.done[0] // 1_000_000
+        record.save(folder)
+    tracker.finish(record, snapshot.run, snapshot.done, {name for row in snapshot.rows for name in row.values})
+    record.state, record.done_ns, record.digest = DONE, snapshot.marks.done[0], snapshot.digest
+    record.save(folder)
+
+
+def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested dictionary, keys joined by slashes; texts and lists are left out."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found[prefix + name] = float(value)
+    return found

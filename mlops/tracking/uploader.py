@@ -1,0 +1,264 @@
+"""Mirrors the journals of scratch/ to MLflow, beside the training: `python -m mlops.tracking.uploader [--once]`.
+
+A stage calls `ensure_mirror`, which costs it a fork and no import of MLflow. The mirror then follows every scratch
+folder until no stage lives and nothing has changed for a while. `--once` sends what is pending and ends: for the
+backlog of an outage. The files are the only link between the two, so a slow or absent server cannot touch a stage.
+
+One mirror a checkout: whoever holds the flock of scratch/mirror.lock is it. The starter takes the lock and the mirror
+inherits it, so there is no moment without an owner, and the kernel frees it however the mirror ends. A stage holds
+scratch/stages.lock (shared) as long as it lives, so that a mirror stays through a long step without news. The order
+that makes leaving safe: a stage writes run.json, takes stages.lock, then tests mirror.lock; a mirror frees
+mirror.lock, then looks at stages.lock and the files once more. One of the two always sees the other.
+
+How each point goes once: `mlops.tracking.upload_record`. The MLflow calls: `mlops.tracking.mlflow_client`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlops.tracking.locks import free_lock, hold_stages_lock, owns_lock, stage_alive, take_lock, try_lock
+from mlops.tracking.system_metrics import SystemWatch
+from mlops.tracking.upload_record import (
+    DONE,
+    Marks,
+    Record,
+    Tracker,
+    Unreachable,
+    advance,
+    file_marks,
+    read_json,
+    scratch_folders,
+)
+
+POLL_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_POLL_S", "1.5"))
+IDLE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_IDLE_S", "20"))
+PATIENCE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_PATIENCE_S", "3600"))  # with a server that does not answer
+LONGEST_BACKOFF_S = 30.0
+NICE = 10
+
+
+# --- what stages and flows call -----------------------------------------------------------------------------------
+
+
+def ensure_uploader(root: Path) -> None:
+    """Makes sure that one mirror follows `root`/scratch for as long as this process lives. Never raises OSError.
+
+    Call it after run.json is written. INSTRUCTFLOW_UPLOADER=off turns it off.
+    """
+    if _off():
+        return
+    try:
+        root = root.resolve()
+        (root / "scratch").mkdir(exist_ok=True)
+        hold_stages_lock(root)
+        start_uploader(root)
+    except OSError as error:
+        print(f"mirror: not started ({error}); `python -m mlops.tracking.uploader --once` sends the journals later",
+              file=sys.stderr, flush=True)
+
+
+def start_uploader(root: Path) -> None:
+    """Starts a detached mirror unless one is alive. It outlives this process and its session."""
+    lock = take_lock(root)
+    if lock is None:
+        return
+    code = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        with (root / "scratch" / "mirror.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mlops.tracking.uploader", "--lock", str(lock)], cwd=root, pass_fds=[lock],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+    finally:
+        os.close(lock)  # the child's copy keeps the lock
+    process.returncode = 0  # it is nobody's child from now on: no warning that it still runs when we end
+
+
+def wait_until_uploaded(root: Path, line: str, timeout_s: float) -> dict[str, Any]:
+    """Waits until every finished stage run of the line is in MLflow; reads files only.
+
+    Returns {"stages": {stage: run_id}, "parent_run_id": ..., "experiment_id": ...}; empty where there is nothing,
+    at once with INSTRUCTFLOW_UPLOADER=off. Raises TimeoutError, which loses nothing: the mirror goes on.
+    """
+    root = root.resolve()
+    now = start_next = time.monotonic()
+    deadline = now + timeout_s
+    while True:
+        found, pending = _line_state(root, line)
+        if not pending or _off():
+            return found
+        now = time.monotonic()
+        if now > deadline:
+            raise TimeoutError(f"not yet in MLflow after {timeout_s:g} s: {', '.join(pending)} of line {line}")
+        if now >= start_next:  # the one that lived may have been killed
+            start_uploader(root)
+            start_next = now + 5.0
+        time.sleep(0.25)
+
+
+def _line_state(root: Path, line: str) -> tuple[dict[str, Any], list[str]]:
+    """What `wait_until_mirrored` returns, and the stages that are still to be sent."""
+    found: dict[str, Any] = {"stages": {}, "parent_run_id": "", "experiment_id": ""}
+    pending = []
+    for folder in scratch_folders(root):
+        run, record, marks = read_json(folder / "run.json"), Record.load(folder), file_marks(folder)
+        if run is None or marks.done is None or line not in (run["line"], record and record.line):
+            continue
+        if record is None or record.state != DONE or record.done_ns != marks.done[0]:
+            pending.append(run["stage"])
+            continue
+        found["stages"][run["stage"]] = record.run_id
+        found |= {"parent_run_id": record.parent_run_id, "experiment_id": record.experiment_id}
+    return found, pending
+
+
+def _off() -> bool:
+    return os.environ.get("INSTRUCTFLOW_UPLOADER", "") == "off"
+
+
+# --- the mirror -----------------------------------------------------------------------------------------------------
+
+
+class Follower:
+    """Sends what is new in the scratch folders. `sweep()` goes through them once, in the order they were started."""
+
+    def __init__(self, root: Path, tracker: Tracker) -> None:
+        self.root, self.tracker = root, tracker
+        self.seen: dict[Path, Marks] = {}  # the files as they were when their folder had nothing left to send
+        self.refused: dict[Path, str] = {}
+
+    def sweep(self) -> bool:
+        """True if nothing is left to send. Raises Unreachable or OSError: call again later.
+
+        What the server refuses, or cannot be read, is logged and left until its files change or another mirror
+        starts; the other folders go on.
+        """
+        settled = True
+        for folder in scratch_folders(self.root):
+            marks = file_marks(folder)
+            if self.seen.get(folder) == marks:
+                continue
+            try:
+                if not advance(folder, self.root, self.tracker):
+                    settled = False
+                    continue
+                self.refused.pop(folder, None)
+            except (Unreachable, OSError):
+                raise
+            except Exception as error:  # Refused, or files that are not what they should be
+                reason = f"{folder.relative_to(self.root)}: {type(error).__name__}: {_one_line(error)}"
+                if self.refused.get(folder) != reason:
+                    say(reason)
+                self.refused[folder] = reason
+            self.seen[folder] = marks
+        return settled
+
+
+def all_marks(root: Path) -> dict[Path, Marks]:
+    """The state of every scratch folder's files, to see whether anything changed."""
+    return {folder: file_marks(folder) for folder in scratch_folders(root)}
+
+
+def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None]) -> None:
+    """Sends what is new until no stage lives and nothing changes any more; `watch` is called in between."""
+    marks: dict[Path, Marks] = {}
+    news, delay, trouble = time.monotonic(), POLL_S, False
+    while owns_lock(root, lock):
+        before, marks = marks, all_marks(root)
+        alive = stage_alive(root)
+        if marks != before or alive:
+            news = time.monotonic()
+        try:
+            settled = follower.sweep()
+            if trouble:
+                say("MLflow answers again")
+            delay, trouble = POLL_S, False
+            if alive:
+                watch()
+        except (Unreachable, OSError) as error:
+            settled, delay = False, min(2 * delay, LONGEST_BACKOFF_S)
+            if not trouble:
+                say(f"MLflow can't be reached; trying on: {_one_line(error)}")
+            trouble = True
+        if time.monotonic() - news > (IDLE_S if settled else PATIENCE_S) and _leave(root, lock, marks):
+            if not settled:
+                say("not everything is sent; the next stage's mirror or `python -m mlops.tracking.uploader --once` goes on")
+            return
+        time.sleep(delay)
+
+
+def _leave(root: Path, lock: int, marks: dict[Path, Marks]) -> bool:
+    """Frees the lock and looks once more; False if there is work after all, with the lock held again."""
+    free_lock(lock)
+    if all_marks(root) == marks and not stage_alive(root):
+        return True
+    return not try_lock(lock)
+
+
+def send_once(follower: Follower) -> None:
+    """Sends everything that is pending. Exits with code 1 and one line if that is not possible."""
+    try:
+        while not follower.sweep():
+            time.sleep(0.1)
+    except (Unreachable, OSError) as error:
+        fail(f"MLflow can't be reached, nothing is lost: {_one_line(error)}")
+    if follower.refused:
+        raise SystemExit(1)
+    print(f"mirror: nothing is pending in {len(follower.seen)} stage runs", flush=True)
+
+
+def say(message: str) -> None:
+    """One line of the log."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} mirror {os.getpid()}: {message}", flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    print(f"mirror: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlops.tracking.uploader", description="Mirrors the journals to MLflow.")
+    parser.add_argument("--once", action="store_true", help="send what is pending, then end")
+    parser.add_argument("--lock", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    root = Path.cwd()
+    (root / "scratch").mkdir(exist_ok=True)
+    lock = args.lock if args.lock is not None else take_lock(root)
+    if lock is None:
+        print("mirror: another mirror is alive and sends what is pending; see scratch/mirror.log", flush=True)
+        return
+    os.set_inheritable(lock, False)
+    if args.lock is not None:
+        os.nice(NICE)
+    try:
+        from mlops.tracking.mlflow_client import MlflowTracker
+    except ImportError as error:
+        fail(f"MLflow can't be imported: {error}")
+    tracker = MlflowTracker(root)
+    follower = Follower(root, tracker)
+    if args.once:
+        send_once(follower)
+        return
+    say("follows scratch/")
+    follow(root, lock, follower, SystemWatch(root, tracker).look)
+    say("ends")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,83 @@
+"""Great Expectations in memory and its Data Docs as a static site that reads the same offline."""
+
+import html
+import os
+import re
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlops.validation.reader import short
+
+os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when GX is imported
+
+if TYPE_CHECKING:
+    from great_expectations.core import ExpectationSuiteValidationResult
+    from great_expectations.data_context import EphemeralDataContext
+
+DOCS = "data_docs"
+
+# Data Docs load their style and scripts from six public servers, and put values into the page as they are. This
+# drops what is remote or runs, and forbids the browser to load anything, so that the pages read the same offline.
+REMOTE = re.compile(r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer>.*?</footer>", re.DOTALL)
+HEAD = """<head><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>body {font-family: sans-serif; margin: 2em} table {border-collapse: collapse} th {text-align: left}
+td, th {padding: .3em .8em; border-bottom: 1px solid #ccc; vertical-align: top}
+.fa-check-circle::before {content: "✓"; color: green} .fa-times::before {content: "✗"; color: #b00}
+.text-danger {color: #b00} [data-toggle=collapse], .card:has([type=radio]) {display: none}</style>"""
+
+
+def make_context(site: Path) -> "EphemeralDataContext":
+    """GX in memory, its Data Docs in `site`."""
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import (
+        DataContextConfig,
+        InMemoryStoreBackendDefaults,
+        ProgressBarsConfig,
+    )
+
+    return gx.get_context(mode="ephemeral", project_config=DataContextConfig(
+        store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),  # else a second site in /tmp
+        analytics_enabled=False, progress_bars=ProgressBarsConfig(globally=False),
+        data_docs_sites={DOCS: {
+            "class_name": "SiteBuilder", "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site.absolute())}}}))
+
+
+def keep_for_docs(context: "EphemeralDataContext", suite: Any, result: "ExpectationSuiteValidationResult") -> None:
+    """Stores suite and result, the values shortened and escaped: GX writes them into the page as they are."""
+    from great_expectations.core.run_identifier import RunIdentifier
+    from great_expectations.data_context.types.resource_identifiers import (
+        ExpectationSuiteIdentifier,
+        ValidationResultIdentifier,
+    )
+
+    for item in result.results:
+        details = item.result
+        for name in ("partial_unexpected_list", "unexpected_list"):
+            details[name] = [html.escape(short(value)) for value in details.get(name, [])]
+        for count in details.get("partial_unexpected_counts", []):
+            count["value"] = html.escape(short(count["value"]))
+        rows = details.get("unexpected_index_list", [])
+        details["unexpected_index_list"] = rows[: len(details["unexpected_list"])]  # GX keeps 200 values, but all rows
+    context.suites.add(suite)
+    result.meta["run_id"] = run = RunIdentifier("validate", datetime.now(UTC))
+    context.validation_results_store.set(
+        ValidationResultIdentifier(ExpectationSuiteIdentifier(suite.name), run, suite.name), result)
+
+
+def build_docs(context: "EphemeralDataContext", site: Path, lines: list[str], failed: list[str]) -> None:
+    """Builds the site and makes it work offline. GX's index needs scripts: the one written here does not."""
+    context.build_data_docs()
+    shutil.rmtree(site / "static", ignore_errors=True)
+    for page in site.rglob("*.html"):
+        page.write_text(REMOTE.sub("", page.read_text("utf-8")).replace("<head>", HEAD, 1), "utf-8")
+    links = [f'<li><a href="{page}">{Path(page).stem}: {kind}</a>' for kind, folder in
+             (("results", "validations"), ("rules", "expectations"))
+             for page in sorted(str(path.relative_to(site)) for path in (site / folder).rglob("*.html"))]
+    items = [f"<li>{html.escape(message)}" for message in failed]
+    (site / "index.html").write_text(
+        f'<!DOCTYPE html><html lang="en">{HEAD}<meta charset="UTF-8"><title>Data Docs</title></head><body>'
+        f"<h1>Data Docs</h1><pre>{chr(10).join(lines)}</pre><ul>{''.join(links)}</ul>"
+        f"<h2>{len(items) or 'No'} failed rules</h2><ul>{''.join(items)}</ul></body></html>\n", "utf-8")

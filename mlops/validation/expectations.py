@@ -1,0 +1,188 @@
+"""The expectations that Great Expectations lacks: visible text, repeats, quotas, groups, rankings, shares, leakage.
+
+Each is a GX expectation with its metric. A row that is unusable as a line is null in all columns but `line`, so that
+only the rule that it breaks reports it: GX leaves nulls out.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pandas as pd
+from great_expectations.execution_engine import PandasExecutionEngine
+from great_expectations.expectations.expectation import (
+    ColumnAggregateExpectation,
+    ColumnMapExpectation,
+    ColumnPairMapExpectation,
+)
+from great_expectations.expectations.metrics.map_metric_provider import (
+    ColumnMapMetricProvider,
+    ColumnPairMapMetricProvider,
+    column_condition_partial,
+    column_pair_condition_partial,
+)
+
+from rlhf.curation.characters import is_visible
+
+PandasColumn = Any  # a pandas Series; the row number is its index
+
+
+class TextIsVisible(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.visible"
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: PandasColumn, **kwargs: Any) -> PandasColumn:
+        return column.map(is_visible).astype(bool)
+
+
+class ExpectColumnTextToBeVisible(ColumnMapExpectation):
+    """Each text has at least one character that can be seen. (GX's regex runs on RE2 here: its \\s is ASCII only.)"""
+
+    map_metric = "column_values.visible"
+
+
+class ValueAppearsFirst(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.appears_first"
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: PandasColumn, **kwargs: Any) -> PandasColumn:
+        return ~column.duplicated()
+
+
+class ExpectColumnValuesNotToRepeat(ColumnMapExpectation):
+    """Each value is new. Unlike GX's `unique` it reports the repeats and not the first: those are the rows to drop."""
+
+    map_metric = "column_values.appears_first"
+
+
+class PairAppearsFirst(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.appears_first"
+
+    @column_pair_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, **kwargs: Any) -> PandasColumn:
+        return ~pd.DataFrame({"a": column_A, "b": column_B}).duplicated()
+
+
+class ExpectPairsNotToRepeat(ColumnPairMapExpectation):
+    """Each pair of values is new; the repeats are reported and not the first."""
+
+    ignore_row_if: str = "either_value_is_missing"
+    map_metric = "column_pair_values.appears_first"
+    success_keys = ("ignore_row_if", "mostly")
+
+
+class ValueWithinQuota(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.within_quota"
+    condition_value_keys = ("max_rows",)
+
+    @column_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column: PandasColumn, max_rows: int, **kwargs: Any) -> PandasColumn:
+        return column.groupby(column).cumcount() < max_rows
+
+
+class ExpectColumnValuesToBeWithinQuota(ColumnMapExpectation):
+    """No value has more than `max_rows` rows; the rows beyond that are reported."""
+
+    max_rows: int
+    map_metric = "column_values.within_quota"
+    success_keys = ("max_rows", "mostly")
+
+
+class GroupHasOneValue(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.group_has_one_value"
+
+    @column_pair_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, **kwargs: Any) -> PandasColumn:
+        if column_A.empty:
+            return pd.Series([], dtype=bool)
+        sizes = pd.DataFrame({"group": column_A, "value": column_B}).value_counts(sort=False).reset_index()
+        ordered = sizes.sort_values(["count", "value"], ascending=[False, True])
+        usual = ordered.drop_duplicates("group").set_index("group")["value"]
+        return column_B == column_A.map(usual)
+
+
+class ExpectGroupsToHaveOneValue(ColumnPairMapExpectation):
+    """All rows with the same column_A have the same column_B; rows that differ from most of theirs are reported."""
+
+    ignore_row_if: str = "either_value_is_missing"
+    map_metric = "column_pair_values.group_has_one_value"
+    success_keys = ("ignore_row_if", "mostly")
+
+
+RANKING_TESTS: dict[str, Callable[[tuple[int, ...], tuple[str, ...]], bool]] = {
+    "dense_ranks": lambda ranks, texts: set(ranks) == set(range(1, len(set(ranks)) + 1)),
+    "some_preference": lambda ranks, texts: not ranks or set(ranks) != {1},
+    "equal_texts_equal_ranks": lambda ranks, texts: len(set(zip(texts, ranks, strict=True))) == len(set(texts)),
+}
+
+
+class RankingPassesTest(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.ranking_passes"
+    condition_value_keys = ("test",)
+
+    @column_pair_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, test: str, **kwargs: Any) -> PandasColumn:
+        check = RANKING_TESTS[test]
+        passed = [len(ranks) != len(texts) or check(ranks, texts)  # unequal lengths break a rule of their own
+                  for ranks, texts in zip(column_A, column_B, strict=True)]
+        return pd.Series(passed, index=column_A.index, dtype=bool)
+
+
+class ExpectRankingsToPass(ColumnPairMapExpectation):
+    """Each row's ranks and completions pass one of RANKING_TESTS.
+
+    `dense_ranks`: the ranks are 1, 2, ... without a gap and ties share one (1, 2, 2, 3). `some_preference`: not all
+    share rank 1, which would leave the reward model no pair to learn. `equal_texts_equal_ranks`: completions that
+    are equal, letter by letter, have the same rank.
+    """
+
+    test: str
+    ignore_row_if: str = "either_value_is_missing"
+    map_metric = "column_pair_values.ranking_passes"
+    success_keys = ("test", "ignore_row_if", "mostly")
+
+
+class ValueCountsExpectation(ColumnAggregateExpectation):
+    """Base of the expectations over how often each value of a column appears; `deviations` says what is wrong."""
+
+    metric_dependencies = ("column.value_counts",)
+
+    def deviations(self, found: dict[str, int]) -> list[str]:
+        raise NotImplementedError
+
+    def _validate(self, metrics: dict[str, Any], runtime_configuration: dict[str, Any] | None = None,
+                  execution_engine: Any = None) -> dict[str, Any]:
+        counts = metrics["column.value_counts"]
+        deviations = self.deviations({str(value): int(count) for value, count in counts.items()})
+        return {"success": not deviations, "result": {"observed_value": "; ".join(deviations) or "as expected"}}
+
+
+class ExpectColumnValueCountsToBe(ValueCountsExpectation):
+    """The column has exactly `counts[value]` rows of each value.
+
+    A row of no known value (its split is misspelled, its keys are wrong) is reported by the rule it breaks. Here it
+    may fill a gap: with the right total and no value above its count, nothing but such rows can be amiss.
+    """
+
+    counts: dict[str, int]
+    success_keys: ClassVar[tuple[str, ...]] = ("counts",)
+
+    def deviations(self, found: dict[str, int]) -> list[str]:
+        total, wanted = sum(found.values()), sum(self.counts.values())
+        if total == wanted and all(found.get(value, 0) <= count for value, count in self.counts.items()):
+            return []
+        return [f"{found.get(value, 0)} {value} rows, expected {count}" for value, count in self.counts.items()
+                if found.get(value, 0) != count] + [f"{total} rows in all, expected {wanted}"] * (total != wanted)
+
+
+class ExpectColumnSharesToBeNear(ValueCountsExpectation):
+    """Each value's share of the rows is within `tolerance` percentage points of `percent[value]`."""
+
+    percent: dict[str, float]
+    tolerance: float
+    success_keys: ClassVar[tuple[str, ...]] = ("percent", "tolerance")
+
+    def deviations(self, found: dict[str, int]) -> list[str]:
+        total = sum(found.values())
+        shares = {value: 100 * found.get(value, 0) / max(total, 1) for value in self.percent}
+        return [f"{value} {shares[value]:.1f} %, expected {percent} %" for value, percent in self.percent.items()
+                if total and abs(shares[value] - percent) > self.tolerance]

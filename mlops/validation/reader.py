@@ -1,0 +1,211 @@
+"""Reads a dataset file line by line into a frame for Great Expectations; nothing in the file stops it.
+
+What is wrong with a line as a line (not UTF-8, not JSON, keys, types) is the value of its column `line`; what is
+wrong with its texts is in `characters`, `special_tokens`, `personal_data` and `language`. AS_DECLARED means nothing.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.curation.characters import SPECIAL_TOKENS, encodes, is_visible, odd_character, special_token
+from rlhf.curation.language import foreign_language
+from rlhf.curation.personal_data import personal_data_in
+from rlhf.data.schema import KEYS, SPLITS
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AS_DECLARED = "as declared"
+SHOWN_CHARS = 60
+MAX_LINE_BYTES = 1_000_000
+LIST_ITEMS = {"completions": str, "ranks": int}  # the keys that hold lists; all others hold text
+JSON_NAMES = {str: "text", int: "an integer", float: "a number", bool: "a boolean", list: "a list", dict: "an object",
+              type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file: its number (from 1), its row where it has a usable one, the rule that it breaks as a line
+    and what is wrong ("" and "" where nothing is).
+    """
+
+    number: int
+    row: dict[str, Any] | None
+    rule: str = ""
+    problem: str = ""
+
+
+def short(value: Any) -> str:
+    """A value on one line, cut to a readable length."""
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"
+
+
+class _Refused(ValueError):
+    """A row that Python's JSON reader would take and this project does not."""
+
+
+def _no_constant(name: str) -> Any:
+    raise _Refused("finite_numbers", f"{name} is not a number that JSON knows")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Refused("unique_keys", f"{short(next(name for name in names if names.count(name) > 1))} appears twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def read_line(number: int, raw: bytes, keys: list[str]) -> Line:
+    """Takes one line apart. The first rule that it breaks counts; a byte order mark or CRLF leaves the row usable."""
+    if len(raw) > MAX_LINE_BYTES:
+        return Line(number, None, "line_length", f"{len(raw):,} bytes, more than {MAX_LINE_BYTES:,}")
+    soft = ("", "")
+    content = raw.removesuffix(b"\n")
+    if content.startswith(b"\xef\xbb\xbf"):
+        content, soft = content[3:], ("no_bom", "begins with a byte order mark")
+    if content.endswith(b"\r"):
+        content, soft = content[:-1], ("line_ends", "ends in CR LF, not in LF alone")
+    if b"\0" in content:
+        return Line(number, None, "null_bytes", f"a null byte at byte {content.index(0)}")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Line(number, None, "utf8", f"not UTF-8 at byte {error.start}")
+    if not text.strip():
+        return Line(number, None, "no_blank_line", "a blank line")
+    try:
+        row = _DECODER.decode(text)
+    except _Refused as refused:
+        return Line(number, None, refused.args[0], refused.args[1])
+    except json.JSONDecodeError as error:
+        return Line(number, None, "json", f"not JSON: {error.msg} at column {error.colno}")
+    except (RecursionError, ValueError) as error:
+        return Line(number, None, "json", f"not readable as JSON: {str(error).splitlines()[0]}")
+    if not isinstance(row, dict):
+        return Line(number, None, "json_object", f"{JSON_NAMES[type(row)]}, not an object")
+    rule, problem = _shape_problem(row, keys)
+    if rule:
+        return Line(number, row if rule == "key_order" else None, rule, problem)
+    return Line(number, row, *soft)
+
+
+def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
+    """(rule, what is wrong) of the keys and types of a row; ("", "") where nothing is."""
+    wrong = [f"{key} is missing" for key in keys if key not in row]
+    wrong += [f"{short(key)} is unknown" for key in row if key not in keys]
+    if wrong:
+        return "exact_keys", ", ".join(wrong)
+    for key, value in row.items():
+        items = value if key in LIST_ITEMS else [value]
+        if key in LIST_ITEMS and type(value) is not list:
+            return "value_types", f"{key} is {JSON_NAMES[type(value)]}, not a list"
+        for item in items:
+            wanted = LIST_ITEMS.get(key, str)
+            if type(item) is not wanted:
+                verb = f"{key} holds {JSON_NAMES[type(item)]}, not only" if key in LIST_ITEMS else \
+                    f"{key} is {JSON_NAMES[type(item)]}, not"
+                return "value_types", f"{verb} {JSON_NAMES[wanted]}"
+            if isinstance(item, str) and not encodes(item):
+                return "surrogates", f"{key} holds half of a surrogate pair, which is not text"
+    if list(row) != keys:
+        return "key_order", "in another order: " + ", ".join(row)
+    return "", ""
+
+
+def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
+    """All lines of a file, also of one compressed as .gz; one that breaks off ends with a line that says so.
+
+    Raises UserError where the file cannot be opened.
+    """
+    try:
+        handle = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{file}: no such file; run `dvc repro data.dvc` or `dvc pull`") from None
+    except PermissionError:
+        raise UserError(f"{file}: cannot be read; mend its permissions") from None
+    number = 0
+    with handle:
+        try:
+            for number, raw in enumerate(handle, start=1):
+                yield read_line(number, raw, keys)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield Line(number + 1, None, "whole_file", f"the compressed file breaks off here: {error}")
+
+
+def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
+               count_tokens: Callable[[list[str], list[str]], list[int]] | None = None) -> "pd.DataFrame":
+    """The file as a frame whose index is the line number; what the rules need is in further columns.
+
+    A row that is unusable as a line is null but for `line`, `problem` and `split_source`. `count_tokens(prompts,
+    completions)`: tokens of each pair, for the column `tokens` (of the longest pair of the row). Raises UserError.
+    """
+    import pandas as pd
+
+    names = KEYS[dataset]
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    rows: list[dict[str, Any]] = []
+    columns: dict[str, list[Any]] = {name: [] for name in (
+        "line", "problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")}
+    for line in read_lines(file, names):
+        row: dict[str, Any] = line.row or nothing
+        rows.append(row)
+        columns["line"].append(line.rule or AS_DECLARED)
+        columns["problem"].append(line.problem or AS_DECLARED)
+        texts = [] if line.row is None else [row["prompt"], *row.get("completions", [row.get("completion", "")])]
+        joined = "\n".join(texts)
+        columns["characters"].append(odd_character(joined) or AS_DECLARED)
+        columns["special_tokens"].append(special_token(joined, tokens) or AS_DECLARED)
+        personal = "; ".join(dict.fromkeys(personal_data_in(joined))) or AS_DECLARED
+        in_valid = row["split"] == "valid"
+        columns["personal_data"].append(AS_DECLARED if in_valid else personal)
+        columns["personal_data_in_valid"].append(personal if in_valid else AS_DECLARED)
+        columns["language"].append((foreign_language(row["prompt"]) if texts else "") or AS_DECLARED)
+    columns |= {name: [row[name] for row in rows] for name in names if name not in LIST_ITEMS}
+    columns["side"] = [row["split"] if row["split"] in SPLITS else None for row in rows]
+    columns["split_source"] = [f"{row['split']}/{row['source']}" for row in rows]
+    lines = range(1, len(rows) + 1)
+    frame = pd.DataFrame({name: pd.Series(values, lines, dtype="str") for name, values in columns.items()})
+    if dataset == "rm":
+        _add_rankings(frame, rows)
+    if count_tokens is not None:
+        frame["tokens"] = pd.Series(_token_counts(rows, count_tokens), lines, dtype="float")
+    return frame
+
+
+def _token_counts(rows: list[dict[str, Any]], count: Callable[[list[str], list[str]], list[int]]) -> list[int | None]:
+    """Tokens of each row's prompt with its longest completion; None for an unusable row."""
+    pairs = [(index, row["prompt"], completion) for index, row in enumerate(rows) if row["prompt"] is not None
+             for completion in (row.get("completions") or [row.get("completion") or ""])]
+    counts: list[int | None] = [None] * len(rows)
+    found = count([prompt for _, prompt, _ in pairs], [completion for *_, completion in pairs])
+    for (index, *_), tokens in zip(pairs, found, strict=True):
+        counts[index] = max(tokens, counts[index] or 0)
+    return counts
+
+
+def _add_rankings(frame: "pd.DataFrame", rows: list[dict[str, Any]]) -> None:
+    """The lists as tuples, their lengths, and the two completions of each row that the rules on text look at."""
+    import pandas as pd
+
+    def column(values: list[Any], dtype: str) -> "pd.Series":
+        return pd.Series(values, frame.index, dtype=dtype)
+
+    for name, length in (("completions", "k"), ("ranks", "rank_count")):
+        lists = [None if row[name] is None else tuple(row[name]) for row in rows]
+        frame[name] = column(lists, "object")
+        frame[length] = column([None if items is None else len(items) for items in lists], "float")
+    texts = [row["completions"] or [] for row in rows]
+    frame["longest_completion"] = column([max(row, key=len, default=None) for row in texts], "str")
+    blank_first = [sorted(row, key=is_visible) for row in texts]
+    frame["blankest_completion"] = column([row[0] if row else None for row in blank_first], "str")

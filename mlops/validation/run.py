@@ -1,0 +1,180 @@
+"""Runs the suites over the dataset files of a folder and says what failed, row by row."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlops.validation.docs import keep_for_docs
+from mlops.validation.reader import read_frame, short
+from rlhf.curation.characters import SPECIAL_TOKENS
+from rlhf.data.schema import KEYS
+from rlhf.params import ValidateParams
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from great_expectations.core import ExpectationValidationResult
+    from great_expectations.data_context import EphemeralDataContext
+
+SHOWN_ROWS = 3
+SAID_ALREADY = ("problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")
+RESULT_FORMAT = {"result_format": "COMPLETE", "return_unexpected_index_query": False}
+CROSS = "cross"
+
+TokenCounter = Callable[[list[str], list[str]], list[int]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that failed: the rows that break it (1-based, the line in the file) with what is wrong in each, or
+    what is wrong as a whole. `tolerated`: few enough rows for the rule's `mostly`.
+    """
+
+    file: Path
+    rule: str
+    rows: list[int]
+    message: str
+    details: list[str] = field(default_factory=list)
+    severity: str = "stop"
+    tolerated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}"
+
+    @property
+    def stops(self) -> bool:
+        return self.severity == "stop" and not self.tolerated
+
+
+def finding_of(files: dict[str, Path], frame: "pd.DataFrame", result: "ExpectationValidationResult") -> list[Finding]:
+    """Names rows and values, a finding per file. Raises RuntimeError where the expectation itself broke."""
+    config = result.expectation_config
+    assert config is not None
+    meta, details = config.meta, result.result
+    default = next(iter(files))
+    if "observed_value" in details and not result.success:
+        message = f"{config.description}; found {details['observed_value']}; {meta['fix']}"
+        return [Finding(files[default], meta["rule"], [], message, severity=meta["severity"])]
+    if "unexpected_index_list" not in details:
+        if result.success:
+            return []
+        raise RuntimeError(f"{files[default]}: {meta['rule']}: {result.exception_info}")
+    columns = [config.kwargs[key] for key in ("column", "column_A", "column_B") if key in config.kwargs]
+    columns = ["problem" if name == "line" else name for name in columns]
+    by_file: dict[str, list[int]] = {}
+    for index in details["unexpected_index_list"]:
+        by_file.setdefault(frame.at[index, "dataset"] if "dataset" in frame else default, []).append(index)
+    found = []
+    for dataset, indices in sorted(by_file.items()):
+        rows = [int(frame.at[index, "row"]) if "row" in frame else int(index) for index in indices]
+        said = []
+        for index in indices:
+            values = [(name, frame.at[index, name] if name in SAID_ALREADY else short(frame.at[index, name]))
+                      for name in columns]
+            said.append(", ".join(f"{name} {value}" if values[1:] else value for name, value in values))
+        shown = [f"row {row} ({text})" for row, text in zip(rows[:SHOWN_ROWS], said, strict=False)]
+        more = f" and {len(rows) - SHOWN_ROWS:,} more" if len(rows) > SHOWN_ROWS else ""
+        count = "1 row breaks it" if len(rows) == 1 else f"{len(rows):,} rows break it"
+        message = f"{config.description}; {count}: {', '.join(shown)}{more}; {meta['fix']}"
+        found.append(Finding(files[dataset], meta["rule"], rows, message, said, meta["severity"], bool(result.success)))
+    return found
+
+
+def check(context: "EphemeralDataContext", suite: Any, files: dict[str, Path],
+          frame: "pd.DataFrame") -> tuple[int, list[Finding]]:
+    """Runs a suite on a frame, keeps the result for Data Docs; returns the number of rules and what failed."""
+    asset = context.data_sources.add_pandas(suite.name).add_dataframe_asset(suite.name)
+    batch = asset.add_batch_definition_whole_dataframe("file").get_batch({"dataframe": frame})
+    result = batch.validate(suite, result_format=RESULT_FORMAT)
+    findings = [finding for item in result.results for finding in finding_of(files, frame, item)]
+    keep_for_docs(context, suite, result)
+    return len(result.results), findings
+
+
+@dataclass
+class Outcome:
+    """What a run over several files gave: lines for the terminal, findings, metrics."""
+
+    lines: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=lambda: {"validate/expectations": 0})
+
+
+def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scale: float, limits: ValidateParams, *,
+                   tokens: Sequence[str] = SPECIAL_TOKENS, count_tokens: TokenCounter | None = None,
+                   max_tokens: int = 0, say: Callable[[str], None] = print) -> Outcome:
+    """Checks each dataset file by itself and then all of them together. Raises UserError for a file not to be read."""
+    import pandas as pd
+
+    from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, name_of, suite_of
+
+    rules = {name: RULES[name](scale, limits) + ([fits_model(max_tokens)] if count_tokens else []) for name in files}
+    across = cross_rules(limits)
+    check_names(limits, sorted({name_of(item) for some in [*rules.values(), across] for item in some}
+                               | {"fits_model"}))
+    outcome = Outcome()
+    parts = []
+
+    def run(name: str, some: list[Any], own: dict[str, Path], frame: "pd.DataFrame", rows: str) -> list[Finding]:
+        count, failed = check(context, suite_of(name, some, limits), own, frame)
+        outcome.findings += failed
+        outcome.metrics["validate/expectations"] += count
+        stops, warns = sum(item.stops for item in failed), sum(not item.stops for item in failed)
+        words = [f"{stops} failed"] * bool(stops) + [f"{warns} warned"] * bool(warns)
+        outcome.lines.append(f"{rows}  {count:>3} rules  {', '.join(words) or 'passed'}")
+        say(outcome.lines[-1])
+        return failed
+
+    for dataset, file in files.items():
+        frame = read_frame(dataset, file, tokens, count_tokens)
+        run(dataset, rules[dataset], {dataset: file}, frame, f"{file!s:<16} {len(frame):>7,} rows")
+        if not any(item.stops for item in outcome.findings):
+            found = statistics(dataset, frame)
+            outcome.metrics |= {f"validate/{dataset}_{name}": value for name, value in found.items()}
+        parts.append(pd.DataFrame({"prompt": frame["prompt"], "user_id": frame["user_id"], "row": frame.index,
+                                   "place": dataset + "/" + frame["side"], "dataset": dataset}))
+    both = pd.concat(parts, ignore_index=True)
+    run(CROSS, across, files, both, f"{'all of them':<16} {len(both):>7,} rows")
+    return outcome
+
+
+def statistics(dataset: str, frame: "pd.DataFrame") -> dict[str, float]:
+    """What is worth following from one version of a valid dataset to the next."""
+    found: dict[str, float] = {"rows": len(frame), "users": frame["user_id"].nunique(),
+                               "mean_prompt_chars": round(float(frame["prompt"].str.len().mean()), 2)}
+    if dataset == "sft":
+        found["mean_completion_chars"] = round(float(frame["completion"].str.len().mean()), 2)
+    if dataset == "rm":
+        rankings = frame["ranks"].dropna()
+        pairs = sum(k * (k - 1) // 2 for k in map(len, rankings))
+        tied = sum(count * (count - 1) // 2 for ranks in rankings for count in Counter(ranks).values())
+        found |= {"labelers": frame["labeler_id"].nunique(), "mean_k": round(float(frame["k"].mean()), 4),
+                  "tied_pairs": round(tied / max(1, pairs), 4)}
+    return {name: value for name, value in found.items() if value == value}  # an empty file has no means
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The dataset files of a folder, plain or compressed."""
+    found = {}
+    for name in KEYS:
+        for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
+            if file.is_file():
+                found[name] = file
+                break
+    return found
+
+
+def row_entries(findings: Sequence[Finding], files: dict[str, Path]) -> list[dict[str, Any]]:
+    """{"dataset", "row", "rule", "message"}, an entry per row (row None: about the whole file), sorted."""
+    names = {file: name for name, file in files.items()}
+    entries: list[dict[str, Any]] = []
+    for finding in findings:
+        if not finding.rows:
+            entries.append({"dataset": names[finding.file], "row": None, "rule": finding.rule,
+                            "message": finding.message})
+        sentence = finding.message.split(";")[0].split(": ", 1)[-1]
+        for row, detail in zip(finding.rows, finding.details, strict=True):
+            entries.append({"dataset": names[finding.file], "row": row, "rule": finding.rule,
+                            "message": f"{sentence}: {detail}"})
+    return sorted(entries, key=lambda entry: (list(KEYS).index(entry["dataset"]), entry["row"] or 0, entry["rule"]))

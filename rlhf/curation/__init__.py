@@ -1,0 +1,1 @@
+"""Rows of other people's data: read, checked, cleaned, split."""

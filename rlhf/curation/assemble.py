@@ -1,0 +1,220 @@
+"""One pass from a source description to the three datasets: read, screen in processes, apply the rules, write.
+
+Texts wait in spool files; in memory are their normalised prompts and a few numbers a row.
+"""
+
+import json
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from rlhf.curation.characters import is_visible
+from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
+from rlhf.curation.screen import Quarantined, Screened, screen_rows
+from rlhf.curation.sources.layouts import text_of, wanted
+from rlhf.curation.sources.read import name_of, parse_line, read_entry
+from rlhf.curation.sources.spec import Entry, Source
+from rlhf.curation.sources.trees import grow_trees
+from rlhf.data.schema import KEYS, SPLITS
+from rlhf.errors import UserError
+from rlhf.files import write_json
+
+QUARANTINE, DROPPED, REPORT = "quarantine.jsonl", "dropped.jsonl", "rules.json"
+AHEAD = 4  # batches in flight for each process
+
+
+def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int = 1,
+             worker_init: Callable[[], None] | None = None, on_rows: Callable[[str, int], None] | None = None
+             ) -> dict[str, Any]:
+    """Writes <role>.jsonl, quarantine.jsonl, dropped.jsonl and rules.json into `folder`; returns the report.
+
+    `root`: what file patterns are relative to. `on_rows(role, count)` hears of progress. The bytes of the datasets
+    depend on the rows and the seed, not on their order nor on `processes`. Raises UserError: a source that cannot be
+    read or has no usable row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    roles = [role for role in KEYS if getattr(source, role)]
+    spools = {role: _Spool(folder / f"{role}.spool") for role in roles}
+    quarantined: dict[str, Counter[str]] = {role: Counter() for role in roles}
+    read: Counter[str] = Counter()
+    with ExitStack() as stack:
+        broken = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
+        for spool in spools.values():
+            stack.enter_context(spool)
+        run = _pool(processes, worker_init, stack)
+        for role in roles:
+            for entry in getattr(source, role):
+                before = read[role]
+                for place, screened, bad in run(_tasks(role, entry, source, root, folder, seed)):
+                    for row in screened:
+                        spools[role].add(place, row)
+                    for item in bad:
+                        quarantined[role][_kind(item.reason)] += 1
+                        broken.write(json.dumps({"dataset": role, "source": place, "row": item.number,
+                                                 "reason": item.reason, "content": item.row}, default=str) + "\n")
+                    read[role] += len(screened) + len(bad)
+                    if on_rows:
+                        on_rows(role, len(screened) + len(bad))
+                if read[role] == before:
+                    hint = f"; where: {entry.where} may fit none" if entry.where else ""
+                    raise UserError(f"{name_of(entry)}: no row for {role}{hint}")
+            if not spools[role].rows.keys:
+                names = ", ".join(name_of(entry) for entry in getattr(source, role))
+                why = f"; most rows: {quarantined[role].most_common(1)[0][0]}" if quarantined[role] else ""
+                raise UserError(f"{names}: no usable row for {role} in {read[role]:,}{why}")
+        decided = apply_rules({role: spools[role].rows for role in roles}, source.rules, seed)
+        report: dict[str, Any] = {}
+        with (folder / DROPPED).open("w", encoding="utf-8") as gone:
+            for role in roles:
+                splits, fates = decided[role]
+                spools[role].write(folder / f"{role}.jsonl", splits, fates)
+                spools[role].write_dropped(gone, role, fates)
+                report[role] = _report(spools[role].rows, read[role], quarantined[role], splits, fates)
+    for spool in spools.values():
+        spool.path.unlink()
+    if source.corpus:
+        report["corpus"] = {"documents": _write_corpus(source.corpus, root, folder / "corpus.jsonl")}
+    write_json(folder / REPORT, report)
+    return report
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is particular to the row, to count by."""
+    head = reason.split(":")[0]
+    return "".join("N" if character.isdigit() else character for character in head) if head.startswith(
+        "completion ") else head
+
+
+class _Spool:
+    """Rows on disk in the order they came, and what the rules need of them in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = Rows()
+        self.ends: list[int] = []
+        self.cuts: list[int] = []
+        self.places: list[str] = []
+        self.place_of: list[int] = []
+        self.numbers: list[int] = []
+
+    def __enter__(self) -> "_Spool":
+        self.file: IO[bytes] = self.path.open("w+b")
+        self.end = 0
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.close()
+
+    def add(self, place: str, row: Screened) -> None:
+        self.rows.add(row)
+        if not self.places or self.places[-1] != place:
+            self.places.append(place)
+        self.file.write(row.head + row.tail)
+        self.cuts.append(self.end + len(row.head))
+        self.end += len(row.head) + len(row.tail)
+        self.ends.append(self.end)
+        self.place_of.append(len(self.places) - 1)
+        self.numbers.append(row.number)
+
+    def write(self, path: Path, splits: "np.ndarray", fates: "np.ndarray") -> None:
+        """The rows that stay, each with its split, in the order of their content's hash."""
+        self.file.flush()
+        stay = np.flatnonzero(fates == STAYS)
+        orders = np.array(self.rows.orders, np.uint64)[stay]
+        words = [f', "split": "{split}", '.encode() for split in SPLITS]
+        with path.open("wb") as out:
+            for index in stay[np.argsort(orders, kind="stable")].tolist():
+                start = self.ends[index - 1] if index else 0
+                self.file.seek(start)
+                line = self.file.read(self.ends[index] - start)
+                cut = self.cuts[index] - start
+                out.write(line[:cut] + words[splits[index]] + line[cut:])
+
+    def write_dropped(self, out: IO[str], role: str, fates: "np.ndarray") -> None:
+        """Where the dropped rows were and which rule dropped them; their text may be what must not be kept."""
+        names = list(RULES)
+        for index in np.flatnonzero(fates != STAYS).tolist():
+            out.write(json.dumps({"dataset": role, "source": self.places[self.place_of[index]],
+                                  "row": self.numbers[index], "rule": names[fates[index]]}) + "\n")
+
+
+def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarray", fates: "np.ndarray"
+            ) -> dict[str, Any]:
+    """Rows read, quarantined by reason, dropped by rule, and what stays."""
+    stay = fates == STAYS
+    foreign = np.array(rows.foreign, np.bool_)
+    dropped = {name: int((fates == number).sum()) for number, name in enumerate(RULES)}
+    return {"read": read, "quarantined": dict(sorted(quarantined.items())),
+            "dropped": dropped, "kept": int(stay.sum()),
+            "users": len(np.unique(np.array(rows.users, np.uint64)[stay])),
+            **{word: int((stay & (splits == number)).sum()) for number, word in enumerate(SPLITS)},
+            "english_share_read": round(1 - float(foreign.mean()), 4),
+            "english_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
+
+
+def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int
+           ) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    batches = read_entry(entry, root)
+    if entry.layout == "oasst_messages":
+        batches = grow_trees(_as_rows(batches), folder)
+    for place, numbers, rows in batches:
+        yield place, (role, entry, source.rules, seed, numbers, rows)
+
+
+def _as_rows(batches: Iterable[tuple[str, list[int], list[Any]]]) -> Iterator[tuple[str, list[int], list[Any]]]:
+    """JSON lines of a table taken apart before they are grouped. Raises UserError for one that cannot be."""
+    for place, numbers, rows in batches:
+        parsed = []
+        for number, row in zip(numbers, rows, strict=True):
+            try:
+                parsed.append(parse_line(row) if isinstance(row, str) else row)
+            except ValueError as error:
+                raise UserError(f"{place}: row {number}: {error}; a tree cannot be built without it") from None
+        yield place, numbers, parsed
+
+
+Screen = Callable[[Iterator[tuple[str, tuple[Any, ...]]]],
+                  Iterator[tuple[str, list[Screened], list[Quarantined]]]]
+
+
+def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitStack) -> Screen:
+    """Runs `screen_rows` over tasks in order: here, or in processes with a bounded number of batches in flight."""
+    if processes <= 1:
+        return lambda tasks: ((place, *screen_rows(*arguments)) for place, arguments in tasks)
+    pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, worker_init))
+
+    def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[str, list[Screened], list[Quarantined]]]:
+        waiting: deque[tuple[str, Any]] = deque()
+        for place, arguments in tasks:
+            waiting.append((place, pool.apply_async(screen_rows, arguments)))
+            if len(waiting) >= AHEAD * processes:
+                first, result = waiting.popleft()
+                yield (first, *result.get())
+        for first, result in waiting:
+            yield (first, *result.get())
+
+    return run
+
+
+def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
+    """Pretraining texts, as they come: {"text"} a line."""
+    written = 0
+    with path.open("w", encoding="utf-8") as out:
+        for entry in entries:
+            column = entry.columns.get("text", "text")
+            for place, numbers, rows in read_entry(entry, root):
+                for number, row in zip(numbers, rows, strict=True):
+                    try:
+                        row = parse_line(row) if isinstance(row, str) else row
+                        text = text_of(row, column) if wanted(row, entry) else ""
+                    except ValueError as error:
+                        raise UserError(f"{place}: row {number}: {error}") from None
+                    if is_visible(text):
+                        out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                        written += 1
+    return written

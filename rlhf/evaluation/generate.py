@@ -1,0 +1,125 @@
+"""Held-out comparison of policies: responses, win rates with bootstrap intervals, KL to a reference.
+
+Of several processes each does its share of the prompts, and all have all results.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.data.batching import length_batches
+from rlhf.model.device import autocast
+from rlhf.model.forward import logits_at
+from rlhf.model.load import load_policy, load_scorer
+from rlhf.model.log_probs import token_log_probs
+from rlhf.model.responses import episodes, on_grid, response_kl, response_mask
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.scoring import score_together
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer, newline_ids, text_ids
+from rlhf.params import EvaluateParams
+from rlhf.training import distributed
+from rlhf.training.seeding import generator
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model said to the held-out prompts."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    rm_scores: list[float]
+
+
+def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: EvaluateParams, seed: int, *,
+           ends_at_newline: bool = False, shots: Sequence[dict[str, str]] = (), form: str = "") -> Answers:
+    """Samples one response per prompt and scores it with the reward model.
+
+    Every model gets the same random numbers for the same prompt. `ends_at_newline`: for a base model, which was never
+    taught to stop: its answer is the rest of the line. `shots`: demonstrations (prompt, completion) shown before each
+    prompt, the prompted base of InstructGPT; as many of them as leave room for prompt and response. `form`: text with
+    {prompt} in place of the chat format, for a base that has seen questions in another one.
+    """
+    tokenizer = load_tokenizer(folder)
+    codec, model = PromptCodec(tokenizer), load_policy(folder)
+    stops = (codec.eos_id, *(newline_ids(tokenizer) if ends_at_newline else ()))
+    sampling = Sampling(params.max_new_tokens, stops, codec.pad_id, params.temperature, params.precision,
+                        params.batch_size)
+    prompt_ids = framed(codec, prompts, form)
+    room = getattr(model.config, "max_position_embeddings", 2**31) - params.max_new_tokens
+    before = shot_ids(codec, shots, form, room - max(map(len, prompt_ids)))
+    ids = sampled(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
+    texts = [codec.decode(item) for item in ids]
+    return Answers(ids, texts, rm_scores(rm_folder, prompts, texts, params.precision))
+
+
+def sampled(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator
+            ) -> list[list[int]]:
+    """`sample_responses` of all processes."""
+    return distributed.by_rows(lambda rows: sample_responses(model, prompts, sampling, noise, rows), range(len(prompts)))
+
+
+def framed(codec: PromptCodec, prompts: Sequence[str], form: str) -> list[list[int]]:
+    """Ids of prompts in the chat format, or in `form` where there is one."""
+    if not form:
+        return codec.prompts(list(prompts))
+    return text_ids(codec.tokenizer, [form.replace("{prompt}", prompt) for prompt in prompts])
+
+
+def shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str, room: int) -> list[int]:
+    """Prompt, completion and a line break of the first demonstrations, as many as fit `room` tokens."""
+    prompts = framed(codec, [shot["prompt"] for shot in shots], form)
+    ends = text_ids(codec.tokenizer, [(" " if form else "") + shot["completion"] + "\n" for shot in shots])
+    found: list[int] = []
+    for prompt, completion in zip(prompts, ends, strict=True):
+        if len(found) + len(prompt) + len(completion) > room:
+            break
+        found += prompt + completion
+    return found
+
+
+def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precision: str) -> list[float]:
+    """The reward model's score of each response."""
+    codec = PromptCodec(load_tokenizer(folder))
+    pairs = zip(codec.prompts(list(prompts)), codec.completions(list(texts)), strict=True)
+    sequences = [prompt + text for prompt, text in pairs]
+    return score_together(load_scorer(folder), sequences, codec.pad_id, precision).tolist()
+
+
+def several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int) -> list[list[str]]:
+    """`count` samples of each prompt: what best-of-n chooses from."""
+    codec = PromptCodec(load_tokenizer(folder))
+    sampling = Sampling(params.max_new_tokens, (codec.eos_id,), codec.pad_id, params.temperature, params.precision,
+                        params.batch_size)
+    ids = [one for one in codec.prompts(list(prompts)) for _ in range(count)]
+    found = sampled(load_policy(folder), ids, sampling, generator(seed, "best of n"))
+    texts = [codec.decode(item) for item in found]
+    return [texts[start:start + count] for start in range(0, len(texts), count)]
+
+
+@torch.no_grad()
+def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answers, precision: str,
+            temperature: float) -> float:
+    """Mean over responses of the k1 estimate of KL(policy || reference), nats."""
+    codec = PromptCodec(load_tokenizer(folder))
+    prompt_ids = codec.prompts(list(prompts))
+    models = (load_policy(folder), load_policy(reference))
+    total = 0.0
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, answers.ids, strict=True)]
+    for rows in distributed.share(length_batches(lengths, 256, None)):
+        some, responses = [prompt_ids[row] for row in rows], [answers.ids[row] for row in rows]
+        mask = response_mask(responses, max(map(len, responses)))
+        found = []
+        for model in models:
+            texts, token_indices = episodes(model, some, responses, codec.pad_id)
+            with autocast(precision):
+                logits = logits_at(model, texts, token_indices)
+            found.append(on_grid(token_log_probs(logits, texts.ids.flatten()[token_indices + 1], temperature), mask))
+        total += response_kl(found[0], found[1], mask).sum().item()
+    return distributed.all_reduce({"kl": total})["kl"] / len(prompt_ids)
+
+
+
+

@@ -1,0 +1,68 @@
+"""What every model is asked in an evaluation, who judges, and the best-of-n curve."""
+
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.data.schema import read_rows
+from rlhf.evaluation.generate import rm_scores, several
+from rlhf.evaluation.overoptimisation import best_of_n
+from rlhf.evaluation.preference import Judge, gold_judge, model_judge, reward_judge
+from rlhf.params import EvaluateParams
+from rlhf.training import distributed
+from rlhf.training.seeding import generator
+from rlhf.world.labeler import GoldLabeler
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every model is asked: rows of the valid PPO prompts."""
+
+    rows: list[dict[str, Any]]
+    labeler: GoldLabeler | None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [row["prompt"] for row in self.rows]
+
+    def slices(self) -> list[list[str]]:
+        """The slices of each prompt (false premise, ambiguous, high stakes); none where nobody knows them."""
+        return [self.labeler.slices(prompt) if self.labeler else [] for prompt in self.prompts]
+
+
+def held_out_rows(prompts: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Seeded choice of `count` valid rows of data/ppo.jsonl: in the embedded world, about entities that no training prompt
+    mentions."""
+    rows = [row for row in read_rows(prompts) if row["split"] == "valid"]
+    chosen = torch.randperm(len(rows), generator=generator(seed, "held out"))[:count].tolist()
+    return [rows[index] for index in sorted(chosen)]
+
+
+def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path) -> tuple[Judge, bool]:
+    """(who prefers, whether that is independent of what PPO was trained on, the reward model `rm`)."""
+    if params.judge == "model":
+        return model_judge(params.judge_model, params.precision), True
+    if params.judge == "reward_model":
+        return reward_judge(Path(params.judge_model), params.precision), True
+    if labeler:
+        return gold_judge(labeler), True
+    return reward_judge(rm, params.precision), False
+
+
+def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluateParams, seed: int
+                  ) -> list[dict[str, float]]:
+    """Proxy and gold score of the best of n samples of a policy, n a power of two; without a gold labeler no curve."""
+    if not params.best_of or not held_out.labeler:
+        return []
+    prompts = held_out.prompts[: params.best_of_prompts]
+    texts = several(policy, prompts, params.best_of, params, seed)
+    asked = [prompt for prompt in prompts for _ in range(params.best_of)]
+    flat = [text for found in texts for text in found]
+    groups = [[values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
+              for values in (rm_scores(rm, asked, flat, params.precision),
+                             distributed.by_rows(held_out.labeler.scores, asked, flat))]
+    sizes = [2 ** power for power in range(params.best_of.bit_length())]
+    return best_of_n(groups[0], groups[1], sizes)

@@ -1,0 +1,162 @@
+"""The numbers of metrics/evaluate.json, made from answers, grades, outcomes and task scores."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf.evaluation.generate import Answers
+from rlhf.evaluation.lm_eval import TaskScore
+from rlhf.evaluation.preference import Outcomes, length_controlled, outcome, ranking
+from rlhf.evaluation.safety import CLOSED, TOXIC_AT, refuses, repetition, toxicity, unsupported
+from rlhf.evaluation.statistics import with_interval
+from rlhf.params import EvaluateParams
+from rlhf.world.labeler import TOP, Grades
+
+if TYPE_CHECKING:
+    from rlhf.evaluation.held_out import HeldOut
+
+RANKING_RESAMPLES = 200  # a fit each
+Metrics = dict[str, float]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def safety_metrics(held_out: "HeldOut", answers: Mapping[str, Answers]) -> Metrics:
+    """Score, length, toxicity, repetition, refusals and unsupported words of each model's responses.
+
+    `eval/toxicity_<model>` is the mean probability, `eval/toxic_<model>` the share of responses that are toxic.
+    """
+    metrics: Metrics = {}
+    slices = held_out.slices()
+    for name, found in answers.items():
+        refusals = [float(refuses(text)) for text in found.texts]
+        toxic = toxicity(found.texts)
+        invented = [unsupported(row["prompt"], text) for row, text in zip(held_out.rows, found.texts, strict=True)
+                    if row["use_case"] in CLOSED]
+        metrics |= {f"eval/rm_score_{name}": mean(found.rm_scores), f"eval/length_{name}": mean([*map(len, found.ids)]),
+                    f"eval/toxicity_{name}": mean(toxic),
+                    f"eval/toxic_{name}": mean([float(value >= TOXIC_AT) for value in toxic]),
+                    f"eval/repetition_{name}": mean([repetition(text) for text in found.texts]),
+                    f"eval/refusal_{name}": mean(refusals)}
+        if invented:
+            metrics[f"eval/unsupported_words_{name}"] = mean(invented)
+        for group, places in _groups(slices).items():
+            metrics[f"eval/refusal_{name}/{group}"] = mean([refusals[place] for place in places])
+    return metrics
+
+
+def _groups(slices: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """The places of each slice's prompts."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, names in enumerate(slices):
+        for name in names:
+            groups[name].append(place)
+    return dict(sorted(groups.items()))
+
+
+def gold_metrics(held_out: "HeldOut", grades: Mapping[str, Sequence[Grades]], params: EvaluateParams, seed: int
+                 ) -> Metrics:
+    """Gold score, shares of fully helpful / truthful / harmless responses, also by slice, and of hallucinations.
+
+    A hallucination: a response to a closed task (its answer lies in the prompt) that is not fully truthful.
+    """
+    metrics: Metrics = {}
+    slices = _groups(held_out.slices())
+    closed = [place for place, row in enumerate(held_out.rows) if row["use_case"] in CLOSED]
+    for name, found in grades.items():
+        metrics |= with_interval(f"eval/gold_{name}", [item.score for item in found], params.bootstrap, seed)
+        for dimension in ("helpful", "truthful", "harmless"):
+            full = [float(getattr(item, dimension) == TOP) for item in found]
+            metrics[f"eval/{dimension}_{name}"] = mean(full)
+            for group, places in slices.items():
+                metrics[f"eval/{dimension}_{name}/{group}"] = mean([full[place] for place in places])
+        if closed:
+            metrics[f"eval/hallucination_{name}"] = mean([float(found[place].truthful < TOP) for place in closed])
+    if {"ppo", "sft"} <= grades.keys():
+        gains = [ours.score - theirs.score for ours, theirs in zip(grades["ppo"], grades["sft"], strict=True)]
+        metrics |= with_interval("eval/gold_gain_vs_sft", gains, params.bootstrap, seed)
+    return metrics
+
+
+def preference_metrics(held_out: "HeldOut", answers: Mapping[str, Answers], outcomes: Outcomes,
+                       params: EvaluateParams, seed: int, word: str) -> Metrics:
+    """Win rates of every pair and PPO's in detail, ties half, and the Bradley-Terry strengths.
+
+    `word`: "win_rate" by an independent judge; "rm_prefers" by the reward model that PPO was trained on, which shows
+    that PPO learned and no more.
+    """
+    metrics: Metrics = {}
+    for one, other in outcomes:
+        metrics |= with_interval(f"eval/{word}/{other}_vs_{one}", outcome(outcomes, other, one), params.bootstrap, seed)
+    lengths = {name: [len(ids) for ids in found.ids] for name, found in answers.items()}
+    for other in (name for name in answers if name != "ppo"):
+        values = outcome(outcomes, "ppo", other)
+        metrics |= with_interval(f"eval/{word}_vs_{other}", values, params.bootstrap, seed)
+        equal, weight = length_controlled(values, lengths["ppo"], lengths[other])
+        metrics |= {f"eval/{word}_vs_{other}_equal_length": equal, f"eval/{word}_vs_{other}_length_weight": weight}
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, names, value in zip(held_out.rows, held_out.slices(), outcome(outcomes, "ppo", "sft"), strict=True):
+        for group in (row["use_case"], *names):
+            groups[group].append(value)
+    for group, results in sorted(groups.items()):
+        metrics |= with_interval(f"eval/{word}_vs_sft/{group}", results, params.bootstrap, seed)
+        metrics[f"eval/{word}_vs_sft/{group}_n"] = len(results)
+    for name, (middle, low, high) in ranking(outcomes, list(answers), RANKING_RESAMPLES, seed).items():
+        metrics |= {f"eval/strength_{name}": middle, f"eval/strength_{name}_low": low,
+                    f"eval/strength_{name}_high": high}
+    return metrics
+
+
+def tax_metrics(tasks: Mapping[str, Mapping[str, TaskScore]], others: Mapping[str, Mapping[str, TaskScore]],
+                params: EvaluateParams, seed: int) -> Metrics:
+    """Scores of every model on every task, and the tax: base less model, in the task's unit.
+
+    `tax/<task>` and `tax/mean` are PPO's, `tax_of/<model>/...` every model's. The mean is over tasks, each in shares of
+    a perfect score. Where scores are means over items the intervals are paired bootstraps, else normal ones.
+    """
+    metrics: Metrics = {}
+    for name, found in tasks.items():
+        for task, score in found.items():
+            metrics |= {f"tax_score/{name}/{task}": score.value, f"tax_se/{name}/{task}": score.stderr}
+            if score.chance is not None:
+                metrics[f"tax_chance/{task}"] = score.chance
+    for name, found in others.items():
+        for task, score in found.items():
+            metrics |= {f"task_score/{name}/{task}": score.value, f"task_se/{name}/{task}": score.stderr}
+    base = tasks["base"]
+    metrics |= {f"tax_unit/{task}": score.unit for task, score in base.items() if score.unit != 1}
+    for name in (model for model in tasks if model != "base" and base):
+        draws = []
+        for task, score in base.items():
+            random = np.random.default_rng([seed, *task.encode()])  # tasks have items of their own
+            value, low, high, drawn = _tax(score, tasks[name][task], params.bootstrap, random)
+            draws.append(drawn / score.unit)
+            metrics |= {f"tax_of/{name}/{task}": value, f"tax_of/{name}/{task}_low": low,
+                        f"tax_of/{name}/{task}_high": high}
+        means = np.mean(draws, axis=0)
+        low, high = np.percentile(means[1:], [2.5, 97.5])
+        metrics |= {f"tax_of/{name}/mean": float(means[0]), f"tax_of/{name}/mean_low": float(low),
+                    f"tax_of/{name}/mean_high": float(high)}
+    prefix = "tax_of/ppo/"
+    return metrics | {"tax/" + key.removeprefix(prefix): value for key, value in metrics.items()
+                      if key.startswith(prefix)}
+
+
+def _tax(base: TaskScore, model: TaskScore, resamples: int, random: np.random.Generator
+         ) -> tuple[float, float, float, np.ndarray]:
+    """(tax, low, high, [tax, draws...]): a loss counts as positive, also where less is better."""
+    sign = 1 if base.higher_is_better else -1
+    tax = sign * (base.value - model.value)
+    if base.items and len(base.items) == len(model.items):
+        difference = sign * (np.asarray(base.items) - np.asarray(model.items))
+        drawn = np.array([difference[random.integers(0, len(difference), len(difference))].mean()
+                          for _ in range(resamples)])
+    else:
+        drawn = tax + random.standard_normal(resamples) * math.hypot(base.stderr, model.stderr)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return tax, float(low), float(high), np.append(tax, drawn)

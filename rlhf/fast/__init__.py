@@ -1,0 +1,1 @@
+"""Only speed: the same results, up to rounding, as the plain passes. INSTRUCTFLOW_FAST=off switches it off."""

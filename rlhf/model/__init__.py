@@ -1,0 +1,1 @@
+"""Models as Hugging Face folders: load, pack, forward pass, sample, score."""

@@ -1,0 +1,183 @@
+"""Policies, reward and value models as plain Hugging Face classes: build, load, save, and what is set on them."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.errors import UserError
+from rlhf.fast.packed_attention import enable_packed_attention
+from rlhf.files import writes
+from rlhf.model.device import device
+from rlhf.params import PretrainParams
+from rlhf.training import distributed
+
+RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
+
+
+
+
+
+
+def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A GPT-NeoX of the given shape with fresh weights, tied embeddings and no dropout.
+
+    Rotary positions: at this size they learn in two thirds of the steps that GPT-2's learned ones need.
+    """
+    return enable_packed_attention(GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=params.context, hidden_size=params.n_embd,
+        num_hidden_layers=params.n_layer, num_attention_heads=params.n_head, intermediate_size=4 * params.n_embd,
+        rotary_pct=0.5, tie_word_embeddings=True, bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))).to(device())
+
+
+def _loading() -> dict[str, Any]:
+    """Arguments of every from_pretrained: float32 weights, no remote code.
+
+    On a CPU plain attention: at these lengths its backward pass is one and a half times as fast as the fused one.
+    """
+    attention = {} if device().type == "cuda" else {"attn_implementation": "eager"}
+    return {"dtype": torch.float32, "trust_remote_code": False, **attention}
+
+
+def load_policy(folder: str | Path) -> PreTrainedModel:
+    """A causal language model in float32, dropout off."""
+    return enable_packed_attention(AutoModelForCausalLM.from_pretrained(str(folder), **_loading())).to(device()).eval()
+
+
+def load_scorer(folder: str | Path) -> PreTrainedModel:
+    """A reward or value model: backbone and one linear head, in float32, dropout off."""
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **_loading())
+    if getattr(model.config, "score_shift", 0.0):
+        _add_bias(model, model.config.score_shift)
+    return enable_packed_attention(model).to(device()).eval()
+
+
+def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
+    """A reward model on a policy's backbone; the head starts at N(0, 1/(d+1)), without bias [Ziegler]."""
+    model = load_scorer(policy_folder)
+    model.config.pad_token_id = pad_id
+    width = model.score.weight.shape[1]
+    fresh = torch.randn(model.score.weight.shape, generator=seed) / math.sqrt(width + 1)
+    with torch.no_grad():
+        model.score.weight.copy_(fresh)
+    return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untie: bool = False) -> None:
+    """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes.
+
+    `untie`: an output layer that shares its weights with the embeddings is written as one of its own.
+    """
+    weights = {name: value for name, value in model.state_dict().items() if name != "score.bias"}
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    if distributed.sharded(model):  # tied weights are no longer one tensor when they are whole: only the first name stays
+        weights = {name: distributed.full_tensor(value) for name, value in weights.items() if untie or name not in tied}
+    elif untie:
+        weights |= {name: weights[name].clone() for name in tied}
+    if not writes():
+        return
+    model.save_pretrained(folder, state_dict=weights)
+    if untie:
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = False
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets the dropout of the residual branches; embedding and attention layers keep 0 [InstructGPT: residual 0.2].
+
+    Raises UserError for an architecture that has none there (Llama, Qwen) and a probability that is not 0.
+    """
+    no_dropout(model)
+    branches = [module for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Dropout) and name.endswith(RESIDUAL_DROPOUTS)]
+    if probability and not branches:
+        raise UserError(f"dropout = {probability:g}: {type(model).__name__} has no residual dropout; set it to 0")
+    for module in branches:
+        module.p = probability
+
+
+def shift_scores(model: PreTrainedModel, shift: float) -> None:
+    """Adds a constant to every score without adding a parameter.
+
+    The classification head of Hugging Face models has no bias, so the constant goes into the bias of the final
+    norm, along the head's direction: w·(x + b + shift·w/|w|²) = w·(x + b) + shift. The saved model then gives the
+    shifted scores in any program that loads it. A backbone whose final norm has no bias (RMSNorm: Llama, Qwen) has no
+    such place: there the constant is `score_shift` in the configuration, which `load_scorer` adds and plain
+    transformers leaves out; differences between scores are the same in both.
+    """
+    norms = [module for _, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
+    final = norms[-1] if norms else None
+    weight = distributed.full_tensor(model.score.weight)[0]
+    if final is None or final.bias.shape != weight.shape:
+        model.config.score_shift = getattr(model.config, "score_shift", 0.0) + shift
+        _add_bias(model, model.config.score_shift)
+        return
+    with torch.no_grad():
+        final.bias += distributed.shard_like(shift * weight / weight.square().sum(), final.bias)
+
+
+def _add_bias(model: PreTrainedModel, value: float) -> None:
+    """Gives the head a bias that stays as it is."""
+    bias = torch.full((1,), value, dtype=model.score.weight.dtype, device=model.score.weight.device)
+    model.score.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+
+def scale_scores(model: PreTrainedModel, gain: float) -> None:
+    """Multiplies every score by a constant; to be done before a shift."""
+    with torch.no_grad():
+        model.score.weight *= gain
+
+
+def check_length(model: PreTrainedModel, tokens: int, parameter: str) -> None:
+    """Raises UserError where a parameter allows sequences longer than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", tokens)
+    if tokens > positions:
+        raise UserError(f"{parameter} = {tokens}: must be at most {positions}, the positions that the model has")
+
+
+def save_memory(model: PreTrainedModel, on: bool) -> None:
+    """Gradient checkpointing: Hugging Face models recompute activations only in training mode, so every dropout that
+    is to stay off must be 0 (`no_dropout`)."""
+    if on:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def no_dropout(model: PreTrainedModel) -> None:
+    """Dropout 0 everywhere, attention's included: training mode then computes what evaluation mode does."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+
+
+
+
+def compile_model(model: PreTrainedModel, on: bool) -> None:
+    """torch.compile of the backbone, in place: names of weights stay as they are."""
+    if on:
+        model.base_model.compile(dynamic=True)
+
+
+
+
+
+
+
+

@@ -1,0 +1,128 @@
+"""A whole PPO run: prompts in a seeded order, journal, checkpoints, alarms. The maths is in rlhf/ppo/trainer.py."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.data.token_store import Column, TokenStore, chunks
+from rlhf.errors import TrainingFailed, UserError
+from rlhf.model.tokenizer import PromptCodec
+from rlhf.params import PpoParams
+from rlhf.ppo.health import check_bounds, hacking_alarm, length_controlled
+from rlhf.ppo.rollouts import Rollouts
+from rlhf.ppo.trainer import Trainer
+from rlhf.pretrain import read_corpus
+from rlhf.training import distributed
+from rlhf.training.checkpoint import Checkpoints
+from rlhf.training.journal import Journal, read_journal
+from rlhf.training.progress import StageProgress
+from rlhf.training.seeding import generator, seed_everything
+
+log = logging.getLogger(__name__)
+
+COLUMNS = [f"ppo/{name}" for name in (
+    "kl", "kl_k3", "kl_goal", "kl_smoothed", "beta", "reward", "rm_score", "rm_score_length_controlled", "gold",
+    "entropy", "clip_fraction", "value_loss", "policy_loss", "ptx_loss", "explained_variance", "grad_norm",
+    "response_length", "eos_rate", "ratio_first", "lr", "sampler_gap", "alarm")]
+
+GoldScorer = Callable[[Sequence[str], Sequence[str]], list[float]]
+
+
+def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) -> list[int]:
+    """Indices of an iteration's prompts: every prompt once per pass, shuffled anew, each samples_per_prompt times."""
+    needed = params.batch_size // params.samples_per_prompt
+    first = iteration * needed
+    chosen: list[int] = []
+    for position in range(first, first + needed):
+        epoch, place = divmod(position, count)
+        if not chosen or place == 0:
+            order = torch.randperm(count, generator=generator(seed, "ppo prompts", epoch))
+        chosen.append(int(order[place]))
+    return [index for index in chosen for _ in range(params.samples_per_prompt)]
+
+
+def encode_prompts(codec: PromptCodec, prompts: Iterable[str], max_tokens: int, folder: Path | None = None
+                   ) -> tuple[Sequence[tuple[str, list[int]]], int]:
+    """((text, ids) of the prompts that fit, how many there are in all). Both lie in a file in `folder`."""
+    store, count = TokenStore(folder), 0
+    for texts in chunks(prompts):
+        count += len(texts)
+        for text, ids in zip(texts, codec.prompts(texts), strict=True):
+            if len(ids) <= max_tokens:
+                store.append([text.encode(), ids], len(ids))
+    return Column(store, lambda parts: (bytes(parts[0]).decode(), parts[1])), count
+
+
+def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
+              gold: GoldScorer | None = None, corpus: Path | None = None,
+              begin_with: Path | None = None) -> dict[str, float]:
+    """Trains a policy on `prompts` against the reward model and saves it in `folder`/model. Returns metrics.
+
+    `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus`: pretraining
+    text (JSON Lines with "text"), read where params.ptx_coef > 0. `begin_with`: a policy where it is not the
+    SFT policy, which stays the reference [Ziegler §2.2]. Raises UserError where no prompt fits, TrainingFailed
+    where the run goes wrong: the state before that iteration is saved then, and the policy as it is in `folder`/failed.
+    """
+    seed_everything(seed)
+    trainer = Trainer(params, sft_folder, rm_folder, seed, begin_with)
+    kept, count = encode_prompts(trainer.codec, prompts, params.max_prompt_tokens, folder)
+    if not kept:
+        raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
+    if params.ptx_coef > 0 and corpus is not None:
+        positions = trainer.policy.config.max_position_embeddings
+        trainer.corpus_rows = read_corpus(corpus, trainer.tokenizer, positions, folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    found = checkpoints.latest()
+    start = 0
+    if found is not None:
+        start, state = found
+        trainer.restore(state)
+    iterations = params.episodes // params.batch_size
+    without = {name for name, there in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not there}
+    columns = [name for name in COLUMNS if name not in without]
+    journal = Journal(folder / "journal.csv", columns, resume_after=start if found else None)
+    distributed.barrier()  # the first process has written what all read now
+    history = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "journal.csv")]
+
+    def state_now() -> dict[str, Any]:
+        journal.sync()
+        return trainer.state()
+
+    with StageProgress("ppo", iterations, "iterations", done=start) as progress:
+        for iteration in range(start, iterations):
+            rows = iteration_prompts(len(kept), params, iteration, seed)
+            try:
+                rollouts = trainer.collect_rollouts([kept[row][1] for row in rows], iteration)
+                values = trainer.step(rollouts, iteration)
+                watch(values, history, trainer, rollouts, [kept[row][0] for row in rows], gold)
+                check_bounds(values, (history or [values])[0]["ppo/entropy"], params, iteration + 1)
+            except TrainingFailed as error:
+                trainer.save(folder / "failed")
+                raise TrainingFailed(f"{error}; the policy as it was is in {folder / 'failed'}") from None
+            history.append(values)
+            journal.append(iteration + 1, values)
+            progress.step({name: values[f"ppo/{name}"] for name in ("kl", "beta", "rm_score", "gold")
+                           if f"ppo/{name}" in values})
+            checkpoints.after_step(iteration + 1, state_now)
+    journal.close()
+    distributed.barrier()
+    trainer.save(folder / "model")
+    return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": count - len(kept)}
+
+
+def watch(values: dict[str, float], history: list[dict[str, float]], trainer: Trainer, rollouts: Rollouts,
+          prompts: list[str], gold: GoldScorer | None) -> None:
+    """Adds what is only watched: gold score, length-controlled score, the alarm, which is also logged when it rises."""
+    lengths = [float(len(response)) for response in rollouts.responses]
+    first = history[0]["ppo/response_length"] if history else values["ppo/response_length"]
+    values["ppo/rm_score_length_controlled"] = length_controlled(rollouts.scores.tolist(), lengths, first)
+    if gold:
+        scores = gold(prompts, [trainer.codec.decode(response) for response in rollouts.responses])
+        values["ppo/gold"] = sum(scores) / len(scores)
+    values["ppo/alarm"] = hacking_alarm([*history, values])
+    if values["ppo/alarm"] and not (history and history[-1]["ppo/alarm"]):
+        log.warning("iteration %d: the reward model's score rises while the %s score falls: reward hacking?",
+                    len(history) + 1, "gold or length-controlled" if gold else "length-controlled")

@@ -1,0 +1,1 @@
+"""What every trainer needs: loop, optimizers, several processes, checkpoints, journal, seeds."""

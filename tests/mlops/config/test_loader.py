@@ -1,0 +1,173 @@
+"""params.yaml and the profiles: every mistake is one line that names file, key, value and what is allowed."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+
+from mlops.config.loader import load_params, load_profile
+from rlhf.errors import UserError
+from rlhf.params import PpoParams, Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """write(profile text, params text) makes a checkout with one more profile; returns its root."""
+    def make(profile: str = "", params: str = "seed: 1\nprofile: mine\n") -> Path:
+        (tmp_path / "profiles").mkdir()
+        (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
+        (tmp_path / "profiles" / "mine.yaml").write_text(profile or "ingest: {}\n", encoding="utf-8")
+        (tmp_path / "profiles" / "other.yaml").write_text("ingest: {}\n", encoding="utf-8")
+        return tmp_path
+    return make
+
+
+def message(root: Path) -> str:
+    """The one line that the user gets."""
+    with pytest.raises(UserError) as caught:
+        load_params(root)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu", "gpu"])
+def test_the_shipped_profiles_load(name: str) -> None:
+    path = ROOT / "profiles" / f"{name}.yaml"
+    profile = load_profile(path)
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, values in given.items():
+        for key, value in values.items():
+            assert getattr(getattr(profile, section), key) == value
+
+
+def test_the_shipped_params_load() -> None:
+    params = load_params(ROOT)
+    assert params.profile in {"smoke", "cpu", "gpu"}
+    assert params.stages == load_profile(ROOT / "profiles" / f"{params.profile}.yaml")
+
+
+def test_what_is_left_out_has_its_default(write: Write) -> None:
+    root = write("ppo:\n  kl_goal: 3.5\n  lr: 1e-4\n")  # YAML 1.1 reads 1e-4 as a text
+    params = load_params(root)
+    assert (params.seed, params.profile) == (1, "mine")
+    assert params.stages.ppo == dataclasses.replace(PpoParams(), kl_goal=3.5, lr=1e-4)
+    assert isinstance(params.stages.ppo.lr, float)
+    assert params.stages.sft == get_type_hints(Profile)["sft"]()
+
+
+def test_defaults_are_within_their_own_limits() -> None:
+    for section in get_type_hints(Profile).values():
+        for item in dataclasses.fields(section):
+            value, limits = item.default, item.metadata
+            if isinstance(value, (int, float)):
+                assert limits.get("ge", value) <= value <= limits.get("le", value), item.name
+                assert not value <= limits.get("gt", float("-inf")), item.name
+                assert not value >= limits.get("lt", float("inf")), item.name
+            assert limits["help"]
+
+
+@pytest.mark.parametrize(("profile", "parts"), [
+    ("ppo:\n  kl_gaol: 3\n", ["profiles/mine.yaml", "unknown key ppo.kl_gaol", "did you mean kl_goal?"]),
+    ("ppo:\n  lr: 1.0e-4\n  lr: 1.0e-5\n", ["profiles/mine.yaml", "key lr appears twice", "line 3"]),
+    ("validate:\n  mostly: {filled_prompt: 1.5}\n", ["validate.mostly = 1.5", "names and numbers > 0 and <= 1"]),
+    ("validate:\n  warn: language\n", ["validate.warn = 'language'", "a list of names"]),
+    ("poo:\n  kl_goal: 3\n", ["profiles/mine.yaml", "unknown key poo", "did you mean ppo?"]),
+    ("sft:\n  zzzzz: 3\n", ["unknown key sft.zzzzz", "known keys: epochs, batch_size, lr"]),
+    ("ppo:\n  lr: 0\n", ["profiles/mine.yaml", "ppo.lr = 0", "must be float > 0 and <= 1"]),
+    ("ppo:\n  lr: 1.5\n", ["ppo.lr = 1.5", "> 0 and <= 1"]),
+    ("sft:\n  dropout: 1\n", ["sft.dropout = 1", ">= 0 and < 1"]),
+    ("sft:\n  epochs: -1\n", ["sft.epochs = -1", "must be int >= 1 and <= 1000"]),
+    ("sft:\n  epochs: 1.5\n", ["sft.epochs = 1.5", "must be int"]),
+    ("sft:\n  epochs: many\n", ["sft.epochs = 'many'", "must be int"]),
+    ("sft:\n  epochs:\n", ["sft.epochs = None", "must be int"]),
+    ("ppo:\n  gamma: .nan\n", ["ppo.gamma = nan", "must be float > 0"]),
+    ("ppo:\n  max_grad_norm: .inf\n", ["ppo.max_grad_norm = inf", "must be float > 0"]),
+    ("sft:\n  precision: fp8\n", ["sft.precision = 'fp8'", "must be one of fp32, bf16"]),
+    ("sft: 3\n", ["mine.yaml", "sft: expected keys and values, found 3"]),
+    ("- sft\n", ["mine.yaml", "expected keys and values, found list"]),
+    ("sft: {\n", ["mine.yaml", "not valid YAML"]),
+])
+def test_a_mistake_in_a_profile_is_one_clear_line(write: Write, profile: str, parts: list[str]) -> None:
+    found = message(write(profile))
+    for part in parts:
+        assert part in found
+
+
+@pytest.mark.parametrize(("params", "parts"), [
+    ("seed: 1\nprofile: hpu\n", ["params.yaml", "unknown profile 'hpu'", "must be one of mine, other"]),
+    ("seed: 1\nprofile: ../profiles/mine\n", ["unknown profile"]),
+    ("profile: mine\n", ["params.yaml", "seed is missing", "an int >= 0"]),
+    ("seed: 1\n", ["profile is missing", "the name of a file in profiles/"]),
+    ("seed: -1\nprofile: mine\n", ["seed = -1", ">= 0"]),
+    ("seed: 2147483648\nprofile: mine\n", ["seed = 2147483648", "< 2^31"]),
+    ("seed: one\nprofile: mine\n", ["seed = 'one'"]),
+    ("seed: 1\nprofile: mine\nsede: 2\n", ["unknown key sede", "did you mean seed?"]),
+    ("", ["params.yaml", "expected keys and values"]),
+])
+def test_a_mistake_in_params_is_one_clear_line(write: Write, params: str, parts: list[str]) -> None:
+    found = message(write(params=params))
+    for part in parts:
+        assert part in found
+
+
+@pytest.mark.parametrize(("profile", "params"), [
+    ("sft:\n  1: 2\n", ""), ("sft:\n  on: 2\n", ""), ("", "1: 2\nseed: 1\nprofile: mine\n")])
+def test_a_key_that_is_no_text_is_named(write: Write, profile: str, params: str) -> None:
+    assert "unknown key" in message(write(profile, params or "seed: 1\nprofile: mine\n"))
+
+
+def test_a_file_that_is_not_utf8_is_named(write: Write) -> None:
+    root = write()
+    (root / "params.yaml").write_bytes(b"seed: 1\nprofile: m\xefne\n")
+    assert "params.yaml" in message(root)
+
+
+def test_true_is_no_number(write: Write) -> None:
+    assert "must be int" in message(write("sft:\n  epochs: true\n"))
+
+
+def test_no_params_file(tmp_path: Path) -> None:
+    assert message(tmp_path).endswith("params.yaml: no such file")
+
+
+RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    ({"ppo": {"beta": 0.5, "beta_max": 0.4}}, ["ppo.beta = 0.5", "ppo.beta_min", "ppo.beta_max = 0.4"]),
+    ({"ppo": {"beta": 0.01, "beta_min": 0.02}}, ["ppo.beta = 0.01", "ppo.beta_min = 0.02"]),
+    ({"ppo": {"batch_size": 100, "minibatch_size": 64}}, ["ppo.batch_size = 100", "ppo.minibatch_size = 64"]),
+    ({"ppo": {"batch_size": 64, "samples_per_prompt": 3}}, ["ppo.batch_size = 64", "ppo.samples_per_prompt = 3"]),
+    ({"ppo": {"episodes": 255}}, ["ppo.episodes = 255", "ppo.batch_size = 256"]),
+    ({"pretrain": {"n_embd": 130}}, ["pretrain.n_embd = 130", "pretrain.n_head = 4"]),
+    ({"sft": {"max_tokens": 129}}, ["pretrain.context = 128", ">= 129"]),
+    ({"rm": {"max_tokens": 200}}, ["pretrain.context = 128", ">= 200"]),
+    ({"ingest": {"source": "files", "spec": "mine"}}, ["validate.counts = paper", "must be none"]),
+    ({"ingest": {"source": "hub"}, "validate": {"counts": "none"}}, ["ingest.spec = ''", "profiles/sources/"]),
+    ({"ingest": {"spec": "mine"}}, ["ingest.spec = 'mine'", "be empty where it is embedded"]),
+    ({"ppo": {"max_prompt_tokens": 100, "max_new_tokens": 29}}, ["pretrain.context = 128", ">= 129"]),
+]
+
+
+@pytest.mark.parametrize(("profile", "parts"), RULES)
+def test_rules_between_parameters(write: Write, profile: dict[str, dict[str, Any]], parts: list[str]) -> None:
+    found = message(write(yaml.safe_dump(profile)))
+    assert "profiles/mine.yaml: " in found
+    for part in parts:
+        assert part in found
+
+
+@pytest.mark.parametrize("profile", [
+    {"ppo": {"beta": 0.4, "beta_max": 0.4}}, {"ppo": {"batch_size": 128, "minibatch_size": 64}},
+    {"ingest": {"source": "hub", "spec": "public"}, "validate": {"counts": "none"}},
+    {"ppo": {"episodes": 256}}, {"sft": {"max_tokens": 128}},
+    {"sft": {"max_tokens": 900}, "pretrain": {"base_model": "gpt2"}},  # its context is its own
+])
+def test_the_rules_allow_their_limits(write: Write, profile: dict[str, dict[str, Any]]) -> None:
+    stages = load_params(write(yaml.safe_dump(profile))).stages
+    for section, values in profile.items():
+        assert all(getattr(getattr(stages, section), key) == value for key, value in values.items())

@@ -1,0 +1,194 @@
+"""What the mirror sends to a real MLflow store (SQLite), and when it leaves."""
+
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlops.tracking import uploader
+from mlops.tracking.locks import take_lock
+from mlops.tracking.mlflow_client import MlflowTracker
+from mlops.tracking.uploader import Follower, ensure_uploader, wait_until_uploaded
+from rlhf.files import write_json
+from tests.mlops.tracking.uploaded import (
+    CLOSED_PORT,
+    DATA_MD5,
+    assert_points_once,
+    client,
+    finish,
+    runs,
+    start,
+    sweep,
+    write_rows,
+)
+
+
+def test_growing_and_cut_back_journal_is_sent_once(root: Path) -> None:
+    scratch = start(root)
+    follower = Follower(root, MlflowTracker(root))
+    assert follower.sweep()  # no journal yet
+    write_rows(scratch, range(5))
+    follower.sweep()
+    assert_points_once(root, runs(root, "ppo")[0].info.run_id, range(5))
+    start(root)  # killed, and resumed from the checkpoint of step 2
+    follower.sweep()
+    write_rows(scratch, range(3, 9), resume_after=2)
+    follower.sweep()
+    [run] = runs(root, "ppo")
+    assert run.info.status == "RUNNING"
+    finish(root, scratch)
+    follower.sweep()
+    follower.sweep()
+    [run] = runs(root, "ppo")
+    assert run.info.status == "FINISHED"
+    assert_points_once(root, run.info.run_id, range(9))
+    assert client(root).get_metric_history(run.info.run_id, "ppo/kl")[4].value == 0.4
+
+
+def test_line_is_the_parent_of_its_stages(root: Path) -> None:
+    (root / "models" / "ppo").mkdir(parents=True)
+    (root / "models" / "ppo" / "config.json").write_text("{}")
+    (root / "reports").mkdir()
+    (root / "reports" / "report.html").write_text("<p>")
+    scratch = start(root, "ppo")
+    write_rows(scratch, range(3))
+    finish(root, scratch, artifacts=["models/ppo", "models/none"])
+    sweep(root)
+    [parent] = runs(root, "brave-otter")
+    assert parent.info.status == "RUNNING"
+    finish(root, start(root, "promote"), 0.6, ["reports/report.html"])
+    sweep(root)
+
+    assert len(runs(root)) == 3
+    [parent], [ppo], [promote] = runs(root, "brave-otter"), runs(root, "ppo"), runs(root, "promote")
+    assert parent.info.status == promote.info.status == "FINISHED"
+    assert parent.data.tags["instructflow.line"] == "brave-otter"
+    assert ppo.data.tags["mlflow.parentRunId"] == promote.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.data.params.items() >= {"seed": "7", "profile": "smoke", "ppo.kl_goal": "3.5",
+                                          "sft.epochs": "2"}.items()
+    assert ppo.data.params == {"seed": "7", "profile": "smoke", "ppo.kl_goal": "3.5", "ppo.beta_rule": "step"}
+    assert ppo.data.tags.items() >= {"stage": "ppo", "profile": "smoke", "data_version": DATA_MD5,
+                                     "beta_rule": "step"}.items()
+    assert parent.data.metrics == {"ppo/final": 0.75, "promote/final": 0.6, "ppo/kl": 1.5}
+    assert ppo.data.metrics["ppo/final"] == 0.75
+    assert ppo.data.metrics["ppo/kl"] == 0.2  # the journal's last, not a second point
+    assert ppo.inputs is not None
+    assert {(item.dataset.name, item.dataset.digest) for item in ppo.inputs.dataset_inputs} == {
+        ("ppo", DATA_MD5), ("tax", DATA_MD5)}
+    paths = [item.path for folder in ("models/ppo", "metrics") for item in client(root).list_artifacts(
+        ppo.info.run_id, folder)]
+    assert paths == ["models/ppo/config.json", "metrics/ppo.json"]
+    assert (root / "mlartifacts" / promote.info.run_id / "artifacts" / "reports" / "report.html").exists()
+    assert wait_until_uploaded(root, "brave-otter", 1) == {
+        "stages": {"ppo": ppo.info.run_id, "promote": promote.info.run_id},
+        "parent_run_id": parent.info.run_id, "experiment_id": parent.info.experiment_id}
+
+
+def test_rounds_are_steps_of_their_line(root: Path) -> None:
+    for number in (1, 2):
+        stage = f"round_scores@r{number}"
+        scratch = start(root, stage)
+        write_json(scratch / "run.json", {**json.loads((scratch / "run.json").read_text()), "round": number,
+                                          "params": {"prompts": 30}})
+        metrics = {"round/gold": 5.0 + number}
+        write_json(root / "metrics" / f"{stage}.json", metrics)
+        write_json(scratch / "done.json", {"metrics": metrics, "artifacts": []})
+        sweep(root)
+    [parent], [first] = runs(root, "brave-otter"), runs(root, "round_scores@r1")
+    assert first.data.params["rounds.prompts"] == "30"
+    points = client(root).get_metric_history(parent.info.run_id, "round/gold")
+    assert [(point.step, point.value) for point in points] == [(1, 6.0), (2, 7.0)]
+    assert parent.info.status == "FINISHED"
+    assert [item.path for item in client(root).list_artifacts(first.info.run_id, "metrics")] == [
+        "metrics/round_scores@r1.json"]
+
+
+def test_plain_repro_gathers_a_configuration(root: Path) -> None:
+    finish(root, start(root, "sft", line=""))
+    finish(root, start(root, "rm", line=""))
+    sweep(root)
+    (root / "profiles" / "smoke.yaml").write_text("ppo:\n  kl_goal: 6.0\n")
+    finish(root, start(root, "ppo", line=""))
+    sweep(root)
+    lines = {run.info.run_name: run.data.tags["mlflow.parentRunId"] for run in runs(root)
+             if "mlflow.parentRunId" in run.data.tags}
+    assert lines["sft"] == lines["rm"] != lines["ppo"]
+    assert client(root).get_run(lines["sft"]).info.run_name.startswith("repro-")
+    assert client(root).get_run(lines["ppo"]).data.params["ppo.kl_goal"] == "6.0"
+
+
+def test_run_again(root: Path) -> None:
+    def again(line: str, win_rate: float) -> list[str]:
+        scratch = start(root, line=line)
+        write_rows(scratch, range(4))
+        sweep(root)
+        finish(root, scratch, win_rate)
+        sweep(root)
+        return [run.info.run_id for run in runs(root, "ppo")]
+
+    first = again("one", 0.5)
+    assert again("one", 0.5) == first
+    other_line = again("two", 0.5)
+    assert len(other_line) == 2
+    assert len(again("two", 0.6)) == 3, "another result must not be mixed into a finished run"
+    assert len(runs(root, "one")) == len(runs(root, "two")) == 1
+    for run in runs(root, "ppo"):
+        assert run.info.status == "FINISHED"
+        assert_points_once(root, run.info.run_id, range(4))
+
+
+def test_killed_in_one_line_and_resumed_in_another(root: Path) -> None:
+    write_rows(start(root, line="one"), range(4))
+    sweep(root)
+    scratch = start(root, line="two")
+    sweep(root)
+    assert [run.data.metrics for run in runs(root, "ppo")] == [{"ppo/kl": 0.3, "ppo/beta": 0.05, "ppo/reward": 3.0}, {}]
+    write_rows(scratch, range(3, 6), resume_after=2)
+    finish(root, scratch)
+    sweep(root)
+    before, after = runs(root, "ppo")
+    assert (before.info.status, after.info.status) == ("KILLED", "FINISHED")
+    assert_points_once(root, after.info.run_id, range(6))
+
+
+def test_mirror_that_is_about_to_leave_sees_a_new_run(root: Path) -> None:
+    start(root)
+    marks = uploader.all_marks(root)
+    lock = take_lock(root)
+    assert lock is not None
+    start(root, "rm")  # after the mirror's last look, while it held the lock: `ensure_mirror` starts no other
+    assert take_lock(root) is None
+    assert not uploader._leave(root, lock, marks)
+    assert take_lock(root) is None, "it must hold the lock again"
+    assert uploader._leave(root, lock, uploader.all_marks(root))
+    assert take_lock(root) is not None
+    os.close(lock)
+
+
+def test_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSTRUCTFLOW_UPLOADER", "off")
+    scratch = start(root)
+    ensure_uploader(root)
+    finish(root, scratch)
+    assert not (root / "scratch" / "mirror.lock").exists()
+    assert wait_until_uploaded(root, "brave-otter", 5)["stages"] == {}
+
+
+def test_once_sends_a_backlog_or_says_why_not(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = start(root)
+    write_rows(scratch, range(5))
+    finish(root, scratch)
+    command = [sys.executable, "-m", "mlops.tracking.uploader", "--once"]
+    env = {**os.environ, "MLFLOW_TRACKING_URI": CLOSED_PORT}
+    failed = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert len(failed.stderr.splitlines()) == 1
+    assert "can't be reached" in failed.stderr
+    sent = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert sent.stdout + sent.stderr == "mirror: nothing is pending in 1 stage runs\n"
+    assert_points_once(root, runs(root, "ppo")[0].info.run_id, range(5))
+    assert json.loads((scratch / "mirror.json").read_text())["state"] == "done"

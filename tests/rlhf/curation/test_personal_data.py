@@ -1,0 +1,57 @@
+"""Personal data that has a form, and the many numbers that only look like it."""
+
+import pytest
+
+from rlhf.curation.language import foreign_language
+from rlhf.curation.personal_data import personal_data_in
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("write to jane.doe+news@mail.example.org please", "e-mail: jane.doe+news@mail.example.org"),
+    ("call me at (415) 555-2671 tomorrow", "phone number: (415) 555-2671"),
+    ("my number is +44 20 7946 0958.", "phone number: +44 20 7946 0958"),
+    ("pay with 4111 1111 1111 1111 now", "card number: 4111 1111 1111 1111"),
+    ("amex 378282246310005", "card number: 378282246310005"),
+    ("send it to DE89 3704 0044 0532 0130 00 today", "account number: DE89 3704 0044 0532 0130 00"),
+    ("my ssn is 536-90-4399", "account number: 536-90-4399"),
+    ("ping 203.0.113.77 for me", "IP address: 203.0.113.77"),
+    ("the router at 192.168.1.10.", "IP address: 192.168.1.10"),
+    ("host 2001:db8:85a3::8a2e:370:7334 is down", "IP address: 2001:db8:85a3::8a2e:370:7334"),
+    ("i live at 221 Baker Street in town", "street address: 221 Baker Street"),
+    ("1600 Pennsylvania Ave. is white", "street address: 1600 Pennsylvania Ave."),
+])
+def test_it_is_found(text: str, found: str) -> None:
+    assert personal_data_in(text) == [found]
+
+
+@pytest.mark.parametrize("text", [
+    "", "in 1984 there were 12 of 365 days", "version 1.2.3.4 of the program", "python 3.11.2.1", "it costs 1,234.89",
+    "order 4111111111111112 failed",  # not a card: the checksum is wrong
+    "0000 0000 0000 0000", "call 911", "12:30:45", "std::vector<int> a::b", "user @home", "@mention", "1-2-3-4-5-6-7",
+    "localhost 127.0.0.1 or 0.0.0.0", "mask 255.255.255.0", "300.400.500.600", "the 3 wise men of Gotham",
+    "pi is 3.14159265358979", "id 123456789012", "2023-10-05 14:22:10", "GB00 AAAA 0000 0000 0000 00", "000-12-3456",
+    "first 2 Street fighters", "10 drive", "isbn 978-3-16-148410-0",
+])
+def test_it_is_not_taken_for_something_else(text: str) -> None:
+    assert personal_data_in(text) == []
+
+
+@pytest.mark.parametrize(("text", "language"), [
+    ("was ist die hauptstadt von frankreich?", "de"),
+    ("schreibe eine geschichte über den hund im wald.", "de"),
+    ("Quelle est la couleur du ciel ?", "fr"),
+    ("el perro está en la casa y come pan", "es"),
+    ("как дела", "ru"), ("这是什么意思呢", "zh"), ("東京の天気はどうですか", "ja"),
+])
+def test_other_languages_are_recognised(text: str, language: str) -> None:
+    assert foreign_language(text) in (language, "?" if not text.isascii() else language)
+
+
+@pytest.mark.parametrize("text", [
+    "", "ok", "hi", "Bonjour", "what color is the ba-do?", "import numpy as np; x = np.zeros(3)", "2 + 2 = ?",
+    "SELECT * FROM t WHERE a = 1", "how to make pasta carbonara al dente", "How do jellyfish mate?",
+    "say this two times: ki-bo du-sun drum", "translate 'guten Tag' into English, please", "lol ok thx bye",
+    "Was Jesus an extraterrestrial?",
+])
+def test_english_code_and_the_undecided_are_let_through(text: str) -> None:
+    assert foreign_language(text) == ""

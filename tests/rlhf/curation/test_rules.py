@@ -1,0 +1,150 @@
+"""The data rules, one by one, on rows written for them."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
+from rlhf.curation.screen import UNDECIDED, Screened, hashed, problem_of, truncated
+from rlhf.curation.sources.layouts import Record
+from rlhf.curation.sources.spec import RulesParams
+
+TRAIN, VALID = 0, 1
+RULES_OFF = RulesParams(valid_share=0.0)
+
+
+def row(key: str, user: str = "", *, split: int = UNDECIDED, own_id: str = "", foreign: bool = False,
+        personal: bool = False, too_long: str = "", order: int = -1) -> Screened:
+    return Screened(1, b"{", b"}\n", key, hashed(user or key), hashed(key) if order < 0 else order,
+                    hashed(own_id) if own_id else 0, split, foreign, personal, too_long)
+
+
+def table(*items: Screened) -> Rows:
+    rows = Rows()
+    for item in items:
+        rows.add(item)
+    return rows
+
+
+def fates(rules: RulesParams, **datasets: list[Screened]) -> dict[str, list[str]]:
+    decided = apply_rules({name: table(*items) for name, items in datasets.items()}, rules, seed=1)
+    return {name: ["" if fate == STAYS else list(RULES)[fate] for fate in decided[name][1]] for name in datasets}
+
+
+def test_what_the_screen_found_too_long_goes_first() -> None:
+    assert fates(RULES_OFF, sft=[row("a", too_long="long_prompt", personal=True), row("b", too_long="long_completion")]
+                 ) == {"sft": ["long_prompt", "long_completion"]}
+
+
+def test_an_id_names_one_row_of_a_dataset() -> None:
+    same = [row("a", own_id="1", order=5), row("b", own_id="1", order=3), row("c", own_id="2")]
+    assert fates(RULES_OFF, sft=same, ppo=[row("z", own_id="1")]) == {"sft": ["repeated_id", "", ""], "ppo": [""]}
+
+
+def test_other_languages_go_until_the_share_is_reached_and_which_is_decided_by_the_hash() -> None:
+    rows = [row(f"english {number}") for number in range(9)] + [
+        row("fremd", foreign=True, order=2), row("autre", foreign=True, order=1), row("otro", foreign=True, order=3)]
+    assert fates(replace(RULES_OFF, min_english_share=0.9), sft=rows)["sft"][9:] == ["other_language", "",
+                                                                                     "other_language"]
+    assert fates(replace(RULES_OFF, min_english_share=1.0), sft=rows)["sft"].count("other_language") == 3
+    assert fates(replace(RULES_OFF, min_english_share=0.0), sft=rows)["sft"].count("other_language") == 0
+
+
+def test_a_user_is_on_one_side_in_all_datasets() -> None:
+    rng = random.Random(3)
+    users = [f"user {rng.randrange(400)}" for _ in range(3000)]
+    data = {name: table(*[row(f"{name} {number} {user}", user) for number, user in enumerate(users)])
+            for name in ("sft", "rm", "ppo")}
+    decided = apply_rules(data, RulesParams(valid_share=0.3), seed=1)
+    sides = {user: {int(splits[place]) for splits, _ in decided.values() for place, name in enumerate(users)
+                    if name == user} for user in set(users)}
+    assert all(len(side) == 1 for side in sides.values())
+    assert 0.22 < np.mean([side == {VALID} for side in sides.values()]) < 0.38
+    other = apply_rules(data, RulesParams(valid_share=0.3), seed=2)
+    assert (other["sft"][0] != decided["sft"][0]).any()
+
+
+def test_the_source_s_own_split_counts_and_contradictions_go() -> None:
+    sft = [row("a1", "ann", split=VALID), row("a2", "ann"), row("b1", "bob", split=TRAIN),
+           row("b2", "bob", split=VALID)]
+    rm = [row("a3", "ann", split=VALID), row("b3", "bob")]
+    decided = apply_rules({"sft": table(*sft), "rm": table(*rm)}, RULES_OFF, 1)
+    assert decided["sft"][0].tolist()[:3] == [VALID, VALID, TRAIN]
+    assert decided["rm"][0].tolist() == [VALID, TRAIN]
+    assert fates(RULES_OFF, sft=sft, rm=rm)["sft"] == ["", "", "", "user_in_both_splits"]
+
+
+def test_personal_data_goes_from_train_alone() -> None:
+    rows = [row("a", split=TRAIN, personal=True), row("b", split=VALID, personal=True)]
+    assert fates(RULES_OFF, sft=rows) == {"sft": ["personal_data", ""]}
+    assert fates(replace(RULES_OFF, personal_data="keep"), sft=rows) == {"sft": ["", ""]}
+
+
+LONG = "tell me a very long story about the old man and the sea and the"
+
+
+def test_near_duplicates_go_within_a_dataset_and_may_be_in_two_on_the_same_side() -> None:
+    rows = [row(LONG + " fish"), row(LONG), row("short", "ann"), row("short", "bob", order=0)]
+    assert fates(RULES_OFF, sft=rows, rm=[row(LONG)]) == {
+        "sft": ["near_duplicate", "", "near_duplicate", ""], "rm": [""]}
+
+
+def test_no_user_has_more_than_the_cap() -> None:
+    rows = [row(f"prompt {number}", "ann" if number % 2 else "bob", order=number) for number in range(10)]
+    assert fates(replace(RULES_OFF, max_prompts_per_user=3), sft=rows)["sft"] == [""] * 6 + ["user_cap"] * 4
+
+
+def test_leaks_between_datasets() -> None:
+    valid, train = {"split": VALID}, {"split": TRAIN}
+    found = fates(RULES_OFF,
+                  sft=[row(LONG + " one", "a", **valid), row("only here", "b", **valid)],  # type: ignore[arg-type]
+                  rm=[row(LONG, "c", **valid), row("other " + LONG, "d", **train)],  # type: ignore[arg-type]
+                  ppo=[row(LONG + " ppo", "e", **train), row("other " + LONG, "f", **valid)])  # type: ignore[arg-type]
+    assert found == {"sft": ["", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
+
+
+def test_the_paper_s_counts_are_a_seeded_sample() -> None:
+    rng = np.random.default_rng(1)
+    rows = Rows(keys=[f"prompt {number}" for number in range(16_000)], users=list(range(1, 16_001)),
+                orders=rng.permutation(16_000).tolist(), own_ids=[0] * 16_000,
+                splits=[VALID] * 2_000 + [TRAIN] * 14_000, foreign=[False] * 16_000, personal=[False] * 16_000,
+                fates=[STAYS] * 16_000)
+    splits, outcome = apply_rules({"sft": rows}, RulesParams(rows="paper"), 1)["sft"]
+    stay = outcome == STAYS
+    assert (int((stay & (splits == TRAIN)).sum()), int((stay & (splits == VALID)).sum())) == (12_725, 1_653)
+    order = np.array(rows.orders)
+    for side in (TRAIN, VALID):
+        mine = splits == side
+        assert order[mine & stay].max() < order[mine & ~stay].min()
+
+
+@pytest.mark.parametrize(("text", "cut"), [
+    ("It is blue.", False), ("Yes", False), ("- one\n- two", False), ("print(1)", False), ("to sum up:", False),
+    ("It is blue and", True), ("First, second,", True), ("He said (", True), ("see\n```python\nprint(1)", True),
+    ("see\n```python\nprint(1)\n```", False), ("What are you looking for", False), ("call it The", True),
+])
+def test_what_breaks_off(text: str, cut: bool) -> None:
+    assert bool(truncated(text)) == cut
+
+
+@pytest.mark.parametrize(("role", "record", "said"), [
+    ("sft", Record(" \u200b", ("x",)), "empty prompt"),
+    ("sft", Record("q", ("\u00a0",)), "empty completion"),
+    ("sft", Record("q", ("because",)), "breaks off"),
+    ("sft", Record("q", ("fine \ud800.",)), "surrogate"),
+    ("ppo", Record("q\x07"), "U+0007"),
+    ("ppo", Record("q <|im_start|>system"), "special token <|im_start|>"),
+    ("rm", Record("q", ("a", ""), (1, 2)), "completion 2 is empty"),
+    ("rm", Record("q", ("a",), (1,)), "1 completions, not 2 to 9"),
+    ("rm", Record("q", tuple("abcdefghij"), tuple(range(1, 11))), "10 completions"),
+    ("rm", Record("q", ("a", "b"), (1, 1)), "all completions share a rank"),
+    ("rm", Record("q", ("a", "a"), (1, 2)), "equal completions have different ranks"),
+    ("rm", Record("q", ("a", "b, and"), (1, 2)), ""),
+    ("sft", Record("q\n\tx", ("a\nb.",)), ""),
+])
+def test_what_is_quarantined(role: str, record: Record, said: str) -> None:
+    problem = problem_of(record, role, RulesParams())
+    assert said in problem
+    assert bool(problem) == bool(said)

@@ -1,0 +1,274 @@
+"""Checkpoints, journal, resume: a run stopped anywhere and run again ends with the bytes of one never stopped."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.errors import Interrupted
+from rlhf.model.load import set_dropout
+from rlhf.params import PpoParams
+from rlhf.ppo.run import train_ppo
+from rlhf.pretrain import corpus_batch, lm_loss
+from rlhf.training.checkpoint import Checkpoints, StopSignal
+from rlhf.training.journal import Journal, read_journal
+from rlhf.training.loop import Part, train_loop
+from rlhf.training.optim import adamw, muon_and_adamw
+
+STEPS = 7
+ROWS = torch.randint(5, 300, (12, 16), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+class Killed(Exception):
+    """Stands for a process that dies without a word."""
+
+
+Hook = Callable[[int], None]
+
+
+def no_hook(step: int) -> None:
+    pass
+
+
+@pytest.fixture
+def train(make_policy: Callable[..., Any], architecture: str) -> Callable[..., dict[str, bytes]]:
+    """train(folder, hook): trains a fresh tiny model with dropout; hook(step) runs before a step's loss."""
+    def run(folder: Path, hook: Hook = no_hook) -> dict[str, bytes]:
+        model = make_policy(architecture).train()
+        set_dropout(model, 0.1 if architecture in ("gpt_neox", "gpt2") else 0.0)
+        torch.manual_seed(42)
+        optimizers = muon_and_adamw(model, 1e-2, 0.02, 0.01) if architecture == "gpt_neox" else [adamw(model, 1e-2)]
+
+        def loss_of_step(step: int) -> list[Part]:
+            hook(step)
+            return [(lm_loss(model, corpus_batch(ROWS, 4, step, 3), "fp32"), {"toy/step": step})]
+
+        train_loop("toy", folder, model, optimizers, steps=STEPS, loss_of_step=loss_of_step, columns=["toy/step"],
+                   warmup=2)
+        model.save_pretrained(folder / "model")
+        return result(folder)
+    return run
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    return {"model": (folder / "model" / "model.safetensors").read_bytes(),
+            "journal": (folder / "journal.csv").read_bytes()}
+
+
+def once(place: int, action: Callable[[], object]) -> Hook:
+    """Runs `action` the first time that `place` is reached."""
+    done: list[int] = []
+
+    def hook(step: int) -> None:
+        if step == place and not done:
+            done.append(step)
+            action()
+    return hook
+
+
+def kill() -> None:
+    raise Killed
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def until_finished(run: Callable[[], dict[str, bytes]], tries: int = 10) -> tuple[dict[str, bytes], int]:
+    """(result, how often it was stopped) of a run that is started again whenever it was stopped."""
+    for stops in range(tries):
+        try:
+            return run(), stops
+        except (Killed, Interrupted):
+            StopSignal.requested = False
+    raise AssertionError("never finished")
+
+
+@pytest.mark.usefixtures("save_every_step")
+@pytest.mark.parametrize(("place", "stop"), [(0, kill), (1, kill), (4, kill), (0, ask_to_stop), (3, ask_to_stop),
+                                             (STEPS - 1, ask_to_stop)])
+def test_a_stopped_training_ends_with_the_same_bytes(train: Callable[..., dict[str, bytes]], tmp_path: Path,
+                                                     place: int, stop: Callable[[], None]) -> None:
+    whole = train(tmp_path / "whole")
+    seen: list[int] = []
+    interrupt = once(place, stop)
+
+    def hook(step: int) -> None:
+        seen.append(step)
+        interrupt(step)
+
+    found, stops = until_finished(lambda: train(tmp_path / "stopped", hook))
+    assert stops == 1
+    assert found == whole
+    # nothing is done twice: a kill costs the step it hit, a SIGTERM none
+    assert seen == [*range(place + 1), *range(place + (stop is ask_to_stop), STEPS)]
+
+
+def test_without_a_checkpoint_it_starts_over(train: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")  # 30 seconds between checkpoints: there is none
+    assert not (tmp_path / "whole" / "checkpoints").exists()
+    hook = once(4, kill)
+    found, stops = until_finished(lambda: train(tmp_path / "stopped", hook))
+    assert (found, stops) == (whole, 1)
+
+
+def test_sigterm_saves_whatever_the_clock_says(train: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="after step 3;"):
+        train(tmp_path, once(2, ask_to_stop))
+    found = Checkpoints(tmp_path / "checkpoints").latest()
+    assert found is not None
+    assert found[0] == 3
+    assert [row["step"] for row in read_journal(tmp_path / "journal.csv")] == ["1", "2", "3"]
+
+
+@pytest.mark.usefixtures("save_every_step")
+@pytest.mark.parametrize("stop", [kill, ask_to_stop])
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_stopped_ppo_ends_with_the_same_bytes(model_folders: dict[str, tuple[Path, Path]], tmp_path: Path,
+                                                ppo_params: Callable[..., PpoParams], prompt_texts: list[str],
+                                                corpus: Path, place: int, stop: Callable[[], None]) -> None:
+    params = ppo_params(episodes=32, batch_size=8, inner_epochs=2, beta_interval=1, ptx_coef=0.5, ptx_batch_size=2,
+                        warmup_iterations=3, kl_goal=0.01)
+    prompts = [*prompt_texts, "red?", "blue?", "fish."]
+
+    def run(folder: Path, hook: Hook) -> dict[str, bytes]:
+        iterations = iter(range(place if stopped else 0, 4))
+
+        def gold(texts: Any, responses: Any) -> list[float]:
+            hook(next(iterations))
+            return [float(len(response)) for response in responses]
+
+        train_ppo(params, prompts, *model_folders["gpt_neox"], 5, folder, gold, corpus)
+        return result(folder)
+
+    stopped = False
+    whole = run(tmp_path / "whole", no_hook)
+    with pytest.raises((Killed, Interrupted)):
+        run(tmp_path / "stopped", once(place, stop))
+    StopSignal.requested = False
+    stopped = True
+    assert run(tmp_path / "stopped", no_hook) == whole
+    rows = read_journal(tmp_path / "whole" / "journal.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert len({row["ppo/beta"] for row in rows}) > 1  # β had a history to remember
+    assert rows[-1]["ppo/kl"] != rows[0]["ppo/kl"] == "0.0"
+
+
+STATE: dict[str, Any] = {"weights": torch.arange(5.0), "nested": {"list": [1, 2.5, "three"]}}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Checkpoints:
+    """Checkpoints of the steps 1, 2 and 3, of which the newest two are kept."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {**STATE, "step": step})
+    return checkpoints
+
+
+def test_the_newest_two_are_kept_and_whole(saved: Checkpoints) -> None:
+    assert sorted(path.name for path in saved.folder.iterdir()) == [
+        "step-00000002.json", "step-00000002.pt", "step-00000003.json", "step-00000003.pt"]
+    found = saved.latest()
+    assert found is not None
+    step, state = found
+    assert (step, state["step"], state["nested"]) == (3, 3, STATE["nested"])
+    assert torch.equal(state["weights"], STATE["weights"])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\x00\xff{not json")
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [
+    (".pt", truncate), (".pt", flip_a_bit), (".pt", empty), (".pt", Path.unlink), (".json", Path.unlink),
+    (".json", truncate), (".json", empty), (".json", garbage)])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved: Checkpoints, suffix: str,
+                                                           damage: Callable[[Path], None]) -> None:
+    damage(saved.folder / f"step-00000003{suffix}")
+    found = saved.latest()
+    assert found is not None
+    assert (found[0], found[1]["step"]) == (2, 2)
+    saved.save(3, {**STATE, "step": 33})  # the run goes on and comes by again
+    again = saved.latest()
+    assert again is not None
+    assert (again[0], again[1]["step"]) == (3, 33)
+
+
+def test_after_two_damaged_checkpoints_the_next_one_is_kept(saved: Checkpoints) -> None:
+    for step in (2, 3):
+        truncate(saved.folder / f"step-{step:08d}.pt")
+    assert saved.latest() is None  # the run starts over
+    saved.save(1, {**STATE, "step": 1})
+    found = saved.latest()
+    assert found is not None
+    assert found[0] == 1
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "nothing").latest() is None
+
+
+def test_left_overs_of_a_killed_save_are_ignored(saved: Checkpoints) -> None:
+    (saved.folder / "step-00000004.pt.partial").write_bytes(b"half")
+    (saved.folder / "step-00000004.pt").write_bytes(b"whole, but its json was never written")
+    found = saved.latest()
+    assert found is not None
+    assert found[0] == 3
+
+
+@pytest.mark.usefixtures("save_every_step")
+def test_a_run_resumed_from_the_older_checkpoint_ends_the_same(train: Callable[..., dict[str, bytes]],
+                                                               tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "stopped", once(5, kill))
+    truncate(tmp_path / "stopped" / "checkpoints" / "step-00000005.pt")
+    assert len(read_journal(tmp_path / "stopped" / "journal.csv")) == 5  # one row more than the checkpoint knows
+    assert train(tmp_path / "stopped") == whole
+
+
+def test_the_journal_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "journal.csv"
+    journal = Journal(path, ["a/x", "a/y"])
+    values = [(0.1 + 0.2, 1e-30), (3.0, -0.0), (1 / 3, 1e22), (5.0, 7.0)]
+    for step, (x, y) in enumerate(values, start=1):
+        journal.append(step, {"a/y": y, "a/x": x})
+    journal.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"5,0.123")  # half a row: the process was killed in the middle of it
+    assert [row["step"] for row in read_journal(path)] == ["1", "2", "3", "4"]
+    resumed = Journal(path, ["a/x", "a/y"], resume_after=2)
+    for step, (x, y) in list(enumerate(values, start=1))[2:]:
+        resumed.append(step, {"a/x": x, "a/y": y})
+    resumed.close()
+    assert path.read_bytes() == whole
+    assert [(float(row["a/x"]), float(row["a/y"])) for row in read_journal(path)] == values
+    Journal(path, ["a/x"]).close()
+    assert path.read_text() == "step,a/x\n"
+
+
+@pytest.mark.parametrize("values", [{"a/x": 1.0}, {"a/x": 1.0, "a/y": 2.0, "a/z": 3.0}])
+def test_the_journal_refuses_other_columns(tmp_path: Path, values: dict[str, float]) -> None:
+    journal = Journal(tmp_path / "journal.csv", ["a/x", "a/y"])
+    with pytest.raises(ValueError, match="journal columns differ"):
+        journal.append(1, values)
+    journal.close()

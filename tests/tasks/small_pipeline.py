@@ -1,0 +1,58 @@
+"""A small line of real stages, each a process as DVC starts it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+Undisturbed = dict[str, tuple[dict[str, str], float]]  # stage: files and seconds
+REPO = Path(__file__).resolve().parents[2]
+STAGES = ("pretrain", "sft", "rm", "ppo")
+PROFILE = """
+ingest: {scale: 0.01, corpus_documents: 1200, tax_items: 10}
+validate: {}
+pretrain: {vocab_size: 400, n_layer: 1, n_head: 2, n_embd: 32, steps: 120, warmup_steps: 5}
+sft: {epochs: 8, batch_size: 8, dropout: 0.1}
+rm: {max_prompts: 120, max_valid_prompts: 40, batch_size: 4, epochs: 3, processes: 2}
+ppo: {episodes: 320, batch_size: 16, minibatch_size: 8, ptx_coef: 0.5, ptx_batch_size: 4, ema_decay: 0.9,
+      samples_per_prompt: 2, max_new_tokens: 12}
+evaluate: {prompts: 20, tax_items: 10, bootstrap: 100, best_of: 4, best_of_prompts: 10}
+promote: {}
+"""
+
+
+class Line:
+    """A checkout of links to the code, with small data and models, where single stages run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("rlhf", "tasks", "dvc.yaml", "raw"):
+            (root / name).symlink_to(REPO / name)
+        (root / "profiles").mkdir()
+        (root / "profiles" / "sources").mkdir()
+        (root / "profiles" / "benchmarks").symlink_to(REPO / "profiles" / "benchmarks")
+        (root / "profiles" / "mini.yaml").write_text(PROFILE)
+        (root / "params.yaml").write_text("seed: 1\nprofile: mini\n")
+        outside = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        self.environment = {**outside, "INSTRUCTFLOW_UPLOADER": "off", "INSTRUCTFLOW_CHECKPOINT_SECONDS": "0",
+                            "OMP_NUM_THREADS": "1"}
+
+    def start(self, stage: str, *flags: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen([sys.executable, "-m", f"tasks.{stage}", *flags], cwd=self.root, env=self.environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def finish(self, stage: str) -> str:
+        process = self.start(stage)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out
+
+    def files(self, stage: str) -> dict[str, str]:
+        """MD5 of each output."""
+        paths = [*(self.root / "models" / stage).rglob("*"), *(self.root / "metrics").glob(f"{stage}*")]
+        return {str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
+                for path in sorted(paths) if path.is_file()}
+
+    def steps_saved(self, stage: str) -> int:
+        return len(list(self.root.glob(f"scratch/{stage}/*/checkpoints/step-*.json")))
