@@ -7,8 +7,6 @@ does not count. Both are written to a temporary name, fsynced and renamed.
 import hashlib
 import json
 import logging
-import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -18,8 +16,9 @@ from typing import Any
 
 import torch
 
-from rlhf.errors import Interrupted, UserError
+from rlhf.errors import Interrupted
 from rlhf.files import write_atomic, write_json, writes
+from rlhf.settings import number
 from rlhf.training import distributed
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = None, seconds: float | None = None) -> None:
         self.folder = folder
-        self.keep = int(_from_environment("INSTRUCTFLOW_CHECKPOINTS_KEPT", 2, 1)) if keep is None else keep
-        self.seconds = _from_environment("INSTRUCTFLOW_CHECKPOINT_SECONDS", 30.0, 0) if seconds is None else seconds
+        self.keep = int(number("INSTRUCTFLOW_CHECKPOINTS_KEPT", 2, 1)) if keep is None else keep
+        self.seconds = number("INSTRUCTFLOW_CHECKPOINT_SECONDS", 30.0, 0) if seconds is None else seconds
         self._saved_at = time.monotonic()
         StopSignal.listen()
 
@@ -114,14 +113,3 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*.pt") if path.with_suffix(".json").exists())
-
-
-def _from_environment(name: str, default: float, least: float) -> float:
-    given = os.environ.get(name, "")
-    try:
-        value = float(given) if given else default
-    except ValueError:
-        value = math.nan
-    if not value >= least:
-        raise UserError(f"{name} = {given!r} in the environment: must be a number >= {least:g}")
-    return value
