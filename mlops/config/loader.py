@@ -1,6 +1,6 @@
 """Reads params.yaml and the profile it names into the typed parameters of `rlhf.params`.
 
-A wrong key or value ends in one line: the file, the key, what was found and what is allowed.
+A wrong key or value is refused in one line: the file, the key, the value and what is allowed.
 """
 
 import difflib
@@ -19,12 +19,13 @@ from rlhf.params import Profile
 
 PARAMS_FILE = "params.yaml"
 PROFILES_DIR = "profiles"
-LIMIT_WORDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+LIMIT_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+RENAMED = {("ppo", "kept_passes"): "reuse_forward_passes"}  # (section or "", former name): name
 
 
 @dataclass(frozen=True)
 class Params:
-    """params.yaml (seed, profile's name) and the profile itself."""
+    """params.yaml (seed, name of the profile) and the profile itself."""
 
     seed: int
     profile: str
@@ -33,10 +34,10 @@ class Params:
 
 
 class Round(BaseModel):
-    """One entry of params.yaml's `rounds`, which dvc.yaml unrolls: what the round starts from.
+    """One entry of `rounds` in params.yaml, for which dvc.yaml has one stage each: the inputs of the round.
 
-    `policy`: the folder that is sampled from. `reward_model`, `ensemble`, PPO's `journal`: the last round's; models/sft
-    in the first, which has none. `rows`: the ranked rows so far.
+    `policy`: folder of the policy that is sampled. `reward_model`, `ensemble`, PPO's `journal`: those of the previous
+    round; models/sft in the first round, which has none. `rows`: the ranked rows so far.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -65,21 +66,21 @@ def _model(params_class: type) -> type[BaseModel]:
     for item in fields(params_class):
         metadata = dict(item.metadata)
         help_text = metadata.pop("help")
-        given: dict[str, Any] = {"default": item.default}
+        default: dict[str, Any] = {"default": item.default}
         if item.default_factory is not MISSING:
-            given = {"default_factory": item.default_factory}
-        if typing.get_origin(hints[item.name]) is dict:  # the limits are those of its values
+            default = {"default_factory": item.default_factory}
+        if typing.get_origin(hints[item.name]) is dict:  # the limits apply to its values
             kind = typing.get_args(hints[item.name])[1]
             definitions[item.name] = (dict[str, Annotated[kind, Field(**metadata)]],  # type: ignore[valid-type]
-                                      Field(description=help_text, **given))
+                                      Field(description=help_text, **default))
             continue
-        definitions[item.name] = (hints[item.name], Field(description=help_text, **given, **metadata))
+        definitions[item.name] = (hints[item.name], Field(description=help_text, **default, **metadata))
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
     return create_model(params_class.__name__, __config__=config, **definitions)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings may not name a key twice: the last would win without a word."""
+    """YAML that refuses a key that appears twice in a mapping; PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -92,7 +93,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """A YAML file's keys and values. Raises UserError: missing, not UTF-8, not YAML, a key twice, no mapping."""
+    """The keys and values of a YAML file.
+
+    Raises UserError for a file that is missing, not UTF-8, not YAML, has a key twice or is no mapping.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
@@ -109,7 +113,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 def _allowed(params_class: type, name: str) -> str:
     """The allowed range of a field in words, for an error line."""
     item = next(item for item in fields(params_class) if item.name == name)
-    limits = " and ".join(f"{LIMIT_WORDS[key]} {item.metadata[key]:g}" for key in LIMIT_WORDS if key in item.metadata)
+    limits = " and ".join(f"{LIMIT_SIGNS[key]} {item.metadata[key]:g}" for key in LIMIT_SIGNS if key in item.metadata)
     hint = get_type_hints(params_class)[name]
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
@@ -121,15 +125,19 @@ def _allowed(params_class: type, name: str) -> str:
 
 
 def unknown_key(path: Path, key: str, known: list[str]) -> UserError:
-    close = difflib.get_close_matches(key.split(".")[-1], known, n=1)
+    """The error for a key that does not exist: it gives the new or the closest name, else all of them."""
+    section, _, name = key.rpartition(".")
+    if (section, name) in RENAMED:
+        return UserError(f"{path}: {key} is now called {key.removesuffix(name)}{RENAMED[section, name]}")
+    close = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(known)
     return UserError(f"{path}: unknown key {key}; {advice}")
 
 
 def check_section(params_class: type, values: Any, path: Path, section: str) -> Any:
-    """Checks one section of a profile and returns it as an instance of its dataclass.
+    """One section of a profile, checked, as an instance of its dataclass.
 
-    Raises UserError with file, key, value and allowed range.
+    Raises UserError with the file, the key, the value and the allowed range.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {section}: expected keys and values, found {values!r}")
@@ -167,8 +175,8 @@ def load_params(root: Path = Path(".")) -> Params:
             raise unknown_key(path, name, list(_TopLevel.model_fields)) from None
         allowed = {"seed": "an int >= 0 and < 2^31", "profile": "the name of a file in profiles/",
                    "rounds": "what `python -m flows.rounds` writes"}[name]
-        found = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
-        raise UserError(f"{path}: {name} {found}: must be {allowed}") from None
+        problem = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
+        raise UserError(f"{path}: {name} {problem}: must be {allowed}") from None
     profiles = sorted(item.stem for item in (root / PROFILES_DIR).glob("*.yaml"))
     if top.profile not in profiles:
         raise UserError(f"{path}: unknown profile {top.profile!r}: must be one of {', '.join(profiles)}")
@@ -176,7 +184,7 @@ def load_params(root: Path = Path(".")) -> Params:
 
 
 def load_profile(path: Path) -> Profile:
-    """Reads one profile file; sections and keys that are left out take their defaults. Raises UserError."""
+    """Reads one profile; missing sections and keys take their defaults. Raises UserError."""
     content = read_yaml(path)
     hints = get_type_hints(Profile)
     for section in content:
@@ -189,7 +197,7 @@ def load_profile(path: Path) -> Profile:
 
 
 def _check_together(profile: Profile, path: Path) -> None:
-    """The rules between parameters."""
+    """The rules that involve several parameters. Raises UserError."""
     ppo, pretrain = profile.ppo, profile.pretrain
     rules = [
         (ppo.beta_min <= ppo.beta <= ppo.beta_max,
@@ -217,13 +225,13 @@ def _check_together(profile: Profile, path: Path) -> None:
         (rounds.episodes >= ppo.batch_size,
          f"rounds.episodes = {rounds.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
         (rounds.restart or not ppo.lora_rank,
-         "rounds.restart = False: must be True where ppo.lora_rank > 0: the reference is the bare policy"),
+         "rounds.restart = False: must be True where ppo.lora_rank > 0: the reference is the policy without adapters"),
         ((evaluate.judge == "auto") == (not evaluate.judge_model),
          f"evaluate.judge_model = {evaluate.judge_model!r}: must name a model where evaluate.judge is {evaluate.judge}"
          if evaluate.judge != "auto" else
          f"evaluate.judge_model = {evaluate.judge_model!r}: must be empty where evaluate.judge is auto"),
         (not evaluate.prompt_form or "{prompt}" in evaluate.prompt_form,
-         f"evaluate.prompt_form = {evaluate.prompt_form!r}: must hold {{prompt}}"),
+         f"evaluate.prompt_form = {evaluate.prompt_form!r}: must contain {{prompt}}"),
     ]
     if not pretrain.base_model:
         longest = max(profile.sft.max_tokens, profile.rm.max_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens)

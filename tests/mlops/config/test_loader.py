@@ -8,11 +8,12 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
+from mlops.config import loader
 from mlops.config.loader import load_params, load_profile
 from rlhf.errors import UserError
 from rlhf.params import PpoParams, Profile
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Write = Callable[..., Path]
 
 
@@ -41,8 +42,8 @@ def message(root: Path) -> str:
 def test_the_shipped_profiles_load(name: str) -> None:
     path = ROOT / "profiles" / f"{name}.yaml"
     profile = load_profile(path)
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for section, values in given.items():
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, values in content.items():
         for key, value in values.items():
             assert getattr(getattr(profile, section), key) == value
 
@@ -53,7 +54,7 @@ def test_the_shipped_params_load() -> None:
     assert params.stages == load_profile(ROOT / "profiles" / f"{params.profile}.yaml")
 
 
-def test_what_is_left_out_has_its_default(write: Write) -> None:
+def test_missing_keys_and_sections_have_their_defaults(write: Write) -> None:
     root = write("ppo:\n  kl_goal: 3.5\n  lr: 1e-4\n")  # YAML 1.1 reads 1e-4 as a text
     params = load_params(root)
     assert (params.seed, params.profile) == (1, "mine")
@@ -95,9 +96,9 @@ def test_defaults_are_within_their_own_limits() -> None:
     ("sft: {\n", ["mine.yaml", "not valid YAML"]),
 ])
 def test_a_mistake_in_a_profile_is_one_clear_line(write: Write, profile: str, parts: list[str]) -> None:
-    found = message(write(profile))
+    text = message(write(profile))
     for part in parts:
-        assert part in found
+        assert part in text
 
 
 @pytest.mark.parametrize(("params", "parts"), [
@@ -112,14 +113,14 @@ def test_a_mistake_in_a_profile_is_one_clear_line(write: Write, profile: str, pa
     ("", ["params.yaml", "expected keys and values"]),
 ])
 def test_a_mistake_in_params_is_one_clear_line(write: Write, params: str, parts: list[str]) -> None:
-    found = message(write(params=params))
+    text = message(write(params=params))
     for part in parts:
-        assert part in found
+        assert part in text
 
 
 @pytest.mark.parametrize(("profile", "params"), [
     ("sft:\n  1: 2\n", ""), ("sft:\n  on: 2\n", ""), ("", "1: 2\nseed: 1\nprofile: mine\n")])
-def test_a_key_that_is_no_text_is_named(write: Write, profile: str, params: str) -> None:
+def test_a_key_that_is_not_a_string_is_named(write: Write, profile: str, params: str) -> None:
     assert "unknown key" in message(write(profile, params or "seed: 1\nprofile: mine\n"))
 
 
@@ -129,11 +130,30 @@ def test_a_file_that_is_not_utf8_is_named(write: Write) -> None:
     assert "params.yaml" in message(root)
 
 
-def test_true_is_no_number(write: Write) -> None:
+def test_a_renamed_parameter_is_refused_with_its_new_name(write: Write) -> None:
+    text = message(write("ppo:\n  kept_passes: 2\n"))
+    assert text.endswith("profiles/mine.yaml: ppo.kept_passes is now called ppo.reuse_forward_passes")
+
+
+def test_a_renamed_section_is_refused_with_its_new_name(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loader.RENAMED, ("", "reward_model"), "rm")
+    text = message(write("reward_model:\n  epochs: 2\n"))
+    assert text.endswith("profiles/mine.yaml: reward_model is now called rm")
+
+
+def test_every_renamed_parameter_has_a_new_name_that_exists() -> None:
+    sections = get_type_hints(Profile)
+    for (section, former), name in loader.RENAMED.items():
+        known = get_type_hints(sections[section]) if section else sections
+        assert name in known
+        assert former not in known
+
+
+def test_true_is_not_a_number(write: Write) -> None:
     assert "must be int" in message(write("sft:\n  epochs: true\n"))
 
 
-def test_no_params_file(tmp_path: Path) -> None:
+def test_a_missing_params_file_is_named(tmp_path: Path) -> None:
     assert message(tmp_path).endswith("params.yaml: no such file")
 
 
@@ -155,10 +175,10 @@ RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
 
 @pytest.mark.parametrize(("profile", "parts"), RULES)
 def test_rules_between_parameters(write: Write, profile: dict[str, dict[str, Any]], parts: list[str]) -> None:
-    found = message(write(yaml.safe_dump(profile)))
-    assert "profiles/mine.yaml: " in found
+    text = message(write(yaml.safe_dump(profile)))
+    assert "profiles/mine.yaml: " in text
     for part in parts:
-        assert part in found
+        assert part in text
 
 
 @pytest.mark.parametrize("profile", [
