@@ -71,7 +71,7 @@ def register(stage: Stage, found: list[Gate]) -> str:
     )
 
     registry = Registry(stage.params.stages.promote.registry, stage.root)
-    run = {"line": os.environ.get("INSTRUCTFLOW_RUN_NAME", ""), "profile": stage.params.profile}
+    run = {"run_name": os.environ.get("INSTRUCTFLOW_RUN_NAME", ""), "profile": stage.params.profile}
     content = {kind: hash_paths([folder], folder) for kind, folder in (("policy", POLICY), ("rm", RM))}
     champion = registry.champion()
     numbers = {}
@@ -115,7 +115,7 @@ def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
 
 def lineage(stage: Stage, run: dict[str, Any]) -> dict[str, str]:
     """Where a version comes from: commit, dvc.lock, datasets, parameters."""
-    tags = {"profile": run["profile"], "seed": str(stage.params.seed), "line": run_name_of(run, stage.root),
+    tags = {"profile": run["profile"], "seed": str(stage.params.seed), "run_name": run_name_of(run, stage.root),
             "data_version": data_version(stage.root)}
     lock = stage.root / "dvc.lock"
     if lock.is_file():

@@ -1,4 +1,4 @@
-"""Who is alive: the mirror holds the flock of scratch/mirror.lock, every stage a shared one of scratch/stages.lock.
+"""Who is alive: the uploader holds the flock of scratch/uploader.lock, every stage a shared one of scratch/stages.lock.
 
 The kernel frees a lock when its last holder ends, however it ends; the files themselves stay.
 """
@@ -7,13 +7,14 @@ import fcntl
 import os
 from pathlib import Path
 
-MIRROR, STAGES = "mirror.lock", "stages.lock"
+UPLOADER, STAGES = "uploader.lock", "stages.lock"
+OLD_UPLOADER = "mirror.lock"  # what an uploader of older code holds
 
 _held: dict[Path, int] = {}  # stages.lock of these checkouts stays open until this process ends
 
 
 def hold_stages_lock(root: Path) -> None:
-    """Shows mirrors that a stage lives, for as long as this process does."""
+    """Shows uploaders that a stage lives, for as long as this process does."""
     if root not in _held:
         descriptor = open_lock(root, STAGES)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -37,25 +38,34 @@ def free_lock(descriptor: int) -> None:
 
 
 def take_lock(root: Path) -> int | None:
-    """The descriptor of the mirror's lock, now held; None if a mirror is alive."""
-    descriptor = open_lock(root, MIRROR)
-    if try_lock(descriptor):
+    """The descriptor of the uploader's lock, now held; None if an uploader is alive, be it one of older code."""
+    descriptor = open_lock(root, UPLOADER)
+    if try_lock(descriptor) and not _older_alive(root):
         return descriptor
     os.close(descriptor)
     return None
 
 
+def _older_alive(root: Path) -> bool:
+    """Whether an uploader of older code, which does not know today's lock, still sends."""
+    return (root / "scratch" / OLD_UPLOADER).exists() and _is_held(root, OLD_UPLOADER)
+
+
 def owns_lock(root: Path, lock: int) -> bool:
-    """False once somebody deleted scratch/ and with it the file whose lock is held: another mirror may live."""
+    """False once somebody deleted scratch/ and with it the file whose lock is held: another uploader may live."""
     try:
-        return os.path.samestat(os.stat(root / "scratch" / MIRROR), os.fstat(lock))
+        return os.path.samestat(os.stat(root / "scratch" / UPLOADER), os.fstat(lock))
     except FileNotFoundError:
         return False
 
 
 def stage_alive(root: Path) -> bool:
-    """True while any process that called `ensure_mirror` lives."""
-    descriptor = open_lock(root, STAGES)
+    """True while any process that called `ensure_uploader` lives."""
+    return _is_held(root, STAGES)
+
+
+def _is_held(root: Path, name: str) -> bool:
+    descriptor = open_lock(root, name)
     try:
         return not try_lock(descriptor)
     finally:

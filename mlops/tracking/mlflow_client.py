@@ -1,7 +1,7 @@
-"""The mirror's MLflow calls: a parent run for the line, a child run for each stage, metrics, datasets, artifacts.
+"""The uploader's MLflow calls: a parent run for each run, a child run for each stage, metrics, datasets, artifacts.
 
-Used by `python -m mlops.tracking.uploader` only. Where everything goes: experiment "instructflow" at MLFLOW_TRACKING_URI, or
-`mlflow.db` and `mlartifacts/` in the checkout.
+Used by `python -m mlops.tracking.uploader` only. Everything goes to experiment "instructflow" at MLFLOW_TRACKING_URI,
+or to `mlflow.db` and `mlartifacts/` in the checkout.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-# Retries are the mirror's: it looks for what an unanswered request did before it repeats it.
+# Retries are the uploader's: it looks for what an unanswered request did before it repeats it.
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
@@ -37,10 +37,10 @@ from rlhf.errors import UserError
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "instructflow"
-LAST_STAGE = "promote"  # the line is finished when it is
+LAST_STAGE = "promote"  # the run is finished when it is
 LAST_OF_ROUND = "round_scores@"
 KEY_TAG = "instructflow.key"
-RUN_NAME_TAG = "instructflow.line"
+RUN_NAME_TAG = "instructflow.run_name"
 PARENT_TAG = "mlflow.parentRunId"
 DIGEST_CHARS = 36  # MLflow's limit; an md5 with ".dir" just fits
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "MALFORMED_REQUEST", "FEATURE_DISABLED"}
@@ -81,10 +81,10 @@ class MlflowTracker:
         with _answers(gone=Unreachable):  # "no such experiment": replaced under us, made anew at the next attempt
             try:
                 once = (record.key, record.started_ns)
-                parent = self._once((*once, "line"), lambda: self._line_run(record.line, start_ms))
+                parent = self._once((*once, "parent"), lambda: self._parent_run(record.run_name, start_ms))
                 child = self._once((*once, "run"), lambda: self._find_or_create(
                     record.key, stage, start_ms, {PARENT_TAG: parent.info.run_id}))
-                self._once((*once, "describe"), lambda: self._describe_line(parent, run))
+                self._once((*once, "describe"), lambda: self._describe_parent(parent, record.run_name, run))
                 tags = self._tags(run) | {"stage": stage}
                 if "beta_rule" in run["params"]:
                     tags["beta_rule"] = run["params"]["beta_rule"]
@@ -110,7 +110,7 @@ class MlflowTracker:
         return max((point.step for point in history), default=-1)
 
     def finish(self, record: Record, run: dict[str, Any], done: dict[str, Any], journaled: Collection[str]) -> None:
-        """The stage's run gets the final metrics that its journal does not have, the line's run all of them."""
+        """The stage's run gets the final metrics that its journal does not have, the parent run all of them."""
         stage, final = run["stage"], numbers(done["metrics"])
         own = {name: value for name, value in final.items() if name not in journaled}
         once = (record.run_id, record.end_ms)
@@ -120,9 +120,9 @@ class MlflowTracker:
             for path in dict.fromkeys([*done["artifacts"], f"metrics/{stage}.json"]):
                 self._once((*once, "upload", path), partial(self._upload, record.run_id, path))
             self._client.set_terminated(record.run_id, "FINISHED", record.end_ms)
-            parent = self._line_run(record.line, record.started_ns // 1_000_000)
+            parent = self._parent_run(record.run_name, record.started_ns // 1_000_000)
             if parent.info.run_id != record.parent_run_id:  # somebody deleted it
-                self._describe_line(parent, run)
+                self._describe_parent(parent, record.run_name, run)
                 self._client.set_tag(record.run_id, PARENT_TAG, parent.info.run_id)
                 record.parent_run_id = parent.info.run_id
             self._log_final(record.parent_run_id, final, record.end_ms, run.get("round", 0))
@@ -162,11 +162,11 @@ class MlflowTracker:
             return found[0]
         return self._client.create_run(self._experiment, start_ms, {KEY_TAG: key, **tags}, name)
 
-    def _line_run(self, line: str, start_ms: int) -> Run:
-        return self._find_or_create(line_key(line), line, start_ms, {RUN_NAME_TAG: line})
+    def _parent_run(self, run_name: str, start_ms: int) -> Run:
+        return self._find_or_create(parent_key(run_name), run_name, start_ms, {RUN_NAME_TAG: run_name})
 
-    def _describe_line(self, parent: Run, run: dict[str, Any]) -> None:
-        """Gives the parent run the parameters of all stages, so that lines can be compared."""
+    def _describe_parent(self, parent: Run, run_name: str, run: dict[str, Any]) -> None:
+        """Gives the parent run the parameters of all stages, so that runs can be compared."""
         try:
             loaded = load_params(self.root)
             params = {"seed": loaded.seed, "profile": loaded.profile}
@@ -175,7 +175,8 @@ class MlflowTracker:
         except UserError:  # edited since the stage started
             params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(run["stage"], run["params"])}
         rule = params.get("ppo.beta_rule")
-        self._log(parent, params, self._tags(run) | ({"beta_rule": rule} if rule else {}))
+        tags = self._tags(run) | {RUN_NAME_TAG: run_name}  # also where older code has made the run, without this tag
+        self._log(parent, params, tags | ({"beta_rule": rule} if rule else {}))
 
     def _log(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         """Parameters that the run does not have yet (MLflow never changes one), and tags."""
@@ -218,7 +219,7 @@ class MlflowTracker:
 
 @contextmanager
 def _answers(gone: type[Exception] | None = Gone) -> Iterator[None]:
-    """Turns MLflow's errors into the three that the mirror knows; `gone=None`: a missing run is fine."""
+    """Turns MLflow's errors into the three that the uploader knows; `gone=None`: a missing run is fine."""
     try:
         yield
     except MlflowException as error:
@@ -245,6 +246,9 @@ def _prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{name}": value for name, value in values.items()}
 
 
-def line_key(line: str) -> str:
-    """The tag by which the line's run is found: safe inside a search filter, whatever the line is called."""
-    return "line-" + hashlib.sha256(line.encode()).hexdigest()[:32]
+def parent_key(run_name: str) -> str:
+    """The tag by which a parent run is found: safe inside a search filter, whatever the run is called.
+
+    Its prefix is an earlier word for a run, and stays: parent runs that are in MLflow are found by it.
+    """
+    return "line-" + hashlib.sha256(run_name.encode()).hexdigest()[:32]

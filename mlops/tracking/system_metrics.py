@@ -1,6 +1,6 @@
 """The machine's load in the running stage's MLflow run: `system/...`, which MLflow shows on a page of its own.
 
-MLflow's own monitors are asked from the mirror's process, so that the training is not touched. It is no result: what
+MLflow's own monitors are asked from the uploader's process, so that the training is not touched. It is no result: what
 cannot be sent is lost, and it is in no journal. GPUs are seen where nvidia-ml-py is installed.
 """
 

@@ -1,7 +1,7 @@
-"""What the mirror remembers of a scratch folder (its mirror.json), and how the folder's news is sent, each point once.
+"""What the uploader knows of a scratch folder (its upload.json), and how it sends what is new there, each point once.
 
 1. A run is created with a key of ours as a tag, and the key is on disk before. After a crash the run is found by it.
-2. Before rows are sent, mirror.json gets the batch's last step and its timestamp; after the answer, that they are
+2. Before rows are sent, upload.json gets the batch's last step and its timestamp; after the answer, that they are
    sent. A crash or a lost answer in between leaves the batch open: the server is asked for the last step it has
    (it stores a batch whole or not at all), and what remains goes again *with the same timestamp*. The server's
    primary key is (run, metric, step, timestamp, value), so even a batch that arrives late, twice, stays one.
@@ -9,7 +9,7 @@
    batch keeps its timestamp until the journal has grown past it again.
 4. All that follows done.json (final metrics, artifacts, status) overwrites itself when repeated.
 
-A new MLflow run begins where the line differs from the recorded one, or the stage finished again with another result.
+A new MLflow run begins where the run's name is not the recorded one, or the stage finished again with another result.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ import yaml
 from rlhf.files import write_json
 from rlhf.training.journal import read_journal
 
-RECORD = "mirror.json"
+RECORD, OLD_RECORD = "upload.json", "mirror.json"  # the latter as older code called it
 OPEN, DONE = "open", "done"
 POINTS_PER_CALL = 1000  # MLflow's limit for log_batch
 
@@ -63,11 +63,11 @@ class Marks(NamedTuple):
 
 @dataclass
 class Record:
-    """mirror.json."""
+    """upload.json."""
 
-    line: str  # the parent run's name
+    run_name: str  # the parent run's name
     key: str  # tag by which the server's run is found, should we crash before its id is written here
-    started_ns: int  # run.json's time for which `line` was determined
+    started_ns: int  # run.json's time for which `run_name` was determined
     run_id: str = ""
     parent_run_id: str = ""
     experiment_id: str = ""
@@ -81,15 +81,19 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> "Record | None":
+        """None where nothing has been sent yet. A record of older code counts until the first `save`."""
         content = read_json(folder / RECORD)
-        return None if content is None else cls(**content)
+        if content is None:
+            content = read_json(folder / OLD_RECORD)
+        return None if content is None else cls(**_renamed(content))
 
     def save(self, folder: Path) -> None:
         write_json(folder / RECORD, dataclasses.asdict(self))
+        (folder / OLD_RECORD).unlink(missing_ok=True)
 
 
 class Tracker(Protocol):
-    """What the mirror asks of MLflow (`mlops.tracking.mlflow_client`). All raise Unreachable, Refused or Gone."""
+    """What the uploader asks of MLflow (`mlops.tracking.mlflow_client`). All raise Unreachable, Refused or Gone."""
 
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         """Finds or creates the run with `record.key` and its parent; fills in the record's three ids."""
@@ -150,10 +154,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json, what a starting stage writes; None where there is none."""
+    content = read_json(folder / "run.json")
+    return None if content is None else _renamed(content)
+
+
+def _renamed(content: dict[str, Any]) -> dict[str, Any]:
+    """A file of older code with today's keys: what is `run_name` was `line`."""
+    return {"run_name" if key == "line" else key: value for key, value in content.items()}
+
+
 def read_snapshot(folder: Path) -> Snapshot | None:
     """None if the stage was started anew or finished while we read: look again."""
     marks = file_marks(folder)
-    run, done = read_json(folder / "run.json"), read_json(folder / "done.json")
+    run, done = read_run(folder), read_json(folder / "done.json")
     # A journal older than run.json is that of an earlier start; the stage will cut it back when it gets there.
     fresh = marks.journal and marks.run and marks.journal[0] >= marks.run[0]
     rows = _read_rows(folder / "journal.csv") if fresh or done is not None else []
@@ -173,9 +188,9 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def run_name_of(run: dict[str, Any], root: Path) -> str:
-    """The line a stage run belongs to: the flow run's name, or for `dvc repro` one name for each configuration."""
-    if run["line"]:
-        return str(run["line"])
+    """The run a stage belongs to: the flow run's name, or for `dvc repro` one name for each configuration."""
+    if run["run_name"]:
+        return str(run["run_name"])
     digest = hashlib.sha256()
     for name in ("params.yaml", f"profiles/{run['profile']}.yaml", "data.dvc"):
         digest.update((root / name).read_bytes() if (root / name).exists() else b"")
@@ -209,14 +224,14 @@ def advance(folder: Path, root: Path, tracker: Tracker) -> bool:
         if snapshot.done is not None:
             _finish(record, snapshot, folder, tracker)
     except Gone:
-        _new_record(record.line, snapshot).save(folder)
+        _new_record(record.run_name, snapshot).save(folder)
         return False
     return True
 
 
-def _new_record(line: str, snapshot: Snapshot) -> Record:
+def _new_record(run_name: str, snapshot: Snapshot) -> Record:
     assert snapshot.marks.run is not None
-    return Record(line=line, key=uuid.uuid4().hex, started_ns=snapshot.marks.run[0])
+    return Record(run_name=run_name, key=uuid.uuid4().hex, started_ns=snapshot.marks.run[0])
 
 
 def _record_for(snapshot: Snapshot, folder: Path, root: Path, tracker: Tracker) -> Record:
@@ -228,17 +243,17 @@ def _record_for(snapshot: Snapshot, folder: Path, root: Path, tracker: Tracker) 
         record.save(folder)
         return record
     restarted = record.started_ns != snapshot.marks.run[0]
-    line = run_name_of(snapshot.run, root) if restarted else record.line
+    run_name = run_name_of(snapshot.run, root) if restarted else record.run_name
     other_result = False
     if record.state == DONE and snapshot.marks.done is not None and record.done_ns != snapshot.marks.done[0]:
         other_result = snapshot.digest != record.digest
         record.done_ns = snapshot.marks.done[0]
     elif not restarted:
         return record
-    if line != record.line or other_result:
+    if run_name != record.run_name or other_result:
         if record.state == OPEN and record.run_id:
-            tracker.abandon(record.run_id)  # its stage goes on as part of another line
-        record = _new_record(line, snapshot)
+            tracker.abandon(record.run_id)  # its stage goes on as part of another run
+        record = _new_record(run_name, snapshot)
     record.started_ns = snapshot.marks.run[0]
     record.save(folder)
     return record
@@ -285,10 +300,10 @@ def _finish(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracker) 
 
 def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a nested dictionary, keys joined by slashes; texts and lists are left out."""
-    found: dict[str, float] = {}
+    flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{name}/")
+            flat |= numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
-            found[prefix + name] = float(value)
-    return found
+            flat[prefix + name] = float(value)
+    return flat

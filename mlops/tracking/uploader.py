@@ -1,14 +1,14 @@
-"""Mirrors the journals of scratch/ to MLflow, beside the training: `python -m mlops.tracking.uploader [--once]`.
+"""Uploads the journals of scratch/ to MLflow, beside the training: `python -m mlops.tracking.uploader [--once]`.
 
-A stage calls `ensure_mirror`, which costs it a fork and no import of MLflow. The mirror then follows every scratch
+A stage calls `ensure_uploader`, which costs it a fork and no import of MLflow. The uploader then follows every scratch
 folder until no stage lives and nothing has changed for a while. `--once` sends what is pending and ends: for the
 backlog of an outage. The files are the only link between the two, so a slow or absent server cannot touch a stage.
 
-One mirror a checkout: whoever holds the flock of scratch/mirror.lock is it. The starter takes the lock and the mirror
-inherits it, so there is no moment without an owner, and the kernel frees it however the mirror ends. A stage holds
-scratch/stages.lock (shared) as long as it lives, so that a mirror stays through a long step without news. The order
-that makes leaving safe: a stage writes run.json, takes stages.lock, then tests mirror.lock; a mirror frees
-mirror.lock, then looks at stages.lock and the files once more. One of the two always sees the other.
+A checkout has one uploader: the holder of the flock of scratch/uploader.lock. The starter takes the lock and the
+uploader inherits it, so there is no moment without an owner, and the kernel frees it however the uploader ends. A stage
+holds scratch/stages.lock (shared) as long as it lives, so that an uploader stays through a long step without news. The
+order that makes leaving safe: a stage writes run.json, takes stages.lock, then tests uploader.lock; an uploader frees
+uploader.lock, then looks at stages.lock and the files once more. One of the two always sees the other.
 
 How each point goes once: `mlops.tracking.upload_record`. The MLflow calls: `mlops.tracking.mlflow_client`.
 """
@@ -32,13 +32,15 @@ from mlops.tracking.upload_record import (
     Unreachable,
     advance,
     file_marks,
-    read_json,
+    read_run,
     scratch_folders,
 )
+from rlhf.errors import UserError
 
 POLL_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_POLL_S", "1.5"))
 IDLE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_IDLE_S", "20"))
 PATIENCE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_PATIENCE_S", "3600"))  # with a server that does not answer
+OLD_NAMES = {"INSTRUCTFLOW_MIRROR": "INSTRUCTFLOW_UPLOADER", "INSTRUCTFLOW_LINE": "INSTRUCTFLOW_RUN_NAME"}
 LONGEST_BACKOFF_S = 30.0
 NICE = 10
 
@@ -46,11 +48,20 @@ NICE = 10
 # --- what stages and flows call -----------------------------------------------------------------------------------
 
 
-def ensure_uploader(root: Path) -> None:
-    """Makes sure that one mirror follows `root`/scratch for as long as this process lives. Never raises OSError.
+def check_variables() -> None:
+    """Raises UserError where a variable is set by the name that it had before: it would be ignored without a word."""
+    for name in sorted(os.environ):
+        for old, new in OLD_NAMES.items():
+            if name == old or name.startswith(f"{old}_"):
+                raise UserError(f"{name} is now called {new}{name.removeprefix(old)}: set that instead")
 
-    Call it after run.json is written. INSTRUCTFLOW_UPLOADER=off turns it off.
+
+def ensure_uploader(root: Path) -> None:
+    """Makes sure that one uploader follows `root`/scratch for as long as this process lives. Never raises OSError.
+
+    Call it after run.json is written. INSTRUCTFLOW_UPLOADER=off turns it off. Raises UserError as `check_variables`.
     """
+    check_variables()
     if _off():
         return
     try:
@@ -59,19 +70,19 @@ def ensure_uploader(root: Path) -> None:
         hold_stages_lock(root)
         start_uploader(root)
     except OSError as error:
-        print(f"mirror: not started ({error}); `python -m mlops.tracking.uploader --once` sends the journals later",
+        print(f"uploader: not started ({error}); `python -m mlops.tracking.uploader --once` sends the journals later",
               file=sys.stderr, flush=True)
 
 
 def start_uploader(root: Path) -> None:
-    """Starts a detached mirror unless one is alive. It outlives this process and its session."""
+    """Starts a detached uploader unless one is alive. It outlives this process and its session."""
     lock = take_lock(root)
     if lock is None:
         return
-    code = str(Path(__file__).resolve().parents[1])
+    code = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        with (root / "scratch" / "mirror.log").open("ab") as log:
+        with (root / "scratch" / "uploader.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mlops.tracking.uploader", "--lock", str(lock)], cwd=root, pass_fds=[lock],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -82,49 +93,50 @@ def start_uploader(root: Path) -> None:
     process.returncode = 0  # it is nobody's child from now on: no warning that it still runs when we end
 
 
-def wait_until_uploaded(root: Path, line: str, timeout_s: float) -> dict[str, Any]:
-    """Waits until every finished stage run of the line is in MLflow; reads files only.
+def wait_until_uploaded(root: Path, run_name: str, timeout_s: float) -> dict[str, Any]:
+    """Waits until every finished stage of the run is in MLflow; reads files only.
 
     Returns {"stages": {stage: run_id}, "parent_run_id": ..., "experiment_id": ...}; empty where there is nothing,
-    at once with INSTRUCTFLOW_UPLOADER=off. Raises TimeoutError, which loses nothing: the mirror goes on.
+    at once with INSTRUCTFLOW_UPLOADER=off. Raises TimeoutError, which loses nothing: the uploader goes on.
     """
     root = root.resolve()
     now = start_next = time.monotonic()
     deadline = now + timeout_s
     while True:
-        found, pending = _line_state(root, line)
+        uploaded, pending = _state_of(root, run_name)
         if not pending or _off():
-            return found
+            return uploaded
         now = time.monotonic()
         if now > deadline:
-            raise TimeoutError(f"not yet in MLflow after {timeout_s:g} s: {', '.join(pending)} of line {line}")
+            raise TimeoutError(f"not yet in MLflow after {timeout_s:g} s: {', '.join(pending)} of run {run_name}")
         if now >= start_next:  # the one that lived may have been killed
             start_uploader(root)
             start_next = now + 5.0
         time.sleep(0.25)
 
 
-def _line_state(root: Path, line: str) -> tuple[dict[str, Any], list[str]]:
-    """What `wait_until_mirrored` returns, and the stages that are still to be sent."""
-    found: dict[str, Any] = {"stages": {}, "parent_run_id": "", "experiment_id": ""}
+def _state_of(root: Path, run_name: str) -> tuple[dict[str, Any], list[str]]:
+    """What `wait_until_uploaded` returns, and the stages that are still to be sent."""
+    uploaded: dict[str, Any] = {"stages": {}, "parent_run_id": "", "experiment_id": ""}
     pending = []
     for folder in scratch_folders(root):
-        run, record, marks = read_json(folder / "run.json"), Record.load(folder), file_marks(folder)
-        if run is None or marks.done is None or line not in (run["line"], record and record.line):
+        run, record, marks = read_run(folder), Record.load(folder), file_marks(folder)
+        if run is None or marks.done is None or run_name not in (
+                run["run_name"], record and record.run_name):
             continue
         if record is None or record.state != DONE or record.done_ns != marks.done[0]:
             pending.append(run["stage"])
             continue
-        found["stages"][run["stage"]] = record.run_id
-        found |= {"parent_run_id": record.parent_run_id, "experiment_id": record.experiment_id}
-    return found, pending
+        uploaded["stages"][run["stage"]] = record.run_id
+        uploaded |= {"parent_run_id": record.parent_run_id, "experiment_id": record.experiment_id}
+    return uploaded, pending
 
 
 def _off() -> bool:
     return os.environ.get("INSTRUCTFLOW_UPLOADER", "") == "off"
 
 
-# --- the mirror -----------------------------------------------------------------------------------------------------
+# --- the uploader ---------------------------------------------------------------------------------------------------
 
 
 class Follower:
@@ -138,7 +150,7 @@ class Follower:
     def sweep(self) -> bool:
         """True if nothing is left to send. Raises Unreachable or OSError: call again later.
 
-        What the server refuses, or cannot be read, is logged and left until its files change or another mirror
+        What the server refuses, or cannot be read, is logged and left until its files change or another uploader
         starts; the other folders go on.
         """
         settled = True
@@ -190,7 +202,8 @@ def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None])
             trouble = True
         if time.monotonic() - news > (IDLE_S if settled else PATIENCE_S) and _leave(root, lock, marks):
             if not settled:
-                say("not everything is sent; the next stage's mirror or `python -m mlops.tracking.uploader --once` goes on")
+                say("not everything is sent; the next stage's uploader or `python -m mlops.tracking.uploader --once` "
+                    "goes on")
             return
         time.sleep(delay)
 
@@ -212,17 +225,17 @@ def send_once(follower: Follower) -> None:
         fail(f"MLflow can't be reached, nothing is lost: {_one_line(error)}")
     if follower.refused:
         raise SystemExit(1)
-    print(f"mirror: nothing is pending in {len(follower.seen)} stage runs", flush=True)
+    print(f"uploader: nothing is pending in {len(follower.seen)} stage runs", flush=True)
 
 
 def say(message: str) -> None:
     """One line of the log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} mirror {os.getpid()}: {message}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} uploader {os.getpid()}: {message}", flush=True)
 
 
-def fail(message: str) -> NoReturn:
-    print(f"mirror: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+def fail(message: str, code: int = 1) -> NoReturn:
+    print(f"uploader: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 def _one_line(error: Exception) -> str:
@@ -230,15 +243,20 @@ def _one_line(error: Exception) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.tracking.uploader", description="Mirrors the journals to MLflow.")
+    parser = argparse.ArgumentParser(prog="python -m mlops.tracking.uploader",
+                                     description="Uploads the journals to MLflow.")
     parser.add_argument("--once", action="store_true", help="send what is pending, then end")
     parser.add_argument("--lock", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    try:
+        check_variables()
+    except UserError as error:
+        fail(str(error), 2)
     root = Path.cwd()
     (root / "scratch").mkdir(exist_ok=True)
     lock = args.lock if args.lock is not None else take_lock(root)
     if lock is None:
-        print("mirror: another mirror is alive and sends what is pending; see scratch/mirror.log", flush=True)
+        print("uploader: another uploader is alive and sends what is pending; see scratch/uploader.log", flush=True)
         return
     os.set_inheritable(lock, False)
     if args.lock is not None:

@@ -1,8 +1,9 @@
-"""The machine's load goes to the running stage's run, at its pace, and never troubles the mirror."""
+"""The machine's load goes to the running stage's run, at its pace, and never troubles the uploader."""
 
-import time
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -12,6 +13,8 @@ from mlops.tracking.mlflow_client import MlflowTracker
 from mlops.tracking.system_metrics import SystemWatch, running_stage
 from mlops.tracking.upload_record import Record
 from rlhf.files import write_json
+
+STARTED_S = 1_700_000_000
 
 
 class Sink:
@@ -28,13 +31,15 @@ class Sink:
 def stage(root: Path, name: str, run_id: str, done: bool = False) -> None:
     folder = root / "scratch" / name / "c0ffee"
     write_json(folder / "run.json", {"stage": name})
-    Record("line", "key", time.time_ns() - 25 * 10**9, run_id).save(folder)
+    Record("run", "key", STARTED_S * 10**9, run_id).save(folder)
     if done:
         write_json(folder / "done.json", {})
-    time.sleep(0.01)  # the order of their starts is that of the files' times
+    started = len(list(root.glob("scratch/*/*/run.json")))  # the order of their starts is that of the files' times
+    os.utime(folder / "run.json", (started, started))
 
 
-def test_the_running_stage_gets_them(tmp_path: Path) -> None:
+def test_the_running_stage_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "time", SimpleNamespace(time=lambda: STARTED_S + 25.0, monotonic=lambda: 100.0))
     stage(tmp_path, "sft", "run-1", done=True)
     stage(tmp_path, "rm", "run-2")
     assert (running_stage(tmp_path) or ("",))[0] == "run-2"

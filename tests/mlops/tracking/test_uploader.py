@@ -1,6 +1,7 @@
-"""What the mirror sends to a real MLflow store (SQLite), and when it leaves."""
+"""What the uploader sends to a real MLflow store (SQLite), and when it leaves."""
 
-
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from mlops.tracking import uploader
-from mlops.tracking.locks import take_lock
-from mlops.tracking.mlflow_client import MlflowTracker
+from mlops.tracking.locks import OLD_UPLOADER, take_lock
+from mlops.tracking.mlflow_client import EXPERIMENT, MlflowTracker
+from mlops.tracking.upload_record import OLD_RECORD, RECORD
 from mlops.tracking.uploader import Follower, ensure_uploader, wait_until_uploaded
+from rlhf.errors import UserError
 from rlhf.files import write_json
 from tests.mlops.tracking.uploaded import (
     CLOSED_PORT,
@@ -49,7 +52,7 @@ def test_growing_and_cut_back_journal_is_sent_once(root: Path) -> None:
     assert client(root).get_metric_history(run.info.run_id, "ppo/kl")[4].value == 0.4
 
 
-def test_line_is_the_parent_of_its_stages(root: Path) -> None:
+def test_a_run_is_the_parent_of_its_stages(root: Path) -> None:
     (root / "models" / "ppo").mkdir(parents=True)
     (root / "models" / "ppo" / "config.json").write_text("{}")
     (root / "reports").mkdir()
@@ -66,7 +69,7 @@ def test_line_is_the_parent_of_its_stages(root: Path) -> None:
     assert len(runs(root)) == 3
     [parent], [ppo], [promote] = runs(root, "brave-otter"), runs(root, "ppo"), runs(root, "promote")
     assert parent.info.status == promote.info.status == "FINISHED"
-    assert parent.data.tags["instructflow.line"] == "brave-otter"
+    assert parent.data.tags["instructflow.run_name"] == "brave-otter"
     assert ppo.data.tags["mlflow.parentRunId"] == promote.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.params.items() >= {"seed": "7", "profile": "smoke", "ppo.kl_goal": "3.5",
                                           "sft.epochs": "2"}.items()
@@ -88,7 +91,7 @@ def test_line_is_the_parent_of_its_stages(root: Path) -> None:
         "parent_run_id": parent.info.run_id, "experiment_id": parent.info.experiment_id}
 
 
-def test_rounds_are_steps_of_their_line(root: Path) -> None:
+def test_rounds_are_steps_of_their_run(root: Path) -> None:
     for number in (1, 2):
         stage = f"round_scores@r{number}"
         scratch = start(root, stage)
@@ -108,22 +111,22 @@ def test_rounds_are_steps_of_their_line(root: Path) -> None:
 
 
 def test_plain_repro_gathers_a_configuration(root: Path) -> None:
-    finish(root, start(root, "sft", line=""))
-    finish(root, start(root, "rm", line=""))
+    finish(root, start(root, "sft", run_name=""))
+    finish(root, start(root, "rm", run_name=""))
     sweep(root)
     (root / "profiles" / "smoke.yaml").write_text("ppo:\n  kl_goal: 6.0\n")
-    finish(root, start(root, "ppo", line=""))
+    finish(root, start(root, "ppo", run_name=""))
     sweep(root)
-    lines = {run.info.run_name: run.data.tags["mlflow.parentRunId"] for run in runs(root)
+    parents = {run.info.run_name: run.data.tags["mlflow.parentRunId"] for run in runs(root)
              if "mlflow.parentRunId" in run.data.tags}
-    assert lines["sft"] == lines["rm"] != lines["ppo"]
-    assert client(root).get_run(lines["sft"]).info.run_name.startswith("repro-")
-    assert client(root).get_run(lines["ppo"]).data.params["ppo.kl_goal"] == "6.0"
+    assert parents["sft"] == parents["rm"] != parents["ppo"]
+    assert client(root).get_run(parents["sft"]).info.run_name.startswith("repro-")
+    assert client(root).get_run(parents["ppo"]).data.params["ppo.kl_goal"] == "6.0"
 
 
 def test_run_again(root: Path) -> None:
-    def again(line: str, win_rate: float) -> list[str]:
-        scratch = start(root, line=line)
+    def again(run_name: str, win_rate: float) -> list[str]:
+        scratch = start(root, run_name=run_name)
         write_rows(scratch, range(4))
         sweep(root)
         finish(root, scratch, win_rate)
@@ -132,8 +135,7 @@ def test_run_again(root: Path) -> None:
 
     first = again("one", 0.5)
     assert again("one", 0.5) == first
-    other_line = again("two", 0.5)
-    assert len(other_line) == 2
+    assert len(again("two", 0.5)) == 2
     assert len(again("two", 0.6)) == 3, "another result must not be mixed into a finished run"
     assert len(runs(root, "one")) == len(runs(root, "two")) == 1
     for run in runs(root, "ppo"):
@@ -141,10 +143,10 @@ def test_run_again(root: Path) -> None:
         assert_points_once(root, run.info.run_id, range(4))
 
 
-def test_killed_in_one_line_and_resumed_in_another(root: Path) -> None:
-    write_rows(start(root, line="one"), range(4))
+def test_killed_in_one_run_and_resumed_in_another(root: Path) -> None:
+    write_rows(start(root, run_name="one"), range(4))
     sweep(root)
-    scratch = start(root, line="two")
+    scratch = start(root, run_name="two")
     sweep(root)
     assert [run.data.metrics for run in runs(root, "ppo")] == [{"ppo/kl": 0.3, "ppo/beta": 0.05, "ppo/reward": 3.0}, {}]
     write_rows(scratch, range(3, 6), resume_after=2)
@@ -155,12 +157,12 @@ def test_killed_in_one_line_and_resumed_in_another(root: Path) -> None:
     assert_points_once(root, after.info.run_id, range(6))
 
 
-def test_mirror_that_is_about_to_leave_sees_a_new_run(root: Path) -> None:
+def test_an_uploader_that_is_about_to_leave_sees_a_new_stage(root: Path) -> None:
     start(root)
     marks = uploader.all_marks(root)
     lock = take_lock(root)
     assert lock is not None
-    start(root, "rm")  # after the mirror's last look, while it held the lock: `ensure_mirror` starts no other
+    start(root, "rm")  # after the uploader's last look, while it held the lock: `ensure_uploader` starts no other
     assert take_lock(root) is None
     assert not uploader._leave(root, lock, marks)
     assert take_lock(root) is None, "it must hold the lock again"
@@ -174,7 +176,7 @@ def test_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = start(root)
     ensure_uploader(root)
     finish(root, scratch)
-    assert not (root / "scratch" / "mirror.lock").exists()
+    assert not (root / "scratch" / "uploader.lock").exists()
     assert wait_until_uploaded(root, "brave-otter", 5)["stages"] == {}
 
 
@@ -189,6 +191,70 @@ def test_once_sends_a_backlog_or_says_why_not(root: Path, monkeypatch: pytest.Mo
     assert len(failed.stderr.splitlines()) == 1
     assert "can't be reached" in failed.stderr
     sent = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert sent.stdout + sent.stderr == "mirror: nothing is pending in 1 stage runs\n"
+    assert sent.stdout + sent.stderr == "uploader: nothing is pending in 1 stage runs\n"
     assert_points_once(root, runs(root, "ppo")[0].info.run_id, range(5))
-    assert json.loads((scratch / "mirror.json").read_text())["state"] == "done"
+    assert json.loads((scratch / "upload.json").read_text())["state"] == "done"
+
+
+# --- what older code has left behind ------------------------------------------------------------------------------
+
+
+def with_old_keys(source: Path, target: Path) -> None:
+    """The file as older code wrote it: the run's name under `line`."""
+    content = json.loads(source.read_text())
+    content["line"] = content.pop("run_name")
+    source.unlink()
+    write_json(target, content)
+
+
+def test_what_older_code_has_sent_is_not_sent_again(root: Path) -> None:
+    scratch = start(root)
+    with_old_keys(scratch / "run.json", scratch / "run.json")
+    write_rows(scratch, range(5))
+    sweep(root)
+    with_old_keys(scratch / RECORD, scratch / OLD_RECORD)
+    write_rows(scratch, range(5, 8), resume_after=4)
+    finish(root, scratch)
+    sweep(root)
+    [run] = runs(root, "ppo")
+    assert run.info.status == "FINISHED"
+    assert_points_once(root, run.info.run_id, range(8))
+    assert not (scratch / OLD_RECORD).exists()
+    assert wait_until_uploaded(root, "brave-otter", 1)["stages"] == {"ppo": run.info.run_id}
+
+
+def test_the_parent_run_that_older_code_made_gets_the_stages(root: Path) -> None:
+    store = client(root)
+    key = f"line-{hashlib.sha256(b'brave-otter').hexdigest()[:32]}"
+    old = store.create_run(store.create_experiment(EXPERIMENT), 0, {
+        "instructflow.key": key, "instructflow.line": "brave-otter"}, "brave-otter")
+    finish(root, start(root))
+    sweep(root)
+    [parent], [ppo] = runs(root, "brave-otter"), runs(root, "ppo")
+    assert parent.info.run_id == ppo.data.tags["mlflow.parentRunId"] == old.info.run_id
+    assert parent.data.tags["instructflow.run_name"] == "brave-otter"
+
+
+def test_no_second_uploader_starts_beside_one_of_older_code(root: Path) -> None:
+    (root / "scratch").mkdir()
+    with (root / "scratch" / OLD_UPLOADER).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert take_lock(root) is None
+    lock = take_lock(root)
+    assert lock is not None
+    os.close(lock)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("INSTRUCTFLOW_MIRROR", "INSTRUCTFLOW_UPLOADER"), ("INSTRUCTFLOW_MIRROR_POLL_S", "INSTRUCTFLOW_UPLOADER_POLL_S"),
+    ("INSTRUCTFLOW_LINE", "INSTRUCTFLOW_RUN_NAME"),
+])
+def test_a_variable_with_its_former_name_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, old: str,
+                                                    new: str) -> None:
+    monkeypatch.setenv(old, "off")
+    with pytest.raises(UserError, match=f"^{old} is now called {new}: set that instead$"):
+        ensure_uploader(root)
+    command = [sys.executable, "-m", "mlops.tracking.uploader", "--once"]
+    refused = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"uploader: {old} is now called {new}: set that instead\n"

@@ -1,4 +1,4 @@
-"""The mirror and its stage killed at any moment, a server that is away or new: each point arrives once."""
+"""The uploader and its stage killed at any moment, a server that is away or new: each point arrives once."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ class Unsteady:
 
 @pytest.mark.parametrize("failure", ["after a request", "before a note"])
 def test_each_point_once_wherever_it_fails(root: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
-    """Fails once at the n-th request or note, for every n there is, and goes on as a new mirror would."""
+    """Fails once at the n-th request or note, for every n there is, and goes on as a new uploader would."""
     monkeypatch.setattr("mlops.tracking.upload_record.POINTS_PER_CALL", 12)
     notes = 0
 
@@ -106,7 +106,7 @@ def send_and_crash(record: Record, snapshot: Snapshot, folder: Path, tracker: Ml
 
 
 def crash_with_open_batch(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, MlflowTracker]:
-    """Eight rows arrived, and the mirror died before it could note that."""
+    """Eight rows arrived, and the uploader died before it could note that."""
     scratch, tracker = start(root), MlflowTracker(root)
     write_rows(scratch, range(8))
     with monkeypatch.context() as patch:
@@ -187,38 +187,40 @@ STAGE = """
 import sys, time
 from pathlib import Path
 from rlhf.files import write_json
-from rlhf.journal import Journal
-from tasks.mirror import ensure_mirror
-from tasks.stage import die_with_parent
+from rlhf.training.journal import Journal
+from mlops.tracking.uploader import ensure_uploader
+from mlops.processes import die_with_parent
 
 die_with_parent()
 first, pause, columns = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 scratch = Path("scratch/ppo/c0ffee")
-write_json(scratch / "run.json", {"stage": "ppo", "profile": "smoke", "seed": 7, "line": "brave-otter", "params": {}})
-ensure_mirror(Path.cwd())
-ensure_mirror(Path.cwd())
+write_json(scratch / "run.json", {"stage": "ppo", "profile": "smoke", "seed": 7, "run_name": "brave-otter",
+                                  "params": {}})
+ensure_uploader(Path.cwd())
+ensure_uploader(Path.cwd())
 assert "mlflow" not in sys.modules
 journal = Journal(scratch / "journal.csv", columns, first - 1)
 for step in range(first, 40):
     journal.append(step, dict.fromkeys(columns, step))
-    time.sleep(60 if step == pause else 0.05)
+    time.sleep(3600 if step == pause else 0.05)  # the test ends what pauses
 write_json(scratch / "done.json", {"metrics": {"ppo/final": 1}, "artifacts": []})
 """
 
 
-def mirrors(root: Path) -> list[int]:
-    """The mirror processes that work in `root`."""
-    found = []
+def uploaders(root: Path) -> list[int]:
+    """The uploader processes that work in `root`."""
+    pids = []
     for proc in Path("/proc").glob("[0-9]*"):
         try:
-            if (proc / "cwd").resolve() == root.resolve() and b"-m\0tasks.mirror\0" in (proc / "cmdline").read_bytes():
-                found.append(int(proc.name))
+            is_one = b"-m\0mlops.tracking.uploader\0" in (proc / "cmdline").read_bytes()
+            if is_one and (proc / "cwd").resolve() == root.resolve():
+                pids.append(int(proc.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
-def until(condition: Callable[[], Any], seconds: float = 40) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
@@ -232,7 +234,7 @@ def last_sent(scratch: Path) -> int:
     return record.last_step if record else -1
 
 
-def test_live_mirror_through_kills_of_both(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_uploader_through_kills_of_both(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSTRUCTFLOW_UPLOADER_POLL_S", "0.1")
     monkeypatch.setenv("INSTRUCTFLOW_UPLOADER_IDLE_S", "2")
     scratch = root / "scratch" / "ppo" / "c0ffee"
@@ -242,27 +244,27 @@ def test_live_mirror_through_kills_of_both(root: Path, monkeypatch: pytest.Monke
         return subprocess.Popen(command, cwd=root, start_new_session=True)
 
     one = stage(0, pause=15)
-    [pid] = until(lambda: mirrors(root))
+    [pid] = until(lambda: uploaders(root))
     until(lambda: last_sent(scratch) > 5)
     assert stage_alive(root)
-    assert mirrors(root) == [pid], "two calls, one mirror"
+    assert uploaders(root) == [pid], "two calls, one uploader"
     assert os.getpriority(os.PRIO_PROCESS, pid) >= 10
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not mirrors(root))
+    until(lambda: not uploaders(root))
     one.kill()  # the stage dies as well; both are started again
     one.wait()
     two = stage(3, pause=30)
-    [pid] = until(lambda: mirrors(root))
+    [pid] = until(lambda: uploaders(root))
     until(lambda: last_sent(scratch) > 20)
-    os.killpg(two.pid, signal.SIGTERM)  # the mirror outlives the stage and its session
+    os.killpg(two.pid, signal.SIGTERM)  # the uploader outlives the stage and its session: see its log below
     two.wait()
-    assert mirrors(root) == [pid]
-    assert stage(12, pause=-1).wait(30) == 0
-    found = wait_until_uploaded(root, "brave-otter", 40)
-    assert_points_once(root, found["stages"]["ppo"], range(40))
+    assert stage(12, pause=-1).wait(300) == 0
+    uploaded = wait_until_uploaded(root, "brave-otter", 300)
+    assert_points_once(root, uploaded["stages"]["ppo"], range(40))
     [run] = runs(root, "ppo")
     assert run.info.status == "FINISHED"
-    until(lambda: not mirrors(root))
+    until(lambda: not uploaders(root))
     assert not stage_alive(root)
-    log = (root / "scratch" / "mirror.log").read_text()
-    assert all(" mirror " in text for text in log.splitlines()), log
+    log = (root / "scratch" / "uploader.log").read_text()
+    assert all(" uploader " in text for text in log.splitlines()), log
+    assert f"uploader {pid}: ends" in log

@@ -1,4 +1,4 @@
-"""The mirror against a real MLflow server: stopped and started in the middle of a run, slow, answering with errors.
+"""The uploader against a real MLflow server: stopped and started in the middle of a run, slow, answering with errors.
 
 Nothing is lost, nothing is sent twice, and the stage never waits for the server.
 """
@@ -22,6 +22,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlops.tracking.mlflow_client import EXPERIMENT
+from mlops.tracking.upload_record import Record
 from mlops.tracking.uploader import wait_until_uploaded
 
 STEPS = 40
@@ -29,19 +30,20 @@ STAGE = """
 import sys, time
 from pathlib import Path
 from rlhf.files import write_json
-from rlhf.journal import Journal
-from tasks.mirror import ensure_mirror
+from rlhf.training.journal import Journal
+from mlops.tracking.uploader import ensure_uploader
 scratch = Path("scratch/ppo/c0ffee")
-write_json(scratch / "run.json", {"stage": "ppo", "profile": "smoke", "seed": 7, "line": "calm-heron", "params": {}})
-ensure_mirror(Path.cwd())
+write_json(scratch / "run.json", {"stage": "ppo", "profile": "smoke", "seed": 7, "run_name": "calm-heron",
+                                  "params": {}})
+ensure_uploader(Path.cwd())
 journal = Journal(scratch / "journal.csv", ["ppo/kl", "ppo/beta"], None)
-started = time.monotonic()
 for step in range(int(sys.argv[1])):
     journal.append(step, {"ppo/kl": step / 10, "ppo/beta": 0.05})
     time.sleep(0.1)
+    while step == STEPS_BEFORE and not Path("go").exists():
+        time.sleep(0.1)
 write_json(scratch / "done.json", {"metrics": {"ppo/final": 1}, "artifacts": []})
-print(time.monotonic() - started)
-"""
+""".replace("STEPS_BEFORE", str(STEPS // 2))
 
 
 def free_port() -> int:
@@ -63,8 +65,8 @@ class Server:
                    "--port", str(self.port), "--workers", "1"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                         start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
                 return
@@ -99,14 +101,21 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_stage(root: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", STAGE, str(STEPS)], cwd=root, stdout=subprocess.PIPE, text=True)
+def run_stage(root: Path) -> "subprocess.Popen[bytes]":
+    """Halfway the stage waits for the file `go`."""
+    return subprocess.Popen([sys.executable, "-c", STAGE, str(STEPS)], cwd=root)
+
+
+def sent(root: Path) -> int:
+    """The last step of which the uploader knows that the server has it."""
+    record = Record.load(root / "scratch" / "ppo" / "c0ffee")
+    return record.last_step if record else -1
 
 
 def assert_everything_once(root: Path, uri: str) -> None:
-    found = wait_until_uploaded(root, "calm-heron", 240)
+    uploaded = wait_until_uploaded(root, "calm-heron", 600)
     client = MlflowClient(tracking_uri=uri)
-    run_id = found["stages"]["ppo"]
+    run_id = uploaded["stages"]["ppo"]
     for name in ("ppo/kl", "ppo/beta"):
         counted = Counter(point.step for point in client.get_metric_history(run_id, name))
         assert counted == dict.fromkeys(range(STEPS), 1)
@@ -122,10 +131,12 @@ def test_a_server_killed_and_started_in_the_middle_of_a_run(root: Path, server: 
     uri = f"http://127.0.0.1:{server.port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     stage = run_stage(root)
-    time.sleep(2)
+    while sent(root) < 5:
+        assert stage.poll() is None
+        time.sleep(0.1)
     server.kill()
-    out, _ = stage.communicate(timeout=60)
-    assert float(out) < 20  # 4 seconds of work; a stage that waited for the server would never end
+    (root / "go").touch()
+    assert stage.wait(600) == 0  # a stage that waited for the server would never end
     server.start()
     assert_everything_once(root, uri)
 
@@ -169,7 +180,7 @@ def test_a_server_that_is_slow_and_fails_every_fourth_request(root: Path, server
     with ThreadingHTTPServer(("127.0.0.1", 0), Difficult) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
-        out, _ = run_stage(root).communicate(timeout=60)
-        assert float(out) < 20
+        (root / "go").touch()
+        assert run_stage(root).wait(600) == 0
         assert_everything_once(root, Difficult.target)
         proxy.shutdown()

@@ -1,4 +1,4 @@
-"""What the mirror's tests share: what a stage writes, and what arrived in MLflow."""
+"""What the uploader's tests share: what a stage writes, and what arrived in MLflow."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,11 +16,11 @@ DATA_MD5 = "0123456789abcdef0123456789abcdef.dir"
 COLUMNS = ["ppo/kl", "ppo/beta", "ppo/reward"]
 
 
-def start(root: Path, stage: str = "ppo", line: str = "brave-otter", folder: str = "c0ffee") -> Path:
+def start(root: Path, stage: str = "ppo", run_name: str = "brave-otter", folder: str = "c0ffee") -> Path:
     """What a starting stage does."""
     scratch = root / "scratch" / stage / folder
     (scratch / "done.json").unlink(missing_ok=True)
-    write_json(scratch / "run.json", {"stage": stage, "profile": "smoke", "seed": 7, "line": line,
+    write_json(scratch / "run.json", {"stage": stage, "profile": "smoke", "seed": 7, "run_name": run_name,
                                       "params": {"kl_goal": 3.5, "beta_rule": "step"} if stage == "ppo" else {}})
     return scratch
 
@@ -52,8 +52,8 @@ def runs(root: Path, name: str | None = None) -> list[Run]:
     store = client(root)
     experiment = store.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
-    found = store.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    return [run for run in found if name in (None, run.info.run_name)]
+    every = store.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    return [run for run in every if name in (None, run.info.run_name)]
 
 
 def assert_points_once(root: Path, run_id: str, steps: range) -> None:
