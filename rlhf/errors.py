@@ -1,13 +1,13 @@
-"""The exceptions whose message is the whole explanation."""
+"""The exceptions that end a command with one line: their message."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: file, row, rule, what to do."""
+    """A mistake that the user can fix. The message is one line: file, row, rule, what to do."""
 
 
 class Interrupted(Exception):
-    """Raised by a trainer after it saved its state because SIGTERM asked it to end."""
+    """Raised by a trainer that received SIGTERM, after it saved its state."""
 
 
 class TrainingFailed(Exception):
-    """Raised by a trainer whose run went wrong (not a number, KL or entropy out of bounds), after it saved."""
+    """Raised by a trainer that diverged (not a number, KL or entropy out of bounds), after it saved its state."""

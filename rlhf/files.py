@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or the next run, never sees half of one."""
+"""Writes files so that no reader and no later run sees a partial one."""
 
 import hashlib
 import json
@@ -8,22 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_hands_off = False
+_is_writer = True
 
 
-def hands_off() -> None:
-    """From now on this process writes nothing: another one does, which does the same work (rlhf/training/distributed.py)."""
-    global _hands_off
-    _hands_off = True
+def leave_writing_to_main() -> None:
+    """Turns off writing in this process, for good: of several that train together only the main one writes."""
+    global _is_writer
+    _is_writer = False
 
 
-def writes() -> bool:
-    """Whether this process is the one that writes files and speaks."""
-    return not _hands_off
+def is_writer() -> bool:
+    """Whether this process writes files and logs progress."""
+    return _is_writer
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the folder's entries durable (rename is atomic, but only fsync makes it survive a power cut)."""
+    """Makes the folder's entries durable: a rename is atomic, but survives a power failure only after fsync."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,11 +32,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary name beside `path`, fsyncs and renames.
+    """Writes `content` to a temporary file next to `path`, fsyncs and renames it.
 
-    Only the first process of several does.
+    Of several processes only the main one does.
     """
-    if _hands_off:
+    if not _is_writer:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -49,23 +49,23 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Sorted, indented JSON with a final newline, so that equal content is equal bytes."""
+    """Writes sorted, indented JSON with a final newline, so that equal content gives equal bytes."""
     write_atomic(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as CSV with a header; numbers as Python writes them."""
+    """Writes rows with equal keys as CSV with a header; numbers as `str` gives them."""
     lines = [",".join(rows[0])] if rows else []
     lines += [",".join(str(value) for value in row.values()) for row in rows]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def publish(source: Path, target: Path) -> None:
-    """Puts a finished file or folder in the place of `target`, which stays whole until the copy is complete.
+    """Replaces `target` with a finished file or folder; the old `target` stays until the copy is complete.
 
-    Only the first process of several does.
+    Of several processes only the main one does.
     """
-    if _hands_off:
+    if not _is_writer:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
@@ -81,7 +81,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def hash_paths(paths: Iterable[Path], root: Path) -> str:
-    """SHA-256 over names (relative to `root`) and contents of files and folders, in sorted order."""
+    """SHA-256 of the names (relative to `root`) and contents of files and folders, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]

@@ -1,1 +1,1 @@
-"""What every trainer needs: loop, optimizers, several processes, checkpoints, journal, seeds."""
+"""Shared by all trainers: training loop, optimizers, distributed training, checkpoints, journal, seeds."""

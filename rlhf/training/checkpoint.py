@@ -1,7 +1,7 @@
-"""Checkpoints of everything a trainer needs to go on as if it had never stopped.
+"""Checkpoints hold everything that a trainer needs to resume as if it had never stopped.
 
-A checkpoint is `step-<n>.pt` plus `step-<n>.json` (its SHA-256), the second written last: without it the first
-does not count. Both are written to a temporary name, fsynced and renamed.
+A checkpoint is `step-<n>.pt` plus `step-<n>.json` with its SHA-256. The JSON is written last; without it the checkpoint
+is ignored. Both are written to a temporary file, fsynced and renamed.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlhf.errors import Interrupted
-from rlhf.files import write_atomic, write_json, writes
+from rlhf.files import is_writer, write_atomic, write_json
 from rlhf.settings import number
 from rlhf.training import distributed
 
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Remembers SIGTERM (a pre-empted machine, a cancelled flow), so that a trainer can save before it ends."""
+    """Records SIGTERM (a preempted machine, a cancelled flow), so that a trainer can save before it ends."""
 
     requested = False
 
     @classmethod
     def listen(cls) -> None:
-        """From now on SIGTERM sets `requested` instead of ending the process."""
+        """Makes SIGTERM set `requested` instead of ending the process."""
         signal.signal(signal.SIGTERM, cls._handle)
 
     @classmethod
@@ -40,10 +40,10 @@ class StopSignal:
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints in one folder, one every `seconds`.
+    """Saves a checkpoint every `seconds` and keeps the newest `keep` in one folder.
 
-    They change no result, so they are no parameters: the environment may set INSTRUCTFLOW_CHECKPOINT_SECONDS (30) and
-    INSTRUCTFLOW_CHECKPOINTS_KEPT (2). Raises UserError where that is no number.
+    The defaults come from the environment: INSTRUCTFLOW_CHECKPOINT_SECONDS (30) and INSTRUCTFLOW_CHECKPOINTS_KEPT (2).
+    Raises UserError if one is not a number.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, seconds: float | None = None) -> None:
@@ -54,8 +54,8 @@ class Checkpoints:
         StopSignal.listen()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes the state (tensors, numbers, strings, lists, dicts) after `step` finished steps."""
-        if not writes():
+        """Writes the state (tensors, numbers, strings, lists, dicts) after `step` completed steps."""
+        if not is_writer():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
@@ -70,14 +70,14 @@ class Checkpoints:
             old.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint as (step, state); damaged ones are reported and passed over.
+        """The newest intact checkpoint as (step, state); damaged ones are logged and skipped.
 
-        Several processes read the same one, from a folder that all of them see.
+        All processes read the same checkpoint, so they must share the folder.
         """
         if distributed.is_main():
-            found = self._newest()
-            distributed.broadcast(None if found is None else found[0])
-            return found
+            checkpoint = self._newest()
+            distributed.broadcast(None if checkpoint is None else checkpoint[0])
+            return checkpoint
         step = distributed.broadcast(-1)
         if step is None:
             return None
@@ -88,27 +88,27 @@ class Checkpoints:
             try:
                 record = json.loads(path.with_suffix(".json").read_text())
                 if hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
-                    raise ValueError("its bytes are not those that were saved")
+                    raise ValueError("its SHA-256 is not the one that was saved")
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError) as error:
-                log.warning("checkpoint %s is damaged and not used: %s", path, error)
-                path.with_suffix(".json").unlink(missing_ok=True)  # no longer one of the newest `keep`
+                log.warning("checkpoint %s is damaged and is skipped: %s", path, error)
+                path.with_suffix(".json").unlink(missing_ok=True)  # no longer counts as one of the newest `keep`
                 continue
             return int(record["step"]), state
         return None
 
     def after_step(self, step: int, state_of: Callable[[], dict[str, Any]]) -> None:
-        """Saves when it is time. Saves and raises Interrupted when a SIGTERM has come, to one of several processes."""
-        due = time.monotonic() - self._saved_at >= self.seconds and writes()
-        asked = distributed.all_reduce({"stop": float(StopSignal.requested), "save": float(due)})
-        if asked["stop"] or asked["save"]:
+        """Saves when a checkpoint is due. When any process received SIGTERM, saves and raises Interrupted."""
+        due = time.monotonic() - self._saved_at >= self.seconds and is_writer()
+        requests = distributed.all_reduce({"stop": float(StopSignal.requested), "save": float(due)})
+        if requests["stop"] or requests["save"]:
             self.save(step, state_of())
             self._saved_at = time.monotonic()
-        if asked["stop"]:
-            raise Interrupted(f"stopped by SIGTERM after step {step}; run the same command to go on from there")
+        if requests["stop"]:
+            raise Interrupted(f"stopped by SIGTERM after step {step}; run the same command to resume")
 
     def steps(self) -> list[int]:
-        """The steps after which there are checkpoints, whole ones as far as their names tell."""
+        """The steps of the complete checkpoints; their contents are not verified."""
         return [int(path.stem.removeprefix("step-")) for path in self._complete()]
 
     def _complete(self) -> list[Path]:

@@ -1,10 +1,11 @@
-"""Several processes that train one model: each does its share of every batch, and all agree on everything else.
+"""Data-parallel training: each process computes its share of every batch.
 
-torchrun starts them, or `fork` on one machine's CPU. All run the same program on the same inputs; only the first writes
-files. What a step adds up over its rows (loss, gradients, the journal's values) is added up over the processes, and
-divided by counts of the whole batch: the same update for any number of them, up to rounding.
+torchrun starts the processes, or `fork` on one machine's CPU. All run the same program on the same inputs; only rank 0,
+the main process, writes files. Sums over a batch's rows (loss, gradients, journal values) are reduced over the
+processes and divided by counts of the whole batch, so the update is the same for any number of processes, up to
+rounding.
 
-`shard` splits weights, gradients and optimizer state over the processes (FSDP2) instead of keeping them in each.
+`shard` splits weights, gradients and optimizer state over the processes (FSDP2); without it each has all of them.
 """
 
 import os
@@ -19,33 +20,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.files import hands_off
+from rlhf.files import leave_writing_to_main
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-WAIT_HOURS = 4  # for the slowest process, before the others give up
-BUCKET = 2**24  # entries of gradients that are added up at once
+WAIT_HOURS = 4  # timeout of a collective operation
+BUCKET = 2**24  # gradient entries per all-reduce
 
 
-# --- who is there ----------------------------------------------------------------------------------------------------
+# --- process group ---------------------------------------------------------------------------------------------------
 
 def size() -> int:
-    """How many processes train together; 1 where none were started."""
+    """The number of processes (world size); 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes files and speaks."""
+    """Whether this is the main process: rank 0, which writes files and logs."""
     return rank() == 0
 
 
 def join() -> None:
-    """Joins the processes that torchrun has started; nothing happens where there are none or it has been done."""
+    """Initialises the process group that torchrun started; does nothing without torchrun or when called again."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -54,47 +55,51 @@ def join() -> None:
     else:
         dist.init_process_group("gloo")
     if not is_main():
-        hands_off()
+        leave_writing_to_main()
 
 
 def fork(count: int) -> None:
-    """Makes this process the first of `count` on this machine's CPU, with one thread each.
+    """Forks this process into `count` on this machine's CPU, with one thread each; it becomes rank 0.
 
-    Results depend on `count`, not on how many cores there are. To be called before anything is computed: threads do not
+    Results depend on `count`, not on the number of cores. Must be called before anything is computed: threads do not
     survive a fork.
     """
     torch.set_num_threads(1)
-    sys.stdout.flush(), sys.stderr.flush()  # or what is waiting in them is written twice
+    sys.stdout.flush(), sys.stderr.flush()  # buffered output would be written twice
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
-    place = next((number for number in range(1, count) if os.fork() == 0), 0)
-    if place:
+    own_rank = next((number for number in range(1, count) if os.fork() == 0), 0)
+    if own_rank:
         store = dist.TCPStore("127.0.0.1", store.port, count, is_master=False)
-        hands_off()
-    dist.init_process_group("gloo", store=store, rank=place, world_size=count, timeout=timedelta(hours=WAIT_HOURS))
+        leave_writing_to_main()
+    dist.init_process_group("gloo", store=store, rank=own_rank, world_size=count,
+                            timeout=timedelta(hours=WAIT_HOURS))
 
 
 def leave() -> None:
-    """Ends the group. The first process waits until the others have come here too."""
+    """Destroys the process group after all processes have arrived here."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-# --- what they tell each other ---------------------------------------------------------------------------------------
+# --- sharing of work, collectives ------------------------------------------------------------------------------------
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of what all have: every `size()`-th item. Of rows sorted by length all get like lengths."""
+    """This process's share of `items`: every `size()`-th one. Of rows sorted by length all get similar lengths."""
     return items if size() == 1 else items[rank()::size()]
 
 
 def share_passes(model: nn.Module, batches: Sequence[Item]) -> Sequence[Item]:
-    """This process's batches of an evaluation, for a ratio of sums: passes of a sharded model are everybody's."""
+    """This process's batches of an evaluation that computes a ratio of sums.
+
+    A sharded model needs all processes in every forward pass, so there each process takes all batches.
+    """
     return batches if sharded(model) else share(batches)
 
 
 def all_reduce(values: Mapping[str, float]) -> dict[str, float]:
-    """Sums over the processes, in float64."""
+    """The sum of each value over the processes, in float64."""
     if size() == 1 or not values:
         return dict(values)
     total = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -102,43 +107,38 @@ def all_reduce(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it is so in some process."""
-    return all_reduce({"flag": float(flag)})["flag"] > 0 if size() > 1 else flag
-
-
-def broadcast(thing: Item) -> Item:
-    """What the first process has; the others' is ignored."""
+def broadcast(value: Item) -> Item:
+    """The main process's value, in every process."""
     if size() == 1:
-        return thing
-    box = [thing]
+        return value
+    box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
 
 
-def all_gather(mine: Item) -> list[Item]:
-    """What every process has, in their order."""
+def all_gather(value: Item) -> list[Item]:
+    """The values of all processes, by rank."""
     if size() == 1:
-        return [mine]
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, mine)
-    return found
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def by_rows(function: Callable[..., Sequence[Result]], *columns: Sequence[Any]) -> list[Result]:
-    """function(*columns), a value for each row: every process does its share of the rows and has all values."""
+    """function(*columns), which gives one value per row; processes share the rows, and each gets all values."""
     parts = all_gather(list(function(*(share(column) for column in columns))))
     return [parts[row % len(parts)][row // len(parts)] for row in range(len(columns[0]))]
 
 
 def barrier() -> None:
-    """Waits for all."""
+    """Waits until all processes have arrived here."""
     if size() > 1:
         dist.barrier()
 
 
 def check_divides(count: int, name: str) -> None:
-    """Raises UserError where a batch cannot be shared out evenly."""
+    """Raises UserError if a batch of `count` rows cannot be divided evenly among the processes."""
     if count % size():
         raise UserError(f"{name} = {count}: must be a multiple of {size()}, the number of processes")
 
@@ -146,16 +146,19 @@ def check_divides(count: int, name: str) -> None:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 def backward(model: nn.Module, loss: Tensor) -> None:
-    """loss.backward() of this process's part. FSDP takes the mean over the processes where a sum is wanted."""
+    """loss.backward() for this process's share of the batch.
+
+    FSDP averages gradients over the processes; multiplied by their number, the loss gives the sum.
+    """
     (loss * size() if sharded(model) else loss).backward()
 
 
 def all_reduce_gradients(models: Sequence[nn.Module], values: Mapping[str, float]) -> dict[str, float]:
-    """Adds up a step's gradients over the processes, in place, and `values`, which are returned."""
+    """Sums a step's gradients over the processes, in place; returns the sums of `values`."""
     if size() == 1:
         return dict(values)
     bucket: list[Tensor] = []
-    for parameter in (item for model in models if not sharded(model)  # FSDP has done it in the backward pass
+    for parameter in (item for model in models if not sharded(model)  # FSDP reduces them in the backward pass
                       for item in model.parameters() if item.requires_grad):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -175,15 +178,15 @@ def _all_reduce_flat(gradients: list[Tensor]) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def clip_gradients(model: nn.Module, most: float) -> float:
-    """Scales the gradients to a norm of at most `most`; returns the norm before."""
-    return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), most)))
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scales the gradients to a norm of at most `max_norm`; returns the norm before."""
+    return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------
 
 class _Root(nn.Module):
-    """FSDP hands a module's weights out during that module's call: this one's call is whatever is to be computed."""
+    """Calls any function with the model's own weights gathered: FSDP gathers a module's weights when it is called."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -194,7 +197,7 @@ class _Root(nn.Module):
 
 
 def shard(model: Any) -> None:
-    """Splits a transformer over the processes, block by block, in place (FSDP2); one process keeps it as it is."""
+    """Shards a transformer over the processes, block by block, in place (FSDP2); no effect with one process."""
     from torch.distributed.fsdp import fully_shard
 
     if size() == 1:
@@ -202,56 +205,54 @@ def shard(model: Any) -> None:
     blocks = next(module for module in model.base_model.children() if isinstance(module, nn.ModuleList))
     for block in blocks:
         fully_shard(block)
-    vars(model)["_root"] = fully_shard(_Root(model))  # not a submodule: it holds the model
+    vars(model)["_root"] = fully_shard(_Root(model))  # not registered as a submodule: it contains the model
 
 
 def sharded(model: nn.Module) -> bool:
+    """Whether `shard` has split this model."""
     return "_root" in vars(model)
 
 
-def _parts(root: nn.Module) -> list[Any]:
-    return [module for module in root.modules() if hasattr(module, "unshard")]
-
-
 def compute(function: Callable[..., Result], model: nn.Module, *arguments: Any) -> Result:
-    """function(model, *arguments), with all weights there where the model is sharded."""
+    """function(model, *arguments); a sharded model gathers its weights as they are needed."""
     return vars(model)["_root"](function, *arguments) if sharded(model) else function(model, *arguments)
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """All weights of a sharded model in every process, to be read and not changed."""
-    parts = _parts(vars(model)["_root"]) if sharded(model) else []
-    for part in parts:
-        part.unshard()
+    """Within this context every process has all weights of a sharded model, to read and not to change."""
+    modules: list[Any] = list(vars(model)["_root"].modules()) if sharded(model) else []
+    units = [module for module in modules if hasattr(module, "unshard")]
+    for unit in units:
+        unit.unshard()
     yield
-    for part in parts:
-        part.reshard()
+    for unit in units:
+        unit.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its entries."""
-    split: Any = tensor
-    return split.full_tensor() if is_dtensor(tensor) else tensor
+    """The whole tensor, gathered from all processes if it is a DTensor."""
+    dtensor: Any = tensor
+    return dtensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is split over processes (a DTensor, whose module takes a second to import)."""
+    """Whether a tensor is a DTensor, without importing that class, which takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor split as `other` is."""
+    """The whole tensor sharded as `other` is."""
     if not is_dtensor(other) or is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    split: Any = other
-    return distribute_tensor(tensor.to(other.device), split.device_mesh, split.placements)
+    dtensor: Any = other
+    return distribute_tensor(tensor.to(other.device), dtensor.device_mesh, dtensor.placements)
 
 
 def full_state(state: Any) -> Any:
-    """A state_dict, of a model or an optimizer, with whole tensors: the same for any number of processes."""
+    """The state_dict of a model or an optimizer with whole tensors: the same for any number of processes."""
     if isinstance(state, Mapping):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -262,13 +263,17 @@ def full_state(state: Any) -> Any:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
     """Loads whole tensors into a model, sharded or not."""
     own = model.state_dict()
-    model.load_state_dict({name: shard_like(value, own[name]) if name in own else value for name, value in state.items()},
-                          strict=strict)
+    placed = {name: shard_like(value, own[name]) if name in own else value for name, value in state.items()}
+    model.load_state_dict(placed, strict=strict)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads whole moments into an optimizer of a model, sharded or not."""
+    """Loads whole moments into the optimizer of a model, sharded or not."""
     parameters = [item for group in optimizer.param_groups for item in group["params"]]
-    moments = {number: {name: shard_like(value, parameters[number]) if isinstance(value, Tensor) and value.dim() else value
-                        for name, value in entry.items()} for number, entry in state["state"].items()}
+
+    def placed(value: Any, parameter: Tensor) -> Any:
+        return shard_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
+
+    moments = {number: {name: placed(value, parameters[number]) for name, value in entry.items()}
+               for number, entry in state["state"].items()}
     optimizer.load_state_dict({**state, "state": moments})

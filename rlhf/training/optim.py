@@ -3,14 +3,12 @@
 import math
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
 def adamw(model: PreTrainedModel, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
           weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW; weight decay, where asked for, on matrices only."""
+    """AdamW; weight decay applies to matrices only."""
     matrices = [item for item in model.parameters() if item.requires_grad and item.dim() >= 2]
     vectors = [item for item in model.parameters() if item.requires_grad and item.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -19,23 +17,23 @@ def adamw(model: PreTrainedModel, lr: float, betas: tuple[float, float] = (0.9, 
 
 def muon_and_adamw(model: PreTrainedModel, lr: float, muon_lr: float,
                    weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, heads, norms and biases.
+    """Muon for the blocks' weight matrices, AdamW for embeddings, heads, norms and biases.
 
-    Muon orthogonalises each update; from scratch, a small model then learns in well under half the steps
+    Muon orthogonalises each update; a small model trained from scratch then needs less than half the steps
     (docs/notebook.md has the figures).
     """
     heads = [model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None)]
     embeddings = {id(head.weight) for head in heads if head is not None}
     embeddings |= {id(item) for name, item in model.named_parameters() if "wpe" in name}
-    blocks = [item for item in model.parameters() if item.dim() == 2 and id(item) not in embeddings]
-    taken = {id(item) for item in blocks}
-    rest = [item for item in model.parameters() if id(item) not in taken]
-    return [torch.optim.Muon(blocks, lr=muon_lr, weight_decay=weight_decay),
+    matrices = [item for item in model.parameters() if item.dim() == 2 and id(item) not in embeddings]
+    with_muon = {id(item) for item in matrices}
+    rest = [item for item in model.parameters() if id(item) not in with_muon]
+    return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def cosine_factor(step: int, total: int, warmup: int = 0, floor: float = 0.1) -> float:
-    """Share of the peak learning rate at step 0 .. total-1: linear warm-up, then a cosine down to `floor`
+    """Share of the peak learning rate at step 0 .. total-1: linear warm-up, then cosine decay to `floor`.
 
     [InstructGPT App. C: cosine to 10 %, no warm-up].
     """
@@ -46,6 +44,6 @@ def cosine_factor(step: int, total: int, warmup: int = 0, floor: float = 0.1) ->
 
 
 def scale_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `factor` times the one the optimizer was made with."""
+    """Sets every group's learning rate to `factor` times the optimizer's initial one."""
     for group in optimizer.param_groups:
         group["lr"] = optimizer.defaults["lr"] * factor

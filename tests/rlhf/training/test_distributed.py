@@ -1,5 +1,4 @@
-"""Several processes give what one gives, sharded or not; a run goes on with another number of them."""
-
+"""Several processes train the same model as one, sharded or not; a run resumes with another number of processes."""
 
 import json
 import os
@@ -26,12 +25,12 @@ STAGES: dict[str, dict[str, Any]] = {
             "max_new_tokens": 8, "lr": 1e-3, "value_lr": 1e-3, "ptx_coef": 0.5, "ptx_batch_size": 5, "ema_decay": 0.5,
             "kl_limit": 0}}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module")
-REPO = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass
 class Result:
-    """What a run has left."""
+    """What a run wrote."""
 
     weights: dict[str, torch.Tensor]
     journal: list[dict[str, str]]
@@ -39,8 +38,8 @@ class Result:
 
 
 @dataclass
-class Work:
-    """Runs a stage in processes of its own: work("sft", tmp_path / "one", processes=2)."""
+class Train:
+    """Trains a stage in processes of its own: train("sft", tmp_path / "one", processes=2)."""
 
     folders: dict[str, tuple[Path, Path]]
     rows: dict[str, list[Any]]
@@ -54,15 +53,15 @@ class Work:
     def __call__(self, stage: str, folder: Path, launcher: tuple[str, ...] = (), processes: int = 1,
                  stop_after: int | None = None, **changes: Any) -> Result | None:
         policy, scorer = self.folders[self.architecture]
-        given = {"stage": stage, "folder": str(folder), "policy": str(policy), "scorer": str(scorer),
-                 "rows": self.rows[stage], "corpus": str(self.corpus), "processes": processes,
-                 "params": STAGES[stage] | {"precision": "fp32"} | changes}
+        task = {"stage": stage, "folder": str(folder), "policy": str(policy), "scorer": str(scorer),
+                "rows": self.rows[stage], "corpus": str(self.corpus), "processes": processes,
+                "params": STAGES[stage] | {"precision": "fp32"} | changes}
         if stop_after is not None:
-            given["stop_after"] = stop_after
+            task["stop_after"] = stop_after
         folder.mkdir(exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        run = subprocess.run([sys.executable, *(launcher or ("-m",)), "tests.rlhf.parallel_work", json.dumps(given)],
-                             cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, *(launcher or ("-m",)), "tests.rlhf.training.train_in_processes", json.dumps(task)]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
         if stop_after is not None:
             assert not (folder / "model").exists()
@@ -72,25 +71,25 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def work(model_folders: dict[str, tuple[Path, Path]], texts: list[str],
-         tmp_path_factory: pytest.TempPathFactory) -> Work:
+def train(model_folders: dict[str, tuple[Path, Path]], texts: list[str],
+          tmp_path_factory: pytest.TempPathFactory) -> Train:
     demonstrations = [{"prompt": texts[number], "completion": texts[-number - 1], "split": "valid" if number % 4 == 0
                        else "train"} for number in range(32)]
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 3))
-    return Work(model_folders, {"sft": demonstrations, "rm": rankings(40), "ppo": texts[:8]}, corpus)
+    return Train(model_folders, {"sft": demonstrations, "rm": rankings(40), "ppo": texts[:8]}, corpus)
 
 
 @pytest.fixture(scope="module")
-def alone(work: Work, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result | None]:
-    """What one process makes of each stage."""
-    return {stage: work(stage, tmp_path_factory.mktemp(stage)) for stage in STAGES}
+def alone(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result | None]:
+    """The result of one process for each stage."""
+    return {stage: train(stage, tmp_path_factory.mktemp(stage)) for stage in STAGES}
 
 
 def assert_same(one: Result | None, other: Result | None, before: Path) -> None:
-    """The same training up to rounding: weights apart by less than a hundredth of the way they have come.
+    """Both trainings are equal up to rounding: their weights differ by less than 1 % of the change since the start.
 
-    Not entry by entry: Adam makes whole steps of gradients that are nothing but rounding, such as those of key biases.
+    Not entry by entry: Adam takes full steps for gradients that are only rounding errors, such as those of key biases.
     """
     assert one is not None
     assert other is not None
@@ -107,48 +106,49 @@ def assert_same(one: Result | None, other: Result | None, before: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-def test_two_processes_train_what_one_does(work: Work, alone: dict[str, Result | None], stage: str, shard: bool,
-                                           tmp_path: Path) -> None:
-    assert_same(alone[stage], work(stage, tmp_path / "two", processes=2, shard=shard), work.policy)
+@pytest.mark.parametrize("shard", [False, True], ids=["unsharded", "sharded"])
+def test_two_processes_train_the_same_model_as_one(train: Train, alone: dict[str, Result | None], stage: str,
+                                                   shard: bool, tmp_path: Path) -> None:
+    assert_same(alone[stage], train(stage, tmp_path / "two", processes=2, shard=shard), train.policy)
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-def test_passes_that_two_processes_keep_change_nothing(work: Work, alone: dict[str, Result | None], shard: bool,
-                                                       tmp_path: Path) -> None:
-    """One of the two that each has of a first update is kept."""
-    assert_same(alone["ppo"], work("ppo", tmp_path / "two", processes=2, shard=shard, reuse_forward_passes=1), work.policy)
+@pytest.mark.parametrize("shard", [False, True], ids=["unsharded", "sharded"])
+def test_reused_forward_passes_in_two_processes_change_nothing(train: Train, alone: dict[str, Result | None],
+                                                               shard: bool, tmp_path: Path) -> None:
+    """Each process reuses one of the two micro-batches of the first update."""
+    two = train("ppo", tmp_path / "two", processes=2, shard=shard, reuse_forward_passes=1)
+    assert_same(alone["ppo"], two, train.policy)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_with_another_number_of_processes(work: Work, alone: dict[str, Result | None], stage: str,
+def test_a_run_resumes_with_another_number_of_processes(train: Train, alone: dict[str, Result | None], stage: str,
                                                         tmp_path: Path) -> None:
-    work(stage, tmp_path / "many", processes=2, stop_after=1, shard=True)
-    work(stage, tmp_path / "many", processes=3, stop_after=2)
-    assert_same(alone[stage], work(stage, tmp_path / "many"), work.policy)
+    train(stage, tmp_path / "many", processes=2, stop_after=1, shard=True)
+    train(stage, tmp_path / "many", processes=3, stop_after=2)
+    assert_same(alone[stage], train(stage, tmp_path / "many"), train.policy)
 
 
-def test_a_sharded_policy_is_sampled_by_a_server(work: Work, tmp_path: Path) -> None:
-    """Its embeddings are tied: the server is given both whole, from parts that lie in two processes."""
-    with serving(work.policy) as server:
-        one = work("ppo", tmp_path / "one", vllm_url=server.url)
-        assert_same(one, work("ppo", tmp_path / "two", processes=2, shard=True, vllm_url=server.url), work.policy)
+def test_a_sharded_policy_is_sampled_by_a_server(train: Train, tmp_path: Path) -> None:
+    """Its embeddings are tied: the server gets both whole, gathered from two processes."""
+    with serving(train.policy) as server:
+        one = train("ppo", tmp_path / "one", vllm_url=server.url)
+        assert_same(one, train("ppo", tmp_path / "two", processes=2, shard=True, vllm_url=server.url), train.policy)
     assert one is not None
     assert len(one.journal) == 4
     assert all(0 < float(row["ppo/sampler_gap"]) < 1e-4 for row in one.journal)
 
 
-def test_the_same_number_of_processes_gives_the_same_bytes(work: Work, tmp_path: Path) -> None:
-    one = work("sft", tmp_path / "one", processes=2, dropout=0.2)
-    work("sft", tmp_path / "other", TORCHRUN, dropout=0.2, stop_after=3)
-    other = work("sft", tmp_path / "other", processes=2, dropout=0.2)
+def test_the_same_number_of_processes_gives_the_same_bytes(train: Train, tmp_path: Path) -> None:
+    one = train("sft", tmp_path / "one", processes=2, dropout=0.2)
+    train("sft", tmp_path / "other", TORCHRUN, dropout=0.2, stop_after=3)
+    other = train("sft", tmp_path / "other", processes=2, dropout=0.2)
     assert one is not None
     assert other is not None
     assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
     assert one.journal == other.journal
 
 
-def test_a_batch_that_cannot_be_shared_out_is_a_clear_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_cannot_be_divided_among_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "size", lambda: 3)
     distributed.check_divides(6, "sft.batch_size")
     with pytest.raises(UserError, match=r"sft\.batch_size = 8: must be a multiple of 3, the number of processes"):

@@ -1,4 +1,4 @@
-"""Checkpoints, journal, resume: a run stopped anywhere and run again ends with the bytes of one never stopped."""
+"""Checkpoints, journal, resume: a run that is stopped anywhere and resumed ends with the same bytes as one that is not."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ ROWS = torch.randint(5, 300, (12, 16), generator=torch.Generator().manual_seed(1
 
 
 class Killed(Exception):
-    """Stands for a process that dies without a word."""
+    """Stands for a process that is killed."""
 
 
 Hook = Callable[[int], None]
@@ -101,27 +101,27 @@ def test_a_stopped_training_ends_with_the_same_bytes(train: Callable[..., dict[s
         seen.append(step)
         interrupt(step)
 
-    found, stops = until_finished(lambda: train(tmp_path / "stopped", hook))
+    resumed, stops = until_finished(lambda: train(tmp_path / "stopped", hook))
     assert stops == 1
-    assert found == whole
-    # nothing is done twice: a kill costs the step it hit, a SIGTERM none
+    assert resumed == whole
+    # no step runs twice, except the one that a kill interrupts
     assert seen == [*range(place + 1), *range(place + (stop is ask_to_stop), STEPS)]
 
 
-def test_without_a_checkpoint_it_starts_over(train: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
+def test_without_a_checkpoint_a_run_starts_over(train: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")  # 30 seconds between checkpoints: there is none
     assert not (tmp_path / "whole" / "checkpoints").exists()
     hook = once(4, kill)
-    found, stops = until_finished(lambda: train(tmp_path / "stopped", hook))
-    assert (found, stops) == (whole, 1)
+    resumed, stops = until_finished(lambda: train(tmp_path / "stopped", hook))
+    assert (resumed, stops) == (whole, 1)
 
 
-def test_sigterm_saves_whatever_the_clock_says(train: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
+def test_sigterm_saves_even_if_no_checkpoint_is_due(train: Callable[..., dict[str, bytes]], tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="after step 3;"):
         train(tmp_path, once(2, ask_to_stop))
-    found = Checkpoints(tmp_path / "checkpoints").latest()
-    assert found is not None
-    assert found[0] == 3
+    checkpoint = Checkpoints(tmp_path / "checkpoints").latest()
+    assert checkpoint is not None
+    assert checkpoint[0] == 3
     assert [row["step"] for row in read_journal(tmp_path / "journal.csv")] == ["1", "2", "3"]
 
 
@@ -154,7 +154,7 @@ def test_a_stopped_ppo_ends_with_the_same_bytes(model_folders: dict[str, tuple[P
     assert run(tmp_path / "stopped", no_hook) == whole
     rows = read_journal(tmp_path / "whole" / "journal.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert len({row["ppo/beta"] for row in rows}) > 1  # β had a history to remember
+    assert len({row["ppo/beta"] for row in rows}) > 1  # beta depends on the history, which must be restored
     assert rows[-1]["ppo/kl"] != rows[0]["ppo/kl"] == "0.0"
 
 
@@ -170,12 +170,12 @@ def saved(tmp_path: Path) -> Checkpoints:
     return checkpoints
 
 
-def test_the_newest_two_are_kept_and_whole(saved: Checkpoints) -> None:
+def test_the_newest_two_checkpoints_remain_intact(saved: Checkpoints) -> None:
     assert sorted(path.name for path in saved.folder.iterdir()) == [
         "step-00000002.json", "step-00000002.pt", "step-00000003.json", "step-00000003.pt"]
-    found = saved.latest()
-    assert found is not None
-    step, state = found
+    checkpoint = saved.latest()
+    assert checkpoint is not None
+    step, state = checkpoint
     assert (step, state["step"], state["nested"]) == (3, 3, STATE["nested"])
     assert torch.equal(state["weights"], STATE["weights"])
 
@@ -204,10 +204,10 @@ def garbage(path: Path) -> None:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved: Checkpoints, suffix: str,
                                                            damage: Callable[[Path], None]) -> None:
     damage(saved.folder / f"step-00000003{suffix}")
-    found = saved.latest()
-    assert found is not None
-    assert (found[0], found[1]["step"]) == (2, 2)
-    saved.save(3, {**STATE, "step": 33})  # the run goes on and comes by again
+    checkpoint = saved.latest()
+    assert checkpoint is not None
+    assert (checkpoint[0], checkpoint[1]["step"]) == (2, 2)
+    saved.save(3, {**STATE, "step": 33})  # the resumed run reaches the step again
     again = saved.latest()
     assert again is not None
     assert (again[0], again[1]["step"]) == (3, 33)
@@ -216,23 +216,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved: Checkpoints, s
 def test_after_two_damaged_checkpoints_the_next_one_is_kept(saved: Checkpoints) -> None:
     for step in (2, 3):
         truncate(saved.folder / f"step-{step:08d}.pt")
-    assert saved.latest() is None  # the run starts over
+    assert saved.latest() is None  # the run starts from the beginning
     saved.save(1, {**STATE, "step": 1})
-    found = saved.latest()
-    assert found is not None
-    assert found[0] == 1
+    checkpoint = saved.latest()
+    assert checkpoint is not None
+    assert checkpoint[0] == 1
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "nothing").latest() is None
 
 
-def test_left_overs_of_a_killed_save_are_ignored(saved: Checkpoints) -> None:
+def test_partial_files_of_a_killed_save_are_ignored(saved: Checkpoints) -> None:
     (saved.folder / "step-00000004.pt.partial").write_bytes(b"half")
-    (saved.folder / "step-00000004.pt").write_bytes(b"whole, but its json was never written")
-    found = saved.latest()
-    assert found is not None
-    assert found[0] == 3
+    (saved.folder / "step-00000004.pt").write_bytes(b"complete, but its json was never written")
+    checkpoint = saved.latest()
+    assert checkpoint is not None
+    assert checkpoint[0] == 3
 
 
 @pytest.mark.usefixtures("save_every_step")
@@ -242,11 +242,11 @@ def test_a_run_resumed_from_the_older_checkpoint_ends_the_same(train: Callable[.
     with pytest.raises(Killed):
         train(tmp_path / "stopped", once(5, kill))
     truncate(tmp_path / "stopped" / "checkpoints" / "step-00000005.pt")
-    assert len(read_journal(tmp_path / "stopped" / "journal.csv")) == 5  # one row more than the checkpoint knows
+    assert len(read_journal(tmp_path / "stopped" / "journal.csv")) == 5  # one row more than the checkpoint has
     assert train(tmp_path / "stopped") == whole
 
 
-def test_the_journal_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+def test_the_journal_is_truncated_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
     journal = Journal(path, ["a/x", "a/y"])
     values = [(0.1 + 0.2, 1e-30), (3.0, -0.0), (1 / 3, 1e22), (5.0, 7.0)]
@@ -254,7 +254,7 @@ def test_the_journal_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         journal.append(step, {"a/y": y, "a/x": x})
     journal.close()
     whole = path.read_bytes()
-    path.write_bytes(whole + b"5,0.123")  # half a row: the process was killed in the middle of it
+    path.write_bytes(whole + b"5,0.123")  # half a row: the process was killed while writing it
     assert [row["step"] for row in read_journal(path)] == ["1", "2", "3", "4"]
     resumed = Journal(path, ["a/x", "a/y"], resume_after=2)
     for step, (x, y) in list(enumerate(values, start=1))[2:]:

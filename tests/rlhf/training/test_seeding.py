@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
 import ctypes, sys, torch
-from rlhf.seeding import keep_freed_memory
+from rlhf.training.seeding import keep_freed_memory
 class Info(ctypes.Structure):  # malloc.h: struct mallinfo2
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
                                                      "fsmblks", "uordblks", "fordblks", "keepcost")]
@@ -28,8 +28,8 @@ print(held.hblkhd - before.hblkhd, libc.mallinfo2().arena - before.arena)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc 2.33 or newer")
-def test_memory_that_was_freed_is_kept() -> None:
-    """A block of 28 MB comes from the heap, which has it still when it is freed; else the system gives and takes it."""
+def test_freed_memory_stays_with_the_process() -> None:
+    """A block of 28 MB comes from the heap and stays there when freed; by default it is mapped and unmapped."""
     kept, plain = ([int(word) for word in subprocess.run(
         [sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()]
         for how in ("kept", "plain"))
