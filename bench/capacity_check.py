@@ -73,7 +73,7 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
         trainer = Trainer(params, folder / "policy", folder / "rm", 1)
         trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=(-1,))
         prompts = texts(rows, PROMPT)
-        return lambda: trainer.step(trainer.collect_rollouts(prompts, 0), 0), lambda: None
+        return lambda: trainer.step(prompts, 0)[1], lambda: None
     model = load_policy(folder / "policy") if stage == "sft" else load_scorer(folder / "rm")
     model.train()
     optimizer = adamw(model, 1e-5)

@@ -279,7 +279,7 @@ def _answers(url: str, authorization: str = "") -> str:
     return ""
 
 
-def evaluate_rollouts(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
+def run_checks(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
     """Every check's finding; a check that breaks is a finding too."""
     found = []
     for check in checks:
@@ -291,7 +291,7 @@ def evaluate_rollouts(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Fi
 
 
 def main() -> None:
-    found = evaluate_rollouts(Path.cwd())
+    found = run_checks(Path.cwd())
     table = Table("check", "", "found", "how to mend", show_edge=False)
     for item in found:
         table.add_row(item.what, MARKS[item.state], item.found, "" if item.state == "ok" else item.mend)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.batching import pack
+from rlhf.data.batching import pack_documents
 from rlhf.data.packing import document_positions
 from rlhf.data.schema import read_rows
 from rlhf.data.token_store import Column, TokenStore, chunks, only
@@ -75,7 +75,7 @@ def packed_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
     """Texts end to end, EOS before each, in rows of `length` tokens that lie in a file in `folder`."""
     store = TokenStore(folder)
     documents = (ids for some in chunks(texts) for ids in text_ids(tokenizer, some))
-    for row in pack(documents, length, tokenizer.eos_token_id):
+    for row in pack_documents(documents, length, tokenizer.eos_token_id):
         store.append([row], length)
     return Column(store, only)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import length_batches, pieces
+from rlhf.data.batching import ShuffledEpochs, length_batches, pieces
 from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
@@ -122,16 +122,11 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
         distributed.shard(model)
     model.train()
     lengths = data.lengths()
-    per_epoch = len(length_batches(lengths, params.batch_size, generator(seed, "rm", 0)))
-    epochs: dict[int, Sequence[list[int]]] = {}
+    epochs = ShuffledEpochs(lambda epoch: length_batches(lengths, params.batch_size, generator(seed, "rm", epoch)))
     loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]
 
     def loss_of_step(step: int) -> Iterator[Part]:
-        epoch, place = divmod(step, per_epoch)
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = length_batches(lengths, params.batch_size, generator(seed, "rm", epoch))
-        batch = epochs[epoch][place]
+        batch = epochs[step]
         pairs = sum(decided_pairs(data.ranks[index]) for index in batch)
         for indices in pieces(distributed.share(batch), params.micro_batch_size):
             scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
@@ -139,27 +134,35 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
             right, _ = ranking_accuracy(scores.detach(), ranks, present)
             yield loss_of(scores, ranks, present) * (len(indices) / len(batch)), {"rm/accuracy": right / max(1, pairs)}
 
-    steps = per_epoch * params.epochs
-    choice = None
+    steps = epochs.per_epoch * params.epochs
+    best = None
     if params.checkpoint == "valid_accuracy":
-        choice = BestCheckpoint(frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks)),
-                        lambda: accuracy(score_rows(model, codec, valid_rows, params, folder)))
-    kept = train_loop("rm", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
-                      columns=["rm/accuracy"], choice=choice)
+        checks = frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks))
+        best = BestCheckpoint(checks, lambda: accuracy(score_rows(model, codec, valid_rows, params, folder)))
+    last_step = train_loop("rm", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
+                           columns=["rm/accuracy"], best_checkpoint=best)
     model.eval()
-    gain, bias = 1.0, 0.0
+    samples = anchors
     if params.normalise == "gain_and_bias":
         prompts = [row["prompt"] for row in itertools.islice(valid_rows, params.normalise_samples)]
         samples = reference_samples(policy_folder, codec, prompts, params, seed)
-        mean, deviation = moments(score_together(model, samples, codec.pad_id, params.precision))
-        gain, bias = 1 / max(deviation, 1e-6), -mean / max(deviation, 1e-6)
-        scale_scores(model, gain)
-    else:
-        bias = -moments(score_together(model, anchors, codec.pad_id, params.precision))[0]
-    shift_scores(model, bias)
+    gain, bias = normalise(model, samples, codec.pad_id, params)
     save_model(model, tokenizer, folder / "model")
     return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/gain": gain, "rm/bias": bias,
-                   "rm/steps_kept": kept}
+                   "rm/steps_kept": last_step}
+
+
+def normalise(model: PreTrainedModel, samples: Sequence[Sequence[int]], pad_id: int, params: RmParams
+              ) -> tuple[float, float]:
+    """Shifts the scores so that `samples` score mean 0 [InstructGPT]; with params.normalise gain_and_bias also scales
+    them to deviation 1 [Ziegler]. Returns (gain, bias): new score = gain · score + bias."""
+    mean, deviation = moments(score_together(model, samples, pad_id, params.precision))
+    gain, bias = 1.0, -mean
+    if params.normalise == "gain_and_bias":
+        gain, bias = 1 / max(deviation, 1e-6), -mean / max(deviation, 1e-6)
+        scale_scores(model, gain)
+    shift_scores(model, bias)
+    return gain, bias
 
 
 def decided_pairs(ranks: Sequence[int]) -> int:

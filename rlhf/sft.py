@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import length_batches, pass_batches, pieces
-from rlhf.data.packing import check_packing, packed_batch, shuffled_batches
+from rlhf.data.batching import ShuffledEpochs, length_batches, pass_batches, pieces
+from rlhf.data.packing import PackedBatch, check_packing, pack_rows, shuffled_batches
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
-from rlhf.fast.packed_attention import PackedBatch, pack
 from rlhf.model.device import device
-from rlhf.model.forward import log_probs_at
+from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import check_length, compile_model, load_policy, load_scorer, save_memory, save_model, set_dropout
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
@@ -30,7 +29,7 @@ from rlhf.training.loop import BestCheckpoint, Part, train_loop
 from rlhf.training.optim import adamw
 from rlhf.training.seeding import generator, seed_everything
 
-CHOICE_PROMPTS = 256
+SCORED_PROMPTS = 256
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,15 @@ class Demonstrations:
                           folder)
 
     def batch(self, model: PreTrainedModel, indices: list[int], pad_id: int) -> tuple[PackedBatch, Tensor]:
-        """Demonstrations for one pass of a model, and where the token before each completion token is."""
+        """Demonstrations as one batch for a model, and the index of the token before each completion token."""
         rows, starts = [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices]
-        texts = pack(model, rows, pad_id)
-        return texts, texts.token_indices([start - 1 for start in starts],
+        batch = pack(model, rows, pad_id)
+        return batch, batch.token_indices([start - 1 for start in starts],
                                    [len(row) - start for row, start in zip(rows, starts, strict=True)])
 
     def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[PackedBatch, Tensor]:
         """As batch, in rows of at most `room` tokens that several demonstrations share."""
-        ids, mask, positions = packed_batch(
+        ids, mask, positions = pack_rows(
             [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices], room, pad_id)
         rows, columns = mask.nonzero(as_tuple=True)  # on the CPU: a GPU's count of them would have to be waited for
         token_indices = rows * ids.shape[1] + columns
@@ -115,21 +114,16 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     model.train()
     lengths = lengths_of(train.ids)
     batches = shuffled_batches if params.packing else length_batches
-    per_epoch = len(batches(lengths, params.batch_size, generator(seed, "sft", 0)))
-    epochs: dict[int, Sequence[list[int]]] = {}
+    epochs = ShuffledEpochs(lambda epoch: batches(lengths, params.batch_size, generator(seed, "sft", epoch)))
 
     def loss_of_step(step: int) -> Iterator[Part]:
-        epoch, place = divmod(step, per_epoch)
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = batches(lengths, params.batch_size, generator(seed, "sft", epoch))
-        batch = epochs[epoch][place]
+        batch = epochs[step]
         tokens = sum(lengths[row] - train.prompt_lengths[row] for row in batch)
         share = 1.0 if corpus_rows is None else 1 - params.pretrain_mix
         for chosen in pieces(distributed.share(batch), params.micro_batch_size):
-            some = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
-                    train.batch(model, chosen, codec.pad_id))
-            loss = batch_loss(model, *some, params.precision, tokens)
+            packed = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
+                      train.batch(model, chosen, codec.pad_id))
+            loss = batch_loss(model, *packed, params.precision, tokens)
             yield share * loss, {"sft/completion_loss": loss.detach(), "sft/pretrain_loss": 0.0}
         if corpus_rows is not None:
             other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
@@ -137,22 +131,24 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
 
     measure = {"valid_loss": lambda: -valid_loss(model, valid, params, codec.pad_id),
                "rm_score": lambda: rm_score(model, valid, params, codec, seed)}.get(params.checkpoint)
-    ends = frozenset(per_epoch * (epoch + 1) for epoch in range(params.epochs))
-    kept = train_loop("sft", folder, model, [adamw(model, params.lr)], steps=per_epoch * params.epochs,
-                      loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"],
-                      choice=BestCheckpoint(ends, measure) if measure else None)
+    ends = frozenset(epochs.per_epoch * (epoch + 1) for epoch in range(params.epochs))
+    last_step = train_loop("sft", folder, model, [adamw(model, params.lr)], steps=epochs.per_epoch * params.epochs,
+                           loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"],
+                           best_checkpoint=BestCheckpoint(ends, measure) if measure else None)
     set_dropout(model, 0.0)
     model.eval()
     save_model(model, tokenizer, folder / "model")
     return {"sft/valid_loss": valid_loss(model, valid, params, codec.pad_id), "sft/valid_loss_base": loss_base,
-            "sft/epoch_kept": kept // per_epoch, "sft/train_rows": len(train.ids), "sft/valid_rows": len(valid.ids),
+            "sft/epoch_kept": last_step // epochs.per_epoch, "sft/train_rows": len(train.ids),
+            "sft/valid_rows": len(valid.ids),
             "sft/too_long": train.too_long + valid.too_long}
 
 
-def batch_loss(model: PreTrainedModel, texts: PackedBatch, token_indices: Tensor, precision: str, tokens: float = 0) -> Tensor:
-    """Mean loss over the completion tokens of a batch, which come after `places`, nats; with `tokens`, its sum over
-    that many."""
-    return -log_probs_at(model, texts, token_indices, precision).sum() / (tokens or len(token_indices))
+def batch_loss(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, precision: str, tokens: float = 0
+               ) -> Tensor:
+    """Mean loss over the completion tokens of a batch, which follow `token_indices`, nats; with `tokens`, the sum
+    divided by that many."""
+    return -log_probs_at(model, batch, token_indices, precision).sum() / (tokens or len(token_indices))
 
 
 @torch.no_grad()
@@ -160,8 +156,8 @@ def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, 
     """Mean loss over all completion tokens of a dataset, nats per token."""
     sums = {"loss": 0.0, "tokens": 0.0}
     for indices in distributed.share_passes(model, pass_batches(lengths_of(data.ids), 256)):
-        texts, token_indices = data.batch(model, indices, pad_id)
-        sums["loss"] += batch_loss(model, texts, token_indices, params.precision, tokens=1).item()
+        batch, token_indices = data.batch(model, indices, pad_id)
+        sums["loss"] += batch_loss(model, batch, token_indices, params.precision, tokens=1).item()
         sums["tokens"] += len(token_indices)
     sums = distributed.all_reduce(sums)
     return sums["loss"] / sums["tokens"]
@@ -169,7 +165,7 @@ def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, 
 
 def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, codec: PromptCodec, seed: int) -> float:
     """Mean score that the reward model gives to a sample for each of the first valid prompts [InstructGPT App. C.1]."""
-    first = islice(zip(valid.ids, valid.prompt_lengths, strict=True), CHOICE_PROMPTS)
+    first = islice(zip(valid.ids, valid.prompt_lengths, strict=True), SCORED_PROMPTS)
     prompts = [ids[:length] for ids, length in first]
     room = max(1, params.max_tokens - max(map(len, prompts)))
     sampling = Sampling(room, (codec.eos_id,), codec.pad_id, precision=params.precision)

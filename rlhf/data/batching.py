@@ -1,6 +1,6 @@
 """Batches of token sequences: right padding, length buckets in a seeded order, packed documents."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -77,6 +77,24 @@ def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Gener
     return Batches(order, batch_size, places)
 
 
+class ShuffledEpochs:
+    """The batch of each training step; every epoch is shuffled anew.
+
+    `batches_of(epoch)` gives an epoch's batches, equally many in each. Only the newest epoch's are held.
+    """
+
+    def __init__(self, batches_of: Callable[[int], Sequence[list[int]]]) -> None:
+        self.batches_of = batches_of
+        self._epoch, self._batches = 0, batches_of(0)
+        self.per_epoch = len(self._batches)
+
+    def __getitem__(self, step: int) -> list[int]:
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self.batches_of(epoch)
+        return self._batches[place]
+
+
 def pieces(rows: Sequence[int], count: int) -> list[list[int]]:
     """The rows of a batch in parts of at most `count`, one forward pass each; 0: all in one."""
     return [list(rows[start:start + count]) for start in range(0, len(rows), count)] if count else [list(rows)]
@@ -95,7 +113,7 @@ def pass_batches(lengths: Sequence[int], batch_size: int, max_tokens: int = PASS
     return batches
 
 
-def pack(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Iterator[list[int]]:
+def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Iterator[list[int]]:
     """Documents end to end, EOS before each, cut into rows of `length` tokens. The rest is dropped."""
     stream: list[int] = []
     for document in documents:

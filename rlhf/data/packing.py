@@ -1,20 +1,76 @@
-"""Demonstrations glued into rows, each of which sees only itself: rows best-fit, positions that start anew, loss mask.
+"""Batches for one forward pass: padded, packed into one row, or several demonstrations to a row.
 
-A step has exactly `batch_size` demonstrations, as without packing, and the loss is the mean over the same completion
-tokens: packing changes time and memory, not the update. Positions that start at 0 with each demonstration are what
-transformers tells demonstrations apart by: without an attention mask it makes one that is causal within each of them,
-for eager, fused and flash attention alike. `check_packing` looks whether a model really does so.
+`PackedBatch` is what every forward pass of rlhf/model/forward.py takes. The rest of the file packs demonstrations into
+rows for SFT (`sft.packing`), each of which attends only to itself: rows filled best-fit, positions that start anew, a
+loss mask. A step has exactly `batch_size` demonstrations, as without packing, and the loss is the mean over the same
+completion tokens: packing changes time and memory, not the update. Positions that start at 0 with each demonstration
+are what transformers tells demonstrations apart by: without an attention mask it builds one that is causal within each
+of them, for eager, fused and flash attention alike. `check_packing` checks that a model really does so.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.data.batching import pad_right
 from rlhf.errors import UserError
 
 PROBE = ([5, 9, 7, 6, 8], [7, 5, 6, 9])
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences for one forward pass: a padded batch, ids [B, T], or all in one row, ids [1, N], with a `layout` by
+    which attention keeps them apart (rlhf/fast/packed_attention.py).
+
+    `positions`: as `ids`; None: 0 .. T-1 in each row. `starts`: index of each sequence's first token in the flattened
+    ids, in the order given.
+    """
+
+    ids: Tensor
+    positions: Tensor | None = None
+    layout: Any = None
+    starts: Sequence[int] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the transformers model beside the ids. It takes a mask of four dimensions as it is and builds
+        none."""
+        arguments: dict[str, Any] = {} if self.positions is None else {"position_ids": self.positions}
+        if self.layout is not None:
+            arguments |= {"layout": self.layout, "attention_mask": self.ids.new_ones(1, 1, 1, 1)}
+        return arguments
+
+    def token_indices(self, first: Sequence[int], count: Sequence[int]) -> Tensor:
+        """Indices in the flattened ids of `count` tokens of each sequence from its token `first` on: [sum of counts].
+        """
+        return to_device([start + skip + step for start, skip, steps in zip(self.starts, first, count, strict=True)
+                          for step in range(steps)], self.ids.device)
+
+
+def to_device(numbers: list[Any], device: torch.device) -> Tensor:
+    """Whole numbers on a device; the CPU does not wait for a GPU."""
+    tensor = torch.tensor(numbers, dtype=torch.long)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def padded_batch(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device,
+                 prompts: Sequence[Sequence[int]] = (), owner: Sequence[int] = ()) -> PackedBatch:
+    """Sequences right-padded to [B, T]; with `prompts` each follows prompts[owner[sequence]]."""
+    before = [prompts[index] for index in owner] if prompts else [[]] * len(sequences)
+    ids = pad_right([[*one, *sequence] for one, sequence in zip(before, sequences, strict=True)], pad_id)
+    ids = round_shape(ids, pad_id)
+    return PackedBatch(ids.to(device), starts=[row * ids.shape[1] + len(one) for row, one in enumerate(before)])
+
+
+def round_shape(ids: Tensor, pad_id: int) -> Tensor:
+    """Fills a padded batch up with PADs to multiples of 16 rows and 8 columns: with a shape for nearly every batch the
+    CPU backend's memory grew to 5.4 GB."""
+    return F.pad(ids, (0, -ids.shape[1] % 8, 0, -ids.shape[0] % 16), value=pad_id)
 
 
 def shuffled_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator) -> list[list[int]]:
@@ -48,7 +104,7 @@ def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def packed_batch(texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], room: int,
+def pack_rows(texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], room: int,
                  pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Texts in rows of at most `room` tokens: (ids [R, T], mask [R, T-1], positions [R, T]).
 
@@ -72,7 +128,7 @@ def packed_batch(texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], 
 
 
 def document_positions(ids: Tensor, eos_id: int) -> Tensor:
-    """Positions in rows of `rlhf/data/batching.py:pack` that start anew with each document's EOS: [B, T] -> [B, T]."""
+    """Positions in rows of `pack_documents` (batching.py) that start anew with each document's EOS: [B, T] each."""
     place = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     return place - torch.where(ids == eos_id, place, 0).cummax(dim=1).values
 
@@ -80,7 +136,7 @@ def document_positions(ids: Tensor, eos_id: int) -> Tensor:
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Raises UserError where a model's texts see those that they are glued to, or where it takes no positions."""
-    ids, _, positions = packed_batch(PROBE, [1, 1], 9, 0)
+    ids, _, positions = pack_rows(PROBE, [1, 1], 9, 0)
     device = next(model.parameters()).device
     try:
         glued = model.base_model(input_ids=ids.to(device), position_ids=positions.to(device),

@@ -11,11 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches
-from rlhf.model.device import autocast
-from rlhf.model.forward import logits_at
 from rlhf.model.load import load_policy, load_scorer
-from rlhf.model.log_probs import token_log_probs
-from rlhf.model.responses import episodes, on_grid, response_kl, response_mask
+from rlhf.model.responses import response_kl, response_log_probs, response_mask
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_together
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer, newline_ids, text_ids
@@ -110,16 +107,8 @@ def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answ
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, answers.ids, strict=True)]
     for rows in distributed.share(length_batches(lengths, 256, None)):
         some, responses = [prompt_ids[row] for row in rows], [answers.ids[row] for row in rows]
-        mask = response_mask(responses, max(map(len, responses)))
-        found = []
-        for model in models:
-            texts, token_indices = episodes(model, some, responses, codec.pad_id)
-            with autocast(precision):
-                logits = logits_at(model, texts, token_indices)
-            found.append(on_grid(token_log_probs(logits, texts.ids.flatten()[token_indices + 1], temperature), mask))
-        total += response_kl(found[0], found[1], mask).sum().item()
+        width = max(map(len, responses))
+        ours, theirs = (response_log_probs(model, some, responses, width, pad_id=codec.pad_id, temperature=temperature,
+                                           precision=precision)[0] for model in models)
+        total += response_kl(ours, theirs, response_mask(responses, width)).sum().item()
     return distributed.all_reduce({"kl": total})["kl"] / len(prompt_ids)
-
-
-
-

@@ -11,11 +11,11 @@ ROUND_PARTS = 16
 
 
 
-def replaceable(model: PreTrainedModel) -> bool:
-    """Whether a pass does what its code says, once: no activations that are made anew backwards, nothing compiled."""
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether a forward pass runs its modules once, as they are: no gradient checkpointing, no torch.compile."""
     name = "is_activation_checkpointing"  # older transformers have the other one, newer ones warn of it
     recomputes = model.training and getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
-    return not recomputes and not compiled(model)
+    return not recomputes and not is_compiled(model)
 
 
 def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList | None:
@@ -23,7 +23,7 @@ def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList | None:
     return next((module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)), None)
 
 
-def compiled(model: PreTrainedModel) -> bool:
+def is_compiled(model: PreTrainedModel) -> bool:
     """Whether the backbone goes through torch.compile, which would compile anew for every set of lengths."""
     return getattr(model.base_model, "_compiled_call_impl", None) is not None
 
@@ -35,24 +35,24 @@ def round_up(count: int) -> int:
 
 @contextmanager
 def last_mlp_at(model: PreTrainedModel, token_indices: Tensor) -> Iterator[None]:
-    """Passes over ids [B, T] whose last hidden states are read at some places of the flattened ids only.
+    """Forward passes over ids [B, T] whose last block computes its MLP only at some indices of the flattened ids.
 
-    Two thirds of a block's work are its MLP, and what the last one makes of other places nobody sees: there the hidden
-    states lack it. Nothing changes for an architecture without `mlp` in its blocks.
+    An MLP is two thirds of a block's work, and nothing reads what the last one computes for other tokens: their hidden
+    states lack it. Architectures without `mlp` in their blocks compute all.
     """
     blocks = blocks_of(model)
-    mlp = getattr(blocks[-1], "mlp", None) if blocks and replaceable(model) else None
+    mlp = getattr(blocks[-1], "mlp", None) if blocks and is_plain(model) else None
     if mlp is None:
         yield
         return
-    whole = mlp.forward
+    full_forward = mlp.forward
 
-    def at_places(state: Tensor) -> Tensor:
+    def forward(state: Tensor) -> Tensor:
         flat = state.flatten(0, -2)
-        found = whole(flat.index_select(0, token_indices))
-        return torch.zeros_like(flat, dtype=found.dtype).index_copy(0, token_indices, found).view(state.shape)
+        computed = full_forward(flat.index_select(0, token_indices))
+        return torch.zeros_like(flat, dtype=computed.dtype).index_copy(0, token_indices, computed).view(state.shape)
 
-    mlp.forward = at_places
+    mlp.forward = forward
     try:
         yield
     finally:

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from rlhf.errors import UserError
-from rlhf.fast.packed_attention import enable_packed_attention
-from rlhf.files import writes
+from rlhf.files import is_writer
 from rlhf.model.device import device
+from rlhf.model.forward import prepare
 from rlhf.params import PretrainParams
 from rlhf.training import distributed
 
@@ -34,7 +34,7 @@ def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> Pre
 
     Rotary positions: at this size they learn in two thirds of the steps that GPT-2's learned ones need.
     """
-    return enable_packed_attention(GPTNeoXForCausalLM(GPTNeoXConfig(
+    return prepare(GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=len(tokenizer), max_position_embeddings=params.context, hidden_size=params.n_embd,
         num_hidden_layers=params.n_layer, num_attention_heads=params.n_head, intermediate_size=4 * params.n_embd,
         rotary_pct=0.5, tie_word_embeddings=True, bos_token_id=tokenizer.eos_token_id,
@@ -52,7 +52,7 @@ def _loading() -> dict[str, Any]:
 
 def load_policy(folder: str | Path) -> PreTrainedModel:
     """A causal language model in float32, dropout off."""
-    return enable_packed_attention(AutoModelForCausalLM.from_pretrained(str(folder), **_loading())).to(device()).eval()
+    return prepare(AutoModelForCausalLM.from_pretrained(str(folder), **_loading())).to(device()).eval()
 
 
 def load_scorer(folder: str | Path) -> PreTrainedModel:
@@ -60,7 +60,7 @@ def load_scorer(folder: str | Path) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **_loading())
     if getattr(model.config, "score_shift", 0.0):
         _add_bias(model, model.config.score_shift)
-    return enable_packed_attention(model).to(device()).eval()
+    return prepare(model).to(device()).eval()
 
 
 def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
@@ -81,11 +81,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     weights = {name: value for name, value in model.state_dict().items() if name != "score.bias"}
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    if distributed.sharded(model):  # tied weights are no longer one tensor when they are whole: only the first name stays
+    if distributed.sharded(model):  # gathered, tied weights are no longer one tensor: only the first name stays
         weights = {name: distributed.full_tensor(value) for name, value in weights.items() if untie or name not in tied}
     elif untie:
         weights |= {name: weights[name].clone() for name in tied}
-    if not writes():
+    if not is_writer():
         return
     model.save_pretrained(folder, state_dict=weights)
     if untie:

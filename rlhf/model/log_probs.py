@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-NEAR = 2**20  # logits in float32 that a CPU keeps near: 4 MB
+CACHED_LOGITS = 2**20  # float32 logits that fit a CPU core's cache: 4 MB
 
 
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `ids`, in float32. logits [..., V], ids [...] -> [...]."""
     scaled = logits if temperature == 1 else logits.float() / temperature
-    found: Tensor = _LogProbs.apply(scaled.flatten(0, -2), ids.flatten())
-    return found.view(ids.shape)
+    log_probs: Tensor = _LogProbs.apply(scaled.flatten(0, -2), ids.flatten())
+    return log_probs.view(ids.shape)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -23,38 +23,38 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        found, normalisers = [], []
-        for some, chosen in zip(_near(logits, logits), _near(ids, logits), strict=True):
+        log_probs, normalisers = [], []
+        for some, chosen in zip(_in_cache(logits, logits), _in_cache(ids, logits), strict=True):
             wide = some.float()
             normalisers.append(wide.logsumexp(dim=-1, keepdim=True))
-            found.append((wide.gather(1, chosen.unsqueeze(1)) - normalisers[-1]).squeeze(1))
+            log_probs.append((wide.gather(1, chosen.unsqueeze(1)) - normalisers[-1]).squeeze(1))
         ctx.save_for_backward(logits, ids, torch.cat(normalisers))
-        return torch.cat(found)
+        return torch.cat(log_probs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, ids, normalisers = ctx.saved_tensors
-        found = torch.empty_like(logits)
-        for some, chosen, normaliser, part, out in zip(*(_near(item, logits) for item in (
-                logits, ids, normalisers, gradient.unsqueeze(1), found)), strict=True):
-            shares = some.float().sub_(normaliser).exp_().mul_(-part)
-            shares[torch.arange(len(chosen), device=chosen.device), chosen] += part.squeeze(1)
-            out.copy_(shares)
-        return found, None
+        gradients = torch.empty_like(logits)
+        for some, chosen, normaliser, part, out in zip(*(_in_cache(item, logits) for item in (
+                logits, ids, normalisers, gradient.unsqueeze(1), gradients)), strict=True):
+            softmax = some.float().sub_(normaliser).exp_().mul_(-part)
+            softmax[torch.arange(len(chosen), device=chosen.device), chosen] += part.squeeze(1)
+            out.copy_(softmax)
+        return gradients, None
 
 
-def _near(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-    """`rows`, one for each row of logits [n, V], in parts. On a CPU as many as stay in its cache while several
-    operations pass over their logits in float32; else all of them."""
-    most = len(logits) if logits.is_cuda else NEAR // logits.shape[1]
+def _in_cache(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """`rows`, one for each row of logits [n, V], in parts: on a CPU so many that their float32 logits stay in cache for
+    several operations; on a GPU all."""
+    most = len(logits) if logits.is_cuda else CACHED_LOGITS // logits.shape[1]
     return rows.split(max(1, most))
 
 
 def log_probs_in_parts(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor, rows: int) -> Tensor:
     """log softmax(head(states)) at `ids`, float32, `rows` at a time: states [n, d], ids [n] -> [n].
 
-    Logits of one part are alive at once, in the backward pass too, which makes them anew (one more product of the
-    head). torch 2.13's `linear_cross_entropy` does the like and leaves autocast out.
+    Only one part's logits are alive at a time, in the backward pass too, which computes them again (one more
+    multiplication by the head). torch 2.13's `linear_cross_entropy` does the same but ignores autocast.
     """
     parts = [checkpoint(_head_log_probs, some, head, chosen, use_reentrant=False, preserve_rng_state=False)
              for some, chosen in zip(states.split(rows), ids.split(rows), strict=True)]

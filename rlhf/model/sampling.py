@@ -1,7 +1,8 @@
-"""Sampling responses from a policy: finished rows leave the batch, and prompts that wait take their places.
+"""Sampling responses from a policy. `finished` is the stop rule.
 
-Four architectures have a pass of their own (rlhf/fast/decoder.py); others go through the Hugging Face model's, whose batches
-are of left-padded prompts and take nobody in.
+Four architectures go through rlhf/fast/decoder.py with continuous batching: a finished row leaves the batch and a
+waiting prompt takes its place. Others, and all with INSTRUCTFLOW_FAST=off, go through the Hugging Face model in batches
+of left-padded prompts, where finished rows only leave.
 """
 
 import functools
@@ -16,10 +17,11 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.data.batching import length_batches, pad_left, pad_right
 from rlhf.fast.decoder import Cache, Decoder, decoder_for
 from rlhf.model.device import autocast, device
+from rlhf.settings import fast_enabled
 
 SHRINK_AT = 0.7  # the batch is cut to its unfinished rows when at most this share of it is left
-REFILL_AT = 0.125  # as soon as this share of the rows is free, waiting prompts are read into them
-READ_TOKENS = 16_384  # of prompts in one pass
+REFILL_AT = 0.125  # as soon as this share of the rows is free, waiting prompts take them
+PREFILL_TOKENS = 16_384  # prompt tokens of one forward pass
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,19 @@ def sample_responses(model: PreTrainedModel, prompts: Sequence[Sequence[int]], s
     uniforms = torch.rand(len(prompts), sampling.max_new_tokens, generator=noise)
     if rows is not None:
         prompts, uniforms = [prompts[row] for row in rows], uniforms[list(rows)]
-    decoder = decoder_for(model, sampling.precision, sampling.compile)
+    decoder = decoder_for(model, sampling.precision, sampling.compile) if fast_enabled() else None
     if decoder is not None and prompts:
-        return _Rows(decoder, prompts, sampling, uniforms.to(device())).run()
+        return _ContinuousBatch(decoder, prompts, sampling, uniforms.to(device())).run()
     responses: list[list[int]] = [[] for _ in prompts]
     for indices in length_batches([len(item) for item in prompts], sampling.batch_size, None):
-        found = _sample_batch(model, [prompts[index] for index in indices], sampling, uniforms[indices])
-        for index, response in zip(indices, found, strict=True):
+        sampled = _sample_batch(model, [prompts[index] for index in indices], sampling, uniforms[indices])
+        for index, response in zip(indices, sampled, strict=True):
             responses[index] = response
     return responses
 
 
-class _Rows:
-    """The rows of a batch that prompts pass through, longest first: one that is finished makes room for the next."""
+class _ContinuousBatch:
+    """The rows of a batch that all prompts pass through, longest first: a finished one makes room for the next."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling,
                  uniforms: Tensor) -> None:
@@ -70,14 +72,14 @@ class _Rows:
         self.waiting = sorted(range(count), key=lambda index: (-len(prompts[index]), index))
         self.cache, self.rope = decoder.new_cache(size, columns), decoder.rope(columns)
         self.stops = torch.tensor(sampling.stop_ids, device=uniforms.device)
-        self.found = self._numbers(count, sampling.max_new_tokens)
-        self.lengths = self._numbers(count)
-        self.prompt = self._numbers(size) - 1  # which prompt each row is at; -1: none
-        self.drawn = self._numbers(size)  # tokens that its response has
-        self.last = self._numbers(size)  # the last of them
-        self.position = self._numbers(size)  # and its position
+        self.tokens = self._integers(count, sampling.max_new_tokens)
+        self.lengths = self._integers(count)
+        self.prompt = self._integers(size) - 1  # index of the prompt in each row; -1: none
+        self.drawn = self._integers(size)  # number of tokens of its response so far
+        self.last = self._integers(size)  # its newest token
+        self.position = self._integers(size)  # position of that token
 
-    def _numbers(self, *shape: int) -> Tensor:
+    def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.uniforms.device)
 
     def run(self) -> list[list[int]]:
@@ -87,9 +89,9 @@ class _Rows:
             alive = (self.prompt >= 0).nonzero().squeeze(1)
             if self.waiting and len(free) >= REFILL_AT * size:
                 chosen, self.waiting = self.waiting[:len(free)], self.waiting[len(free):]
-                self._read(chosen, free[:len(chosen)])
+                self._prefill(chosen, free[:len(chosen)])
             elif len(alive) == 0:
-                return [row[:length] for row, length in zip(self.found.tolist(), self.lengths.tolist(), strict=True)]
+                return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
             elif not self.waiting and len(alive) < len(self.prompt) and len(alive) <= SHRINK_AT * len(self.prompt):
                 self.cache.keep(alive)
                 self.prompt, self.drawn, self.last, self.position = (
@@ -97,13 +99,13 @@ class _Rows:
             else:
                 self._step(alive)
 
-    def _read(self, chosen: list[int], rows: Tensor) -> None:
-        """Prompts into free rows. One that stands several times in a row is read once."""
+    def _prefill(self, chosen: list[int], rows: Tensor) -> None:
+        """Computes keys and values of prompts in free rows; of equal prompts that follow each other once."""
         firsts = [place for place, index in enumerate(chosen)
                   if place == 0 or self.prompts[index] != self.prompts[chosen[place - 1]]]
         same = torch.tensor([*firsts[1:], len(chosen)]) - torch.tensor(firsts)
         longest = len(self.prompts[chosen[0]])
-        at_once = max(1, READ_TOKENS // longest)
+        at_once = max(1, PREFILL_TOKENS // longest)
         states = []
         for start in range(0, len(firsts), at_once):
             places = firsts[start:start + at_once]
@@ -111,7 +113,7 @@ class _Rows:
             ids = pad_right(texts, self.sampling.pad_id).to(rows.device)
             positions = torch.arange(ids.shape[1], device=rows.device).expand(ids.shape)
             last = torch.tensor([len(text) - 1 for text in texts], device=rows.device)
-            states.append(self._run(read_prompts, ids, positions, rows[places], last))
+            states.append(self._run(prefill, ids, positions, rows[places], last))
         source = torch.repeat_interleave(torch.arange(len(firsts)), same).to(rows.device)
         if len(firsts) < len(chosen):
             self.cache.copy(rows[torch.tensor(firsts, device=rows.device)][source], rows, longest)
@@ -135,32 +137,32 @@ class _Rows:
     def _take(self, rows: Tensor, tokens: Tensor) -> None:
         """The tokens that were drawn for some rows."""
         mine, place = self.prompt[rows], self.drawn[rows]
-        self.found[mine, place] = tokens
+        self.tokens[mine, place] = tokens
         self.lengths[mine] = place + 1
         self.last[rows] = tokens
         self.position[rows] += 1
         self.drawn[rows] += 1
-        ended = torch.isin(tokens, self.stops) | (place + 1 == self.sampling.max_new_tokens)
-        self.prompt[rows[ended]] = -1
+        self.prompt[rows[finished(tokens, place + 1, self.stops, self.sampling.max_new_tokens)]] = -1
 
 
-def read_prompts(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, ids: Tensor, positions: Tensor,
+def prefill(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, ids: Tensor, positions: Tensor,
                  rows: Tensor, last: Tensor) -> Tensor:
-    """Prompts [n, T] into some rows [n] of the cache: the states at their last tokens, which stand at `last` [n]."""
+    """Puts prompts [n, T] into some rows [n] of the KV cache; returns the states at their last tokens, which stand at
+    `last` [n]: [n, d]."""
     return decoder.hidden(ids, positions, cache, rows, rope, None, last)[:, 0]
 
 
 def next_tokens(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, last: Tensor, position: Tensor,
                 uniforms: Tensor, columns: Tensor, temperature: float) -> Tensor:
-    """What follows the token `last` at `position` in every row of the cache: [n] each -> [n]. Finished rows' tokens
-    mean nothing. `columns`: 0 up to the greatest position."""
+    """The token after `last` at `position` in every row of the KV cache: [n] each -> [n]; meaningless in finished rows.
+    `columns`: 0 up to the greatest position."""
     state = decoder.hidden(last.unsqueeze(1), position.unsqueeze(1), cache, None, rope, columns)
     return pick(decoder.logits(state[:, 0]), uniforms, temperature)
 
 
 @functools.cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`read_prompts` or `next_tokens` compiled for all numbers of rows and columns: some two hundred small operations
+    """`prefill` or `next_tokens`, compiled once for all numbers of rows and columns: some two hundred small operations
     become a few."""
     made = torch.compile(function)
 
@@ -195,7 +197,7 @@ def _sample_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], samp
             for row, token, is_alive in zip(rows.tolist(), tokens.tolist(), alive.tolist(), strict=True):
                 if is_alive:
                     responses[row].append(token)
-            alive &= ~torch.isin(tokens, stops)
+            alive &= ~finished(tokens, step + 1, stops, sampling.max_new_tokens)
             left = int(alive.sum())
             if left == 0:
                 break
@@ -206,6 +208,14 @@ def _sample_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], samp
                 cache.batch_select_indices(keep)
                 ids, positions, mask, rows, alive = (item[keep] for item in (ids, positions, mask, rows, alive))
     return responses
+
+
+def finished(tokens: Tensor, count: Tensor | int, stops: Tensor, max_new_tokens: int) -> Tensor:
+    """The stop rule: a response ends with a stop token, or with its `max_new_tokens`-th token.
+
+    tokens [n], the newest of each response; count [n] or one number, tokens so far -> [n], bool.
+    """
+    return torch.isin(tokens, stops) | (torch.as_tensor(count, device=tokens.device) == max_new_tokens)
 
 
 def pick(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""KL to the reference policy, and the three rules for its coefficient β.
+"""The rules for β, the coefficient of the KL to the reference policy.
 
 *step* is the seed article's (after Schulman et al. 2017 §4, but with the KL to the policy before fine-tuning):
 KL > 1.5·KL_goal doubles β, KL < KL_goal/1.5 halves it. *proportional* is Ziegler et al.'s, *fixed* InstructGPT's.
@@ -15,10 +15,6 @@ FACTOR = 2.0
 ERROR_LIMIT = 0.2
 
 
-
-
-
-
 @dataclass
 class StepBeta:
     """The step rule, made to settle.
@@ -32,7 +28,7 @@ class StepBeta:
     * halve β where KL is below KL_goal/1.5 and would still be in `patience` iterations,
 
     looking every `interval` iterations, within bounds. For a KL that stands still this is the rule as written.
-    The horizons are those that settled most simulated policies (tests/rlhf/ppo/test_kl_controller.py, docs/notebook.md).
+    The horizons are those that settled most simulated policies (docs/notebook.md).
 
     kl_goal in nats per response; `update` takes the mean KL of an iteration's rollouts and returns the β for it.
     """

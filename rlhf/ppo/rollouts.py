@@ -1,11 +1,48 @@
-"""An iteration's rollouts: sampled, scored, evaluated."""
+"""An iteration's rollouts: responses sampled here or on a vLLM server, evaluated by the four models.
+
+Of several processes each samples and evaluates its share of the prompts; all hold all rollouts afterwards.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from rlhf.data.batching import length_batches
+from rlhf.model.device import device
+from rlhf.model.responses import entropy, masked_mean, on_grid, response_mask
+from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.scoring import score_sequences
+from rlhf.params import PpoParams
+from rlhf.ppo.models import PpoModels
+from rlhf.ppo.vllm_sampler import Sampled, VllmServer, sample_on
 from rlhf.training import distributed
+
+Rows = tuple[int, ...]
+
+
+class ReusableForwards:
+    """Forward passes of policy and value model, kept with what their gradients need, by the rows they are of.
+
+    The first update of an iteration uses the weights that evaluated its rollouts: it takes these passes instead of
+    computing them again (`ppo.reuse_forward_passes`). After an optimizer step they are stale and dropped.
+    """
+
+    def __init__(self) -> None:
+        self.passes: dict[Rows, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, rows: Sequence[int], log_probs: Tensor, values: Tensor) -> None:
+        self.passes[tuple(rows)] = log_probs, values
+
+    def take(self, rows: Sequence[int], width: int) -> tuple[Tensor, Tensor] | None:
+        """Log-probs and values [n, width] of exactly these rows, once; None where they are not kept."""
+        if (kept := self.passes.pop(tuple(rows), None)) is None:
+            return None
+        return kept[0][:, :width], kept[1][:, :width]
+
+    def drop(self) -> None:
+        self.passes.clear()
 
 
 @dataclass
@@ -21,11 +58,89 @@ class Rollouts:
     scores: Tensor
     entropy: float
     sampler_gap: float | None = None  # mean |difference| of a server's log-probs and ours, nats
-    kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Log-probs and values [n, T] of some rows, with the passes that they came from: good until weights change."""
+    reusable: ReusableForwards = field(default_factory=ReusableForwards)
 
 
-def first_share(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Sequence[int]:
-    """This process's part of some rows that have no responses yet, by the lengths of their prompts. What it samples it
-    also has in the first update, where passes over it may still be there (Trainer.examine)."""
+def share_of_unsampled(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Sequence[int]:
+    """This process's share of some rows that have no responses yet, by the lengths of their prompts. The rows of the
+    first update are shared the same way, so that each process has the forward passes it may reuse."""
     return distributed.share(sorted(rows, key=lambda row: len(prompts[row])))
+
+
+def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[int]], order: Sequence[int],
+                     sampling: Sampling, noise: torch.Generator, server: VllmServer | None = None) -> Rollouts:
+    """Samples one response per prompt and evaluates all of them.
+
+    `order`: the rows as the first epoch's minibatches take them. `noise` decides every draw. Raises UserError where a
+    server does not answer or does not sample from the policy.
+    """
+    models.train_mode(False)
+    first = share_of_unsampled(prompts, order[:params.minibatch_size])
+    rows = [*first, *share_of_unsampled(prompts, order[params.minibatch_size:])]
+    sampled: list[Sampled] = []
+    if server is not None:
+        sampled = sample_on(server, models.policy, models.adapter, models.tokenizer, prompts, sampling, noise)
+        mine = [sampled[row][0] for row in rows]
+    else:
+        with distributed.unsharded(models.policy):
+            mine = sample_responses(models.policy, prompts, sampling, noise, rows)
+    evaluated, reusable = evaluate_rollouts(models, params, prompts, rows, mine, len(first))
+    parts = distributed.all_gather((rows, mine, evaluated))
+    responses: list[list[int]] = [[]] * len(prompts)
+    for part_rows, part_responses, _ in parts:
+        for row, response in zip(part_rows, part_responses, strict=True):
+            responses[row] = response
+    mask = response_mask(responses, max(map(len, responses)))
+    grid = {name: torch.zeros_like(mask) for name in ("log_probs", "ref_log_probs", "values", "entropy", "scores")}
+    for part_rows, _, evaluated in parts:
+        for name, values in evaluated.items():
+            grid[name][part_rows, :values.shape[1]] = values.to(device())
+    rollouts = Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref_log_probs"], grid["values"],
+                        grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item(), reusable=reusable)
+    if server is not None:
+        theirs = torch.tensor([value for _, values in sampled for value in values], device=device())
+        rollouts.sampler_gap = masked_mean((rollouts.log_probs - on_grid(theirs, mask)).abs(), mask).item()
+        server.check(rollouts.sampler_gap)
+    return rollouts
+
+
+@torch.no_grad()
+def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[list[int]], rows: Sequence[int],
+                      responses: Sequence[list[int]], first: int) -> tuple[dict[str, Tensor], ReusableForwards]:
+    """What the models say of the responses to prompts[rows], on the CPU: log_probs, ref_log_probs, values, entropy
+    [n, T], scores [n, 1].
+
+    The first `first` rows are this process's share of the first update: up to params.reuse_forward_passes of their
+    micro-batches keep what their gradients need.
+    """
+    asked = [prompts[row] for row in rows]
+    sequences = [prompt + response for prompt, response in zip(asked, responses, strict=True)]
+    lengths = list(map(len, sequences))
+    mask = response_mask(responses, max(map(len, responses)))
+    width = mask.shape[1]
+    grid = {name: torch.zeros_like(mask) for name in ("log_probs", "ref_log_probs", "values", "entropy")}
+    reusable = ReusableForwards()
+    to_keep = length_batches(lengths[:first], params.micro_batch_size, None)[:params.reuse_forward_passes]
+    kept = {index for batch in to_keep for index in batch}
+    others = [index for index in range(len(sequences)) if index not in kept]
+    batches = length_batches([lengths[index] for index in others], 4 * params.micro_batch_size, None)
+    for batch, keep in [(batch, True) for batch in to_keep] + [([others[index] for index in picked], False)
+                                                               for picked in batches]:
+        some, answers = [asked[index] for index in batch], [responses[index] for index in batch]
+        with torch.set_grad_enabled(keep):
+            models.train_mode(keep)
+            log_probs, logits = models.log_probs(models.policy, some, answers, width)
+            values = models.values(some, answers, width)
+        models.train_mode(False)
+        if keep:
+            reusable.keep([rows[index] for index in batch], log_probs, values)
+        grid["log_probs"][batch], grid["values"][batch] = log_probs.detach(), values.detach()
+        grid["entropy"][batch] = on_grid(entropy(logits, params.temperature), response_mask(answers, width))
+        with models.as_reference() as reference:
+            grid["ref_log_probs"][batch], _ = models.log_probs(reference, some, answers, width)
+    scores = torch.tensor(score_sequences(models.reward_model, sequences, models.codec.pad_id, params.precision),
+                          device=device())
+    ended = torch.tensor([response[-1] == models.codec.eos_id for response in responses], device=device())
+    scores = torch.where(ended, scores, scores.clamp(max=params.no_eos_score))
+    on_cpu = {name: (values * mask).cpu() for name, values in grid.items()}
+    return on_cpu | {"scores": scores.unsqueeze(1).cpu()}, reusable

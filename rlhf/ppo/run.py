@@ -68,23 +68,23 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
     """
     seed_everything(seed)
     trainer = Trainer(params, sft_folder, rm_folder, seed, begin_with)
-    kept, count = encode_prompts(trainer.codec, prompts, params.max_prompt_tokens, folder)
-    if not kept:
+    encoded, count = encode_prompts(trainer.models.codec, prompts, params.max_prompt_tokens, folder)
+    if not encoded:
         raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
     if params.ptx_coef > 0 and corpus is not None:
-        positions = trainer.policy.config.max_position_embeddings
-        trainer.corpus_rows = read_corpus(corpus, trainer.tokenizer, positions, folder)
+        positions = trainer.models.policy.config.max_position_embeddings
+        trainer.corpus_rows = read_corpus(corpus, trainer.models.tokenizer, positions, folder)
     checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.latest()
+    checkpoint = checkpoints.latest()
     start = 0
-    if found is not None:
-        start, state = found
+    if checkpoint is not None:
+        start, state = checkpoint
         trainer.restore(state)
     iterations = params.episodes // params.batch_size
-    without = {name for name, there in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not there}
-    columns = [name for name in COLUMNS if name not in without]
-    journal = Journal(folder / "journal.csv", columns, resume_after=start if found else None)
-    distributed.barrier()  # the first process has written what all read now
+    absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not source}
+    columns = [name for name in COLUMNS if name not in absent]
+    journal = Journal(folder / "journal.csv", columns, resume_after=start if checkpoint else None)
+    distributed.barrier()  # the main process has written what all read now
     history = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "journal.csv")]
 
     def state_now() -> dict[str, Any]:
@@ -93,11 +93,10 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
 
     with StageProgress("ppo", iterations, "iterations", done=start) as progress:
         for iteration in range(start, iterations):
-            rows = iteration_prompts(len(kept), params, iteration, seed)
+            rows = iteration_prompts(len(encoded), params, iteration, seed)
             try:
-                rollouts = trainer.collect_rollouts([kept[row][1] for row in rows], iteration)
-                values = trainer.step(rollouts, iteration)
-                watch(values, history, trainer, rollouts, [kept[row][0] for row in rows], gold)
+                rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration)
+                add_watched(values, history, trainer, rollouts, [encoded[row][0] for row in rows], gold)
                 check_bounds(values, (history or [values])[0]["ppo/entropy"], params, iteration + 1)
             except TrainingFailed as error:
                 trainer.save(folder / "failed")
@@ -110,17 +109,17 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
     journal.close()
     distributed.barrier()
     trainer.save(folder / "model")
-    return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": count - len(kept)}
+    return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": count - len(encoded)}
 
 
-def watch(values: dict[str, float], history: list[dict[str, float]], trainer: Trainer, rollouts: Rollouts,
-          prompts: list[str], gold: GoldScorer | None) -> None:
-    """Adds what is only watched: gold score, length-controlled score, the alarm, which is also logged when it rises."""
+def add_watched(values: dict[str, float], history: list[dict[str, float]], trainer: Trainer, rollouts: Rollouts,
+                prompts: list[str], gold: GoldScorer | None) -> None:
+    """Adds the values that nothing is trained on: gold score, length-controlled score, the alarm, which is logged."""
     lengths = [float(len(response)) for response in rollouts.responses]
     first = history[0]["ppo/response_length"] if history else values["ppo/response_length"]
     values["ppo/rm_score_length_controlled"] = length_controlled(rollouts.scores.tolist(), lengths, first)
     if gold:
-        scores = gold(prompts, [trainer.codec.decode(response) for response in rollouts.responses])
+        scores = gold(prompts, [trainer.models.codec.decode(response) for response in rollouts.responses])
         values["ppo/gold"] = sum(scores) / len(scores)
     values["ppo/alarm"] = hacking_alarm([*history, values])
     if values["ppo/alarm"] and not (history and history[-1]["ppo/alarm"]):

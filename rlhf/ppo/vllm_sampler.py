@@ -44,25 +44,25 @@ class VllmServer:
             raise self._error("must be like http://127.0.0.1:8000")
         self.opener = build_opener(ProxyHandler({}))
 
-    def _error(self, said: object) -> UserError:
-        return UserError(f"ppo.vllm_url = {self.url!r}: {' '.join(str(said).split())[:300]}")
+    def _error(self, message: object) -> UserError:
+        return UserError(f"ppo.vllm_url = {self.url!r}: {' '.join(str(message).split())[:300]}")
 
     def _ask(self, path: str, body: dict[str, Any] | None = None, seconds: float = ANSWER_SECONDS) -> Any:
         """The answer to a GET, or with `body` to a POST of it: what its JSON says, None where it is empty."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
         with self.opener.open(request, timeout=seconds) as answer:
-            said = answer.read()
-        return json.loads(said) if said else None
+            body_text = answer.read()
+        return json.loads(body_text) if body_text else None
 
-    def _told(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer to a POST."""
         try:
             return self._ask(path, body)
         except HTTPError as error:
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.code == 404 else ""
-            said = error.read().decode(errors="replace") or error.reason
-            raise self._error(f"{path} refused with {error.code}{hint}: {said}") from None
+            reason = error.read().decode(errors="replace") or error.reason
+            raise self._error(f"{path} refused with {error.code}{hint}: {reason}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._error(f"{path} got no answer: {error}") from None
 
@@ -83,14 +83,14 @@ class VllmServer:
 
     def load(self, folder: Path) -> None:
         """Has the server take its weights from a Hugging Face folder, which it must see under the same path."""
-        self._told("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
-        if not self._told("/reset_prefix_cache", {})["success"]:
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
+        if not self._post("/reset_prefix_cache", {})["success"]:
             raise self._error("keeps what it computed with older weights: it has requests of somebody else")
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator
                ) -> list[Sampled]:
-        """One response per prompt, as rlhf/model/sampling.py:sample_responses: ids up to and including the stop token, or
-        max_new_tokens without one; and the log-prob that the server drew each of them with.
+        """One response per prompt, as `sample_responses` of rlhf/model/sampling.py: ids up to and including the stop
+        token, or max_new_tokens without one; and the log-prob that the server drew each of them with.
 
         A prompt's seed is drawn from `noise` for its place in the list: a response does not depend on which others are
         under way, up to the server's rounding.
@@ -106,7 +106,7 @@ class VllmServer:
 
     def _complete(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Sampled:
         """One prompt's response. Whatever generation_config.json says is overridden: it is the plain softmax."""
-        answer = self._told("/v1/completions", {
+        answer = self._post("/v1/completions", {
             "prompt": list(prompt), "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
             "seed": seed, "stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "top_p": 1.0, "top_k": 0,
             "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
@@ -135,18 +135,18 @@ class VllmServer:
         """
         if not gap <= LARGEST_GAP:
             raise self._error(f"its log-probs are {gap:.2g} nats a token from the policy's (at most {LARGEST_GAP:g}): "
-                              "is it started on a folder of mlops.tools.vllm_copy, with --logprobs-mode processed_logprobs?")
+                              "start it on a folder of mlops.tools.vllm_copy, with --logprobs-mode processed_logprobs")
 
 
 def sample_on(server: VllmServer, policy: PreTrainedModel, adapter: Any, tokenizer: PreTrainedTokenizerBase,
               prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator) -> list[Sampled]:
-    """All prompts' responses from a server that is given the policy's weights as they are. The first process asks.
+    """All prompts' responses from a server that gets the policy's current weights first. The main process asks it.
 
     Raises UserError in every process where the server does not do it. With LoRA (`adapter`) a merged copy of the policy
     is made for as long as it is written. Tied embeddings are written apart: of a tied model vLLM 0.32 takes new
     embeddings and keeps the old output layer, without a word.
     """
-    found: list[Sampled] | str = []
+    answer: list[Sampled] | str = []
     with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
         if distributed.is_main() or distributed.sharded(policy):  # all have to give their parts of the weights
             merged = None if adapter is None else copy.deepcopy(adapter).merge_and_unload()
@@ -155,10 +155,10 @@ def sample_on(server: VllmServer, policy: PreTrainedModel, adapter: Any, tokeniz
         if distributed.is_main():
             try:
                 server.load(Path(folder))
-                found = server.sample(prompts, sampling, noise)
+                answer = server.sample(prompts, sampling, noise)
             except UserError as error:
-                found = str(error)
-    found = distributed.broadcast(found)
-    if isinstance(found, str):
-        raise UserError(found)
-    return found
+                answer = str(error)
+    answer = distributed.broadcast(answer)
+    if isinstance(answer, str):
+        raise UserError(answer)
+    return answer

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from infra import doctor
-from infra.doctor import evaluate_rollouts
+from infra.doctor import run_checks
 from tests.flows.checkout import REPOSITORY, Checkout
 
 
@@ -58,7 +58,7 @@ def guarded() -> Iterator[str]:
 
 def test_this_checkout_is_well() -> None:
     checks = (doctor.python, doctor.packages, doctor.programs, doctor.parameters, doctor.writable, doctor.memory)
-    found = [item for item in evaluate_rollouts(REPOSITORY, checks) if item.state == "fail"]
+    found = [item for item in run_checks(REPOSITORY, checks) if item.state == "fail"]
     assert found == []
 
 
@@ -120,7 +120,7 @@ def test_servers_that_do_not_answer(root: Path, closed_port: int, monkeypatch: p
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{closed_port}/api")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
     monkeypatch.setenv("INSTRUCTFLOW_WEBHOOK", f"http://127.0.0.1:{closed_port}/secret-part")
-    found = {item.what: item for item in evaluate_rollouts(root, (doctor.prefect, doctor.worker, doctor.mlflow, doctor.webhook))}
+    found = {item.what: item for item in run_checks(root, (doctor.prefect, doctor.worker, doctor.mlflow, doctor.webhook))}
     assert {name: item.state for name, item in found.items()} == {
         "Prefect": "fail", "worker": "ok", "MLflow": "warn", "notices": "fail"}
     assert "refused" in found["Prefect"].found

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.data.batching import BUCKET_BATCHES, length_batches, pack, pad_left, pad_right, pass_batches
+from rlhf.data.batching import BUCKET_BATCHES, length_batches, pack_documents, pad_left, pad_right, pass_batches
 
 lengths_of_rows = st.lists(st.integers(1, 60), min_size=1, max_size=300)
 
@@ -88,11 +88,11 @@ def test_batches_hold_rows_of_like_length_but_come_in_no_order() -> None:
 
 
 def test_pack_puts_eos_before_each_document_and_drops_the_rest() -> None:
-    rows = list(pack([[1, 2, 3], [4], [5, 6], []], 4, eos_id=9))
+    rows = list(pack_documents([[1, 2, 3], [4], [5, 6], []], 4, eos_id=9))
     assert rows == [[9, 1, 2, 3], [9, 4, 9, 5]]  # 6 and the last EOS do not fill a row
-    assert list(pack([[1, 2, 3], [4], [5, 6], []], 5, eos_id=9)) == [[9, 1, 2, 3, 9], [4, 9, 5, 6, 9]]
-    assert list(pack([list(range(11))], 3, eos_id=99)) == [[99, 0, 1], [2, 3, 4], [5, 6, 7], [8, 9, 10]]
-    assert list(pack([[1, 2]], 4, eos_id=9)) == []
+    assert list(pack_documents([[1, 2, 3], [4], [5, 6], []], 5, eos_id=9)) == [[9, 1, 2, 3, 9], [4, 9, 5, 6, 9]]
+    assert list(pack_documents([list(range(11))], 3, eos_id=99)) == [[99, 0, 1], [2, 3, 4], [5, 6, 7], [8, 9, 10]]
+    assert list(pack_documents([[1, 2]], 4, eos_id=9)) == []
 
 
 def test_pack_reads_no_further_than_the_row_that_is_asked_for() -> None:
@@ -103,6 +103,6 @@ def test_pack_reads_no_further_than_the_row_that_is_asked_for() -> None:
             read.append(number)
             yield [number] * 3
 
-    rows = pack(documents(), 4, eos_id=9)
+    rows = pack_documents(documents(), 4, eos_id=9)
     assert next(rows) == [9, 0, 0, 0]
     assert read == [0]

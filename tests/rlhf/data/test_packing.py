@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
 
-from rlhf.data.packing import check_packing, document_positions, fill_rows, packed_batch, shuffled_batches
+from rlhf.data.packing import PackedBatch, check_packing, document_positions, fill_rows, pack_rows, shuffled_batches
 from rlhf.errors import UserError
-from rlhf.fast.packed_attention import NAME, PackedBatch
+from rlhf.fast.packed_attention import NAME
 from rlhf.model.forward import log_probs_at
 from rlhf.model.load import load_policy, no_dropout, save_memory
 from rlhf.params import PretrainParams, SftParams
@@ -60,7 +60,7 @@ def test_batches_have_so_many_demonstrations_in_the_seeds_order() -> None:
 
 
 def test_positions_start_anew_and_the_mask_is_on_completions() -> None:
-    ids, mask, positions = packed_batch([[11, 12, 13], [21, 22, 23, 24], [31, 32]], [1, 3, 1], 8, 0)
+    ids, mask, positions = pack_rows([[11, 12, 13], [21, 22, 23, 24], [31, 32]], [1, 3, 1], 8, 0)
     assert ids.tolist() == [[21, 22, 23, 24, 11, 12, 13], [31, 32, 0, 0, 0, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
     assert mask.tolist() == [[0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
@@ -74,7 +74,7 @@ def gradients(model: Any, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_loss_and_gradients_are_those_of_the_unpacked_batch(make_policy: Callable[..., Any], architecture: str,
+def test_loss_and_gradients_are_those_of_the_unpack_rows(make_policy: Callable[..., Any], architecture: str,
                                                             attention: str, recomputed: bool) -> None:
     data, model = demonstrations(), make_policy(architecture)
     model.set_attn_implementation(attention)
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_batch(make_policy: Callabl
     assert packed.item() == pytest.approx(plain.item(), rel=1e-6)
     for one, other in zip(gradients(model, packed), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    leaking = batch_loss(model, PackedBatch(texts.ids), places, "fp32")  # what is guarded against makes a difference here
+    leaking = batch_loss(model, PackedBatch(texts.ids), places, "fp32")  # the leak that is guarded against
     assert abs(leaking.item() - plain.item()) > 1e-3
 
 

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from rlhf.fast.packed_attention import PackedBatch, enable_packed_attention, pack
+from rlhf.data.packing import PackedBatch
+from rlhf.fast.packed_attention import enable_packed_attention
 from rlhf.model.device import autocast
-from rlhf.model.forward import hidden_states, read_at, states_at
+from rlhf.model.forward import head_at, hidden_states, hidden_states_at, pack
 from rlhf.model.load import no_dropout, save_memory
 from rlhf.model.lora import add_adapter
 from rlhf.params import PpoParams
@@ -27,18 +28,18 @@ def repeated(count: int, different: int) -> list[list[int]]:
 
 # --- the first block -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("in_groups", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 def test_the_first_block_looks_at_each_different_token_once(
-        make_policy: Callable[..., Any], attend_packed: bool, tokens_of: Callable[[Any], list[int]]) -> None:
+        make_policy: Callable[..., Any], packed: bool, tokens_of: Callable[[Any], list[int]]) -> None:
     """Same states and gradients as transformers' own pass, in float64; and the block is whole again afterwards."""
     policy = make_policy("gpt_neox").double()
     texts = repeated(40, 40)
-    if attend_packed:
+    if packed:
         enable_packed_attention(policy)
     else:
         policy.set_attn_implementation("sdpa")  # the plain one has its softmax in float32
     laid = pack(policy, texts, 0)
-    assert (laid.layout is not None) == attend_packed
+    assert (laid.layout is not None) == packed
     first, second = map(tokens_of, mlps_of(policy))
     found = hidden_states(policy, laid)
     assert first == [42]  # forty, and PAD, rounded up
@@ -211,7 +212,7 @@ def test_the_last_block_asks_only_where_it_is_read(share: float, prompts: bool, 
     assert len(laid.layout.blocks) > 2
     places = some_places(laid, texts, share)
     order = torch.randperm(len(places), generator=head_seed(3))
-    found = states_at(model, laid, places[order])
+    found = hidden_states_at(model, laid, places[order])
     assert seen == [len(places)]
     assert len(turns) == used
     torch.testing.assert_close(found, whole[order], rtol=0, atol=1e-11)
@@ -225,9 +226,9 @@ def test_a_round_number_of_places_is_read() -> None:
     texts = repeated(40, 290)
     places = some_places(pack(enable_packed_attention(model), texts, 0), texts, 0.3)
     head = torch.nn.Linear(32, 3).double()
-    expected = head(states_at(model, pack(model, texts, 0), places))
+    expected = head(hidden_states_at(model, pack(model, texts, 0), places))
     seen = asked(model)
-    found = read_at(model, head, pack(model, texts, 0), places)
+    found = head_at(model, head, pack(model, texts, 0), places)
     assert seen[0] > len(places)
     assert seen[0] % 8 == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -251,7 +252,7 @@ def test_the_last_block_asks_everywhere_where_it_has_to(case: str, ppo_params: C
         no_dropout(model)
         save_memory(model.train(), True)
     seen = asked(model)
-    found = states_at(model, laid, places)
+    found = hidden_states_at(model, laid, places)
     assert set(seen) == {laid.ids.shape[1]}
     torch.testing.assert_close(found, everywhere[places], rtol=0, atol=1e-5)
 
@@ -267,5 +268,5 @@ def test_dropout_of_the_last_block_is_what_the_model_says() -> None:
     last.post_attention_dropout.p = last.post_mlp_dropout.p = 1.0
     incoming: list[torch.Tensor] = []
     last.register_forward_pre_hook(lambda _, given: incoming.append(given[0]))
-    found = states_at(model, laid, places)
+    found = hidden_states_at(model, laid, places)
     torch.testing.assert_close(found, model.base_model.final_layer_norm(incoming[0][0, places]))

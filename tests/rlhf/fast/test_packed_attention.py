@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf.data.packing import PackedBatch
 from rlhf.fast.blocks import round_up
-from rlhf.fast.packed_attention import NAME, PackedBatch, attend, enable_packed_attention, pack, similar_lengths
+from rlhf.fast.packed_attention import NAME, attend, enable_packed_attention, similar_lengths
 from rlhf.model.device import autocast
-from rlhf.model.forward import hidden_states, read_at, states_at
+from rlhf.model.forward import head_at, hidden_states, hidden_states_at, pack
 from rlhf.model.load import load_policy, no_dropout, save_memory
 
 PROMPTS = [[7, 9, 30, 41, 8, 11, 60], [5], [], [99, 100, 101, 102, 103, 104, 105, 106, 12, 13, 14]]
@@ -64,7 +65,7 @@ def test_states_and_gradients_are_those_of_each_text_alone(make_policy: Callable
     assert len(laid.ids) == 1
     assert len(laid.layout.blocks) >= 3 + shared
     expected = torch.cat([alone(plain, text, PROMPTS[place]) for text, place in zip(texts, owner, strict=True)])
-    found = states_at(model, laid, all_places(laid, texts))
+    found = hidden_states_at(model, laid, all_places(laid, texts))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((states * weights).sum(), list(one.base_model.parameters()))
@@ -84,7 +85,7 @@ def test_a_text_changes_no_other(make_policy: Callable[..., Any], architecture: 
         some = [[token + change for token in text] if place == 7 else text for place, text in enumerate(texts)]
         laid = pack(model, some, 0, PROMPTS, OWNER * 2)
         with torch.no_grad():
-            states = states_at(model, laid, all_places(laid, some)).split([len(text) for text in some])
+            states = hidden_states_at(model, laid, all_places(laid, some)).split([len(text) for text in some])
         found.append(states)
     for place, (one, other) in enumerate(zip(*found, strict=True)):
         assert torch.equal(one, other) == (place != 7)
@@ -102,7 +103,7 @@ def test_bf16_is_as_near_to_float64_as_each_text_alone(make_policy: Callable[...
         expected = torch.cat([alone(reference, text, PROMPTS[place])
                               for text, place in zip(texts, OWNER * 4, strict=True)])
         with autocast("bf16"):
-            one = states_at(model, laid, all_places(laid, texts))
+            one = hidden_states_at(model, laid, all_places(laid, texts))
             other = torch.cat([alone(plain, text, PROMPTS[place]) for text, place in
                                zip(texts, OWNER * 4, strict=True)])
         errors = [(states - expected).pow(2).mean().sqrt().item() for states in (one, other)]
@@ -120,7 +121,7 @@ def test_other_attentions_get_a_padded_batch_with_the_same_states(make_policy: C
         assert (laid.layout is None) == (attention != NAME)
         assert len(laid.ids) == (1 if attention == NAME else 16)
         with torch.no_grad():
-            found.append(states_at(model, laid, all_places(laid, texts)))
+            found.append(hidden_states_at(model, laid, all_places(laid, texts)))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-5)
 
@@ -166,8 +167,8 @@ def test_the_layout_by_hand(policy_folder: Path) -> None:
     assert laid.starts == [24, 16]
     assert laid.layout.owner is not None
     assert laid.layout.owner.tolist() == [0, 1]
-    assert laid.layout.seen is not None
-    assert laid.layout.seen.tolist() == [[True, True, *[False] * 6], [True, *[False] * 7]]
+    assert laid.layout.visible is not None
+    assert laid.layout.visible.tolist() == [[True, True, *[False] * 6], [True, *[False] * 7]]
     assert laid.token_indices([1, 0], [1, 3]).tolist() == [25, 16, 17, 18]
 
 
@@ -198,7 +199,7 @@ def test_reading_a_round_number_of_places_changes_no_number_and_no_gradient(poli
     chosen = torch.tensor(places)
     head = model.get_output_embeddings()
     expected = head(hidden_states(model, laid).flatten(0, 1)[chosen])
-    found = read_at(model, head, laid, chosen)
+    found = head_at(model, head, laid, chosen)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((logits * weights).sum(), list(model.parameters()))

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from rlhf.fast.decoder import Cache, Decoder
 from rlhf.model.forward import next_token_logits
 from rlhf.model.load import compile_model, load_policy
-from rlhf.model.sampling import Sampling, compiled, read_prompts, sample_responses
+from rlhf.model.sampling import Sampling, compiled, prefill, sample_responses
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
                                                    reason="torch.compile needs a C++ compiler")]
@@ -82,7 +82,7 @@ def test_compiled_states_are_the_models_own(make_policy: Callable[..., Any], nam
     ids = torch.tensor([[*text[:-2], *[0] * (width - len(text) + 2)] for text in texts])
     last = torch.tensor([len(text) - 3 for text in texts])
     positions = torch.arange(width).expand(3, width)
-    found = [compiled(read_prompts)(decoder, cache, rope, ids, positions, torch.arange(3), last)]
+    found = [compiled(prefill)(decoder, cache, rope, ids, positions, torch.arange(3), last)]
     for step in (1, 2):
         tokens = torch.tensor([text[len(text) - 3 + step] for text in texts])
         columns = torch.arange(int(last.max()) + step + 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.data.packing import PackedBatch
 from rlhf.fast.blocks import blocks_of
-from rlhf.fast.packed_attention import PackedBatch
-from rlhf.model.forward import hidden_states, states_at
+from rlhf.model.forward import hidden_states, hidden_states_at
 from rlhf.model.load import load_policy, no_dropout, save_memory
 from tests.rlhf.model.test_load import head_seed, padded
 
@@ -43,12 +43,12 @@ def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer:
     seen = tokens_of(mlps_of(policy)[-1])
     chosen = torch.tensor(places, dtype=torch.long)
     expected = hidden_states(policy, PackedBatch(ids)).flatten(0, 1)[chosen]
-    found = states_at(policy, PackedBatch(ids), chosen)
+    found = hidden_states_at(policy, PackedBatch(ids), chosen)
     assert seen == [ids.numel(), len(places)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     compare_gradients(policy, found, expected, 1e-10)
     assert torch.equal(hidden_states(policy, PackedBatch(ids)).flatten(0, 1)[chosen], expected)  # and it is whole again
     save_memory(policy.train(), True)  # backwards the pass is made anew, when nobody says any more what is read
     no_dropout(policy)
-    states_at(policy, PackedBatch(ids), chosen)
+    hidden_states_at(policy, PackedBatch(ids), chosen)
     assert seen[-1] == ids.numel()

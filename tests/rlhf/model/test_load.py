@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from rlhf.data.batching import pad_right
+from rlhf.data.packing import PackedBatch
 from rlhf.errors import UserError
-from rlhf.fast.packed_attention import PackedBatch
 from rlhf.model.forward import next_token_logits, scores_at
 from rlhf.model.load import (
     load_policy,

@@ -124,13 +124,13 @@ def test_the_decoder_samples_what_the_models_own_pass_does(policy: Any, prompts:
     many = [prompts[index % len(prompts)] for index in range(40)]
     sampling = Sampling(20, stops_for(tokenizer), tokenizer.pad_token_id, batch_size=7)
     reads: list[int] = []
-    read = rlhf.model.sampling._Rows._read
+    read = rlhf.model.sampling._ContinuousBatch._prefill
 
     def watched(rows: Any, chosen: list[int], free: torch.Tensor) -> None:
         reads.append(len(chosen))
         read(rows, chosen, free)
 
-    monkeypatch.setattr(rlhf.model.sampling._Rows, "_read", watched)
+    monkeypatch.setattr(rlhf.model.sampling._ContinuousBatch, "_prefill", watched)
     found = sample_responses(policy, many, sampling, noise())
     assert sum(reads) == 40
     assert len(reads) > 8  # rows that were free took new prompts in
@@ -204,11 +204,11 @@ def test_every_prompt_gets_its_own_numbers(policy: Any, tokenizer: PreTrainedTok
 def test_log_probs_of_samples_are_those_of_a_plain_pass(make_trainer: Callable[..., Trainer], architecture: str,
                                                         prompts: list[list[int]]) -> None:
     trainer = make_trainer(architecture, temperature=0.6)
-    responses = sample_responses(trainer.policy, prompts, trainer.sampling, noise())
+    responses = sample_responses(trainer.models.policy, prompts, trainer.sampling, noise())
     with torch.no_grad():
-        found = trainer.log_probs(trainer.policy, prompts, responses, 8)
+        found = trainer.models.log_probs(trainer.models.policy, prompts, responses, 8)[0]
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            logits = trainer.policy(torch.tensor([prompt + response])).logits[0].double().numpy() / 0.6
+            logits = trainer.models.policy(torch.tensor([prompt + response])).logits[0].double().numpy() / 0.6
             for place, token in enumerate(response):
                 scaled = logits[len(prompt) + place - 1]
                 expected = scaled[token] - np.log(np.exp(scaled).sum())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf.model.forward
-from rlhf.fast.packed_attention import PackedBatch
+from rlhf.data.packing import PackedBatch
 from rlhf.model.log_probs import log_probs_in_parts, token_log_probs
 from rlhf.sft import batch_loss
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import rlhf.ppo.trainer
+import rlhf.ppo.rollouts
 from rlhf.ppo.trainer import Trainer
 
 
@@ -26,12 +26,12 @@ def test_ppo_reaches_the_known_optimum(make_trainer: Callable[..., Trainer], mon
     trainer = make_trainer("gpt2", beta_rule="fixed", beta=beta, max_new_tokens=1, no_eos_score=1e6, batch_size=256,
                            minibatch_size=256, micro_batch_size=256, inner_epochs=4, lr=1e-3, value_lr=3e-3,
                            value_clip=100.0, whiten_advantages=False)
-    rewards = torch.randn(len(trainer.tokenizer), generator=torch.Generator().manual_seed(4)).double()
-    monkeypatch.setattr(rlhf.ppo.trainer, "score_sequences",
+    rewards = torch.randn(len(trainer.models.tokenizer), generator=torch.Generator().manual_seed(4)).double()
+    monkeypatch.setattr(rlhf.ppo.rollouts, "score_sequences",
                         lambda model, sequences, *rest: [float(rewards[item[-1]]) for item in sequences])
-    prompt = trainer.codec.prompts(["what color is the ba-do?"])[0]
-    assert trainer.reference is not None
-    reference = next_token(trainer.reference, prompt)
+    prompt = trainer.models.codec.prompts(["what color is the ba-do?"])[0]
+    assert trainer.models.reference is not None
+    reference = next_token(trainer.models.reference, prompt)
     best = reference * (rewards / beta).exp()
     best /= best.sum()
     assert (best - reference).abs().sum() / 2 > 0.35
@@ -39,8 +39,8 @@ def test_ppo_reaches_the_known_optimum(make_trainer: Callable[..., Trainer], mon
         if iteration in (iterations // 2, iterations * 3 // 4):  # a constant rate never comes to rest
             for optimizer in (trainer.optimizer, trainer.value_optimizer):
                 optimizer.defaults["lr"] /= 4
-        trainer.step(trainer.collect_rollouts([prompt] * 256, iteration), iteration)
-    found = next_token(trainer.policy, prompt)
+        trainer.step([prompt] * 256, iteration)[1]
+    found = next_token(trainer.models.policy, prompt)
     assert (found - best).abs().sum().item() / 2 < bound
     assert abs(((found - best) * rewards).sum().item()) < 0.06
     assert abs((found * (found / reference).log() - best * (best / reference).log()).sum().item()) < 0.2

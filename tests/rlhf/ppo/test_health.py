@@ -13,7 +13,7 @@ import torch
 from scipy.stats import linregress
 from transformers import AutoModelForCausalLM
 
-import rlhf.ppo.trainer
+import rlhf.ppo.rollouts
 from rlhf.errors import TrainingFailed
 from rlhf.model.load import load_policy
 from rlhf.params import PpoParams
@@ -91,13 +91,13 @@ def test_bounds_can_be_switched_off() -> None:
 def test_a_score_that_is_no_number_stops_the_run_with_the_last_sound_state_saved(
         model_folders: dict[str, tuple[Path, Path]], ppo_params: Callable[..., PpoParams], prompt_texts: list[str],
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = rlhf.ppo.trainer.score_sequences, []
+    real, calls = rlhf.ppo.rollouts.score_sequences, []
 
     def poisoned(*arguments: Any) -> list[float]:
         calls.append(1)
         return [math.nan] * 8 if len(calls) == 3 else real(*arguments)
 
-    monkeypatch.setattr(rlhf.ppo.trainer, "score_sequences", poisoned)
+    monkeypatch.setattr(rlhf.ppo.rollouts, "score_sequences", poisoned)
     with pytest.raises(TrainingFailed, match=r"iteration 3: not finite: .*failed"):
         train_ppo(ppo_params(episodes=40), prompt_texts, *model_folders["gpt2"], 5, tmp_path)
     assert len(read_journal(tmp_path / "journal.csv")) == 2
@@ -126,7 +126,7 @@ def test_a_loss_that_is_no_number_stops_supervised_training(model_folders: dict[
         loss = lm_loss(model, rows, "fp32")
         return [(loss * (math.inf if step == 2 else 1.0), {})]
 
-    with pytest.raises(TrainingFailed, match=r"step 3: loss inf, .*saved as it was after step 2; lower toy\.lr"):
+    with pytest.raises(TrainingFailed, match=r"step 3: loss inf, .*the state after step 2 is saved; lower toy\.lr"):
         train_loop("toy", tmp_path, model, [torch.optim.SGD(model.parameters(), lr=1e-3)], steps=5,
                    loss_of_step=loss_of_step, columns=[])
     assert all(value.isfinite().all() for value in model.parameters())

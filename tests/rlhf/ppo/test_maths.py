@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from rlhf.model.load import load_policy
-from rlhf.model.responses import episodes, masked_mean, on_grid, response_mask
+from rlhf.model.responses import masked_mean, on_grid, pack_responses, response_mask
 from rlhf.params import PpoParams
 from rlhf.ppo.run import iteration_prompts
 from rlhf.ppo.trainer import advantages_and_returns, policy_loss, token_rewards, value_loss, whiten
@@ -129,12 +129,12 @@ def test_places_before_responses_by_hand(policy_folder: Path) -> None:
     prompts, responses = [[11, 12, 13], [21], [31, 32, 33, 34]], [[5, 6, 7], [5], [5, 6]]
     model = load_policy(policy_folder)
     model.set_attn_implementation("eager")
-    texts, places = episodes(model, prompts, responses, 0)
+    texts, places = pack_responses(model, prompts, responses, 0)
     assert places.tolist() == [2, 3, 4, 8, 19, 20]
     mask = response_mask(responses, 3)
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert on_grid(places.float(), mask).tolist() == [[2, 3, 4], [8, 0, 0], [19, 20, 0]]
-    texts, places = episodes(load_policy(policy_folder), prompts, responses, 0)
+    texts, places = pack_responses(load_policy(policy_folder), prompts, responses, 0)
     assert texts.ids.flatten()[places].tolist() == [13, 5, 6, 21, 34, 5]
 
 

@@ -19,8 +19,8 @@ Make = Callable[..., Trainer]
 
 
 def run(trainer: Trainer, texts: list[str], iterations: int = 2) -> list[dict[str, float]]:
-    prompts = trainer.codec.prompts(texts)
-    return [trainer.step(trainer.collect_rollouts(prompts, number), number) for number in range(iterations)]
+    prompts = trainer.models.codec.prompts(texts)
+    return [trainer.step(prompts, number)[1] for number in range(iterations)]
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -77,27 +77,29 @@ def test_the_step_rule_settles_on_a_real_run_over_a_decade_of_goals(make_trainer
 
 def test_averaged_weights_are_what_is_saved(make_trainer: Make, prompt_texts: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(ema_decay=0.9, minibatch_size=8)
-    expected = {name: value.double() for name, value in weights(trainer.policy).items()}
+    expected = {name: value.double() for name, value in weights(trainer.models.policy).items()}
     for _ in range(3):
         run(trainer, prompt_texts, 1)
-        for name, value in weights(trainer.policy).items():
+        for name, value in weights(trainer.models.policy).items():
             expected[name] = 0.9 * expected[name] + 0.1 * value.double()
-    own = weights(trainer.policy)
+    own = weights(trainer.models.policy)
     trainer.save(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, value in saved.named_parameters():
         torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
     assert any((own[name] - value).abs().max() > 1e-4 for name, value in saved.named_parameters())
-    assert all(torch.equal(own[name], value) for name, value in trainer.policy.named_parameters())  # goes on training
+    # training goes on from its own weights
+    assert all(torch.equal(own[name], value) for name, value in trainer.models.policy.named_parameters())
 
 
 def test_a_value_model_from_the_policy_has_its_backbone(make_trainer: Make, prompt_texts: list[str]) -> None:
     trainer = make_trainer(value_init="policy")
-    for one, other in zip(trainer.policy.base_model.parameters(), trainer.value.base_model.parameters(), strict=True):
+    backbones = (model.base_model.parameters() for model in (trainer.models.policy, trainer.models.value))
+    for one, other in zip(*backbones, strict=True):
         assert torch.equal(one, other)
-    assert trainer.value.score.weight.std().item() == pytest.approx(1 / math.sqrt(33), rel=0.5)
+    assert trainer.models.value.score.weight.std().item() == pytest.approx(1 / math.sqrt(33), rel=0.5)
     other = make_trainer()
-    assert not torch.equal(trainer.value.score.weight, other.value.score.weight)
+    assert not torch.equal(trainer.models.value.score.weight, other.models.value.score.weight)
     run(trainer, prompt_texts)
 
 
@@ -114,17 +116,17 @@ def test_gradient_checkpointing_changes_no_number(make_trainer: Make, architectu
     expected, found = run(plain, prompt_texts), run(frugal, prompt_texts)
     for one, other in zip(expected, found, strict=True):
         assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
-    for one, other in zip(plain.policy.parameters(), frugal.policy.parameters(), strict=True):
+    for one, other in zip(plain.models.policy.parameters(), frugal.models.policy.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_rollouts_of_one_prompt_differ_and_their_mean_reward_is_the_objective(make_trainer: Make,
                                                                               prompt_texts: list[str]) -> None:
     trainer = make_trainer(batch_size=8, samples_per_prompt=4)
-    prompts = trainer.codec.prompts([text for text in prompt_texts[:2] for _ in range(4)])
-    rollouts = trainer.collect_rollouts(prompts, 0)
+    prompts = trainer.models.codec.prompts([text for text in prompt_texts[:2] for _ in range(4)])
+    rollouts = trainer.respond(prompts, 0)
     assert len({tuple(response) for response in rollouts.responses[:4]}) > 1
-    values = trainer.step(rollouts, 0)
+    values = trainer.learn(rollouts, 0)
     assert values["ppo/reward"] == pytest.approx(rollouts.scores.mean().item(), abs=1e-5)  # no KL at the first
 
 
@@ -139,7 +141,7 @@ def test_dropout_is_off_whatever_the_saved_model_says(
         values = run(trainer, prompt_texts, 1)[0]
         assert values["ppo/ratio_first"] == pytest.approx(1, abs=1e-5)
         assert values["ppo/kl"] == 0
-        assert trainer.policy.training == frugal
+        assert trainer.models.policy.training == frugal
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
@@ -148,28 +150,30 @@ def test_lora_trains_adapters_alone_and_the_reference_is_the_policy_without_them
         make_trainer: Make, architecture: str, prompt_texts: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(architecture, lora_rank=4, lr=2e-2, minibatch_size=8)
     untouched = make_trainer(architecture)
-    assert trainer.reference is None
-    trained = [name for name, value in trainer.policy.named_parameters() if value.requires_grad]
+    assert trainer.models.reference is None
+    trained = [name for name, value in trainer.models.policy.named_parameters() if value.requires_grad]
     assert trained
     assert all("lora" in name for name in trained)
-    heads = [name for name, value in trainer.value.named_parameters() if value.requires_grad and "lora" not in name]
+    heads = [name for name, value in trainer.models.value.named_parameters()
+             if value.requires_grad and "lora" not in name]
     assert heads == ["score.weight"]
-    frozen = {name: value for name, value in weights(trainer.policy).items() if name not in trained}
+    frozen = {name: value for name, value in weights(trainer.models.policy).items() if name not in trained}
     journal = run(trainer, prompt_texts, 3)
     assert journal[0]["ppo/kl"] == 0
     assert journal[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-5)
     assert abs(journal[2]["ppo/kl"]) > 1e-6
-    after = weights(trainer.policy)
+    after = weights(trainer.models.policy)
     assert all(torch.equal(frozen[name], after[name]) for name in frozen)
-    prompts = trainer.codec.prompts(prompt_texts)
-    rollouts = trainer.collect_rollouts(prompts, 9)
+    prompts = trainer.models.codec.prompts(prompt_texts)
+    rollouts = trainer.respond(prompts, 9)
     with torch.no_grad():
-        expected = untouched.log_probs(untouched.policy, prompts, rollouts.responses, rollouts.mask.shape[1])
+        expected, _ = untouched.models.log_probs(untouched.models.policy, prompts, rollouts.responses,
+                                                 rollouts.mask.shape[1])
     torch.testing.assert_close(rollouts.ref_log_probs, expected * rollouts.mask, rtol=0, atol=1e-5)
     trainer.save(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        ours = untouched.log_probs(merged, prompts, rollouts.responses, rollouts.mask.shape[1])
+        ours = untouched.models.log_probs(merged, prompts, rollouts.responses, rollouts.mask.shape[1])[0]
     torch.testing.assert_close(ours * rollouts.mask, rollouts.log_probs, rtol=0, atol=1e-4)
     assert not list(tmp_path.glob("adapter*"))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import rlhf.ppo.trainer
+import rlhf.ppo.rollouts
 from rlhf.ppo.rollouts import Rollouts
 from rlhf.ppo.trainer import Trainer
 
@@ -25,7 +25,7 @@ def disturb(model: Any, size: float, seed: int = 9) -> None:
 
 
 def rolled_out(trainer: Trainer, texts: list[str], iteration: int = 0) -> Rollouts:
-    return trainer.collect_rollouts(trainer.codec.prompts(texts), iteration)
+    return trainer.respond(trainer.models.codec.prompts(texts), iteration)
 
 
 def plain_log_probs(model: Any, prompt: list[int], response: list[int], temperature: float) -> Tensor:
@@ -46,27 +46,28 @@ def plain_values(model: Any, prompt: list[int], response: list[int]) -> Tensor:
 def test_rollouts_are_what_plain_forward_passes_say(make_trainer: Make, architecture: str,
                                                      prompt_texts: list[str]) -> None:
     trainer = make_trainer(architecture, temperature=0.7, max_new_tokens=12)
-    disturb(trainer.policy, 0.05)
+    disturb(trainer.models.policy, 0.05)
     rollouts = rolled_out(trainer, prompt_texts)
     entropies = []
-    assert trainer.reference is not None
+    assert trainer.models.reference is not None
     for row, (prompt, response) in enumerate(zip(rollouts.prompts, rollouts.responses, strict=True)):
         assert rollouts.mask[row].sum().item() == len(response)
         length = len(response)
         with torch.no_grad():
-            for model, found in ((trainer.policy, rollouts.log_probs), (trainer.reference, rollouts.ref_log_probs)):
+            for model, found in ((trainer.models.policy, rollouts.log_probs),
+                                 (trainer.models.reference, rollouts.ref_log_probs)):
                 expected = plain_log_probs(copy.deepcopy(model).double(), prompt, response, 0.7)
                 assert found[row, :length].tolist() == pytest.approx(expected.tolist(), abs=2e-5)
                 assert found[row, length:].abs().sum().item() == 0
-            value = plain_values(copy.deepcopy(trainer.value).double(), prompt, response)
+            value = plain_values(copy.deepcopy(trainer.models.value).double(), prompt, response)
             assert rollouts.values[row, :length].tolist() == pytest.approx(value.tolist(), abs=2e-5)
-            logits = copy.deepcopy(trainer.policy).double()(torch.tensor([prompt + response])).logits[0] / 0.7
+            logits = copy.deepcopy(trainer.models.policy).double()(torch.tensor([prompt + response])).logits[0] / 0.7
             for place in range(len(prompt) - 1, len(prompt) - 1 + length):
                 shares = torch.softmax(logits[place], dim=-1).tolist()
                 entropies.append(-sum(share * math.log(share) for share in shares if share > 0))
-            end = trainer.reward_model.base_model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
-            score = (end * trainer.reward_model.score.weight[0]).sum().item()
-        if response[-1] != trainer.codec.eos_id:
+            end = trainer.models.reward_model.base_model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+            score = (end * trainer.models.reward_model.score.weight[0]).sum().item()
+        if response[-1] != trainer.models.codec.eos_id:
             score = min(score, trainer.params.no_eos_score)
         assert rollouts.scores[row].item() == pytest.approx(score, abs=2e-5)
     assert rollouts.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
@@ -76,10 +77,10 @@ def test_rollouts_are_what_plain_forward_passes_say(make_trainer: Make, architec
 def test_a_response_without_eos_never_scores_above_the_fixed_penalty(
         make_trainer: Make, prompt_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(no_eos_score=-1.0)
-    answers = [[5, 6, trainer.codec.eos_id], [5, 6, 7], [5, trainer.codec.eos_id], [8]]
+    answers = [[5, 6, trainer.models.codec.eos_id], [5, 6, 7], [5, trainer.models.codec.eos_id], [8]]
     good = answers[:2]
-    monkeypatch.setattr(rlhf.ppo.trainer, "sample_responses", lambda *given: [answers[row] for row in given[-1]])
-    monkeypatch.setattr(rlhf.ppo.trainer, "score_sequences", lambda model, sequences, *_: [
+    monkeypatch.setattr(rlhf.ppo.rollouts, "sample_responses", lambda *given: [answers[row] for row in given[-1]])
+    monkeypatch.setattr(rlhf.ppo.rollouts, "score_sequences", lambda model, sequences, *_: [
         3.0 if sequence[-3:] in good else -4.0 for sequence in sequences])
     assert rolled_out(trainer, prompt_texts[:4]).scores.tolist() == [3.0, -1.0, -4.0, -4.0]
 
@@ -89,13 +90,14 @@ def test_the_first_iteration_has_no_kl_and_its_first_ratio_is_one(make_trainer: 
     trainer = make_trainer(architecture, minibatch_size=8, micro_batch_size=3)
     rollouts = rolled_out(trainer, prompt_texts)
     assert (rollouts.log_probs - rollouts.ref_log_probs).abs().max().item() == 0
-    again = trainer.log_probs(trainer.policy, rollouts.prompts, rollouts.responses, rollouts.mask.shape[1])
+    again, _ = trainer.models.log_probs(trainer.models.policy, rollouts.prompts, rollouts.responses,
+                                        rollouts.mask.shape[1])
     assert (((again - rollouts.log_probs).exp() - 1) * rollouts.mask).abs().max().item() < 1e-5
-    values = trainer.step(rollouts, 0)
+    values = trainer.learn(rollouts, 0)
     assert values["ppo/kl"] == 0
     assert values["ppo/ratio_first"] == pytest.approx(1, abs=1e-5)
     assert values["ppo/clip_fraction"] == 0
-    later = trainer.step(rolled_out(trainer, prompt_texts, 1), 1)
+    later = trainer.learn(rolled_out(trainer, prompt_texts, 1), 1)
     assert later["ppo/kl"] != 0
     assert later["ppo/ratio_first"] == pytest.approx(1, abs=1e-5)
 
@@ -114,10 +116,11 @@ def test_micro_batches_do_not_change_the_update(make_trainer: Make, architecture
         trainer = make_trainer(architecture, micro_batch_size=micro, max_new_tokens=24)
         rollouts = rolled_out(trainer, prompt_texts)
         assert len(set(rollouts.mask.sum(dim=1).tolist())) > 2
-        disturb(trainer.policy, 0.01)
-        before = [item.clone() for model in (trainer.policy, trainer.value) for item in model.parameters()]
+        disturb(trainer.models.policy, 0.01)
+        both = (trainer.models.policy, trainer.models.value)
+        before = [item.clone() for model in both for item in model.parameters()]
         journal = trainer.update(rollouts, [6, 0, 3, 5, 1, 2], *grids(rollouts), (0, 0, 0))
-        after = [item.detach() for model in (trainer.policy, trainer.value) for item in model.parameters()]
+        after = [item.detach() for model in both for item in model.parameters()]
         outcomes.append((after, journal))
         assert all((old - new).abs().max() > 1e-5 for old, new in zip(before, after, strict=True) if old.dim() == 2)
     for after, journal in outcomes[1:]:
@@ -128,26 +131,27 @@ def test_micro_batches_do_not_change_the_update(make_trainer: Make, architecture
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"gradient_checkpointing": True}, {"minibatch_size": 8}],
                          ids=lambda changes: "".join(changes))
-def test_reuse_forward_passes_spare_passes_and_change_nothing(make_trainer: Make, architecture: str, prompt_texts: list[str],
-                                                     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reused_forward_passes_spare_time_and_change_nothing(
+        make_trainer: Make, architecture: str, prompt_texts: list[str], changes: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = []
     for kept in (0, 1, 9):
         torch.manual_seed(0)  # of adapters
         trainer = make_trainer(architecture, reuse_forward_passes=kept, micro_batch_size=3, inner_epochs=2, **changes)
         passes: list[int] = []
-        own = trainer.values_of
-        monkeypatch.setattr(trainer, "values_of", lambda prompts, *rest, own=own, passes=passes: (
+        own = trainer.models.values
+        monkeypatch.setattr(trainer.models, "values", lambda prompts, *rest, own=own, passes=passes: (
             passes.append(len(prompts)), own(prompts, *rest))[1])
         journal = []
         for iteration in range(2):
             rollouts = rolled_out(trainer, prompt_texts, iteration)
-            assert len(rollouts.kept) == min(kept, 3 if "minibatch_size" in changes else 2)
-            spared = sum(map(len, rollouts.kept))
+            assert len(rollouts.reusable.passes) == min(kept, 3 if "minibatch_size" in changes else 2)
+            spared = sum(map(len, rollouts.reusable.passes))
             passes.clear()
-            journal.append(trainer.step(rollouts, iteration))
+            journal.append(trainer.learn(rollouts, iteration))
             assert sum(passes) == 2 * 8 - spared
-            assert not rollouts.kept  # and their memory is free
-        outcomes.append((journal, [item.detach() for model in (trainer.policy, trainer.value)
+            assert not rollouts.reusable.passes  # and their memory is free
+        outcomes.append((journal, [item.detach() for model in (trainer.models.policy, trainer.models.value)
                                    for item in model.parameters()]))
     for journal, weights in outcomes[1:]:
         for one, other in zip(journal, outcomes[0][0], strict=True):
@@ -162,11 +166,11 @@ def test_one_step_equals_a_float64_reimplementation(make_trainer: Make, architec
                            max_new_tokens=24)
     rollouts = rolled_out(trainer, prompt_texts)
     assert len(set(rollouts.mask.sum(dim=1).tolist())) > 2
-    disturb(trainer.policy, 0.02)
-    disturb(trainer.value, 0.02)
+    disturb(trainer.models.policy, 0.02)
+    disturb(trainer.models.value, 0.02)
     advantages, returns = grids(rollouts)
     rows = [7, 2, 4, 0, 3]
-    policy, value = copy.deepcopy(trainer.policy).double(), copy.deepcopy(trainer.value).double()
+    policy, value = copy.deepcopy(trainer.models.policy).double(), copy.deepcopy(trainer.models.value).double()
     losses: list[Tensor] = []
     errors: list[Tensor] = []
     for row in rows:
@@ -187,7 +191,7 @@ def test_one_step_equals_a_float64_reimplementation(make_trainer: Make, architec
     journal = trainer.update(rollouts, rows, advantages, returns, (0, 0, 0))
     assert journal["policy_loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert journal["value_loss"] == pytest.approx(error.item(), abs=1e-5)
-    for exact, found in ((policy, trainer.policy), (value, trainer.value)):
+    for exact, found in ((policy, trainer.models.policy), (value, trainer.models.value)):
         gradients = {name: item.grad for name, item in exact.named_parameters() if item.grad is not None}
         norm = math.sqrt(sum((gradient**2).sum().item() for gradient in gradients.values()))
         if exact is policy:
@@ -207,22 +211,22 @@ def test_ptx_adds_its_gradient(make_trainer: Make, prompt_texts: list[str]) -> N
     assert trainer.add_ptx((0, 0, 0)) == 0  # no corpus was given
     trainer.corpus_rows = corpus
     loss = trainer.add_ptx((0, 0, 0))
-    exact = copy.deepcopy(trainer.policy).double()
+    exact = copy.deepcopy(trainer.models.policy).double()
     exact.zero_grad()
     expected = -torch.cat([plain_log_probs(exact, row[:1], row[1:], 1.0) for row in corpus]).mean()
     (2.5 * expected).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for one, other in zip(trainer.policy.parameters(), exact.parameters(), strict=True):
+    for one, other in zip(trainer.models.policy.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
     trainer.optimizer.zero_grad()
     rollouts = rolled_out(trainer, prompt_texts)
     zero = torch.zeros_like(rollouts.mask)  # no advantage anywhere: only the pretraining text moves the policy
-    before = trainer.policy.get_input_embeddings().weight.clone()
+    before = trainer.models.policy.get_input_embeddings().weight.clone()
     assert trainer.update(rollouts, [0, 1], zero, zero, (0, 0, 0))["ptx_loss"] == pytest.approx(loss, rel=1e-5)
-    assert (trainer.policy.get_input_embeddings().weight - before).abs().max() > 1e-4
+    assert (trainer.models.policy.get_input_embeddings().weight - before).abs().max() > 1e-4
     still = make_trainer()
     still.update(rollouts, [0, 1], zero, zero, (0, 0, 0))
-    assert (still.policy.get_input_embeddings().weight - before).abs().max() == 0
+    assert (still.models.policy.get_input_embeddings().weight - before).abs().max() == 0
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(30.0, 2.0), (0.0, 0.5)])
@@ -230,7 +234,7 @@ def test_beta_adapts_to_the_kl(make_trainer: Make, prompt_texts: list[str], scal
     trainer = make_trainer(kl_goal=2.0, beta=0.1, beta_min=1e-6, beta_max=1e6, beta_interval=1, inner_epochs=1)
     rollouts = rolled_out(trainer, prompt_texts)
     rollouts.ref_log_probs = rollouts.log_probs - scale / rollouts.mask.sum(dim=1, keepdim=True) * rollouts.mask
-    used = [trainer.step(rollouts, iteration) for iteration in range(6)]
+    used = [trainer.learn(rollouts, iteration) for iteration in range(6)]
     assert [item["ppo/kl"] for item in used] == pytest.approx([scale] * 6, abs=1e-4)
     assert [item["ppo/beta"] for item in used][3:] == pytest.approx([0.1 * factor**power for power in (1, 2, 3)])
     for item in used:  # the penalty of the same iteration uses that β
@@ -240,7 +244,7 @@ def test_beta_adapts_to_the_kl(make_trainer: Make, prompt_texts: list[str], scal
 def test_the_learning_rate_warms_up(make_trainer: Make, prompt_texts: list[str]) -> None:
     trainer = make_trainer(warmup_iterations=4, lr=1e-3)
     rollouts = rolled_out(trainer, prompt_texts)
-    rates = [trainer.step(rollouts, iteration)["ppo/lr"] for iteration in range(7)]
+    rates = [trainer.learn(rollouts, iteration)["ppo/lr"] for iteration in range(7)]
     assert rates == pytest.approx([1e-4, 3.25e-4, 5.5e-4, 7.75e-4, 1e-3, 1e-3, 1e-3])
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
 
@@ -249,7 +253,7 @@ def test_the_policy_learns_what_is_rewarded(make_trainer: Make, prompt_texts: li
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(batch_size=32, minibatch_size=16, micro_batch_size=16, inner_epochs=2, lr=3e-3,
                            value_lr=3e-3, beta=0.02, beta_min=0.01, kl_goal=20.0, no_eos_score=100.0, max_new_tokens=6)
-    prompts = trainer.codec.prompts(prompt_texts[:4]) * 8
+    prompts = trainer.models.codec.prompts(prompt_texts[:4]) * 8
 
     def share(model: Any, sequences: list[list[int]], *_: Any) -> list[float]:
         """How much of the response comes from a quarter of the vocabulary."""
@@ -257,8 +261,8 @@ def test_the_policy_learns_what_is_rewarded(make_trainer: Make, prompt_texts: li
         return [sum(token % 4 == 0 for token in sequence[len(prompt):]) / 6
                 for prompt, sequence in zip(begins, sequences, strict=True)]
 
-    monkeypatch.setattr(rlhf.ppo.trainer, "score_sequences", share)
-    scores = [trainer.step(trainer.collect_rollouts(prompts, iteration), iteration)["ppo/rm_score"]
+    monkeypatch.setattr(rlhf.ppo.rollouts, "score_sequences", share)
+    scores = [trainer.step(prompts, iteration)[1]["ppo/rm_score"]
               for iteration in range(20)]
     assert sum(scores[:2]) / 2 < 0.3
     assert sum(scores[-2:]) / 2 > 0.5

@@ -91,16 +91,17 @@ def test_every_prompt_has_a_seed_of_its_own(fake: Fake, tokenizer: PreTrainedTok
     ("/v1/completions", 200, said(5, 6), ["a response of 2 tokens", "--max-model-len"]),
     ("/v1/completions", 200, said(1, 6, 1), ["a response of 3 tokens"]),
     ("/v1/completions", 200, said(5, 1, log_probs=[-1.0]), ["1 log-probs for 2 tokens"]),
-    ("/v1/completions", 200, said(5, 1), ["nats a token from the policy's", "mlops.tools.vllm_copy", "processed_logprobs"]),
+    ("/v1/completions", 200, said(5, 1),
+     ["nats a token from the policy's", "mlops.tools.vllm_copy", "processed_logprobs"]),
 ])
 def test_a_bad_answer_is_one_line(make_trainer: Make, prompt_texts: list[str], fake: Fake, path: str, code: int,
                                   said: Any, parts: list[str]) -> None:
     trainer = make_trainer("llama", vllm_url=fake.url)
-    assert trainer.policy.config.vocab_size == 320
-    assert trainer.codec.eos_id == 1
+    assert trainer.models.policy.config.vocab_size == 320
+    assert trainer.models.codec.eos_id == 1
     fake.broken[path] = (code, said)
     with pytest.raises(UserError) as error:
-        trainer.collect_rollouts(trainer.codec.prompts(prompt_texts), 0)
+        trainer.respond(trainer.models.codec.prompts(prompt_texts), 0)
     assert "\n" not in str(error.value)
     for part in ("ppo.vllm_url", fake.url, *parts):
         assert part in str(error.value)
@@ -120,7 +121,7 @@ def test_a_server_that_goes_away(make_trainer: Make, prompt_texts: list[str], fa
     trainer = make_trainer("llama", vllm_url=fake.url)
     fake.server_close()
     with pytest.raises(UserError, match="/collective_rpc got no answer"):
-        trainer.collect_rollouts(trainer.codec.prompts(prompt_texts), 0)
+        trainer.respond(trainer.models.codec.prompts(prompt_texts), 0)
 
 
 # --- PPO -------------------------------------------------------------------------------------------------------------
@@ -130,20 +131,20 @@ def test_a_server_that_goes_away(make_trainer: Make, prompt_texts: list[str], fa
 def test_it_has_the_policys_weights_before_it_samples(make_trainer: Make, architecture: str, prompt_texts: list[str],
                                                       fake: Fake, lora_rank: int) -> None:
     trainer = make_trainer(architecture, vllm_url=fake.url, lora_rank=lora_rank, lr=1e-2)
-    prompts = trainer.codec.prompts(prompt_texts)
+    prompts = trainer.models.codec.prompts(prompt_texts)
     ratios: list[float] = []
     for iteration in range(3):
-        before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+        before = {name: value.clone() for name, value in trainer.models.policy.state_dict().items()}
         fake.asked.clear()
-        rollouts = trainer.collect_rollouts(prompts, iteration)
+        rollouts = trainer.respond(prompts, iteration)
         assert fake.paths() == ["/collective_rpc", "/reset_prefix_cache", *["/v1/completions"] * len(prompts)]
-        assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+        assert all(torch.equal(value, before[name]) for name, value in trainer.models.policy.state_dict().items())
         with torch.no_grad():
             width = rollouts.mask.shape[1]
-            theirs = trainer.log_probs(fake.model, prompts, rollouts.responses, width)
+            theirs = trainer.models.log_probs(fake.model, prompts, rollouts.responses, width)[0]
         torch.testing.assert_close(theirs, rollouts.log_probs, rtol=0, atol=1e-4)
         assert not Path(fake.asked[0][1]["kwargs"]["weights_path"]).exists()  # it was for that only
-        values = trainer.step(rollouts, iteration)
+        values = trainer.learn(rollouts, iteration)
         ratios.append(values["ppo/ratio_first"])
         assert 0 < values["ppo/sampler_gap"] < 1e-4
     assert ratios == pytest.approx([1, 1, 1], abs=1e-5)
@@ -152,21 +153,21 @@ def test_it_has_the_policys_weights_before_it_samples(make_trainer: Make, archit
 
 def test_the_trainer_asks_for_its_seed_and_iteration(make_trainer: Make, prompt_texts: list[str], fake: Fake) -> None:
     trainer = make_trainer("llama", vllm_url=fake.url, temperature=0.7, max_new_tokens=5)
-    prompts = trainer.codec.prompts(prompt_texts)
-    one, other, again = (trainer.collect_rollouts(prompts, iteration).responses for iteration in (0, 1, 0))
+    prompts = trainer.models.codec.prompts(prompt_texts)
+    one, other, again = (trainer.respond(prompts, iteration).responses for iteration in (0, 1, 0))
     assert one == again != other
     assert {(body["temperature"], body["max_tokens"]) for body in fake.completions()} == {(0.7, 5)}
-    assert {tuple(body["stop_token_ids"]) for body in fake.completions()} == {(trainer.codec.eos_id,)}
+    assert {tuple(body["stop_token_ids"]) for body in fake.completions()} == {(trainer.models.codec.eos_id,)}
 
 
 def test_of_several_processes_the_first_asks(make_trainer: Make, prompt_texts: list[str], fake: Fake,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer("llama", vllm_url=fake.url)
-    prompts = trainer.codec.prompts(prompt_texts)
+    prompts = trainer.models.codec.prompts(prompt_texts)
 
     def ask() -> list[Sampled]:
-        return sample_on(VllmServer(fake.url, 320), trainer.policy, None, trainer.tokenizer, prompts, trainer.sampling,
-                         noise())
+        return sample_on(VllmServer(fake.url, 320), trainer.models.policy, None, trainer.models.tokenizer, prompts,
+                         trainer.sampling, noise())
 
     expected = ask()
     asked = len(fake.asked)
@@ -182,11 +183,11 @@ def test_of_several_processes_the_first_asks(make_trainer: Make, prompt_texts: l
 def test_a_server_that_keeps_older_weights_is_found_out(make_trainer: Make, prompt_texts: list[str], fake: Fake,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer("gpt_neox", vllm_url=fake.url, lr=1e-2)
-    prompts = trainer.codec.prompts(prompt_texts)
-    trainer.step(trainer.collect_rollouts(prompts, 0), 0)
+    prompts = trainer.models.codec.prompts(prompt_texts)
+    trainer.step(prompts, 0)[1]
     monkeypatch.setattr(VllmServer, "load", lambda server, folder: None)
     with pytest.raises(UserError, match="nats a token from the policy's"):
-        trainer.collect_rollouts(prompts, 1)
+        trainer.respond(prompts, 1)
 
 
 def test_a_copy_that_a_server_can_be_started_on(model_folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""The models of a PPO run: policy, frozen reference, value model, reward model; with LoRA, adapters on two of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+from rlhf.model.load import (
+    check_length,
+    compile_model,
+    load_policy,
+    load_scorer,
+    new_scorer,
+    no_dropout,
+    save_memory,
+    save_model,
+)
+from rlhf.model.lora import add_adapter
+from rlhf.model.responses import Prompts, Responses, response_log_probs, response_values
+from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.params import PpoParams
+from rlhf.training import distributed
+from rlhf.training.seeding import generator
+
+
+class PpoModels:
+    """Loaded from the SFT and reward-model folders; the policy from `begin_with`, where that is not the SFT policy.
+
+    Raises UserError where the parameters do not fit the models or each other.
+    """
+
+    def __init__(self, params: PpoParams, sft_folder: Path, rm_folder: Path, seed: int,
+                 begin_with: Path | None = None) -> None:
+        self.params = params
+        self.tokenizer = load_tokenizer(sft_folder)
+        self.codec = PromptCodec(self.tokenizer)
+        self.policy = load_policy(begin_with or sft_folder)
+        check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
+                     "ppo.max_prompt_tokens + ppo.max_new_tokens")
+        self.reward_model = load_scorer(rm_folder).requires_grad_(False)
+        self.value = load_scorer(rm_folder) if params.value_init == "reward_model" else new_scorer(
+            sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"))
+        self.adapter: Any = None
+        if params.lora_rank:
+            self.adapter = add_adapter(self.policy, params)
+            add_adapter(self.value, params, train_head=True)
+        # With LoRA the policy without its adapter is the reference: no second copy of the weights.
+        self.reference = None if self.adapter else load_policy(sft_folder).requires_grad_(False)
+        for model in (self.policy, self.value):
+            no_dropout(model)
+            save_memory(model, params.gradient_checkpointing)
+            compile_model(model, params.compile)
+        if params.shard:
+            if self.reference is None:
+                raise UserError("ppo.shard cannot be combined with ppo.lora_rank, whose adapters are small")
+            for model in (self.policy, self.value, self.reference, self.reward_model):
+                distributed.shard(model)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The frozen SFT policy."""
+        if self.adapter is None:
+            assert self.reference is not None
+            yield self.reference
+            return
+        with self.adapter.disable_adapter():
+            yield self.policy
+
+    def train_mode(self, on: bool) -> None:
+        """Training mode only switches gradient checkpointing on: dropout is 0 everywhere."""
+        for model in (self.policy, self.value):
+            model.train(on and self.params.gradient_checkpointing)
+
+    def log_probs(self, model: PreTrainedModel, prompts: Prompts, responses: Responses, width: int
+                  ) -> tuple[Tensor, Tensor]:
+        """The policy's or the reference's log-probs of the response tokens at the sampling temperature [B, width], and
+        the logits that each response token is drawn from [tokens, V]."""
+        return response_log_probs(model, prompts, responses, width, pad_id=self.codec.pad_id,
+                                  temperature=self.params.temperature, precision=self.params.precision)
+
+    def values(self, prompts: Prompts, responses: Responses, width: int) -> Tensor:
+        """Value of the state before each response token: [B, width]."""
+        return response_values(self.value, prompts, responses, width, pad_id=self.codec.pad_id,
+                               precision=self.params.precision)
+
+    def save_policy(self, folder: Path, average: dict[str, Tensor]) -> None:
+        """The policy as a plain Hugging Face folder: adapter merged, weights of `average` (a moving average by name)
+        in place of its own. Merging removes the adapter: nothing can be trained afterwards."""
+        self.train_mode(False)
+        own = {name: value.detach().clone() for name, value in self.policy.named_parameters() if name in average}
+        self.policy.load_state_dict(average, strict=False)
+        if self.adapter is not None:
+            save_model(self.adapter.merge_and_unload(), self.tokenizer, folder)
+            return
+        save_model(self.policy, self.tokenizer, folder)
+        self.policy.load_state_dict(own, strict=False)
