@@ -1,1 +1,1 @@
-"""What is measured of finished models."""
+"""Measurements on trained models."""

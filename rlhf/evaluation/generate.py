@@ -1,6 +1,6 @@
-"""Held-out comparison of policies: responses, win rates with bootstrap intervals, KL to a reference.
+"""Responses of the compared models to held-out prompts, their reward-model scores, KL to a reference.
 
-Of several processes each does its share of the prompts, and all have all results.
+Processes share the prompts, and each gets all results.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from rlhf.training.seeding import generator
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model said to the held-out prompts."""
+    """One model's responses to the held-out prompts: token ids, texts, scores of the reward model."""
 
     ids: list[list[int]]
     texts: list[str]
@@ -34,47 +34,48 @@ def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: Evalua
            ends_at_newline: bool = False, shots: Sequence[dict[str, str]] = (), form: str = "") -> Answers:
     """Samples one response per prompt and scores it with the reward model.
 
-    Every model gets the same random numbers for the same prompt. `ends_at_newline`: for a base model, which was never
-    taught to stop: its answer is the rest of the line. `shots`: demonstrations (prompt, completion) shown before each
-    prompt, the prompted base of InstructGPT; as many of them as leave room for prompt and response. `form`: text with
-    {prompt} in place of the chat format, for a base that has seen questions in another one.
+    Every model gets the same random numbers for the same prompt. `ends_at_newline`: the response ends at a line break,
+    for a base model, which has not learned to stop. `shots`: demonstrations (prompt, completion) before each prompt,
+    for InstructGPT's prompted base model; as many as leave room for prompt and response. `form`: template with {prompt}
+    that replaces the chat format, for a base model pretrained on questions in another one.
     """
     tokenizer = load_tokenizer(folder)
     codec, model = PromptCodec(tokenizer), load_policy(folder)
     stops = (codec.eos_id, *(newline_ids(tokenizer) if ends_at_newline else ()))
     sampling = Sampling(params.max_new_tokens, stops, codec.pad_id, params.temperature, params.precision,
                         params.batch_size)
-    prompt_ids = framed(codec, prompts, form)
+    prompt_ids = format_prompts(codec, prompts, form)
     room = getattr(model.config, "max_position_embeddings", 2**31) - params.max_new_tokens
-    before = shot_ids(codec, shots, form, room - max(map(len, prompt_ids)))
-    ids = sampled(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
+    before = few_shot_ids(codec, shots, form, room - max(map(len, prompt_ids)))
+    ids = sample_shared(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
     texts = [codec.decode(item) for item in ids]
     return Answers(ids, texts, rm_scores(rm_folder, prompts, texts, params.precision))
 
 
-def sampled(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator
-            ) -> list[list[int]]:
-    """`sample_responses` of all processes."""
-    return distributed.by_rows(lambda rows: sample_responses(model, prompts, sampling, noise, rows), range(len(prompts)))
+def sample_shared(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator
+                  ) -> list[list[int]]:
+    """`sample_responses` with the prompts shared among the processes."""
+    return distributed.by_rows(lambda rows: sample_responses(model, prompts, sampling, noise, rows),
+                               range(len(prompts)))
 
 
-def framed(codec: PromptCodec, prompts: Sequence[str], form: str) -> list[list[int]]:
-    """Ids of prompts in the chat format, or in `form` where there is one."""
+def format_prompts(codec: PromptCodec, prompts: Sequence[str], form: str) -> list[list[int]]:
+    """Token ids of prompts in the template `form`, or in the chat format if it is empty."""
     if not form:
         return codec.prompts(list(prompts))
     return text_ids(codec.tokenizer, [form.replace("{prompt}", prompt) for prompt in prompts])
 
 
-def shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str, room: int) -> list[int]:
-    """Prompt, completion and a line break of the first demonstrations, as many as fit `room` tokens."""
-    prompts = framed(codec, [shot["prompt"] for shot in shots], form)
+def few_shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str, room: int) -> list[int]:
+    """Token ids of the first demonstrations (prompt, completion, line break), as many as fit into `room` tokens."""
+    prompts = format_prompts(codec, [shot["prompt"] for shot in shots], form)
     ends = text_ids(codec.tokenizer, [(" " if form else "") + shot["completion"] + "\n" for shot in shots])
-    found: list[int] = []
+    ids: list[int] = []
     for prompt, completion in zip(prompts, ends, strict=True):
-        if len(found) + len(prompt) + len(completion) > room:
+        if len(ids) + len(prompt) + len(completion) > room:
             break
-        found += prompt + completion
-    return found
+        ids += prompt + completion
+    return ids
 
 
 def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precision: str) -> list[float]:
@@ -85,14 +86,15 @@ def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precis
     return score_together(load_scorer(folder), sequences, codec.pad_id, precision).tolist()
 
 
-def several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int) -> list[list[str]]:
-    """`count` samples of each prompt: what best-of-n chooses from."""
+def sample_several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int
+                   ) -> list[list[str]]:
+    """`count` samples for each prompt, e.g. for best-of-n."""
     codec = PromptCodec(load_tokenizer(folder))
     sampling = Sampling(params.max_new_tokens, (codec.eos_id,), codec.pad_id, params.temperature, params.precision,
                         params.batch_size)
     ids = [one for one in codec.prompts(list(prompts)) for _ in range(count)]
-    found = sampled(load_policy(folder), ids, sampling, generator(seed, "best of n"))
-    texts = [codec.decode(item) for item in found]
+    responses = sample_shared(load_policy(folder), ids, sampling, generator(seed, "best of n"))
+    texts = [codec.decode(response) for response in responses]
     return [texts[start:start + count] for start in range(0, len(texts), count)]
 
 

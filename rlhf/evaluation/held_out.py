@@ -1,5 +1,4 @@
-"""What every model is asked in an evaluation, who judges, and the best-of-n curve."""
-
+"""The held-out prompts of an evaluation, the judge of preferences, and the best-of-n curve."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from rlhf.data.schema import read_rows
-from rlhf.evaluation.generate import rm_scores, several
+from rlhf.evaluation.generate import rm_scores, sample_several
 from rlhf.evaluation.overoptimisation import best_of_n
 from rlhf.evaluation.preference import Judge, gold_judge, model_judge, reward_judge
 from rlhf.params import EvaluateParams
@@ -19,7 +18,7 @@ from rlhf.world.labeler import GoldLabeler
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every model is asked: rows of the valid PPO prompts."""
+    """The rows of the validation split of the PPO prompts that every model answers."""
 
     rows: list[dict[str, Any]]
     labeler: GoldLabeler | None
@@ -29,20 +28,22 @@ class HeldOut:
         return [row["prompt"] for row in self.rows]
 
     def slices(self) -> list[list[str]]:
-        """The slices of each prompt (false premise, ambiguous, high stakes); none where nobody knows them."""
+        """The slices of each prompt (false premise, ambiguous, high stakes); empty without a gold labeler."""
         return [self.labeler.slices(prompt) if self.labeler else [] for prompt in self.prompts]
 
 
 def held_out_rows(prompts: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Seeded choice of `count` valid rows of data/ppo.jsonl: in the embedded world, about entities that no training prompt
-    mentions."""
+    """Seeded sample of `count` validation rows of data/ppo.jsonl, in file order.
+
+    In the embedded world these are about entities that no training prompt mentions.
+    """
     rows = [row for row in read_rows(prompts) if row["split"] == "valid"]
     chosen = torch.randperm(len(rows), generator=generator(seed, "held out"))[:count].tolist()
     return [rows[index] for index in sorted(chosen)]
 
 
 def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path) -> tuple[Judge, bool]:
-    """(who prefers, whether that is independent of what PPO was trained on, the reward model `rm`)."""
+    """(judge, whether it is independent of `rm`, the reward model that PPO was trained on)."""
     if params.judge == "model":
         return model_judge(params.judge_model, params.precision), True
     if params.judge == "reward_model":
@@ -54,15 +55,15 @@ def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path) -> t
 
 def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluateParams, seed: int
                   ) -> list[dict[str, float]]:
-    """Proxy and gold score of the best of n samples of a policy, n a power of two; without a gold labeler no curve."""
+    """Proxy and gold score of the best of n samples of a policy, n a power of two; empty without a gold labeler."""
     if not params.best_of or not held_out.labeler:
         return []
     prompts = held_out.prompts[: params.best_of_prompts]
-    texts = several(policy, prompts, params.best_of, params, seed)
-    asked = [prompt for prompt in prompts for _ in range(params.best_of)]
-    flat = [text for found in texts for text in found]
-    groups = [[values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
-              for values in (rm_scores(rm, asked, flat, params.precision),
-                             distributed.by_rows(held_out.labeler.scores, asked, flat))]
+    samples = sample_several(policy, prompts, params.best_of, params, seed)
+    repeated = [prompt for prompt in prompts for _ in range(params.best_of)]
+    texts = [text for group in samples for text in group]
+    proxy, gold = ([values[start:start + params.best_of] for start in range(0, len(values), params.best_of)]
+                   for values in (rm_scores(rm, repeated, texts, params.precision),
+                                  distributed.by_rows(held_out.labeler.scores, repeated, texts)))
     sizes = [2 ** power for power in range(params.best_of.bit_length())]
-    return best_of_n(groups[0], groups[1], sizes)
+    return best_of_n(proxy, gold, sizes)

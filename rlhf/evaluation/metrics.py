@@ -1,13 +1,13 @@
-"""The numbers of metrics/evaluate.json, made from answers, grades, outcomes and task scores."""
+"""The metrics of metrics/evaluate.json, computed from answers, grades, outcomes and task scores."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhf.evaluation.generate import Answers
+from rlhf.evaluation.held_out import HeldOut
 from rlhf.evaluation.lm_eval import TaskScore
 from rlhf.evaluation.preference import Outcomes, length_controlled, outcome, ranking
 from rlhf.evaluation.safety import CLOSED, TOXIC_AT, refuses, repetition, toxicity, unsupported
@@ -15,10 +15,7 @@ from rlhf.evaluation.statistics import with_interval
 from rlhf.params import EvaluateParams
 from rlhf.world.labeler import TOP, Grades
 
-if TYPE_CHECKING:
-    from rlhf.evaluation.held_out import HeldOut
-
-RANKING_RESAMPLES = 200  # a fit each
+RANKING_RESAMPLES = 200  # one Bradley-Terry fit each
 Metrics = dict[str, float]
 
 
@@ -26,74 +23,74 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def safety_metrics(held_out: "HeldOut", answers: Mapping[str, Answers]) -> Metrics:
+def safety_metrics(held_out: HeldOut, answers: Mapping[str, Answers]) -> Metrics:
     """Score, length, toxicity, repetition, refusals and unsupported words of each model's responses.
 
     `eval/toxicity_<model>` is the mean probability, `eval/toxic_<model>` the share of responses that are toxic.
     """
     metrics: Metrics = {}
     slices = held_out.slices()
-    for name, found in answers.items():
-        refusals = [float(refuses(text)) for text in found.texts]
-        toxic = toxicity(found.texts)
-        invented = [unsupported(row["prompt"], text) for row, text in zip(held_out.rows, found.texts, strict=True)
+    for name, own in answers.items():
+        refusals = [float(refuses(text)) for text in own.texts]
+        toxic = toxicity(own.texts)
+        invented = [unsupported(row["prompt"], text) for row, text in zip(held_out.rows, own.texts, strict=True)
                     if row["use_case"] in CLOSED]
-        metrics |= {f"eval/rm_score_{name}": mean(found.rm_scores), f"eval/length_{name}": mean([*map(len, found.ids)]),
+        metrics |= {f"eval/rm_score_{name}": mean(own.rm_scores), f"eval/length_{name}": mean([*map(len, own.ids)]),
                     f"eval/toxicity_{name}": mean(toxic),
                     f"eval/toxic_{name}": mean([float(value >= TOXIC_AT) for value in toxic]),
-                    f"eval/repetition_{name}": mean([repetition(text) for text in found.texts]),
+                    f"eval/repetition_{name}": mean([repetition(text) for text in own.texts]),
                     f"eval/refusal_{name}": mean(refusals)}
         if invented:
             metrics[f"eval/unsupported_words_{name}"] = mean(invented)
-        for group, places in _groups(slices).items():
-            metrics[f"eval/refusal_{name}/{group}"] = mean([refusals[place] for place in places])
+        for group, indices in _indices_by_slice(slices).items():
+            metrics[f"eval/refusal_{name}/{group}"] = mean([refusals[index] for index in indices])
     return metrics
 
 
-def _groups(slices: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """The places of each slice's prompts."""
+def _indices_by_slice(slices: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """{slice: indices of its prompts}, sorted by slice."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for place, names in enumerate(slices):
+    for index, names in enumerate(slices):
         for name in names:
-            groups[name].append(place)
+            groups[name].append(index)
     return dict(sorted(groups.items()))
 
 
-def gold_metrics(held_out: "HeldOut", grades: Mapping[str, Sequence[Grades]], params: EvaluateParams, seed: int
+def gold_metrics(held_out: HeldOut, grades: Mapping[str, Sequence[Grades]], params: EvaluateParams, seed: int
                  ) -> Metrics:
     """Gold score, shares of fully helpful / truthful / harmless responses, also by slice, and of hallucinations.
 
-    A hallucination: a response to a closed task (its answer lies in the prompt) that is not fully truthful.
+    A hallucination is a response to a closed task (the prompt contains the answer) that is not fully truthful.
     """
     metrics: Metrics = {}
-    slices = _groups(held_out.slices())
-    closed = [place for place, row in enumerate(held_out.rows) if row["use_case"] in CLOSED]
-    for name, found in grades.items():
-        metrics |= with_interval(f"eval/gold_{name}", [item.score for item in found], params.bootstrap, seed)
+    slices = _indices_by_slice(held_out.slices())
+    closed = [index for index, row in enumerate(held_out.rows) if row["use_case"] in CLOSED]
+    for name, own in grades.items():
+        metrics |= with_interval(f"eval/gold_{name}", [item.score for item in own], params.bootstrap, seed)
         for dimension in ("helpful", "truthful", "harmless"):
-            full = [float(getattr(item, dimension) == TOP) for item in found]
+            full = [float(getattr(item, dimension) == TOP) for item in own]
             metrics[f"eval/{dimension}_{name}"] = mean(full)
-            for group, places in slices.items():
-                metrics[f"eval/{dimension}_{name}/{group}"] = mean([full[place] for place in places])
+            for group, indices in slices.items():
+                metrics[f"eval/{dimension}_{name}/{group}"] = mean([full[index] for index in indices])
         if closed:
-            metrics[f"eval/hallucination_{name}"] = mean([float(found[place].truthful < TOP) for place in closed])
+            metrics[f"eval/hallucination_{name}"] = mean([float(own[index].truthful < TOP) for index in closed])
     if {"ppo", "sft"} <= grades.keys():
         gains = [ours.score - theirs.score for ours, theirs in zip(grades["ppo"], grades["sft"], strict=True)]
         metrics |= with_interval("eval/gold_gain_vs_sft", gains, params.bootstrap, seed)
     return metrics
 
 
-def preference_metrics(held_out: "HeldOut", answers: Mapping[str, Answers], outcomes: Outcomes,
+def preference_metrics(held_out: HeldOut, answers: Mapping[str, Answers], outcomes: Outcomes,
                        params: EvaluateParams, seed: int, word: str) -> Metrics:
-    """Win rates of every pair and PPO's in detail, ties half, and the Bradley-Terry strengths.
+    """Win rates of every pair of models, PPO's in detail, and Bradley-Terry strengths; a tie counts half.
 
-    `word`: "win_rate" by an independent judge; "rm_prefers" by the reward model that PPO was trained on, which shows
-    that PPO learned and no more.
+    `word`, the name of the metric: "win_rate" if the judge is independent; "rm_prefers" if it is the reward model that
+    PPO was trained on, which only shows that PPO optimised it.
     """
     metrics: Metrics = {}
     for one, other in outcomes:
         metrics |= with_interval(f"eval/{word}/{other}_vs_{one}", outcome(outcomes, other, one), params.bootstrap, seed)
-    lengths = {name: [len(ids) for ids in found.ids] for name, found in answers.items()}
+    lengths = {name: [len(ids) for ids in own.ids] for name, own in answers.items()}
     for other in (name for name in answers if name != "ppo"):
         values = outcome(outcomes, "ppo", other)
         metrics |= with_interval(f"eval/{word}_vs_{other}", values, params.bootstrap, seed)
@@ -114,26 +111,26 @@ def preference_metrics(held_out: "HeldOut", answers: Mapping[str, Answers], outc
 
 def tax_metrics(tasks: Mapping[str, Mapping[str, TaskScore]], others: Mapping[str, Mapping[str, TaskScore]],
                 params: EvaluateParams, seed: int) -> Metrics:
-    """Scores of every model on every task, and the tax: base less model, in the task's unit.
+    """Scores of every model on every task, and the alignment tax: base minus model, in the task's unit.
 
-    `tax/<task>` and `tax/mean` are PPO's, `tax_of/<model>/...` every model's. The mean is over tasks, each in shares of
-    a perfect score. Where scores are means over items the intervals are paired bootstraps, else normal ones.
+    `tax/<task>` and `tax/mean` are PPO's, `tax_of/<model>/...` every model's. The mean is over tasks, each as a share
+    of a perfect score. The intervals are paired bootstraps if scores are means over items, else normal approximations.
     """
     metrics: Metrics = {}
-    for name, found in tasks.items():
-        for task, score in found.items():
+    for name, scores in tasks.items():
+        for task, score in scores.items():
             metrics |= {f"tax_score/{name}/{task}": score.value, f"tax_se/{name}/{task}": score.stderr}
             if score.chance is not None:
                 metrics[f"tax_chance/{task}"] = score.chance
-    for name, found in others.items():
-        for task, score in found.items():
+    for name, scores in others.items():
+        for task, score in scores.items():
             metrics |= {f"task_score/{name}/{task}": score.value, f"task_se/{name}/{task}": score.stderr}
     base = tasks["base"]
     metrics |= {f"tax_unit/{task}": score.unit for task, score in base.items() if score.unit != 1}
     for name in (model for model in tasks if model != "base" and base):
         draws = []
         for task, score in base.items():
-            random = np.random.default_rng([seed, *task.encode()])  # tasks have items of their own
+            random = np.random.default_rng([seed, *task.encode()])  # each task has its own items, so its own draws
             value, low, high, drawn = _tax(score, tasks[name][task], params.bootstrap, random)
             draws.append(drawn / score.unit)
             metrics |= {f"tax_of/{name}/{task}": value, f"tax_of/{name}/{task}_low": low,
@@ -149,7 +146,7 @@ def tax_metrics(tasks: Mapping[str, Mapping[str, TaskScore]], others: Mapping[st
 
 def _tax(base: TaskScore, model: TaskScore, resamples: int, random: np.random.Generator
          ) -> tuple[float, float, float, np.ndarray]:
-    """(tax, low, high, [tax, draws...]): a loss counts as positive, also where less is better."""
+    """(tax, low, high, [tax, draws...]); a worse model has a positive tax, also if lower scores are better."""
     sign = 1 if base.higher_is_better else -1
     tax = sign * (base.value - model.value)
     if base.items and len(base.items) == len(model.items):

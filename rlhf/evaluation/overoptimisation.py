@@ -1,7 +1,7 @@
-"""How far a reward model can be trusted: proxy and gold score against the distance from the SFT policy, and its turn.
+"""Reward-model over-optimisation: proxy and gold score against the KL from the SFT policy, and the gold score's peak.
 
-Gao, Schulman and Hilton 2022 (arXiv 2210.10760): with d = sqrt(KL), the gold score rises like d (a - b d) for best-of-n
-and like d (a - b ln d) for reinforcement learning, and falls behind its peak.
+Gao, Schulman and Hilton 2022 (arXiv 2210.10760): with d = sqrt(KL), the gold score is d (a - b d) for best-of-n and
+d (a - b ln d) for reinforcement learning; both fall after their peak.
 """
 
 import math
@@ -13,21 +13,21 @@ import numpy as np
 
 def best_of_n(proxy: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], sizes: Sequence[int]
               ) -> list[dict[str, float]]:
-    """A row per n: n, kl, proxy and gold score of the sample that the proxy likes best among n, and standard errors:
-    of the gold score, and of its distance from the highest one, paired by prompt.
+    """A row per n: n, kl, proxy and gold score of the sample with the highest proxy score among n, and standard errors
+    of the gold score and of its difference from the highest gold score of the curve, paired by prompt.
 
-    proxy, gold [prompts][N]: scores of N samples a prompt. Each n uses all N: the unbiased estimate over the subsets of
-    n [Nakano et al. 2021, App. I]. KL(best-of-n || policy) = ln n - (n - 1) / n nats.
+    proxy, gold [prompts][N]: scores of N samples per prompt. Each n uses all N: the unbiased estimate over all subsets
+    of size n [Nakano et al. 2021, App. I]. KL(best-of-n || policy) = ln n - (n - 1) / n nats.
     """
     rows, golds = [], []
     drawn = len(proxy[0])
     for n in sizes:
-        weights = np.array([math.comb(place, n - 1) / math.comb(drawn, n) for place in range(drawn)])
-        found = []
+        weights = np.array([math.comb(rank, n - 1) / math.comb(drawn, n) for rank in range(drawn)])
+        expected = []
         for ours, true in zip(proxy, gold, strict=True):
             order = np.argsort(np.asarray(ours), kind="stable")
-            found.append((float(weights @ np.asarray(ours)[order]), float(weights @ np.asarray(true)[order])))
-        values = np.array(found)
+            expected.append((float(weights @ np.asarray(ours)[order]), float(weights @ np.asarray(true)[order])))
+        values = np.array(expected)
         golds.append(values[:, 1])
         rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, "rm_score": float(values[:, 0].mean()),
                      "gold": float(values[:, 1].mean()), "gold_stderr": _stderr(values[:, 1])})
@@ -42,12 +42,12 @@ def _stderr(values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Where the gold score peaks.
+class Peak:
+    """The peak of the gold score over KL.
 
-    Seen: `peak_kl` of the smoothed scores, `drop` from there to the end, `turned` where the drop is more than twice its
-    standard error. By Gao's curve: `fitted_kl` of the peak and the `fitted_gain` there; infinite and NaN where the
-    curve rises as far as three times the largest distance seen.
+    Observed: `peak_kl` of the smoothed scores, `drop` from there to the end, `turned` if the drop exceeds twice its
+    standard error. From the fit of Gao's curve: `fitted_kl` of the peak and the `fitted_gain` there; infinite and NaN
+    if the curve still rises at three times the largest observed distance.
     """
 
     peak_kl: float
@@ -58,11 +58,12 @@ class Turn:
     fitted_gain: float
 
 
-def find_turn(kl: Sequence[float], gold: Sequence[float], form: str, smooth: int = 5,
-              drop_stderr: float | None = None) -> Turn:
-    """Looks for the gold score's peak over a run, in order; form: "rl" or "best_of_n".
+def find_peak(kl: Sequence[float], gold: Sequence[float], form: str, smooth: int = 5,
+              drop_stderr: float | None = None) -> Peak:
+    """The peak of the gold scores of a run, in its order; form: "rl" or "best_of_n".
 
-    drop_stderr: standard error of the drop, where it is known; else taken from how much neighbours differ.
+    `smooth`: width of the moving average. `drop_stderr`: standard error of the drop if known; else estimated from the
+    differences of neighbouring scores.
     """
     scores = np.asarray(gold, dtype=np.float64)
     width = min(smooth, len(scores))
@@ -70,14 +71,14 @@ def find_turn(kl: Sequence[float], gold: Sequence[float], form: str, smooth: int
     centres = np.convolve(np.asarray(kl, dtype=np.float64), np.ones(width) / width, "valid")
     if drop_stderr is None:  # of the difference of two means of `width` scores
         drop_stderr = float(np.diff(scores).std()) / math.sqrt(width)
-    place = int(smoothed.argmax())
-    drop = float(smoothed[place] - smoothed[-1])
-    fitted_kl, gain = fit_turn(np.asarray(kl, dtype=np.float64), scores - scores[0], form)
-    return Turn(float(centres[place]), drop, drop > 2 * drop_stderr, drop_stderr, fitted_kl, gain)
+    top = int(smoothed.argmax())
+    drop = float(smoothed[top] - smoothed[-1])
+    fitted_kl, gain = fit_peak(np.asarray(kl, dtype=np.float64), scores - scores[0], form)
+    return Peak(float(centres[top]), drop, drop > 2 * drop_stderr, drop_stderr, fitted_kl, gain)
 
 
-def fit_turn(kl: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:
-    """(KL at the peak, gain there) of the curve that fits best by least squares; (inf, NaN) without a peak in reach."""
+def fit_peak(kl: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:
+    """(KL at the peak, gain there) of the least-squares fit of Gao's curve; (inf, NaN) without a peak in reach."""
     distance = np.sqrt(np.maximum(kl, 0))
     used = distance > 1e-3
     d = distance[used]

@@ -1,6 +1,6 @@
-"""Whose responses are preferred: judges, paired win rates, a Bradley-Terry ranking, the win rate at equal length.
+"""Preferences between models: judges, paired win rates, Bradley-Terry ranking, win rate at equal length.
 
-An outcome is 1 where the first response is preferred, 0 where the second is, 0.5 for a tie.
+An outcome is 1 if the first response is preferred, 0 if the second is, 0.5 for a tie.
 """
 
 import itertools
@@ -9,14 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.optimize import minimize
 
-from rlhf.data.batching import length_batches, pad_right
-from rlhf.model.device import autocast, device
-from rlhf.model.forward import next_token_logits
+from rlhf.evaluation.multiple_choice import continuation_log_probs
 from rlhf.model.load import load_policy, load_scorer
-from rlhf.model.log_probs import token_log_probs
 from rlhf.model.scoring import score_sequences
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer, text_ids
 from rlhf.training import distributed
@@ -31,7 +27,7 @@ QUESTION = ("Two assistants answered the same request. Which answer is more help
 
 
 def gold_judge(labeler: GoldLabeler) -> Judge:
-    """The noise-free labeler of the embedded world, by the priority rule."""
+    """The embedded world's labeler without noise, by its priority rule."""
     def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         pairs = zip(prompts, labeler.grades(prompts, first), labeler.grades(prompts, second), strict=True)
         return [(compare(a, b, "high_stakes" in labeler.slices(prompt)) + 1) / 2 for prompt, a, b in pairs]
@@ -39,7 +35,7 @@ def gold_judge(labeler: GoldLabeler) -> Judge:
 
 
 def reward_judge(folder: Path, precision: str) -> Judge:
-    """A reward model: the higher score is preferred. One that trained a policy says little about that policy."""
+    """A reward model: the higher score is preferred. It is no independent judge of a policy trained on it."""
     codec, model = PromptCodec(load_tokenizer(folder)), load_scorer(folder)
 
     def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -52,28 +48,20 @@ def reward_judge(folder: Path, precision: str) -> Judge:
 
 
 def model_judge(folder: str | Path, precision: str) -> Judge:
-    """A causal language model, asked in both orders; where the two answers disagree it is a tie.
+    """A causal language model as judge. It sees both orders of a pair; if its two verdicts disagree, the pair is a tie.
 
-    The answer is the likelier of " A" and " B" after the question; a language model that prefers a place rather than an
-    answer so gives ties, not wins [Zheng et al. 2023, §3.4].
+    The verdict is the likelier of " A" and " B" after the question. Position bias thus gives ties instead of wins
+    [Zheng et al. 2023, §3.4].
     """
     tokenizer, model = load_tokenizer(folder), load_policy(folder)
 
-    @torch.no_grad()
     def prefers_a(questions: Sequence[str]) -> list[float]:
-        asked = text_ids(tokenizer, list(questions))
-        letters = text_ids(tokenizer, [" A", " B"])
-        sequences = [question + letter for question in asked for letter in letters]
-        found = [0.0] * len(sequences)
-        for rows in length_batches([len(item) for item in sequences], JUDGE_BATCH, None):
-            ids = pad_right([sequences[row] for row in rows], tokenizer.pad_token_id or 0).to(device())
-            with autocast(precision):
-                logits = next_token_logits(model, ids)
-            log_probs = token_log_probs(logits, ids[:, 1:])
-            for place, row in enumerate(rows):
-                start = len(asked[row // 2]) - 1
-                found[row] = log_probs[place, start:start + len(letters[row % 2])].sum().item()
-        return [a - b for a, b in zip(found[::2], found[1::2], strict=True)]
+        """log P(A) - log P(B) for each question."""
+        pairs = [(question, letter) for question in text_ids(tokenizer, list(questions))
+                 for letter in text_ids(tokenizer, [" A", " B"])]
+        sums = [item.sum().item() for item in
+                continuation_log_probs(model, pairs, tokenizer.pad_token_id or 0, precision, JUDGE_BATCH)]
+        return [a - b for a, b in zip(sums[::2], sums[1::2], strict=True)]
 
     def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         orders = [[QUESTION.format(prompt=prompt, first=a, second=b) for prompt, a, b in
@@ -85,21 +73,21 @@ def model_judge(folder: str | Path, precision: str) -> Judge:
 
 
 def compare_all(prompts: Sequence[str], texts: Mapping[str, Sequence[str]], judge: Judge) -> Outcomes:
-    """Outcomes per prompt of every pair of models, first named first. Several processes share the prompts."""
+    """{(first, second): outcome per prompt} for every pair of models. Processes share the prompts."""
     return {(one, other): distributed.by_rows(judge, prompts, texts[one], texts[other])
             for one, other in itertools.combinations(texts, 2)}
 
 
-def outcome(found: Outcomes, one: str, other: str) -> list[float]:
-    """Outcomes of `one` against `other`, whichever way round they were judged."""
-    return found[one, other] if (one, other) in found else [1 - value for value in found[other, one]]
+def outcome(outcomes: Outcomes, one: str, other: str) -> list[float]:
+    """Outcomes of `one` against `other`, in whichever order the pair was judged."""
+    return outcomes[one, other] if (one, other) in outcomes else [1 - value for value in outcomes[other, one]]
 
 
 def bradley_terry(wins: np.ndarray) -> np.ndarray:
-    """Strengths (log-odds, mean 0) that make the win counts likeliest: P(i beats j) = sigmoid(s_i - s_j).
+    """Maximum-likelihood strengths (log-odds, mean 0) of M models: P(i beats j) = sigmoid(s_i - s_j).
 
-    wins [M, M]: how often i was preferred to j, half for a tie. One win in a thousand is added each way, so that a
-    model that never loses has a finite strength. Bradley and Terry 1952.
+    wins [M, M]: how often i was preferred to j, a tie counts half. A thousandth of the mean count is added to each
+    pair, so that a model that never loses has a finite strength. Bradley and Terry 1952.
     """
     counts = wins + 1e-3 * wins.sum() / max(1, wins.size) * (1 - np.eye(len(wins)))
 
@@ -112,30 +100,32 @@ def bradley_terry(wins: np.ndarray) -> np.ndarray:
 
     if len(wins) == 1:
         return np.zeros(1)
-    found = minimize(loss, np.zeros(len(wins) - 1), jac=True, method="BFGS", options={"gtol": 1e-6 * counts.sum()})
-    return np.append(found.x, -found.x.sum())
+    free = minimize(loss, np.zeros(len(wins) - 1), jac=True, method="BFGS", options={"gtol": 1e-6 * counts.sum()}).x
+    return np.append(free, -free.sum())
 
 
-def ranking(found: Outcomes, names: Sequence[str], resamples: int, seed: int) -> dict[str, tuple[float, float, float]]:
-    """(strength, low, high) of each model: Bradley-Terry, 95 % bootstrap over prompts that all pairs share."""
-    prompts = len(next(iter(found.values())))
-    places = {name: number for number, name in enumerate(names)}
+def ranking(outcomes: Outcomes, names: Sequence[str], resamples: int, seed: int
+            ) -> dict[str, tuple[float, float, float]]:
+    """(strength, low, high) of each model: Bradley-Terry, 95 % bootstrap over the prompts, which all pairs share."""
+    prompts = len(next(iter(outcomes.values())))
+    indices = {name: number for number, name in enumerate(names)}
     table = np.zeros((len(names), len(names), prompts))
-    for (one, other), values in found.items():
-        table[places[one], places[other]] = values
-        table[places[other], places[one]] = 1 - np.asarray(values)
+    for (one, other), values in outcomes.items():
+        table[indices[one], indices[other]] = values
+        table[indices[other], indices[one]] = 1 - np.asarray(values)
     random = np.random.default_rng(seed)
     draws = [bradley_terry(table[:, :, random.integers(0, prompts, prompts)].sum(2)) for _ in range(resamples)]
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     middle = bradley_terry(table.sum(2))
-    return {name: (float(middle[place]), float(low[place]), float(high[place])) for name, place in places.items()}
+    return {name: (float(middle[index]), float(low[index]), float(high[index])) for name, index in indices.items()}
 
 
 def length_controlled(values: Sequence[float], ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, float]:
-    """(win rate at equal length, weight of the length) of a logistic fit of the outcomes on tanh of the difference.
+    """(win rate at equal length, length coefficient) of a logistic regression of the outcomes on the length difference.
 
-    P(win) = sigmoid(a + b * tanh(difference / its deviation)) [Dubois et al. 2024, length-controlled AlpacaEval]; the
-    win rate at equal length is sigmoid(a). A weight b far from 0 says that the judge goes by length.
+    P(win) = sigmoid(a + b * tanh(difference / its standard deviation)) [Dubois et al. 2024, length-controlled
+    AlpacaEval]; the win rate at equal length is sigmoid(a). A coefficient b far from 0 means that the judge prefers
+    longer (or shorter) responses.
     """
     difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs)
     deviation = difference.std()

@@ -1,4 +1,4 @@
-"""Benchmarks: the harness's own scores, a float64 count by hand, batch size, what is kept, clear errors."""
+"""Benchmarks: the scores of lm-eval's own command, a float64 count by hand, batch size, the cache, clear errors."""
 
 import json
 import math
@@ -15,21 +15,21 @@ import torch
 import rlhf.evaluation.lm_eval
 from bench.public_tasks import prepare
 from rlhf.errors import UserError
-from rlhf.evaluation.lm_eval import Harness, main_metric, measure
+from rlhf.evaluation.lm_eval import TaskSuite, main_metric, measure
 from rlhf.model.load import load_policy
 from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.world.facts import World
 from rlhf.world.tax import TASKS, task_yaml, tax_items
 
 ITEMS = 12
-BENCHMARKS = Path(__file__).parents[2] / "profiles" / "benchmarks"
-REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
+BENCHMARKS = Path(__file__).parents[3] / "profiles" / "benchmarks"
+REAL = Path(__file__).parents[3] / ".." / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, tuple[Path, Path]]) -> Path:
-    """A checkout's data/tax beside a model."""
-    root = tmp_path_factory.mktemp("harness")
+    """A checkout with data/tax and a model."""
+    root = tmp_path_factory.mktemp("suite")
     (root / "data" / "tax").mkdir(parents=True)
     for task in TASKS:
         items = tax_items(World(1), task, ITEMS)
@@ -40,11 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, tu
 
 
 @pytest.fixture(scope="module")
-def harness(folder: Path) -> Harness:
-    return Harness(folders=[folder / "data" / "tax"])
+def suite(folder: Path) -> TaskSuite:
+    return TaskSuite(folders=[folder / "data" / "tax"])
 
 
-def test_scores_are_those_of_the_harness_s_own_command(folder: Path, harness: Harness) -> None:
+def test_scores_are_those_of_lm_eval_s_own_command(folder: Path, suite: TaskSuite) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder / 'model'}",
          "--include_path", "data/tax", "--tasks", *TASKS, "--batch_size", "5", "--device", "cpu", "--output_path",
@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_harness_s_own_command(folder: Path, harness: Ha
         text=True)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(next(folder.glob("out*.json")).read_text())["results"]
-    ours = measure(folder / "model", harness)
+    ours = measure(folder / "model", suite)
     assert sorted(ours) == sorted(TASKS)
     for task, score in ours.items():
         metric, variant = main_metric(theirs[task])
@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_harness_s_own_command(folder: Path, harness: Ha
 
 
 @torch.no_grad()
-def test_a_choice_is_the_likeliest_per_character(folder: Path, harness: Harness) -> None:
+def test_a_choice_is_the_likeliest_per_character(folder: Path, suite: TaskSuite) -> None:
     model, tokenizer = load_policy(folder / "model").double(), load_tokenizer(folder / "model")
     expected = []
     for item in tax_items(World(1), "cloze", ITEMS):
@@ -77,80 +77,80 @@ def test_a_choice_is_the_likeliest_per_character(folder: Path, harness: Harness)
             total = sum(logits[place - 1, whole[place]].item() for place in range(len(context), len(whole)))
             values.append(total / len(choice))
         expected.append(float(values.index(max(values)) == item["answer"]))
-    assert measure(folder / "model", replace(harness, tasks=["cloze"]))["cloze"].items == expected
-    assert 0 < sum(expected) < ITEMS  # neither always right nor always wrong: the comparison says something
+    assert measure(folder / "model", replace(suite, tasks=["cloze"]))["cloze"].items == expected
+    assert 0 < sum(expected) < ITEMS  # neither always right nor always wrong, else the comparison shows nothing
 
 
-def test_batch_size_changes_nothing(folder: Path, harness: Harness) -> None:
-    alone = measure(folder / "model", replace(harness, batch_size=1))
-    assert measure(folder / "model", replace(harness, batch_size=7)) == alone
+def test_batch_size_changes_nothing(folder: Path, suite: TaskSuite) -> None:
+    alone = measure(folder / "model", replace(suite, batch_size=1))
+    assert measure(folder / "model", replace(suite, batch_size=7)) == alone
 
 
-def test_a_result_is_measured_once(folder: Path, harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_result_is_measured_once(folder: Path, suite: TaskSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    model_folders: dict[str, tuple[Path, Path]]) -> None:
-    first = measure(folder / "model", harness, tmp_path / "kept")
-    asked: list[str] = []
+    first = measure(folder / "model", suite, tmp_path / "cache")
+    measured: list[str] = []
 
-    def run(model: Path, names: list[str], harness: Harness) -> dict[str, dict[str, rlhf.evaluation.lm_eval.TaskScore]]:
-        asked.extend(names)
+    def run(model: Path, names: list[str], suite: TaskSuite) -> dict[str, dict[str, rlhf.evaluation.lm_eval.TaskScore]]:
+        measured.extend(names)
         return {name: {} for name in names}
 
     monkeypatch.setattr(rlhf.evaluation.lm_eval, "_run", run)
-    assert measure(folder / "model", harness, tmp_path / "kept") == first
-    assert not asked
-    measure(folder / "model", replace(harness, limit=5), tmp_path / "kept")
-    assert sorted(asked) == sorted(TASKS)
-    asked.clear()
-    measure(model_folders["llama"][0], harness, tmp_path / "kept")
-    assert sorted(asked) == sorted(TASKS)
-    asked.clear()
+    assert measure(folder / "model", suite, tmp_path / "cache") == first
+    assert not measured
+    measure(folder / "model", replace(suite, limit=5), tmp_path / "cache")
+    assert sorted(measured) == sorted(TASKS)
+    measured.clear()
+    measure(model_folders["llama"][0], suite, tmp_path / "cache")
+    assert sorted(measured) == sorted(TASKS)
+    measured.clear()
     task = folder / "data" / "tax" / "cloze.jsonl"
     text = task.read_text()
     task.write_text(text + text.splitlines()[0] + "\n")
-    measure(folder / "model", harness, tmp_path / "kept")
+    measure(folder / "model", suite, tmp_path / "cache")
     task.write_text(text)
-    assert asked == ["cloze"]
+    assert measured == ["cloze"]
 
 
-def test_rows_of_a_file_stand_in_for_the_hub(folder: Path, tmp_path: Path) -> None:
+def test_rows_of_a_file_replace_the_hub_dataset(folder: Path, tmp_path: Path) -> None:
     rows = [{"id": str(number), "title": "T", "context": "A red fish.", "question": "What?",
              "answers": {"text": answers}} for number, answers in enumerate((["fish", "red fish"], []))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    score = measure(folder / "model", Harness(["squadv2_rows"], [BENCHMARKS],
-                                              {"squadv2_rows": str(tmp_path / "rows.jsonl")}, limit=2))
+    suite = TaskSuite(["squadv2_rows"], [BENCHMARKS], {"squadv2_rows": str(tmp_path / "rows.jsonl")}, limit=2)
+    score = measure(folder / "model", suite)
     assert (score["squadv2_rows"].metric, len(score["squadv2_rows"].items)) == ("f1", 2)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="real dev sets are not at hand")
-def test_real_dev_sets_go_through_the_public_tasks(folder: Path, tmp_path: Path, copy_folder: Callable[[Path], Path],
+@pytest.mark.skipif(not REAL.is_dir(), reason="the public dev sets are not there")
+def test_real_dev_sets_run_through_the_public_tasks(folder: Path, tmp_path: Path, copy_folder: Callable[[Path], Path],
                                                    model_folders: dict[str, tuple[Path, Path]]) -> None:
     files = prepare(REAL, tmp_path, 3)
     assert sorted(files) == ["hellaswag", "squadv2_rows", "sst2", "truthfulqa_mc1"]
-    harness = Harness(sorted(files), [BENCHMARKS], files)
+    suite = TaskSuite(sorted(files), [BENCHMARKS], files)
     with pytest.raises(UserError, match="an item is longer than the 128 tokens of"):
-        measure(folder / "model", harness)
+        measure(folder / "model", suite)
     long = copy_folder(model_folders["llama"][0])
     config = json.loads((long / "config.json").read_text())
     (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    found = measure(long, harness)
-    assert {task: score.metric for task, score in found.items()} == {
+    scores = measure(long, suite)
+    assert {task: score.metric for task, score in scores.items()} == {
         "hellaswag": "acc_norm", "squadv2_rows": "f1", "sst2": "acc", "truthfulqa_mc1": "acc"}
-    assert all(len(score.items) == 3 for score in found.values())
+    assert all(len(score.items) == 3 for score in scores.values())
 
 
-@pytest.mark.parametrize(("harness", "said"), [
-    (Harness(["no_such_task"]), "no task 'no_such_task'"),
-    (Harness(["squadv2_rows"], [BENCHMARKS], {"squadv2_rows": "missing.jsonl"}), "missing.jsonl: no such file"),
+@pytest.mark.parametrize(("suite", "message"), [
+    (TaskSuite(["no_such_task"]), "no task 'no_such_task'"),
+    (TaskSuite(["squadv2_rows"], [BENCHMARKS], {"squadv2_rows": "missing.jsonl"}), "missing.jsonl: no such file"),
 ])
-def test_what_cannot_be_measured_is_said(folder: Path, harness: Harness, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        measure(folder / "model", harness)
+def test_an_unknown_task_or_a_missing_file_is_refused(folder: Path, suite: TaskSuite, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure(folder / "model", suite)
 
 
-def test_a_corpus_s_score_has_the_error_of_its_items() -> None:
+def test_a_corpus_level_score_has_the_standard_error_of_its_items() -> None:
     values = [float(number % 4 == 0) for number in range(400)]
-    found = rlhf.evaluation.lm_eval.resampled_error(lambda items: 100 * sum(items) / len(items), values, 400)
-    assert found == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 400), rel=0.15)
+    error = rlhf.evaluation.lm_eval.resampled_error(lambda items: 100 * sum(items) / len(items), values, 400)
+    assert error == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 400), rel=0.15)
 
 
 def test_the_main_metric() -> None:
@@ -171,6 +171,6 @@ def test_squad_f1(answer: str, references: list[str], f1: float, exact: float) -
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = module.process_results({"answers": {"text": references}}, [answer])
-    assert math.isclose(found["f1"], f1)
-    assert found["exact"] == exact
+    scores = module.process_results({"answers": {"text": references}}, [answer])
+    assert math.isclose(scores["f1"], f1)
+    assert scores["exact"] == exact

@@ -31,10 +31,10 @@ FIRST = ["red", "in the forest.", "the mi-ka eat rice", "fish"]
 SECOND = ["blue is what you mean", "", "red red", "fish"]
 
 
-def test_two_models_strengths_are_the_log_odds() -> None:
-    found = bradley_terry(np.array([[0, 730], [270, 0]]))
-    assert found[0] - found[1] == pytest.approx(math.log(730 / 270), abs=2e-3)
-    assert found.sum() == pytest.approx(0, abs=1e-9)
+def test_the_strengths_of_two_models_differ_by_the_log_odds() -> None:
+    strengths = bradley_terry(np.array([[0, 730], [270, 0]]))
+    assert strengths[0] - strengths[1] == pytest.approx(math.log(730 / 270), abs=2e-3)
+    assert strengths.sum() == pytest.approx(0, abs=1e-9)
 
 
 def test_strengths_are_those_of_the_minorisation_iteration() -> None:
@@ -48,20 +48,20 @@ def test_strengths_are_those_of_the_minorisation_iteration() -> None:
 
 
 def test_a_model_that_never_loses_has_a_finite_strength() -> None:
-    found = bradley_terry(np.array([[0, 100], [0, 0]]))
-    assert np.isfinite(found).all()
-    assert found[0] > 2
+    strengths = bradley_terry(np.array([[0, 100], [0, 0]]))
+    assert np.isfinite(strengths).all()
+    assert strengths[0] > 2
 
 
 def test_ranking_recovers_simulated_strengths() -> None:
     true = {"a": 0.8, "b": 0.0, "c": -0.8}
     rng = np.random.default_rng(1)
-    found = {(one, other): (rng.random(4000) < 1 / (1 + math.exp(true[other] - true[one]))).astype(float).tolist()
-             for one, other in itertools.combinations(true, 2)}
-    for name, (middle, low, high) in ranking(found, list(true), 100, seed=1).items():
+    outcomes = {(one, other): (rng.random(4000) < 1 / (1 + math.exp(true[other] - true[one]))).astype(float).tolist()
+                for one, other in itertools.combinations(true, 2)}
+    for name, (middle, low, high) in ranking(outcomes, list(true), 100, seed=1).items():
         assert low < middle < high
         assert low - 0.03 < true[name] < high + 0.03
-    assert ranking(found, list(true), 50, seed=1) == ranking(found, list(true), 50, seed=1)
+    assert ranking(outcomes, list(true), 50, seed=1) == ranking(outcomes, list(true), 50, seed=1)
 
 
 def test_length_controlled_is_a_logistic_fit() -> None:
@@ -76,7 +76,7 @@ def test_length_controlled_is_a_logistic_fit() -> None:
     assert rate == pytest.approx(1 / (1 + math.exp(-0.3)), abs=0.03)
 
 
-def test_a_judge_that_only_looks_at_length_prefers_nobody_at_equal_length() -> None:
+def test_a_judge_that_prefers_length_has_no_preference_at_equal_length() -> None:
     ours = list(range(10, 50)) * 5
     theirs = [20] * 200
     rate, weight = length_controlled([0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)], ours,
@@ -89,7 +89,7 @@ def test_a_judge_that_only_looks_at_length_prefers_nobody_at_equal_length() -> N
     assert none == pytest.approx(0, abs=1e-6)
 
 
-def test_the_reward_judge_goes_by_score(model_folders: dict[str, tuple[Path, Path]]) -> None:
+def test_the_reward_judge_prefers_the_higher_score(model_folders: dict[str, tuple[Path, Path]]) -> None:
     folder = model_folders["gpt2"][1]
     codec, model = PromptCodec(load_tokenizer(folder)), load_scorer(folder)
     scores = [score_sequences(model, [a + b for a, b in zip(codec.prompts(PROMPTS), codec.completions(texts),
@@ -124,13 +124,13 @@ def test_the_model_judge_needs_both_orders_to_agree(model_folders: dict[str, tup
     assert judge(PROMPTS, SECOND, FIRST) == [1 - value for value in expected]
 
 
-def test_pairs_read_either_way_round() -> None:
+def test_outcomes_can_be_read_in_either_order() -> None:
     world = World(1)
     creature = world.creatures[0]
     right = f"the {creature} is {world.facts[creature]['color']}."
     texts = {"good": [right], "rude": ["you are stupid."], "same": [right]}
-    found = compare_all([f"what color is the {creature}?"], texts, gold_judge(GoldLabeler(world)))
-    assert sorted(found) == [("good", "rude"), ("good", "same"), ("rude", "same")]
-    assert outcome(found, "good", "rude") == [1.0]
-    assert outcome(found, "rude", "good") == [0.0]
-    assert outcome(found, "same", "good") == [0.5]
+    outcomes = compare_all([f"what color is the {creature}?"], texts, gold_judge(GoldLabeler(world)))
+    assert sorted(outcomes) == [("good", "rude"), ("good", "same"), ("rude", "same")]
+    assert outcome(outcomes, "good", "rude") == [1.0]
+    assert outcome(outcomes, "rude", "good") == [0.0]
+    assert outcome(outcomes, "same", "good") == [0.5]

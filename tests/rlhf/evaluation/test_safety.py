@@ -1,4 +1,4 @@
-"""Toxicity, repetition, refusal and invention on texts whose answer is plain."""
+"""Toxicity, repetition, refusal and unsupported words on texts with an obvious result."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from rlhf.data.schema import USE_CASE_PERCENT
 from rlhf.evaluation.safety import CLOSED, refuses, repetition, toxicity, unsupported
 
 
-def test_the_classifier_tells_abuse_from_talk() -> None:
+def test_the_classifier_separates_abuse_from_small_talk() -> None:
     abuse = toxicity(["you are a stupid idiot", "go kill yourself, moron", "shut up, you fool"])
     talk = toxicity(["the cat eats fish.", "what a lovely day", "please ask a doctor first."])
     assert min(abuse) > 0.5 > max(talk)

@@ -1,4 +1,4 @@
-"""Checkpoints, journal, resume: a run that is stopped anywhere and resumed ends with the same bytes as one that is not."""
+"""Checkpoints, journal, resume: a run stopped anywhere and resumed ends with the same bytes as one never stopped."""
 
 import os
 import signal
