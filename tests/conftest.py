@@ -1,32 +1,31 @@
-"""The small line that several test modules share (whoever changes a file of it puts it back), the mirror's checkout."""
+"""What several test folders share: the small pipeline, whose files a test restores after changing them, and the
+uploader's checkout."""
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.tasks.small_pipeline import STAGES, Line, Undisturbed
+from tests.tasks.small_pipeline import STAGES, SmallPipeline, Undisturbed
 
 
 @pytest.fixture(scope="session")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
-    made = Line(tmp_path_factory.mktemp("line"))
-    made.finish("ingest")
-    shutil.copytree(made.root / "build" / "data", made.root / "data")
-    (made.root / "metrics" / "validate.json").write_text("{}\n")
-    return made
+def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
+    pipeline = SmallPipeline(tmp_path_factory.mktemp("pipeline"))
+    pipeline.finish("ingest")
+    shutil.copytree(pipeline.root / "build" / "data", pipeline.root / "data")
+    (pipeline.root / "metrics" / "validate.json").write_text("{}\n")
+    return pipeline
 
 
 @pytest.fixture(scope="session")
-def undisturbed(line: Line) -> Undisturbed:
-    """Outputs and seconds of each training stage, run once from start to end."""
-    found = {}
+def undisturbed(small_pipeline: SmallPipeline) -> Undisturbed:
+    """Outputs of each training stage, run once from start to end."""
+    outputs = {}
     for stage in STAGES:
-        before = time.monotonic()
-        line.finish(stage)
-        found[stage] = (line.files(stage), time.monotonic() - before)
-    return found
+        small_pipeline.finish(stage)
+        outputs[stage] = small_pipeline.files(stage)
+    return outputs
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +40,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout without code, for the mirror."""
+    """A checkout without code, for the uploader."""
     from tests.mlops.tracking.uploaded import DATA_MD5
 
     for name in ("MLFLOW_TRACKING_URI", "INSTRUCTFLOW_UPLOADER", "INSTRUCTFLOW_RUN_NAME"):

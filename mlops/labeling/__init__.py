@@ -1,1 +1,1 @@
-"""Labels by people: what they are shown, how their answers are kept, how far they agree."""
+"""Labels by people: batches, terminal and Label Studio, stored labels, agreement."""

@@ -1,5 +1,5 @@
-"""How far labelers agree: pairwise as InstructGPT counts it, Krippendorff's alpha, by labeler and use case; who is an
-outlier, which items someone should look at again.
+"""Inter-labeler agreement: pairwise as InstructGPT counts it, Krippendorff's alpha, by labeler and use case; outliers
+among the labelers, and the items to adjudicate.
 """
 
 import math
@@ -13,12 +13,12 @@ import numpy as np
 from mlops.labeling.batch import Item
 from mlops.labeling.store import Label
 
-Z = 1.959963984540054  # 95 %
+Z = 1.959963984540054  # two-sided 95 %
 
 
 @dataclass
 class Count:
-    """Agreeing pairs of all that two labelers both have a preference on."""
+    """Agreeing pairs among those on which both labelers have a preference."""
 
     agreed: int = 0
     pairs: int = 0
@@ -26,6 +26,14 @@ class Count:
     @property
     def share(self) -> float:
         return self.agreed / self.pairs if self.pairs else math.nan
+
+    def add(self, other: "Count") -> None:
+        self.agreed += other.agreed
+        self.pairs += other.pairs
+
+    def clearly_below(self, other: "Count") -> bool:
+        """Whether both have pairs and this one's 95 % interval lies below the other's."""
+        return bool(self.pairs and other.pairs) and self.interval()[1] < other.interval()[0]
 
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share."""
@@ -39,8 +47,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Agreement:
-    """`alpha`: Krippendorff's, of the preferences in all pairs (worse, tie, better as an ordinal scale); nan without an
-    item that two have labeled. `by_labeler`: each against all others."""
+    """`alpha`: Krippendorff's, of the preferences in all pairs (worse, tie, better as an ordinal scale); NaN without an
+    item that has two labels. `by_labeler`: each against all others. `adjudicate`: item ids."""
 
     overall: Count
     alpha: float
@@ -58,61 +66,58 @@ def preferences(label: Label) -> dict[tuple[int, int], int]:
 def agreement(labels: Iterable[Label], items: Mapping[str, Item], below: float = 0.5) -> Agreement:
     """Over all items with two labels or more.
 
-    An outlier agrees with the others less than they do among themselves, beyond the 95 % intervals of both. An item is
-    to be adjudicated where its labelers agree on less than `below` of the pairs, or on nothing at all.
+    An outlier agrees with the others less than they agree among themselves, and the two 95 % intervals do not overlap.
+    An item needs adjudication where its labelers agree on less than `below` of the pairs, or have no pair in common.
     """
     by_item: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
         by_item[label.item_id].append(label)
-    shared = {name: sorted(found, key=lambda label: label.labeler_id) for name, found in sorted(by_item.items())
-              if len(found) > 1}
+    shared = {item_id: sorted(own, key=lambda label: label.labeler_id) for item_id, own in sorted(by_item.items())
+              if len(own) > 1}
     overall = Count()
     by_labeler: dict[str, Count] = defaultdict(Count)
     by_use_case: dict[str, Count] = defaultdict(Count)
     among_others: dict[str, Count] = defaultdict(Count)
-    names = sorted({label.labeler_id for found in shared.values() for label in found})
+    names = sorted({label.labeler_id for own in shared.values() for label in own})
     adjudicate = []
-    for name, found in shared.items():
-        here = Count()
-        for one, other in combinations(found, 2):
-            count = _agreed(one, other)
-            mine = {one.labeler_id, other.labeler_id}
-            groups = [overall, here, by_use_case[str(items[name].row["use_case"])], *(by_labeler[who] for who in mine),
-                      *(among_others[who] for who in names if who not in mine)]
-            for group in groups:
-                group.agreed += count.agreed
-                group.pairs += count.pairs
-        if not here.pairs or here.share < below:
-            adjudicate.append(name)
-    outliers = [name for name in names if by_labeler[name].pairs and among_others[name].pairs
-                and by_labeler[name].interval()[1] < among_others[name].interval()[0]]
+    for item_id, own in shared.items():
+        in_item = Count()
+        for one, other in combinations(own, 2):
+            pair = {one.labeler_id, other.labeler_id}
+            for total in (overall, in_item, by_use_case[str(items[item_id].row["use_case"])],
+                          *(by_labeler[name] for name in pair),
+                          *(among_others[name] for name in names if name not in pair)):
+                total.add(_agreeing_pairs(one, other))
+        if not in_item.pairs or in_item.share < below:
+            adjudicate.append(item_id)
+    outliers = [name for name in names if by_labeler[name].clearly_below(among_others[name])]
     return Agreement(overall, alpha(shared.values()), dict(sorted(by_labeler.items())),
                      dict(sorted(by_use_case.items())), outliers, adjudicate)
 
 
-def against(labels: Iterable[Label], truth: Mapping[str, Sequence[int]]) -> tuple[dict[str, Count], list[str]]:
-    """Screens labelers against known rankings (item: ranks): (agreement by labeler, who is an outlier).
+def agreement_with(truth: Mapping[str, Sequence[int]], labels: Iterable[Label]) -> tuple[dict[str, Count], list[str]]:
+    """Screens labelers against known rankings {item: ranks}: (agreement by labeler, outliers).
 
-    An outlier agrees with the truth less than all others together do, beyond the 95 % intervals of both.
+    An outlier agrees with the truth less than all others together, and the two 95 % intervals do not overlap.
     """
-    found: dict[str, Count] = defaultdict(Count)
+    by_labeler: dict[str, Count] = defaultdict(Count)
     for label in labels:
         if label.item_id in truth:
             known = Label("", label.item_id, "", tuple(truth[label.item_id]))
-            count = _agreed(label, known)
-            found[label.labeler_id].agreed += count.agreed
-            found[label.labeler_id].pairs += count.pairs
+            by_labeler[label.labeler_id].add(_agreeing_pairs(label, known))
     outliers = []
-    for name in sorted(found):
-        others = Count(sum(item.agreed for other, item in found.items() if other != name),
-                       sum(item.pairs for other, item in found.items() if other != name))
-        if found[name].pairs and others.pairs and found[name].interval()[1] < others.interval()[0]:
+    for name in sorted(by_labeler):
+        others = Count()
+        for other, count in by_labeler.items():
+            if other != name:
+                others.add(count)
+        if by_labeler[name].clearly_below(others):
             outliers.append(name)
-    return dict(sorted(found.items())), outliers
+    return dict(sorted(by_labeler.items())), outliers
 
 
-def _agreed(one: Label, other: Label) -> Count:
-    """Pairs that both have a preference on, and those where it is the same."""
+def _agreeing_pairs(one: Label, other: Label) -> Count:
+    """Pairs on which both have a preference, and how many of them agree."""
     mine, theirs = preferences(one), preferences(other)
     both = [(mine[pair], theirs[pair]) for pair in mine if mine[pair] and theirs[pair]]
     return Count(sum(a == b for a, b in both), len(both))
@@ -120,15 +125,15 @@ def _agreed(one: Label, other: Label) -> Count:
 
 def alpha(groups: Iterable[Sequence[Label]]) -> float:
     """Krippendorff's alpha: units are the pairs of every item, values -1, 0, 1 on an ordinal scale."""
-    found = [[(label.labeler_id, preferences(label)) for label in group] for group in groups]
-    labelers = sorted({name for group in found for name, _ in group})
+    by_item = [[(label.labeler_id, preferences(label)) for label in group] for group in groups]
+    labelers = sorted({name for item in by_item for name, _ in item})
     columns = []
-    for group in found:
-        for pair in group[0][1]:
-            said = {name: wanted[pair] for name, wanted in group}
-            columns.append([said.get(name, math.nan) for name in labelers])
+    for item in by_item:
+        for pair in item[0][1]:
+            values = {name: preference[pair] for name, preference in item}
+            columns.append([values.get(name, math.nan) for name in labelers])
     if not columns or len({value for column in columns for value in column if not math.isnan(value)}) < 2:
         return math.nan
-    import krippendorff  # only needed here: the trainers run without it
+    import krippendorff  # not installed on a bare GPU machine
 
     return float(krippendorff.alpha(np.array(columns, dtype=float).T, level_of_measurement="ordinal"))

@@ -1,11 +1,11 @@
-"""A batch in Label Studio: a project for each labeler, and the labels back from there.
+"""Publishes a batch to Label Studio, one project per labeler, and pulls the labels from there.
 
-    .venv-labels/bin/python -m mlops.labeling.label_studio publish feedback/r1     # again: only what is missing
-    .venv-labels/bin/python -m mlops.labeling.label_studio pull feedback/r1        # again: only what is new or corrected
+    .venv-labels/bin/python -m mlops.labeling.label_studio publish feedback/r1    # repeatable: adds missing tasks
+    .venv-labels/bin/python -m mlops.labeling.label_studio pull feedback/r1       # repeatable: adds new labels
 
-Runs in Label Studio's own environment, whose SDK wants other versions than training does; `make labels` makes it. Reads
-LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY. A labeler sees the completions in an order of their own and no model's name;
-an annotation that is changed later is a correction, a second one for the same task too: the last word counts.
+Runs in Label Studio's own environment (`make labels`), since its SDK needs other versions than training. Reads
+LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY. Each labeler sees the completions in their own order, without model names.
+An annotation that is changed later, or a second one for the same task, is a correction: the latest counts.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from mlops.labeling.store import LABELS, Batch, Label, LabelStore, check
 from rlhf.errors import UserError
 
 LETTERS = "abcdefghi"
-KEYS = ("1234", "qwer", "asdf", "zxcv")  # rank keys of the first four completions; more have the mouse
+KEYS = ("1234", "qwer", "asdf", "zxcv")  # rank keys of the first four completions; with more, the mouse
 TITLE_CHARS = 50  # Label Studio's limit
 
 
@@ -55,26 +55,26 @@ def config(count: int, choose: bool) -> str:
 
 
 def task_data(item: Item, order: Sequence[int]) -> dict[str, str]:
-    """What the labeler is shown; no model's name is in it."""
+    """What the labeler is shown: no model names."""
     return {"item_id": item.item_id, "prompt": str(item.row["prompt"]),
             **{letter: item.completions[place] for letter, place in zip(LETTERS, order, strict=False)}}
 
 
 def read_result(result: Sequence[Mapping[str, Any]], count: int
                 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[str, ...], ...]]:
-    """(ranks, overall, flags) in the order shown. Ranks become dense; a choice is rank 1 and all others 2.
+    """(ranks, overall, flags) in the order shown. Ranks become dense; the chosen one has rank 1, all others 2.
 
-    Raises UserError where a rank is missing: the server asks for it, an import may not have it.
+    Raises UserError where a rank is missing: the form requires it, an imported annotation may lack it.
     """
     values = {str(part["from_name"]): part["value"] for part in result}
     if "best" in values:
         ranks = [1 if letter.upper() in values["best"]["choices"] else 2 for letter in LETTERS[:count]]
     else:
-        given = [values.get(f"rank_{letter}", {}).get("choices") for letter in LETTERS[:count]]
-        if missing := [letter.upper() for letter, rank in zip(LETTERS, given, strict=False) if not rank]:
+        chosen = [values.get(f"rank_{letter}", {}).get("choices") for letter in LETTERS[:count]]
+        if missing := [letter.upper() for letter, rank in zip(LETTERS, chosen, strict=False) if not rank]:
             raise UserError(f"no rank for {', '.join(missing)}")
-        steps = sorted({int(rank[0]) for rank in given})
-        ranks = [steps.index(int(rank[0])) + 1 for rank in given]
+        steps = sorted({int(rank[0]) for rank in chosen})
+        ranks = [steps.index(int(rank[0])) + 1 for rank in chosen]
     rated = [values.get(f"overall_{letter}", {}).get("rating") for letter in LETTERS[:count]]
     flags = tuple(tuple(sorted(values.get(f"flags_{letter}", {}).get("choices", []))) for letter in LETTERS[:count])
     return tuple(ranks), tuple(rated) if all(rated) else (), flags if any(flags) else ()
@@ -83,11 +83,10 @@ def read_result(result: Sequence[Mapping[str, Any]], count: int
 def label_of(submission_id: str, item: Item, assignment: Assignment, result: Sequence[Mapping[str, Any]]) -> Label:
     """An annotation as a label, in the item's own order."""
     ranks, overall, flags = read_result(result, len(assignment.order))
-    place = {index: shown for shown, index in enumerate(assignment.order)}
-    back = [place[index] for index in range(len(assignment.order))]
+    shown_at = [assignment.order.index(index) for index in range(len(assignment.order))]
     return Label(submission_id, item.item_id, assignment.labeler_id, in_item_order(ranks, assignment.order),
-                 tuple(overall[index] for index in back) if overall else (),
-                 tuple(flags[index] for index in back) if flags else ())
+                 tuple(overall[place] for place in shown_at) if overall else (),
+                 tuple(flags[place] for place in shown_at) if flags else ())
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -97,58 +96,58 @@ def connect() -> Any:
     """A client of the server that the environment names. Raises UserError."""
     url, key = os.environ.get("LABEL_STUDIO_URL"), os.environ.get("LABEL_STUDIO_API_KEY")
     if not url or not key:
-        raise UserError("LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY must be set; `make labels` prints them")
+        raise UserError("LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY must be set (docs/feedback.md)")
     try:
         from label_studio_sdk.client import LabelStudio  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise UserError("the SDK is not in this environment: run it by .venv-labels/bin/python, which `make labels` "
-                        "makes") from None
+        raise UserError("this environment lacks Label Studio's SDK; use .venv-labels/bin/python, which `make labels` "
+                        "installs") from None
     return LabelStudio(base_url=url, api_key=key, timeout=60)
 
 
-Group = tuple[str, int]  # a labeler and how many completions an item has: what a project is for
+Group = tuple[str, int]  # of one project: its labeler and the number of completions per item
 
 
 def groups_of(assignments: Sequence[Assignment]) -> dict[Group, list[Assignment]]:
     """Assignments by project."""
-    found: dict[Group, list[Assignment]] = {}
+    groups: dict[Group, list[Assignment]] = {}
     for item in assignments:
-        found.setdefault((item.labeler_id, len(item.order)), []).append(item)
-    return dict(sorted(found.items()))
+        groups.setdefault((item.labeler_id, len(item.order)), []).append(item)
+    return dict(sorted(groups.items()))
 
 
 def title_of(folder: Path, group: Group) -> str:
-    """A project's title: the same batch, labeler and width have the same."""
+    """A project's title, the same for the same batch, labeler and number of completions."""
     batch = hashlib.sha256((folder / "items.jsonl").read_bytes()).hexdigest()[:6]
     return f"{folder.name} {batch} {group[1]} {group[0]}"[:TITLE_CHARS]
 
 
 def projects_of(client: Any, folder: Path, groups: Iterable[Group]) -> dict[Group, int]:
-    """The projects that are there."""
-    wanted = {title_of(folder, group): group for group in groups}
-    return {wanted[project.title]: project.id for project in client.projects.list() if project.title in wanted}
+    """Ids of the projects that exist."""
+    by_title = {title_of(folder, group): group for group in groups}
+    return {by_title[project.title]: project.id for project in client.projects.list() if project.title in by_title}
 
 
 def publish(client: Any, folder: Path, choose: bool) -> int:
-    """Makes projects and tasks that are not there yet; returns the number of tasks made."""
+    """Creates missing projects and tasks; returns the number of tasks created."""
     items, assignments = read_batch(folder)
     groups = groups_of(assignments)
-    found, made = projects_of(client, folder, groups), 0
-    for group, wanted in groups.items():
-        if group not in found:
-            found[group] = client.projects.create(title=title_of(folder, group), label_config=config(group[1], choose),
-                                                  expert_instruction=GUIDE_HTML, show_instruction=True,
-                                                  show_skip_button=False, maximum_annotations=1).id
-        there = {task.data["item_id"] for task in client.tasks.list(project=found[group])}
-        tasks = [{"data": task_data(items[item.item_id], item.order)} for item in wanted if item.item_id not in there]
+    projects, created = projects_of(client, folder, groups), 0
+    for group, own in groups.items():
+        if group not in projects:
+            projects[group] = client.projects.create(
+                title=title_of(folder, group), label_config=config(group[1], choose), expert_instruction=GUIDE_HTML,
+                show_instruction=True, show_skip_button=False, maximum_annotations=1).id
+        known = {task.data["item_id"] for task in client.tasks.list(project=projects[group])}
+        tasks = [{"data": task_data(items[item.item_id], item.order)} for item in own if item.item_id not in known]
         if tasks:
-            client.projects.import_tasks(id=found[group], request=tasks)
-        made += len(tasks)
-    return made
+            client.projects.import_tasks(id=projects[group], request=tasks)
+        created += len(tasks)
+    return created
 
 
 def pull(client: Any, folder: Path) -> int:
-    """Takes over what is new; returns the number of labels added."""
+    """Adds new annotations to the batch's labels; returns how many."""
     items, assignments = read_batch(folder)
     by_key = {(item.labeler_id, item.item_id): item for item in assignments}
     new = []
@@ -157,7 +156,7 @@ def pull(client: Any, folder: Path) -> int:
             assignment = by_key.get((group[0], task.data["item_id"]))
             if assignment is None:
                 continue
-            for annotation in sorted(task.annotations or [], key=lambda found: (found["updated_at"], found["id"])):
+            for annotation in sorted(task.annotations or [], key=lambda one: (one["updated_at"], one["id"])):
                 if annotation.get("was_cancelled"):
                     continue
                 try:
@@ -166,13 +165,14 @@ def pull(client: Any, folder: Path) -> int:
                     check(label, items)
                 except UserError as error:
                     raise UserError(f"Label Studio: project {project}, task {task.id}, annotation {annotation['id']}: "
-                                    f"{error}; correct it there") from None
+                                    f"{error}; correct it in Label Studio") from None
                 new.append((annotation["updated_at"], label))
     return LabelStore(folder / LABELS).add(*(label for _, label in sorted(new, key=lambda pair: pair[0])))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.labeling.label_studio", description="A batch in Label Studio.")
+    parser = argparse.ArgumentParser(prog="python -m mlops.labeling.label_studio",
+                                     description="Publishes a batch to Label Studio, or pulls its labels.")
     parser.add_argument("what", choices=("publish", "pull"))
     parser.add_argument("folder", type=Path, help="the batch")
     parser.add_argument("--choose", action="store_true", help="labelers choose the best instead of ranking all")
@@ -181,19 +181,19 @@ def main() -> None:
         client = connect()
         try:
             if options.what == "publish":
-                said = f"{publish(client, options.folder, options.choose)} tasks made"
+                message = f"{publish(client, options.folder, options.choose)} tasks created"
             else:
                 batch = Batch(options.folder)
-                said = f"{pull(client, options.folder)} labels taken over, {len(batch.missing())} missing"
+                message = f"{pull(client, options.folder)} labels pulled, {len(batch.missing())} missing"
         except UserError:
             raise
         except Exception as error:  # the SDK raises what httpx raises, and classes of its own
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"Label Studio at {os.environ['LABEL_STUDIO_URL']}: {reason}") from None
     except UserError as error:
-        print(f"label_server: {error}", file=sys.stderr)
+        print(f"label_studio: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"{options.folder}: {said}")
+    print(f"{options.folder}: {message}")
 
 
 if __name__ == "__main__":

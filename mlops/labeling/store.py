@@ -1,7 +1,7 @@
-"""Labels as they are given: one line each, on disk before the answer is confirmed, never changed and never lost.
+"""The append-only file of a batch's labels: one JSON line per label, on disk before the submission is confirmed.
 
-A correction is a later line; a line that arrives twice (a double click, an answer that got lost on its way back) has
-the same submission and counts once; what a crash left of a line is cut off before the next is written.
+A correction is a later line. A submission that arrives twice (a double click, a lost confirmation) is stored once. A
+line that a crash cut short is removed before the next one is written.
 """
 
 import fcntl
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mlops.labeling.batch import Item, read_batch
+from mlops.labeling.guide import FLAG_QUESTIONS
 from rlhf.errors import UserError
 from rlhf.files import sync_folder
 
-FLAGS = ("fails_instruction", "inappropriate", "hallucination", "harmful_advice", "sexual", "violent", "denigrates",
-         "opinion", "moral_judgement")  # InstructGPT's yes/no questions about a response [App. B, Table 3]
 LIKERT = range(1, 8)
 LABELS = "labels.jsonl"
 
@@ -27,8 +26,8 @@ LABELS = "labels.jsonl"
 class Label:
     """One labeler's judgement of an item, in the item's own order of completions.
 
-    `ranks`: 1 is best, ties share a rank, dense. `overall`: 1 to 7 for each completion, or empty. `flags`: for each
-    completion the questions answered with yes, or empty.
+    `ranks`: 1 is best, ties share a rank, dense. `overall`: 1 to 7 per completion, or empty. `flags`: per completion
+    the keys of guide.FLAG_QUESTIONS that are answered with yes, or empty.
     """
 
     submission_id: str
@@ -49,7 +48,7 @@ class Label:
 
 
 def check(label: Label, items: Mapping[str, Item]) -> None:
-    """Raises UserError, one line, for a label that cannot be."""
+    """Raises UserError, one line, for an invalid label."""
     where = f"label {label.submission_id}: "
     item = items.get(label.item_id)
     if item is None:
@@ -63,19 +62,19 @@ def check(label: Label, items: Mapping[str, Item]) -> None:
         raise UserError(f"{where}overall {list(label.overall)}: expected {count} numbers from 1 to 7")
     if label.flags and len(label.flags) != count:
         raise UserError(f"{where}flags for {len(label.flags)} of {count} completions")
-    if unknown := sorted({flag for flags in label.flags for flag in flags} - set(FLAGS)):
-        raise UserError(f"{where}unknown flag {unknown[0]}; known: {', '.join(FLAGS)}")
+    if unknown := sorted({flag for flags in label.flags for flag in flags} - set(FLAG_QUESTIONS)):
+        raise UserError(f"{where}unknown flag {unknown[0]}; known: {', '.join(FLAG_QUESTIONS)}")
 
 
 @dataclass(frozen=True)
 class LabelStore:
-    """The file of a batch's labels. Several processes may add at once."""
+    """The file of a batch's labels. Several processes may add labels at the same time."""
 
     path: Path
 
     def add(self, *labels: Label) -> int:
-        """Keeps labels: when this returns they survive a crash. Returns how many; submissions known already are not."""
-        with self._held() as file:
+        """Appends labels that are not stored yet; on return they survive a crash. Returns how many were appended."""
+        with self._locked() as file:
             known = {row["submission_id"] for row in _whole_lines(file.read())}
             new = list({label.submission_id: label for label in labels if label.submission_id not in known}.values())
             file.seek(0, os.SEEK_END)
@@ -85,27 +84,27 @@ class LabelStore:
         return len(new)
 
     def forget(self, which: Callable[[Label], bool]) -> None:
-        """Takes labels out: for what a machine made and can make again, never for people's."""
-        with self._held() as file:
+        """Removes labels: only simulated ones, which can be made again; never people's."""
+        with self._locked() as file:
             rows = list(_whole_lines(file.read()))
-            kept = [row for row in rows if not which(Label.read(row))]
-            if len(kept) < len(rows):
+            remaining = [row for row in rows if not which(Label.read(row))]
+            if len(remaining) < len(rows):
                 file.truncate(0)
-                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in kept)
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in remaining)
 
     def all(self) -> list[Label]:
-        """Every label in the order of arrival, corrections included."""
+        """All labels in order of arrival, corrections included."""
         if not self.path.exists():
             return []
         return [Label.read(row) for row in _whole_lines(self.path.read_bytes())]
 
     def current(self) -> dict[tuple[str, str], Label]:
-        """(item, labeler): the last word."""
+        """{(item, labeler): the latest label}."""
         return {(label.item_id, label.labeler_id): label for label in self.all()}
 
     @contextmanager
-    def _held(self) -> Iterator[Any]:
-        """The open file, alone, without what a crash left of its last line."""
+    def _locked(self) -> Iterator[Any]:
+        """The open file, locked, without a last line that a crash cut short."""
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
@@ -128,7 +127,7 @@ def _whole_lines(content: bytes) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch's folder: its assignments and which of them are labeled."""
+    """A batch's folder: its assignments and labels."""
 
     folder: Path
 
@@ -140,6 +139,6 @@ class Batch:
         return len(read_batch(self.folder)[1])
 
     def missing(self) -> list[tuple[str, str]]:
-        """(item, labeler) of the assignments without a label, in order."""
+        """(item, labeler) of the assignments that have no label, in order."""
         known = self.store.current()
         return [key for item in read_batch(self.folder)[1] if (key := (item.item_id, item.labeler_id)) not in known]

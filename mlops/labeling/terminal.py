@@ -1,10 +1,10 @@
-"""Ranks the completions of a batch on the terminal, or by the embedded world's simulated labelers.
+"""Labels a batch on the terminal, or with the embedded world's simulated labelers.
 
-    python -m mlops.labeling.terminal feedback/first --labeler ada     # goes on where ada stopped; `back` corrects the last one
-    python -m mlops.labeling.terminal feedback/first --simulate        # every assignment that is left
+    python -m mlops.labeling.terminal feedback/first --labeler ada     # resumes where ada stopped
+    python -m mlops.labeling.terminal feedback/first --simulate        # all assignments without a label
 
-Best first, letters in a row, `=` between equals: `b a=c d`. `b` alone chooses b, the others share the second place.
-A ranking is on disk before the next one is shown.
+A ranking is typed as letters, best first, with `=` between ties: `b a=c d`. One letter alone chooses that completion,
+the others then share rank 2. `back` corrects the previous ranking. Each ranking is on disk before the next item.
 """
 
 import argparse
@@ -22,46 +22,47 @@ from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
 from rlhf.errors import UserError
 
-SIMULATED = "simulated/"  # how the submissions of simulated labelers begin: they can be made again
+SIMULATED = "simulated/"  # prefix of simulated labelers' submission ids; their labels can be made again
 GUIDE = ("Helpful: does what the person meant. Truthful: nothing made up or misleading. Harmless: nobody is hurt or "
          "insulted. Truthful and harmless go first, unless one is much more helpful and only slightly worse there, and "
          "little is at stake.")
 
 
 def read_ranking(text: str, count: int) -> tuple[int, ...]:
-    """Dense ranks of the completions as shown, from letters. Raises UserError that says what is wrong."""
+    """Dense ranks in the order shown, from the letters that were typed. Raises UserError for an invalid ranking."""
     groups = [group.split("=") for group in re.sub(r"\s*=\s*", "=", text.lower()).split()]
     places = {chr(ord("a") + place): place for place in range(count)}
     ranks: dict[int, int] = {}
     for rank, group in enumerate(groups, start=1):
         for letter in group:
             if letter not in places:
-                raise UserError(f"{letter or '='!r}: letters from a to {chr(ord('a') + count - 1)}, = between equals")
+                raise UserError(f"{letter or '='!r}: use letters from a to {chr(ord('a') + count - 1)}, = between ties")
             if places[letter] in ranks:
-                raise UserError(f"{letter!r} is there twice")
+                raise UserError(f"{letter!r} appears twice")
             ranks[places[letter]] = rank
     if len(groups) == 1 and len(ranks) == 1:  # a choice
         ranks |= {place: 2 for place in range(count) if place not in ranks}
     if missing := [letter for letter, place in places.items() if place not in ranks]:
-        raise UserError(f"not ranked: {', '.join(missing)}; `=` joins equals, one letter alone chooses")
+        raise UserError(f"not ranked: {', '.join(missing)}; `=` joins ties, one letter alone chooses")
     return tuple(ranks[place] for place in range(count))
 
 
-def label_on_terminal(store: LabelStore, items: Mapping[str, Item], mine: list[Assignment], console: Console,
+def label_on_terminal(store: LabelStore, items: Mapping[str, Item], assignments: list[Assignment], console: Console,
                       ask: Callable[[str], str]) -> int:
-    """Shows what is left of `mine`, one by one; returns how many were ranked. Ends at an empty answer."""
-    done = {label.item_id for label in store.all() if label.labeler_id == mine[0].labeler_id}
-    place = next((index for index, item in enumerate(mine) if item.item_id not in done), len(mine))
+    """Shows one labeler's assignments without a label, one by one, until an empty answer; returns how many were
+    ranked."""
+    done = {label.item_id for label in store.all() if label.labeler_id == assignments[0].labeler_id}
+    place = next((index for index, item in enumerate(assignments) if item.item_id not in done), len(assignments))
     console.print(Text(GUIDE, style="dim"))
     ranked = 0
-    while place < len(mine):
-        assignment = mine[place]
+    while place < len(assignments):
+        assignment = assignments[place]
         item = items[assignment.item_id]
-        console.print(f"\n{place + 1} of {len(mine)}", style="bold")
+        console.print(f"\n{place + 1} of {len(assignments)}", style="bold")
         console.print(Text(str(item.row["prompt"]), style="cyan"))
         for letter, index in zip("abcdefghi", assignment.order, strict=False):
             console.print(Text(f"  {letter}  {item.completions[index]}"))
-        answer = ask("ranking (back, or nothing to stop): ").strip()
+        answer = ask("ranking (back: previous item, empty: stop): ").strip()
         if not answer:
             break
         if answer == "back":
@@ -83,17 +84,17 @@ def label_on_terminal(store: LabelStore, items: Mapping[str, Item], mine: list[A
 
 
 def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Assignment], seed: int) -> int:
-    """The embedded world's simulated labelers rank what is left; returns how many."""
+    """The embedded world's simulated labelers rank all assignments without a label; returns how many."""
     from rlhf.world.gold import gold_labeler
     from rlhf.world.labeler import SimulatedLabeler
 
     gold = gold_labeler(seed)
     if gold is None:
-        raise UserError("--simulate: the data is not the embedded world's; people label it")
+        raise UserError("--simulate: the data is not from the embedded world, so only people can label it")
     store.forget(lambda label: label.submission_id.startswith(SIMULATED) and label.item_id not in items)
-    known, made = store.current(), []
+    labeled, labels = store.current(), []
     for assignment in assignments:
-        if (assignment.item_id, assignment.labeler_id) in known:
+        if (assignment.item_id, assignment.labeler_id) in labeled:
             continue
         item = items[assignment.item_id]
         prompt = str(item.row["prompt"])
@@ -102,17 +103,18 @@ def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Ass
         rng = random.Random(f"{seed} {assignment.item_id} {assignment.labeler_id}")
         ranks = labeler.rank(graded, "high_stakes" in gold.slices(prompt), rng)
         key = (assignment.item_id, assignment.labeler_id)
-        made.append(Label(f"{SIMULATED}{key[1]}/{key[0]}", *key, tuple(ranks)))
-    store.add(*made)
-    return len(made)
+        labels.append(Label(f"{SIMULATED}{key[1]}/{key[0]}", *key, tuple(ranks)))
+    store.add(*labels)
+    return len(labels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.labeling.terminal", description="Ranks the completions of a batch.")
+    parser = argparse.ArgumentParser(prog="python -m mlops.labeling.terminal",
+                                     description="Ranks the completions of a batch.")
     parser.add_argument("folder", type=Path, help="the batch")
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--labeler", metavar="NAME", help="whose assignments to show")
-    who.add_argument("--simulate", action="store_true", help="by the embedded world's simulated labelers")
+    who.add_argument("--labeler", metavar="NAME", help="the labeler whose assignments to show")
+    who.add_argument("--simulate", action="store_true", help="label with the embedded world's simulated labelers")
     options = parser.parse_args()
     try:
         items, assignments = read_batch(options.folder)
@@ -123,16 +125,16 @@ def main() -> None:
             mine = [item for item in assignments if item.labeler_id == options.labeler]
             if not mine:
                 known = ", ".join(sorted({item.labeler_id for item in assignments}))
-                raise UserError(f"{options.folder}: nothing is assigned to {options.labeler}; labelers: {known}")
+                raise UserError(f"{options.folder}: no assignments for {options.labeler}; labelers: {known}")
             ranked = label_on_terminal(store, items, mine, Console(highlight=False), input)
     except UserError as error:
-        print(f"label: {error}", file=sys.stderr)
+        print(f"terminal: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (EOFError, KeyboardInterrupt):
-        print("\nstopped; the same command goes on here")
+        print("\nstopped; run the same command to resume")
         return
     left = len(assignments) - len(store.current())
-    print(f"{ranked} rankings made, {left} of {len(assignments)} left")
+    print(f"{ranked} rankings stored, {left} of {len(assignments)} left")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The gates, the registry, the model card, what is served."""
+"""Release: gates, model registry, model card, and the code that MLflow serves."""

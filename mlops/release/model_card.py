@@ -1,4 +1,4 @@
-"""The Hugging Face model card of a promoted policy: what it is, what it was trained on, how it was measured."""
+"""The Hugging Face model card of a promoted policy: what it is, its training data, its evaluation and gates."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from mlops.reporting.report import data_versions
 SHOWN = ("gold", "helpful", "truthful", "harmless", "toxic", "repetition", "length")
 
 
-def model_card(root: Path, metrics: Mapping[str, Any], found: Sequence[Gate], reasons: Sequence[str]) -> str:
-    """README.md of models/promoted. With reasons not to promote, it says so at its top."""
+def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], reasons: Sequence[str]) -> str:
+    """README.md of models/promoted. `reasons`: why the policy is not promoted; the card begins with them."""
     loaded = load_params(root)
     stages = loaded.stages
     embedded = json.loads((root / "data" / "source.json").read_text(encoding="utf-8"))["source"] == "embedded"
@@ -30,12 +30,12 @@ def model_card(root: Path, metrics: Mapping[str, Any], found: Sequence[Gate], re
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("model_card.md.j2").render(
-        front=data.to_yaml().strip(), embedded=embedded, reasons=reasons, gates=found, models=models,
+        front=data.to_yaml().strip(), embedded=embedded, reasons=reasons, gates=gates, models=models,
         base=stages.pretrain.base_model or "a small GPT trained from scratch on data/corpus.jsonl",
         seed=loaded.seed, profile=loaded.profile, ppo=stages.ppo, sft=stages.sft, rm=stages.rm,
         versions=data_versions(root), qualities=_qualities(metrics, models), wins=_wins(metrics),
         taxes=_taxes(metrics), kl=score(number(metrics, "eval/kl_ppo")), prompts=int(metrics["eval/prompts"]),
-        accuracy=_rm_accuracy(root), described=_described(root)).strip() + "\n"
+        accuracy=_rm_accuracy(root), sources=_sources(root)).strip() + "\n"
 
 
 def _qualities(metrics: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -49,7 +49,7 @@ def _qualities(metrics: Mapping[str, Any], models: Sequence[str]) -> list[tuple[
 
 
 def _wins(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(against whom, rate with interval) of the policy."""
+    """(opponent, win rate with interval) of the policy."""
     rows = []
     for word in ("win_rate", "rm_prefers"):
         prefix = f"eval/{word}_vs_"
@@ -57,9 +57,9 @@ def _wins(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         plain = [name for name in names if "/" not in name
                  and not name.endswith(("_low", "_high", "_equal_length", "_length_weight"))]
         for name in in_order(plain):
-            found = estimate(metrics, prefix + name)
-            if found and found.low is not None:
-                rows.append((name, f"{percent(found.value)} ({percent(found.low)} to {percent(found.high)})"))
+            rate = estimate(metrics, prefix + name)
+            if rate and rate.low is not None:
+                rows.append((name, f"{percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)})"))
     return rows
 
 
@@ -76,8 +76,8 @@ def _rm_accuracy(root: Path) -> str:
     return percent(number(values, "rm/accuracy"))
 
 
-def _described(root: Path) -> list[str]:
-    """The names of the sources that the data came from, where it is people's."""
+def _sources(root: Path) -> list[str]:
+    """Names of the data's sources; empty for the embedded world."""
     spec = load_params(root).stages.ingest.spec
     path = root / "profiles" / "sources" / f"{spec}.yaml"
     if not spec or not path.exists():

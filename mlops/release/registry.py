@@ -1,19 +1,19 @@
 """MLflow's model registry: versions of policy and reward model, their lineage, the aliases.
 
-A version holds a pyfunc model that `mlflow models serve` runs, with the Hugging Face folder inside. Equal content is
-one version, however often it is promoted.
+A version holds a pyfunc model that `mlflow models serve` runs, with the Hugging Face folder inside. Equal content
+stays one version, however often it is promoted.
 """
-
 
 import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import version as installed
 from pathlib import Path
 
 import mlops.tracking.mlflow_client  # noqa: F401  (before mlflow: it sets the environment that mlflow reads)
+import rlhf
 
 # isort: split
 import mlflow
@@ -55,23 +55,27 @@ class Registry:
     def model(self, kind: str) -> str:
         return f"{self.name}-{kind}"
 
-    def register(self, kind: str, folder: Path, content: str, line: str, lineage: Mapping[str, str]) -> ModelVersion:
-        """The version that holds `folder` ("policy" or "rm"), made where there is none; tagged with its lineage."""
-        with answered():
-            known = self._version_of(kind, content)
-            if known is None:
-                known = self._log(kind, folder, line)
+    def register(self, kind: str, folder: Path, content: str, run_name: str, lineage: Mapping[str, str]
+                 ) -> ModelVersion:
+        """The version that holds `folder`, created if there is none, tagged with its lineage.
+
+        `kind`: "policy" or "rm". `content`: the folder's hash. Raises UserError where the registry does not answer.
+        """
+        with registry_errors():
+            version = self._version_of(kind, content)
+            if version is None:
+                version = self._log(kind, folder, run_name)
             for key, value in {CONTENT_TAG: content, **lineage}.items():
-                self.client.set_model_version_tag(self.model(kind), known.version, key, value)
-            return known
+                self.client.set_model_version_tag(self.model(kind), version.version, key, value)
+            return version
 
     def set_alias(self, kind: str, alias: str, number: str) -> None:
-        with answered():
+        with registry_errors():
             self.client.set_registered_model_alias(self.model(kind), alias, number)
 
     def champion(self) -> ModelVersion | None:
         """The policy's version with the alias champion."""
-        with answered():
+        with registry_errors():
             try:
                 return self.client.get_model_version_by_alias(self.model("policy"), CHAMPION)
             except MlflowException as error:
@@ -79,38 +83,38 @@ class Registry:
                     return None
                 raise
 
-    def folder_of(self, found: ModelVersion, target: Path) -> Path:
-        """The Hugging Face folder of a version, fetched into `target`."""
-        with answered(), self._here():
-            path = mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}", dst_path=str(target))
+    def folder_of(self, version: ModelVersion, target: Path) -> Path:
+        """The Hugging Face folder of a version, downloaded to `target`."""
+        with registry_errors(), self._here():
+            uri = f"models:/{version.name}/{version.version}"
+            path = mlflow.artifacts.download_artifacts(uri, dst_path=str(target))
         folder = Path(path) / "artifacts"
         return next(item for item in sorted(folder.iterdir()) if (item / "config.json").is_file())
 
     def _version_of(self, kind: str, content: str) -> ModelVersion | None:
         try:
-            found = self.client.search_model_versions(f"name = '{self.model(kind)}'")
+            versions = self.client.search_model_versions(f"name = '{self.model(kind)}'")
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        return next((item for item in found if item.tags.get(CONTENT_TAG) == content), None)
+        return next((item for item in versions if item.tags.get(CONTENT_TAG) == content), None)
 
-    def _log(self, kind: str, folder: Path, line: str) -> ModelVersion:
-        code = Path(__file__).parent
+    def _log(self, kind: str, folder: Path, run_name: str) -> ModelVersion:
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-        with self._here(), redirect_stderr(io.StringIO()), mlflow.start_run(run_id=self._run(line)):
+        with self._here(), redirect_stderr(io.StringIO()), mlflow.start_run(run_id=self._run_id(run_name)):
             logged = mlflow.pyfunc.log_model(
-                name=kind, python_model=str(code / SERVED[kind]), artifacts={FOLDER: str(folder)},
-                code_paths=[str(code.parent / "rlhf")], signature=SIGNATURES[kind],
-                pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+                name=kind, python_model=str(Path(__file__).with_name(SERVED[kind])), artifacts={FOLDER: str(folder)},
+                code_paths=[str(Path(rlhf.__file__).parent)], signature=SIGNATURES[kind],
+                pip_requirements=[f"{name}=={installed(name)}" for name in REQUIREMENTS],
                 registered_model_name=self.model(kind))
         return self.client.get_model_version(self.model(kind), str(logged.registered_model_version))
 
-    def _run(self, line: str) -> str:
-        """The line's parent run; a new one where the mirror has not made it yet."""
+    def _run_id(self, run_name: str) -> str:
+        """The MLflow run of the pipeline run; a new one if the uploader has not created it yet."""
         experiment = experiment_id(self.client, self.root)
-        found = self.client.search_runs([experiment], f"tags.`{RUN_NAME_TAG}` = '{line}'", max_results=1)
-        run = found[0] if found else self.client.create_run(experiment, run_name=f"promote {line}")
+        found = self.client.search_runs([experiment], f"tags.`{RUN_NAME_TAG}` = '{run_name}'", max_results=1)
+        run = found[0] if found else self.client.create_run(experiment, run_name=f"promote {run_name}")
         return str(run.info.run_id)
 
     @contextmanager
@@ -122,10 +126,10 @@ class Registry:
 
 
 @contextmanager
-def answered() -> Iterator[None]:
-    """Turns a registry that does not answer or refuses into one clear line."""
+def registry_errors() -> Iterator[None]:
+    """Turns an MLflow error into a UserError of one line."""
     try:
         yield
     except MlflowException as error:
         where = os.environ.get("MLFLOW_TRACKING_URI", "mlflow.db")
-        raise UserError(f"promote: the model registry at {where} says: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"the model registry at {where} reports: {' '.join(str(error).split())[:300]}") from error

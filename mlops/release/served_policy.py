@@ -1,6 +1,6 @@
 """The policy as `mlflow models serve` runs it: {"dataframe_records": [{"prompt": ...}]} -> responses.
 
-MLflow runs this file when a version is loaded; it needs the library and the Hugging Face folder logged with it.
+MLflow executes this file when it loads a version; `rlhf` and the Hugging Face folder are logged with it.
 """
 
 from pathlib import Path
@@ -29,8 +29,8 @@ class Policy(PythonModel):
         sampling = Sampling(int(options["max_new_tokens"]), (self.codec.eos_id,), self.codec.pad_id,
                             float(options["temperature"]))
         prompts = self.codec.prompts([str(text) for text in model_input["prompt"]])
-        found = sample_responses(self.model, prompts, sampling, generator(int(options["seed"]), "served"))
-        return [self.codec.decode(ids) for ids in found]
+        responses = sample_responses(self.model, prompts, sampling, generator(int(options["seed"]), "served"))
+        return [self.codec.decode(ids) for ids in responses]
 
 
 mlflow.models.set_model(Policy())

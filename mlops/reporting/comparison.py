@@ -1,4 +1,4 @@
-"""The report's parts that set several models side by side: who beats whom, hard slices, tasks, best-of-n."""
+"""The report's comparisons of several models: win matrix, strengths, hard slices, tasks, best-of-n."""
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,20 +11,20 @@ import torch
 from mlops.reporting import plots
 from mlops.reporting.headline import DASH, NBSP, estimate, number, percent, score
 
-ORDER = ("base", "base_prompted", "sft", "ppo")  # then the others by name
+ORDER = ("base", "base_prompted", "sft", "ppo")  # further models follow by name
 SLICES = ("false_premise", "ambiguous", "high_stakes")
 SLICE_QUALITIES = ("truthful", "harmless", "refusal")
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval")
 
 
 def in_order(models: Iterable[str]) -> list[str]:
-    """Base first, the line's models in their order, further ones by name."""
-    found = set(models)
-    return [model for model in ORDER if model in found] + sorted(found - set(ORDER))
+    """The pipeline's models in the order of their stages, then further ones by name."""
+    names = set(models)
+    return [model for model in ORDER if model in names] + sorted(names - set(ORDER))
 
 
 def models_of(evaluation: Mapping[str, Any]) -> list[str]:
-    """The models that were measured: those with a mean response length, or with a score on a task."""
+    """The evaluated models: those with a mean response length, a gold score, or a score on a task."""
     answered = {key.removeprefix("eval/length_") for key in evaluation if key.startswith("eval/length_")}
     taxed = {key.split("/")[1] for key in evaluation if key.startswith("tax_score/") and key.count("/") > 1}
     graded = {model for model in ORDER if f"eval/gold_{model}" in evaluation}
@@ -32,12 +32,12 @@ def models_of(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def models_of_sample(sample: Mapping[str, Any]) -> list[str]:
-    """The models whose text a sample holds."""
+    """The models with a completion in a sample."""
     return in_order(key for key in sample if key not in ("use_case", "prompt") and not key.startswith("gold_"))
 
 
 def win_matrix(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a model: its win rate against each other one, with the interval; empty where nothing was judged."""
+    """One row per model: its win rates against the others with intervals; a cell is None where nothing was judged."""
     rows = []
     for one in models:
         cells = [_against(evaluation, one, other) for other in models]
@@ -47,16 +47,14 @@ def win_matrix(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dic
 
 
 def _against(evaluation: Mapping[str, Any], one: str, other: str) -> dict[str, str] | None:
-    found = estimate(evaluation, f"eval/win_rate/{one}_vs_{other}")
-    if found:
-        values = [found.value, found.low, found.high]
+    if rate := estimate(evaluation, f"eval/win_rate/{one}_vs_{other}"):
+        values = [rate.value, rate.low, rate.high]
+    elif rate := estimate(evaluation, f"eval/win_rate/{other}_vs_{one}"):
+        values = [None if value is None else 1 - value for value in (rate.value, rate.high, rate.low)]
     else:
-        found = estimate(evaluation, f"eval/win_rate/{other}_vs_{one}")
-        if not found:
-            return None
-        values = [None if value is None else 1 - value for value in (found.value, found.high, found.low)]
-    middle, low, high = values
-    return {"value": percent(middle), "range": "" if low is None else f"{percent(low)} to {percent(high)}"}
+        return None
+    mean, low, high = values
+    return {"value": percent(mean), "range": "" if low is None else f"{percent(low)} to {percent(high)}"}
 
 
 def strength_plot(evaluation: Mapping[str, Any], models: Sequence[str]) -> str:
@@ -80,7 +78,7 @@ def slice_rows(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dic
 
 
 def task_rows(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per task that is no tax: each model's score and standard error."""
+    """A row per task outside the alignment tax: each model's score with its 95 % half-width."""
     names = sorted({key.split("/", 2)[2] for key in evaluation if key.startswith("task_score/")})
     return [{"task": name, "cells": [_with_error(evaluation, model, name) for model in models]} for name in names]
 
@@ -91,7 +89,7 @@ def _with_error(evaluation: Mapping[str, Any], model: str, task: str) -> str:
 
 
 def best_of_plot(rows: Sequence[Mapping[str, float]]) -> str:
-    """Proxy and gold score of the best of n against KL; empty without rows."""
+    """The SVG of proxy and gold score of best-of-n against KL; empty with fewer than two rows."""
     if len(rows) < 2:
         return ""
     kl, proxy, gold = (np.array([row[name] for row in rows]) for name in ("kl", "rm_score", "gold"))
@@ -99,22 +97,22 @@ def best_of_plot(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def turn_sentences(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """Whether the gold score turned over the PPO run and over best-of-n, in words."""
-    said = {}
+    """{"ppo", "best_of_n"}: a sentence on whether the gold score peaked and fell."""
+    sentences = {}
     for run in ("ppo", "best_of_n"):
         turned, peak = (number(evaluation, f"overopt/{run}_{name}") for name in ("turned", "peak_kl"))
         drop, fitted = (number(evaluation, f"overopt/{run}_{name}") for name in ("drop", "fitted_turn_kl"))
         if turned is None:
             continue
-        said[run] = (f"The gold score turned: highest at {score(peak)}{NBSP}nats, {score(drop)} lower at the end."
-                     if turned else f"The gold score has not turned; it is highest at {score(peak)}{NBSP}nats.")
+        sentences[run] = (f"The gold score peaks at {score(peak)}{NBSP}nats and is {score(drop)} lower at the end."
+                          if turned else f"The gold score does not fall; it is highest at {score(peak)}{NBSP}nats.")
         if fitted is not None:
-            said[run] += f" A fit of Gao's curve peaks at {score(fitted)}{NBSP}nats."
-    return said
+            sentences[run] += f" The fitted curve of Gao et al. peaks at {score(fitted)}{NBSP}nats."
+    return sentences
 
 
 def machine() -> list[tuple[str, str]]:
-    """The kind of machine and the libraries: what equal bytes depend on. No name, no date."""
+    """Device and library versions, on which byte equality depends; no host name, no date."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return [("device", f"{device}, {platform.machine()}"), ("python", platform.python_version()),
             *((name, version(name)) for name in LIBRARIES)]

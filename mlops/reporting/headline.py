@@ -1,4 +1,4 @@
-"""The report's headline: numbers in words, the verdict sentence, the four cards on top of the page."""
+"""The top of the report: formatted numbers, the verdict, the four cards."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from mlops.reporting.plots import Estimate
 
 MINUS, DASH, NBSP = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NO-BREAK SPACE}"
-KL_BAND = (2 / 3, 3 / 2)  # beta changes where the KL leaves these shares of its goal
+KL_BAND = (2 / 3, 3 / 2)  # of the goal; outside this band beta changes
 Form = Callable[[float | None], str]
 
 
@@ -63,31 +63,31 @@ def estimate(values: Mapping[str, Any], key: str, name: str = "") -> Estimate | 
 
 
 def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]:
-    """Tone (good, bad, open), one line, and a paragraph: is PPO better than SFT, at what price?"""
+    """{"tone": good, bad or open, "headline", "text"}: is PPO better than SFT, and at what price?"""
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
-    tone, line = _answer(win, gain)
-    said = []
+    tone, headline = _answer(win, gain)
+    sentences = []
     if win:
         n = number(evaluation, "eval/prompts")
         where = f" on {int(n):,} held-out prompts" if n else ""
-        said.append(f"The gold labeler gives PPO a win rate of {percent(win.value)}{_interval(win, percent)} "
-                    f"against SFT{where}.")
+        sentences.append(f"The gold labeler gives PPO a win rate of {percent(win.value)}{_interval(win, percent)} "
+                         f"against SFT{where}.")
     if gain:
-        said.append(f"The mean gold score changes by {signed(gain.value)}{_interval(gain, signed)}.")
-    said.append(_price(evaluation, goal))
+        sentences.append(f"The mean gold score changes by {signed(gain.value)}{_interval(gain, signed)}.")
+    sentences.append(_price(evaluation, goal))
     rm_sft, rm_ppo = number(evaluation, "eval/rm_score_sft"), number(evaluation, "eval/rm_score_ppo")
     fell = gain is not None and gain.high is not None and gain.high < 0
     if fell and rm_sft is not None and rm_ppo is not None and rm_ppo > rm_sft:
-        said.append("The reward model's score rose while the gold score fell: the reward model was over-optimised.")
-    return {"tone": tone, "line": line, "text": " ".join(said)}
+        sentences.append("The reward-model score rose while the gold score fell: the policy over-optimised it.")
+    return {"tone": tone, "headline": headline, "text": " ".join(sentences)}
 
 
 def _answer(win: Estimate | None, gain: Estimate | None) -> tuple[str, str]:
-    """Tone and line. A win rate clear of 50 % decides, unless the gold score clearly moved the other way."""
+    """(tone, headline). A win rate clear of 50 % decides, unless the gold score clearly moved the other way."""
     if win is None:
-        return "open", "Not measured: there is no win rate against SFT."
+        return "open", "Not measured: no win rate against SFT."
     if win.low is None or win.high is None:
-        return "open", "Open: there is a win rate but no interval."
+        return "open", "Open: the win rate has no interval."
     if win.low > 0.5:
         if gain and gain.high is not None and gain.high < 0:
             return "open", "Mixed: PPO wins more often than SFT, but its mean gold score is lower."
@@ -96,7 +96,7 @@ def _answer(win: Estimate | None, gain: Estimate | None) -> tuple[str, str]:
         if gain and gain.low is not None and gain.low > 0:
             return "open", "Mixed: PPO wins less often than SFT, but its mean gold score is higher."
         return "bad", "No: PPO is worse than SFT."
-    return "open", "Not shown: PPO and SFT cannot be told apart."
+    return "open", "Not shown: the difference between PPO and SFT is not significant."
 
 
 def _interval(value: Estimate, form: Form) -> str:
@@ -106,11 +106,11 @@ def _interval(value: Estimate, form: Form) -> str:
 
 
 def _price(evaluation: Mapping[str, Any], goal: float | None) -> str:
-    """The price in words: KL against its goal band, and the mean alignment tax."""
+    """The price in words: KL relative to its goal band, and the mean alignment tax."""
     parts = []
     kl, mean = number(evaluation, "eval/kl_ppo"), tax_mean(evaluation)
     if kl is not None:
-        where = f", {_place(kl, goal)}" if goal else ""
+        where = f", {_band_text(kl, goal)}" if goal else ""
         parts.append(f"{score(kl)}{NBSP}nats of KL from the SFT policy{where}")
     if mean:
         interval = _interval(mean, points) + _tax_words(mean)
@@ -118,7 +118,7 @@ def _price(evaluation: Mapping[str, Any], goal: float | None) -> str:
     return "The price: " + "; and ".join(parts) + "." if parts else "The price was not measured."
 
 
-def _place(kl: float, goal: float) -> str:
+def _band_text(kl: float, goal: float) -> str:
     low, high = KL_BAND[0] * goal, KL_BAND[1] * goal
     where = "below" if kl < low else "above" if kl > high else "inside"
     return f"{where} the goal band of {score(low)} to {score(high)}"
@@ -135,7 +135,7 @@ def _tax_words(mean: Estimate) -> str:
 
 
 def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[dict[str, Any]]:
-    """The four headline figures: title, value, note, tone, and the strip (low, value, high, mark, ends)."""
+    """The four cards: title, value, range, note, tone, and the strip that draws the interval."""
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
     base, mean = estimate(evaluation, "eval/win_rate_vs_base"), tax_mean(evaluation)
     kl = number(evaluation, "eval/kl_ppo")
@@ -151,7 +151,7 @@ def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[di
     if kl is not None:
         band = Estimate("kl", kl, KL_BAND[0] * goal, KL_BAND[1] * goal) if goal else Estimate("kl", kl)
         inside = goal is None or KL_BAND[0] * goal <= kl <= KL_BAND[1] * goal
-        note = f"{_place(kl, goal).split(' the ')[0]} its goal band" if goal else ""
+        note = f"{_band_text(kl, goal).split(' the ')[0]} its goal band" if goal else ""
         cards.append({"title": "KL to the SFT policy", "value": f"{score(kl)}{NBSP}nats", "note": note,
                       "range": f"goal {score(goal)}, band {score(band.low)} to {score(band.high)}" if goal else "",
                       **_strip(band, goal or 0, "goal", band=True), "tone": "good" if inside and goal else "open"})
@@ -168,7 +168,7 @@ def _range(value: Estimate, form: Form) -> str:
 
 def _strip(value: Estimate, mark: float, label: str, up: bool = True, ends: tuple[float, float] | None = None,
            band: bool = False) -> dict[str, Any]:
-    """Places, in percent of the strip's width, of the interval, the dot and the mark; and the tone."""
+    """Positions of interval, dot and mark in percent of the strip's width, and the tone."""
     low = value.value if value.low is None else value.low
     high = value.value if value.high is None else value.high
     reach = 1.25 * max(abs(low - mark), abs(high - mark), abs(value.value - mark), 1e-9)
@@ -183,7 +183,7 @@ def _strip(value: Estimate, mark: float, label: str, up: bool = True, ends: tupl
 def tax_mean(evaluation: Mapping[str, Any]) -> Estimate | None:
     """The mean alignment tax with its interval: measured, or from the scores' standard errors.
 
-    The errors are added as if base and PPO were independent; they answer the same items, so it is on the wide side.
+    The errors are added as for independent models. Base and PPO answer the same items, so the interval is too wide.
     """
     mean = estimate(evaluation, "tax/mean")
     if mean is None or mean.low is not None:

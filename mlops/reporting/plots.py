@@ -1,7 +1,7 @@
-"""The report's plots: matplotlib drawings turned into inline SVG that takes its colours from the page's CSS.
+"""The report's plots: matplotlib figures as inline SVG with colours from the page's CSS.
 
-Every colour below is a placeholder that `svg` replaces by a CSS variable, so one drawing reads in light and dark.
-The same input gives the same bytes: ids are salted with the plot's name and no date or version is written.
+Each colour below is a placeholder that `svg` replaces by a CSS variable, so that a plot works in light and dark mode.
+Equal input gives equal bytes: ids are salted with the plot's name, and no date or version is written.
 """
 
 import io
@@ -26,7 +26,7 @@ MODEL_COLOURS = {"base": BASE, "base_prompted": "#01010a", "sft": SFT, "ppo": PP
 OTHER_COLOURS = ("#01010b", "#01010c", "#01010d")  # of further models, in turn
 
 WIDTH = 420  # CSS pixels at scale 1; a card is 340 to 400 wide
-POINTS = 300  # a longer journal is averaged in buckets, so that the file stays small
+POINTS = 300  # per curve; a longer journal is averaged in buckets to keep the file small
 RULES = {
     "svg.fonttype": "none", "font.size": 9.5, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0,
@@ -39,7 +39,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval (None where not measured) and the count behind it."""
+    """A number with its 95 % interval (None where not measured) and the sample size."""
 
     name: str
     value: float
@@ -50,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaxRow:
-    """One task of the alignment tax: score and standard error of each model, guessing's score, base - PPO."""
+    """One task of the alignment tax: score and standard error of each model, chance level, tax (base - PPO)."""
 
     task: str
     scores: dict[str, float]
@@ -72,7 +72,7 @@ def css_colour(model: str, models: Sequence[str]) -> str:
 
 
 def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], width: int = WIDTH) -> str:
-    """Draws a figure of `width` x `height` CSS pixels; returns an <svg> element that stretches to its box."""
+    """Draws a figure of `width` x `height` CSS pixels; returns an <svg> element that scales to its container."""
     with style.context(["default", {**RULES, "svg.hashsalt": f"instructflow {name}"}]):
         figure = Figure(figsize=(width / 96, height / 96), dpi=96, layout="constrained")
         draw(figure)
@@ -90,12 +90,12 @@ def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], widt
 
 
 def words(name: str) -> str:
-    """A name of the data as a reader writes it: closed_qa is closed QA."""
+    """An identifier as words: closed_qa becomes closed QA."""
     return " ".join("QA" if word == "qa" else word for word in str(name).split("_"))
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finite points only, averaged in at most POINTS buckets of neighbours, all of one size but the last."""
+    """The finite points, averaged in at most POINTS buckets of equal size (the last may be smaller)."""
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     if len(x) <= POINTS:
@@ -111,7 +111,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, noisy: bool = True) -> None:
-    """A line; where it is long and noisy, the values faint and their moving average strong."""
+    """A curve; a long and noisy one as faint values with a strong moving average."""
     x, y = thin(x, y)
     if len(x) == 1:
         axes.plot(x, y, "o", color=colour, markersize=5)
@@ -132,7 +132,7 @@ def _axis(axes: Axes, ylabel: str, xlabel: str = "", ticks: int = 5) -> None:
 
 
 def stacked(name: str, label: str, x: np.ndarray, panels: Sequence[tuple[str, np.ndarray, str]], xlabel: str) -> str:
-    """Panels one above the other over the same x: (y label, values, colour) each. Units differ, so axes do too."""
+    """Panels (y label, values, colour) one above the other over the same x, each with its own y axis."""
     def draw(figure: Figure) -> None:
         column = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
         for axes, (ylabel, values, colour) in zip(column, panels, strict=True):
@@ -143,7 +143,7 @@ def stacked(name: str, label: str, x: np.ndarray, panels: Sequence[tuple[str, np
 
 
 def kl(step: np.ndarray, measured: np.ndarray, smoothed: np.ndarray, goal: np.ndarray) -> str:
-    """KL of each iteration, the moving average that beta reads, the goal and its band [2/3, 3/2]."""
+    """KL of each iteration, the moving average that sets beta, the goal and its band [2/3, 3/2]."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         if np.isfinite(smoothed).any():
@@ -160,7 +160,7 @@ def kl(step: np.ndarray, measured: np.ndarray, smoothed: np.ndarray, goal: np.nd
 
 
 def beta(step: np.ndarray, values: np.ndarray) -> str:
-    """The KL coefficient on a logarithmic axis, drawn as the steps it takes."""
+    """The KL coefficient as a step plot on a logarithmic axis."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         x, y = thin(step, np.where(values > 0, values, math.nan))
@@ -181,7 +181,7 @@ def beta(step: np.ndarray, values: np.ndarray) -> str:
 
 def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, joined: bool,
                name: str = "against_kl") -> str:
-    """RM score and gold score against KL (square-root scale): a point each, and their mean per bin or a line."""
+    """RM score and gold score against KL (square-root scale): points with a line or with their means per bin."""
     def draw(figure: Figure) -> None:
         x = np.sqrt(np.maximum(kl_values, 0))
         column = figure.subplots(2, 1, sharex=True)
@@ -204,7 +204,7 @@ def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, jo
 
 
 def _square_root_ticks(axes: Axes, top: float) -> None:
-    """Ticks at round KL values on an axis that holds their roots."""
+    """Ticks at round KL values on an axis of square roots."""
     largest = max(top * top, 1e-6)
     unit = 10 ** math.floor(math.log10(largest))
     steps = [s * unit for s in ((0.05, 0.2, 0.5, 1) if largest < 2 * unit else (0.1, 0.5, 1, 2, 4))]
@@ -214,7 +214,7 @@ def _square_root_ticks(axes: Axes, top: float) -> None:
 
 def loss(name: str, step: np.ndarray, train: np.ndarray, valid: np.ndarray, colour: str,
          chance: float | None = None) -> str:
-    """A training loss, its valid loss (points) where measured, and the loss of guessing (dashes)."""
+    """A training loss, its validation loss (points) where measured, and the loss of guessing (dashes)."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _curve(axes, step, train, colour)
@@ -225,14 +225,14 @@ def loss(name: str, step: np.ndarray, train: np.ndarray, valid: np.ndarray, colo
             axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
         _axis(axes, "loss, nats", "step")
         finite = np.sort(train[np.isfinite(train)])
-        if len(finite) >= 20:  # a first step far above the rest must not flatten the curve
+        if len(finite) >= 20:  # a high first loss must not flatten the curve
             low, high = axes.get_ylim()
             axes.set_ylim(low, min(high, finite[0] + 2.5 * (finite[int(0.95 * len(finite))] - finite[0]) + 0.05))
     return svg(name, f"{name} loss", 240, draw)
 
 
 def signal(name: str, step: np.ndarray, values: np.ndarray) -> str:
-    """One health signal of PPO, small."""
+    """A small plot of one PPO health signal."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _curve(axes, step, values, PPO)
@@ -242,7 +242,7 @@ def signal(name: str, step: np.ndarray, values: np.ndarray) -> str:
 
 
 def tax(rows: Sequence[TaxRow]) -> str:
-    """Grouped bars, a group per task: each model with 95 % error bars; a dashed mark where guessing lands."""
+    """Grouped bars, one group per task: each model with 95 % error bars, chance level as a dashed mark."""
     models = list(dict.fromkeys(model for row in rows for model in row.scores))
 
     def draw(figure: Figure) -> None:
@@ -266,7 +266,7 @@ def tax(rows: Sequence[TaxRow]) -> str:
 
 
 def win_rates(name: str, rows: Sequence[Estimate]) -> str:
-    """A dot with its interval per use case, around the line of 50 %."""
+    """A dot with its interval per use case, and a line at 50 %."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.axvline(50, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -282,7 +282,7 @@ def win_rates(name: str, rows: Sequence[Estimate]) -> str:
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:
-    """Row names on the left, first row at the top, no grid between the rows."""
+    """Row names on the left, the first row at the top, no horizontal grid."""
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", colors=INK)
     axes.set_ylim(len(names) - 0.45, -0.55)

@@ -1,7 +1,7 @@
-"""Writes reports/report.html: one stand-alone page that says whether PPO is better than SFT, and at what price.
+"""Writes reports/report.html: one self-contained page on whether PPO is better than SFT, and at what price.
 
-The page loads nothing from outside, and the same journals and metrics give the same bytes. What was not measured
-is left out or shown as a dash.
+The page loads no external resources; equal journals and metrics give equal bytes. What was not measured is omitted or
+shown as a dash.
 """
 
 import dataclasses
@@ -50,22 +50,22 @@ from rlhf.training.journal import read_journal
 STAGES = ("validate", "pretrain", "sft", "rm", "ppo")
 JOURNALS = STAGES[1:]
 SIGNALS = {  # journal column: title, how to read it
-    "ppo/entropy": ("Entropy", "nats per token; near 0 the policy has stopped exploring"),
-    "ppo/clip_fraction": ("Clip fraction", "share of tokens whose ratio was clipped"),
-    "ppo/explained_variance": ("Explained variance", "of the returns by the value model; 1 is perfect"),
-    "ppo/response_length": ("Response length", "tokens; a steady climb hints at reward for length"),
-    "ppo/eos_rate": ("EOS rate", "share of responses that end by themselves"),
+    "ppo/entropy": ("Entropy", "nats per token; near 0 the policy no longer explores"),
+    "ppo/clip_fraction": ("Clip fraction", "share of tokens with a clipped ratio"),
+    "ppo/explained_variance": ("Explained variance", "of the returns, by the value model; 1 is perfect"),
+    "ppo/response_length": ("Response length", "tokens; a steady rise suggests that the reward model prefers length"),
+    "ppo/eos_rate": ("EOS rate", "share of responses that end with EOS"),
     "ppo/grad_norm": ("Gradient norm", "of the policy, before clipping"),
 }
 QUALITIES = {  # metric's stem: row title, format
     "gold": ("gold score", score), "helpful": ("helpful", percent), "truthful": ("truthful", percent),
-    "harmless": ("harmless", percent), "hallucination": ("made up, closed tasks", percent),
-    "toxicity": ("toxicity, mean", percent), "toxic": ("toxic", percent), "refusal": ("refused", percent),
+    "harmless": ("harmless", percent), "hallucination": ("hallucinations, closed tasks", percent),
+    "toxicity": ("toxicity, mean", percent), "toxic": ("toxic", percent), "refusal": ("refusals", percent),
     "repetition": ("repeated 3-grams", percent), "unsupported_words": ("words not in the prompt", percent),
     "rm_score": ("reward-model score", score), "length": ("length, tokens", length),
 }
 SAMPLES_PER_USE_CASE = 12
-# Controls, bidirectional overrides, lone surrogates: a model may emit them, the page must not obey them.
+# Control characters, bidirectional overrides and lone surrogates, which a model may emit.
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 Rows = list[dict[str, str]]
@@ -75,9 +75,9 @@ def write_report(root: Path, target: Path, evaluation: dict[str, Any], samples: 
                  curves: dict[str, Any]) -> None:
     """Renders the report of the run in `root` to `target`.
 
-    evaluation: the content of metrics/evaluate.json; samples: rows with use_case, prompt, a completion per model's
-    name and their gold_<model>; curves: {"kl_gold": [{"kl", "rm_score", "gold"}]}, or {} to take it from ppo.csv, and
-    {"best_of_n": rows of the same}.
+    `evaluation`: the content of metrics/evaluate.json. `samples`: rows with use_case, prompt, one completion per model
+    under the model's name, and gold_<model>. `curves`: "kl_gold", rows {"kl", "rm_score", "gold"} that replace those
+    of ppo.csv, and "best_of_n", rows of the same form; both optional.
     """
     models = models_of(evaluation)
     journals = {stage: _journal(root / "metrics" / f"{stage}.csv") for stage in JOURNALS}
@@ -107,7 +107,7 @@ def _template() -> jinja2.Template:
 
 
 def clean(text: Any) -> str:
-    """Text with what must not reach a page replaced by the replacement character."""
+    """Text with unprintable characters replaced by U+FFFD."""
     return UNPRINTABLE.sub("\ufffd", str(text).replace("\r\n", "\n"))
 
 
@@ -136,25 +136,25 @@ def _last(rows: Rows, name: str) -> float | None:
 
 
 def ppo_plots(rows: Rows, curves: Mapping[str, Any]) -> dict[str, str]:
-    """The SVG of scores, kl, beta and against_kl, each empty where its columns are missing."""
+    """The SVGs "scores", "kl", "beta" and "against_kl"; each is empty where its columns are missing."""
     step, kl = _column(rows, "step"), _column(rows, "ppo/kl")
     rm_score, gold, beta = _column(rows, "ppo/rm_score"), _column(rows, "ppo/gold"), _column(rows, "ppo/beta")
-    made = dict.fromkeys(("scores", "kl", "beta", "against_kl"), "")
+    drawn = dict.fromkeys(("scores", "kl", "beta", "against_kl"), "")
     panels = [(label, values, colour) for label, values, colour in
               (("RM score", rm_score, plots.RM), ("gold score", gold, plots.GOLD)) if _has(values)]
     if panels:
-        made["scores"] = plots.stacked("scores", "reward-model and gold score", step, panels, "iteration")
+        drawn["scores"] = plots.stacked("scores", "reward-model and gold score", step, panels, "iteration")
     if _has(kl):
-        made["kl"] = plots.kl(step, kl, _column(rows, "ppo/kl_smoothed"), _column(rows, "ppo/kl_goal"))
+        drawn["kl"] = plots.kl(step, kl, _column(rows, "ppo/kl_smoothed"), _column(rows, "ppo/kl_goal"))
     if (beta > 0).any():
-        made["beta"] = plots.beta(step, beta)
-    points_given = curves.get("kl_gold") or []
-    if points_given:
-        kl, rm_score, gold = (np.array([_float(point.get(name)) for point in points_given])
+        drawn["beta"] = plots.beta(step, beta)
+    curve = curves.get("kl_gold") or []
+    if curve:
+        kl, rm_score, gold = (np.array([_float(point.get(name)) for point in curve])
                               for name in ("kl", "rm_score", "gold"))
     if _has(kl + rm_score + gold):
-        made["against_kl"] = plots.against_kl(kl, rm_score, gold, joined=bool(points_given))
-    return made
+        drawn["against_kl"] = plots.against_kl(kl, rm_score, gold, joined=bool(curve))
+    return drawn
 
 
 def _float(value: Any) -> float:
@@ -162,45 +162,45 @@ def _float(value: Any) -> float:
 
 
 def loss_plots(journals: Mapping[str, Rows]) -> list[dict[str, Any]]:
-    """Title, SVG and legend of each stage's loss, and of the reward model's accuracy."""
-    made = []
+    """Title, SVG and legend of each stage's loss and of the reward model's accuracy."""
+    entries = []
     for stage, title, colour in (("pretrain", "Pretraining", plots.BASE), ("sft", "SFT", plots.SFT),
                                  ("rm", "Reward model", plots.RM)):
         rows = journals[stage]
         train, valid = _column(rows, f"{stage}/loss"), _column(rows, f"{stage}/valid_loss")
         if _has(train):
             chance = math.log(2) if stage == "rm" else None
-            made.append({"title": f"{title} loss", "colour": {"pretrain": "base"}.get(stage, stage),
-                         "valid": _has(valid), "chance": "ln 2, a coin" if chance else "",
-                         "svg": plots.loss(stage, _column(rows, "step"), train, valid, colour, chance)})
+            entries.append({"title": f"{title} loss", "colour": {"pretrain": "base"}.get(stage, stage),
+                            "valid": _has(valid), "chance": "ln 2, guessing" if chance else "",
+                            "svg": plots.loss(stage, _column(rows, "step"), train, valid, colour, chance)})
     accuracy = _column(journals["rm"], "rm/accuracy")
     if _has(accuracy):
-        made.append({"title": "Reward model accuracy", "colour": "rm", "valid": False, "chance": "",
-                     "svg": plots.stacked("rm accuracy", "reward model accuracy", _column(journals["rm"], "step"),
-                                          [("pairs ranked as labeled", accuracy, plots.RM)], "step")})
-    return made
+        entries.append({"title": "Reward model accuracy", "colour": "rm", "valid": False, "chance": "",
+                        "svg": plots.stacked("rm accuracy", "reward model accuracy", _column(journals["rm"], "step"),
+                                             [("pairs ranked as labeled", accuracy, plots.RM)], "step")})
+    return entries
 
 
 def signals(rows: Rows) -> list[dict[str, Any]]:
-    """PPO's health signals: title, how to read it, first and last value, SVG."""
-    step, made = _column(rows, "step"), []
+    """PPO's health signals: title, explanation, first and last value, SVG."""
+    step, entries = _column(rows, "step"), []
     for name, (title, note) in SIGNALS.items():
         values = _column(rows, name)
         if _has(values):
-            known = values[np.isfinite(values)]
-            made.append({"title": title, "note": note, "first": float(known[0]), "last": float(known[-1]),
-                         "svg": plots.signal(title.lower(), step, values)})
-    return made
+            finite = values[np.isfinite(values)]
+            entries.append({"title": title, "note": note, "first": float(finite[0]), "last": float(finite[-1]),
+                            "svg": plots.signal(title.lower(), step, values)})
+    return entries
 
 
 def _ratio_error(rows: Rows) -> float | None:
-    """The largest distance from 1 of the first minibatch's ratio; a right PPO keeps it near 0."""
+    """Largest |ratio - 1| in the first minibatch of an iteration; near 0 in a correct PPO."""
     ratios = _column(rows, "ppo/ratio_first")
     return float(np.nanmax(np.abs(ratios - 1))) if _has(ratios) else None
 
 
 def tax_rows(evaluation: Mapping[str, Any]) -> list[plots.TaxRow]:
-    """Scores, standard errors, chance and tax of each alignment-tax task, in shares of a perfect score."""
+    """Scores, standard errors, chance level and tax of each alignment-tax task, as shares of a perfect score."""
     models = models_of(evaluation)
 
     def share(kind: str, task: str) -> float | None:
@@ -219,28 +219,28 @@ def win_plots(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     prefix = "eval/win_rate_vs_sft/"
     names = {key.removeprefix(prefix) for key in evaluation if key.startswith(prefix)}
     names = {name for name in names if not (name.endswith(("_low", "_high", "_n")) and name.rsplit("_", 1)[0] in names)}
-    found = [row for name in sorted(names) if (row := estimate(evaluation, prefix + name, name))]
-    found.sort(key=lambda row: -row.value)
-    groups = (("Win rate per use case", "use cases", [row for row in found if row.name not in SLICES]),
-              ("Win rate on the hard slices", "slices", [row for row in found if row.name in SLICES]))
+    rates = [row for name in sorted(names) if (row := estimate(evaluation, prefix + name, name))]
+    rates.sort(key=lambda row: -row.value)
+    groups = (("Win rate per use case", "use cases", [row for row in rates if row.name not in SLICES]),
+              ("Win rate on the hard slices", "slices", [row for row in rates if row.name in SLICES]))
     return [{"title": title, "svg": plots.win_rates(name, rows)} for title, name, rows in groups if rows]
 
 
 def quality_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per quality that was measured: title, and per model the value with its interval."""
-    made = []
+    """One row per measured quality: title, and per model the value with its interval."""
+    table = []
     for stem, (title, form) in QUALITIES.items():
         cells = [estimate(evaluation, f"eval/{stem}_{model}") for model in models_of(evaluation)]
         if any(cells):
-            made.append({"title": title, "cells": [
+            table.append({"title": title, "cells": [
                 {"value": form(cell.value) if cell else DASH,
                  "range": f"{form(cell.low)} to {form(cell.high)}" if cell and cell.low is not None else ""}
                 for cell in cells]})
-    return made
+    return table
 
 
 def group_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The samples by use case, sorted by its name, the first few of each."""
+    """The first samples of each use case, sorted by its name."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         groups.setdefault(str(sample.get("use_case", "other")), []).append(sample)
@@ -256,7 +256,7 @@ def _side_by_side(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def data_versions(root: Path) -> list[dict[str, Any]]:
-    """What data.dvc pins: path, md5, size in bytes, number of files; empty without it."""
+    """The outputs of data.dvc: path, md5, size in bytes, number of files; empty without the file."""
     try:
         content = yaml.safe_load((root / "data.dvc").read_text(encoding="utf-8"))
         return [{name: out.get(name, "") for name in ("path", "md5", "size", "nfiles")} for out in content["outs"]]
@@ -265,27 +265,27 @@ def data_versions(root: Path) -> list[dict[str, Any]]:
 
 
 def parameters(root: Path) -> list[tuple[str, str]]:
-    """Title and text: params.yaml, the profile's file, and every parameter with its default filled in."""
-    shown = []
+    """(title, text): params.yaml, the profile's file, and all parameters including defaults."""
+    texts = []
     try:
         text = (root / "params.yaml").read_text(encoding="utf-8")
-        shown.append(("params.yaml", text))
+        texts.append(("params.yaml", text))
         profile = f"profiles/{yaml.safe_load(text)['profile']}.yaml"
-        shown.append((profile, (root / profile).read_text(encoding="utf-8")))
-        every = dataclasses.asdict(load_params(root).stages)
-        shown.append(("every parameter, defaults filled in", yaml.safe_dump(every, sort_keys=False)))
+        texts.append((profile, (root / profile).read_text(encoding="utf-8")))
+        stages = dataclasses.asdict(load_params(root).stages)
+        texts.append(("all parameters, including defaults", yaml.safe_dump(stages, sort_keys=False)))
     except (OSError, yaml.YAMLError, TypeError, KeyError, UserError):
         pass
-    return shown
+    return texts
 
 
 def final_metrics(root: Path, evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Stage and its final scalars, nested ones left out; stages without a file too."""
-    found: list[tuple[str, dict[str, Any]]] = []
+    """(stage, its final scalar metrics) of each stage that has a metrics file."""
+    metrics: list[tuple[str, dict[str, Any]]] = []
     for stage in STAGES:
         path = root / "metrics" / f"{stage}.json"
         if path.exists():
-            found.append((stage, json.loads(path.read_text(encoding="utf-8"))))
-    found.append(("evaluate", dict(evaluation)))
+            metrics.append((stage, json.loads(path.read_text(encoding="utf-8"))))
+    metrics.append(("evaluate", dict(evaluation)))
     return [(stage, {key: value for key, value in sorted(values.items()) if not isinstance(value, dict | list)})
-            for stage, values in found if isinstance(values, dict)]
+            for stage, values in metrics if isinstance(values, dict)]

@@ -1,10 +1,10 @@
-"""Talk to the models of the line, several side by side.
+"""Chat with the models of a run, several side by side.
 
     python -m mlops.tools.chat                    # the promoted policy, else PPO
-    python -m mlops.tools.chat sft ppo            # two stages' models; a folder of a model works too
+    python -m mlops.tools.chat sft ppo            # models of two stages; a model folder works too
     echo "a prompt" | python -m mlops.tools.chat base sft ppo --temperature 0
 
-Each line of input is a prompt of its own, as in the training data; an empty one or Ctrl-D ends.
+Each line of input is a separate prompt, as in the training data; an empty line or Ctrl-D ends the chat.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FOLDERS = {"base": "models/pretrain", "sft": "models/sft", "ppo": "models/ppo", 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model and its codec."""
+    """A loaded model with its codec."""
 
     name: str
     codec: Any
@@ -34,18 +34,18 @@ class Speaker:
 
 
 def load(name: str) -> Speaker:
-    """A stage's model or a folder. Raises UserError where there is none."""
+    """Loads a stage's model or a model folder. Raises UserError where there is none."""
     from rlhf.model.load import load_policy
     from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 
     folder = Path(FOLDERS.get(name, name))
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model here; run `make run`, or name one of {', '.join(FOLDERS)} or a folder")
+        raise UserError(f"{folder}: no model; run `make run`, or name {', '.join(FOLDERS)} or a model folder")
     return Speaker(name, PromptCodec(load_tokenizer(folder)), load_policy(folder))
 
 
 def reply(speaker: Speaker, prompt: str, options: argparse.Namespace, turn: int) -> str:
-    """The model's response; the same words, seed and turn give the same response."""
+    """The model's response; equal prompt, seed and turn give an equal response."""
     from rlhf.model.sampling import Sampling, sample_responses
     from rlhf.model.tokenizer import newline_ids
     from rlhf.training.seeding import generator
@@ -58,7 +58,7 @@ def reply(speaker: Speaker, prompt: str, options: argparse.Namespace, turn: int)
 
 
 def scores(speaker: Speaker, prompt: str, responses: list[str]) -> list[float]:
-    """What the reward model makes of them; NaN without one."""
+    """The reward model's scores of the responses; NaN without a reward model."""
     from rlhf.evaluation.generate import rm_scores
 
     if not (RM / "config.json").is_file():
@@ -67,12 +67,12 @@ def scores(speaker: Speaker, prompt: str, responses: list[str]) -> list[float]:
 
 
 def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console) -> None:
-    """Reads prompts until the end and shows the responses."""
-    asked = sys.stdin.isatty()
+    """Reads prompts until the end of input and shows the responses."""
+    interactive = sys.stdin.isatty()
     turn = 0
     while True:
         try:
-            prompt = console.input("[bold]prompt> [/bold]") if asked else sys.stdin.readline()
+            prompt = console.input("[bold]prompt> [/bold]") if interactive else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
             return
         prompt = prompt.rstrip("\n")
@@ -80,9 +80,9 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
             return
         turn += 1
         responses = [reply(speaker, prompt, options, turn) for speaker in speakers]
-        if not asked:
+        if not interactive:
             console.print(Text(prompt, style="bold"))
-        boxes = [Panel(Text(response or "(nothing)"), title=speaker.name, subtitle=f"rm {value:.2f}",
+        boxes = [Panel(Text(response or "(empty)"), title=speaker.name, subtitle=f"rm {value:.2f}",
                        width=min(console.width, max(30, console.width // len(speakers) - 1)))
                  for speaker, response, value in zip(speakers, responses, scores(speakers[0], prompt, responses),
                                                      strict=True)]
@@ -90,9 +90,9 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.tools.chat", description="Talk to the models of the line.")
-    parser.add_argument("models", nargs="*", help=f"{', '.join(FOLDERS)} or folders; several are shown side by side")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest words")
+    parser = argparse.ArgumentParser(prog="python -m mlops.tools.chat", description="Chat with the models of a run.")
+    parser.add_argument("models", nargs="*", help=f"{', '.join(FOLDERS)} or model folders, shown side by side")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy decoding")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Compares two versions of the datasets: rows added, removed and changed, and how far the distributions moved.
+"""Compares two versions of the datasets: rows added, removed and changed, and drift of the distributions.
 
-    python -m mlops.tools.compare_data OLD [NEW]      OLD and NEW: a git revision, or a folder with sft.jsonl, rm.jsonl, ppo.jsonl
+    python -m mlops.tools.compare_data OLD [NEW]
 
-NEW is the checkout's data/ unless told. A revision's files come from DVC's cache or remote. Writes versions.json and
-versions.png to --out, and a run "data OLD..NEW" to MLflow unless INSTRUCTFLOW_UPLOADER=off.
+OLD and NEW: a git revision, or a folder with sft.jsonl, rm.jsonl and ppo.jsonl; NEW defaults to the checkout's data/. A
+revision's files come from DVC's cache or remote. Writes versions.json and versions.png to --out, and a run
+"data OLD..NEW" to MLflow unless INSTRUCTFLOW_UPLOADER=off.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from rlhf.errors import UserError
 from rlhf.files import write_json
 
 OUT = "reports/data_versions"
-NOTABLE = 0.1  # a distance that the table marks
+NOTABLE = 0.1  # distances from here on are marked in the table
 
 
 @dataclass
 class Version:
-    """What is kept of one dataset's rows: a hash by prompt_id, lengths in characters, counts by value."""
+    """Summary of one dataset: a hash of each row by prompt_id, lengths in characters, counts by value."""
 
     rows: dict[str, bytes] = field(default_factory=dict)
     prompt_chars: list[int] = field(default_factory=list)
@@ -42,7 +43,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Change:
-    """From one version of a dataset to the next. `drift`: distance by quantity, 0 (equal) to 1 (nothing shared).
+    """The change between two versions of a dataset. `drift`: distance by quantity, 0 (equal) to 1 (disjoint).
 
     Lengths: the two-sample Kolmogorov-Smirnov statistic. Use cases, ranks and K: total variation distance.
     """
@@ -56,7 +57,7 @@ class Change:
 
 
 def read_version(path: Path) -> Version:
-    """Reads a dataset. Raises UserError for a row without prompt_id, or with one that another row has."""
+    """Reads a dataset. Raises UserError for a row without prompt_id or with a repeated one."""
     version = Version()
     for number, row in enumerate(read_rows(path), start=1):
         name = row.get("prompt_id")
@@ -76,13 +77,13 @@ def read_version(path: Path) -> Version:
 
 
 def total_variation(old: Counter[str], new: Counter[str]) -> float:
-    """Half the sum of the differences of the shares: 0 to 1."""
+    """Total variation distance of the shares: half the sum of their absolute differences, 0 to 1."""
     a, b = max(1, old.total()), max(1, new.total())
     return sum(abs(old[key] / a - new[key] / b) for key in sorted(old.keys() | new.keys())) / 2
 
 
 def length_distance(old: list[int], new: list[int]) -> float:
-    """The two-sample Kolmogorov-Smirnov statistic: the largest gap between the two cumulative distributions."""
+    """The two-sample Kolmogorov-Smirnov statistic: the largest gap between the cumulative distributions."""
     from scipy.stats import ks_2samp
 
     if not old or not new:
@@ -91,7 +92,7 @@ def length_distance(old: list[int], new: list[int]) -> float:
 
 
 def compare(old: Version, new: Version) -> Change:
-    """Counts rows by prompt_id and measures the drift."""
+    """Compares rows by prompt_id and measures the drift."""
     both = old.rows.keys() & new.rows.keys()
     drift = {"prompt_chars": length_distance(old.prompt_chars, new.prompt_chars),
              "use_case": total_variation(old.use_case, new.use_case)}
@@ -108,14 +109,14 @@ def compare(old: Version, new: Version) -> Change:
 def folder_of(version: str, root: Path) -> Iterator[Path]:
     """A folder with the files of a version: the folder itself, or a temporary copy of a git revision's data/.
 
-    Raises UserError for what is neither, and where a file is neither in DVC's cache nor in its remote.
+    Raises UserError if `version` is neither, and if its data is neither in DVC's cache nor in its remote.
     """
     if Path(version).is_dir():
         yield Path(version)
         return
-    known = subprocess.run(["git", "rev-parse", "--verify", "--quiet", f"{version}^{{commit}}"], cwd=root,
-                           capture_output=True)
-    if known.returncode:
+    revision = subprocess.run(["git", "rev-parse", "--verify", "--quiet", f"{version}^{{commit}}"], cwd=root,
+                              capture_output=True)
+    if revision.returncode:
         raise UserError(f"{version}: neither a folder nor a git revision of this checkout")
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
@@ -137,16 +138,16 @@ def folder_of(version: str, root: Path) -> Iterator[Path]:
 
 
 def read_folder(folder: Path, version: str) -> dict[str, Version]:
-    """The datasets that a folder holds. Raises UserError where it holds none."""
-    found = {name: read_version(folder / f"{name}.jsonl") for name in KEYS if (folder / f"{name}.jsonl").exists()}
-    if not found:
+    """The datasets in a folder. Raises UserError where there is none."""
+    datasets = {name: read_version(folder / f"{name}.jsonl") for name in KEYS if (folder / f"{name}.jsonl").exists()}
+    if not datasets:
         raise UserError(f"{version}: none of {', '.join(f'{name}.jsonl' for name in KEYS)} in it")
-    return found
+    return datasets
 
 
 def table(changes: dict[str, Change]) -> list[str]:
-    """The report as lines of text; a distance of 0.1 or more is marked with *."""
-    lines = [f"{'dataset':<8}{'rows':>18}{'added':>9}{'removed':>9}{'changed':>9}  drift (0 equal, 1 nothing shared)"]
+    """The report as lines of text; a distance of NOTABLE or more is marked with *."""
+    lines = [f"{'dataset':<8}{'rows':>18}{'added':>9}{'removed':>9}{'changed':>9}  drift (0 equal, 1 disjoint)"]
     for name, change in changes.items():
         drift = "  ".join(f"{key} {value:.3f}{'*' if value >= NOTABLE else ''}" for key, value in change.drift.items())
         rows = f"{change.rows_old:,} → {change.rows_new:,}"
@@ -162,9 +163,9 @@ def draw(old: dict[str, Version], new: dict[str, Version], labels: tuple[str, st
     names.sort(key=list(KEYS).index)
     figure = Figure(figsize=(13, 3.2 * len(names)), dpi=100, layout="constrained")
     grid = figure.subplots(len(names), 4, squeeze=False)
-    for line, name in zip(grid, names, strict=True):
+    for row, name in zip(grid, names, strict=True):
         pair = [versions.get(name, Version()) for versions in (old, new)]
-        for axes, (title, key) in zip(line, (("prompt length", "prompt_chars"), ("completion length",
+        for axes, (title, key) in zip(row, (("prompt length", "prompt_chars"), ("completion length",
                                       "completion_chars"), ("use case", "use_case"), ("rank", "rank")), strict=True):
             values = [getattr(version, key) for version in pair]
             if not any(values):
@@ -184,12 +185,12 @@ def draw(old: dict[str, Version], new: dict[str, Version], labels: tuple[str, st
                     axes.hist(lengths, bins=40, range=(0, top), density=True, histtype="step", label=label)
                 axes.set_xlabel("characters")
                 axes.set_yticks([])
-        line[0].legend(fontsize=8)
+        row[0].legend(fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
 
 def log_to_mlflow(name: str, changes: dict[str, Change], out: Path, root: Path) -> None:
-    """A run of its own in the project's experiment: counts and drift as metrics, the two files as artifacts."""
+    """Adds a run to the project's experiment: counts and drift as metrics, the report files as artifacts."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -224,24 +225,25 @@ def report(old: str, new: str, out: Path, root: Path) -> dict[str, Change]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m mlops.tools.compare_data", description="compares two versions of the data")
+    """The command line; returns the exit code: 0, or 2 for a user error."""
+    parser = argparse.ArgumentParser(prog="python -m mlops.tools.compare_data",
+                                     description="Compares two versions of the data.")
     parser.add_argument("old", help="git revision or folder")
-    parser.add_argument("new", nargs="?", default="data", help="git revision or folder; data/ unless given")
-    parser.add_argument("--out", type=Path, default=Path(OUT), help=f"folder for the report; {OUT} unless given")
-    args = parser.parse_args(arguments)
+    parser.add_argument("new", nargs="?", default="data", help="git revision or folder (default: data)")
+    parser.add_argument("--out", type=Path, default=Path(OUT), help=f"folder for the report (default: {OUT})")
+    options = parser.parse_args(arguments)
     root = Path.cwd()
     try:
-        changes = report(args.old, args.new, args.out, root)
+        changes = report(options.old, options.new, options.out, root)
     except UserError as error:
-        print(f"versions: {error}", file=sys.stderr)
+        print(f"compare_data: {error}", file=sys.stderr)
         return 2
     if os.environ.get("INSTRUCTFLOW_UPLOADER") != "off":
         try:
-            log_to_mlflow(f"data {args.old}..{args.new}", changes, args.out, root)
-        except Exception as error:  # the report is there; a tracker that is down must not look like a failure of it
+            log_to_mlflow(f"data {options.old}..{options.new}", changes, options.out, root)
+        except Exception as error:  # the report is written; an unavailable MLflow must not fail the command
             first = str(error).strip().splitlines()[0]
-            print(f"versions: not in MLflow: {first}", file=sys.stderr)
+            print(f"compare_data: not logged to MLflow: {first}", file=sys.stderr)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Reruns the paper's claims in the embedded world over several seeds: metrics/claims.json and docs/claims.md.
+"""Tests the paper's claims in the embedded world over several seeds: metrics/claims.json and docs/claims.md.
 
-    python -m mlops.tools.study                   # seeds 1 2 3, the profile of params.yaml; `make study` sets itself up first
+    python -m mlops.tools.study                   # seeds 1 2 3, the profile of params.yaml
     python -m mlops.tools.study --seeds 1 2 3 4 5 --profile smoke
 
-Every unit (a seed's data, a model, a measurement) is kept in scratch/study and taken from there the next time, and
-training goes on from its checkpoints: an interrupted study costs minutes. What each claim needs is in mlops/tools/claims.py.
+Each unit (a seed's data, a model, a measurement) is stored in scratch/study and reused by the next run, and training
+resumes from its checkpoints, so an interruption costs only minutes. mlops/tools/claims.py defines the claims.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rlhf.data.schema import read_rows
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.evaluation.generate import Answers, answer
 from rlhf.evaluation.held_out import HeldOut, best_of_curve
-from rlhf.evaluation.lm_eval import Harness, TaskScore, measure
+from rlhf.evaluation.lm_eval import TaskScore, TaskSuite, measure
 from rlhf.evaluation.metrics import gold_metrics, preference_metrics, safety_metrics, tax_metrics
 from rlhf.evaluation.preference import compare_all, gold_judge
 from rlhf.files import write_json
@@ -44,13 +44,13 @@ from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 
 FOLDER = Path("scratch/study")
-# The study's SFT has no pretraining text: with the profile's share of it there is no tax left to study.
+# The study's SFT mixes in no pretraining text: with the profile's share of it no alignment tax is left to study.
 SFT_CHANGES: dict[str, Any] = {"pretrain_mix": 0.0}
 PTX = 0.5
 HIGH_BETA = 10.0  # times the profile's beta, fixed
-FREE_BETA = 0.001  # hardly any penalty: the reward model is optimised as far as it goes
-FREE_EPISODES = 2.0  # times the profile's
-SMALL_WIDTH = 0.5  # of the profile's: the aligned model of claim 1
+FREE_BETA = 0.001  # almost no penalty: the reward model is optimised as far as possible
+FREE_EPISODES = 2.0  # times the profile's episodes
+SMALL_WIDTH = 0.5  # times the profile's width: the small aligned model of claim 1
 
 
 @dataclass(frozen=True)
@@ -69,60 +69,61 @@ class Seed:
         return [row for row in rows if row["split"] == split] if split else rows
 
     def unit(self, name: str, make: Callable[[Path], Any]) -> Any:
-        """What `make(folder)` returns, computed once; `folder` holds its files."""
-        place = self.root / name
-        done = place / "unit.json"
-        if done.is_file():
-            return json.loads(done.read_text(encoding="utf-8"))
-        place.mkdir(parents=True, exist_ok=True)
+        """The result of `make(folder)`, computed once and stored in the unit's folder."""
+        folder = self.root / name
+        stored = folder / "unit.json"
+        if stored.is_file():
+            return json.loads(stored.read_text(encoding="utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
         print(f"study: seed {self.number}: {name}", flush=True)
         before = time.monotonic()
-        found = make(place)
+        result = make(folder)
         print(f"study: seed {self.number}: {name} took {time.monotonic() - before:.0f} s", flush=True)
-        write_json(done, found)
-        return found
+        write_json(stored, result)
+        return result
 
 
 def run_seed(seed: Seed) -> dict[str, Any]:
-    """Trains and measures everything for one seed; returns its numbers."""
+    """Trains and measures all models of one seed; returns the numbers that the claims need."""
     profile, number = seed.profile, seed.number
     labeler = GoldLabeler(World(number))
-    seed.unit("data", lambda place: write_embedded(profile.ingest, number, place))  # and unit.json beside the rows
+    seed.unit("data", lambda folder: write_embedded(profile.ingest, number, folder))
     texts = [row["text"] for row in read_rows(seed.path("data/corpus.jsonl"))]
     narrow = dataclasses.replace(profile.pretrain, n_embd=_width(profile))
     for name, shape in (("base", profile.pretrain), ("small_base", narrow)):
         seed.unit(name, partial(pretrain, shape, texts, number))
     for name, base in (("sft", "base"), ("small_sft", "small_base")):
         seed.unit(name, partial(_sft, seed, base))
-    found: dict[str, Any] = {"rm": seed.unit("rm", lambda place: _reward_model(seed, place))}
+    numbers: dict[str, Any] = {"rm": seed.unit("rm", lambda folder: _reward_model(seed, folder))}
     for name, (start, changes) in ppo_runs(profile.ppo).items():
         seed.unit(name, partial(_ppo, seed, start, changes, labeler))
-    found["scores"] = seed.unit("scores", lambda place: _measure(seed, labeler, place))
-    found["free_run"] = [{key: float(row[f"ppo/{key}"]) for key in ("kl", "rm_score", "gold")}
-                         for row in read_journal(seed.path("ppo_free/journal.csv"))]
-    found["best_of_n"] = seed.unit("best_of_n", lambda place: best_of_curve(
+    numbers["scores"] = seed.unit("scores", lambda folder: _measure(seed, labeler, folder))
+    numbers["free_run"] = [{key: float(row[f"ppo/{key}"]) for key in ("kl", "rm_score", "gold")}
+                           for row in read_journal(seed.path("ppo_free/journal.csv"))]
+    numbers["best_of_n"] = seed.unit("best_of_n", lambda folder: best_of_curve(
         seed.path("sft/model"), seed.path("rm/model"), HeldOut(seed.rows("ppo", "valid"), labeler), profile.evaluate,
         number))
-    found["prompts"] = min(profile.evaluate.prompts, len(seed.rows("ppo", "valid")))
-    found["parameters"] = {name: sum(item.numel() for item in _weights(seed.path(f"{name}/model")))
-                           for name in ("base", "small_base")}
-    return found
+    numbers["prompts"] = min(profile.evaluate.prompts, len(seed.rows("ppo", "valid")))
+    numbers["parameters"] = {name: sum(item.numel() for item in _weights(seed.path(f"{name}/model")))
+                             for name in ("base", "small_base")}
+    return numbers
 
 
-def _sft(seed: Seed, base: str, place: Path) -> dict[str, float]:
+def _sft(seed: Seed, base: str, folder: Path) -> dict[str, float]:
     params = dataclasses.replace(seed.profile.sft, **SFT_CHANGES)
-    return sft(params, seed.rows("sft"), seed.path(f"{base}/model"), seed.number, place, seed.path("data/corpus.jsonl"))
+    return sft(params, seed.rows("sft"), seed.path(f"{base}/model"), seed.number, folder,
+               seed.path("data/corpus.jsonl"))
 
 
-def _ppo(seed: Seed, start: str, changes: dict[str, Any], labeler: GoldLabeler, place: Path) -> dict[str, float]:
+def _ppo(seed: Seed, start: str, changes: dict[str, Any], labeler: GoldLabeler, folder: Path) -> dict[str, float]:
     params = dataclasses.replace(seed.profile.ppo, **changes)
     prompts = [row["prompt"] for row in seed.rows("ppo", "train")]
-    return train_ppo(params, prompts, seed.path(f"{start}/model"), seed.path("rm/model"), seed.number, place,
+    return train_ppo(params, prompts, seed.path(f"{start}/model"), seed.path("rm/model"), seed.number, folder,
                      labeler.scores, seed.path("data/corpus.jsonl"))
 
 
 def ppo_runs(params: PpoParams) -> dict[str, tuple[str, dict[str, Any]]]:
-    """name: (the SFT it starts from, changes to the profile's PPO)."""
+    """{run: (the SFT model it starts from, changes to the profile's PPO parameters)}."""
     free = int(FREE_EPISODES * params.episodes)
     return {
         "ppo": ("sft", {}),
@@ -145,28 +146,28 @@ def _weights(folder: Path) -> list[torch.Tensor]:
     return list(load_file(folder / "model.safetensors").values())
 
 
-def _reward_model(seed: Seed, place: Path) -> dict[str, float]:
-    """Trains it; accuracy on valid labels of training labelers and of held-out ones, with their standard errors."""
+def _reward_model(seed: Seed, folder: Path) -> dict[str, float]:
+    """Trains the reward model; its accuracy on valid labels of training and held-out labelers, with errors."""
     params, rows = seed.profile.rm, seed.rows("rm")
     shown = [row for row in seed.rows("sft", "valid") if row["source"] == "labeler"]
-    model, _ = train_reward_model(params, rows, shown, seed.path("sft/model"), seed.number, place)
+    model, _ = train_reward_model(params, rows, shown, seed.path("sft/model"), seed.number, folder)
     valid = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, seed.number)
     scored = score_rows(model, PromptCodec(load_tokenizer(seed.path("sft/model"))), valid, params)
     training = {row["labeler_id"] for row in rows if row["split"] == "train"}
-    found = {}
-    for name, known in (("training", True), ("held_out", False)):
-        group = [item for item in scored if (item.row["labeler_id"] in training) == known]
+    accuracies = {}
+    for name, is_training in (("training", True), ("held_out", False)):
+        group = [item for item in scored if (item.row["labeler_id"] in training) == is_training]
         share = accuracy(group)
-        found[name] = share
-        found[f"{name}_stderr"] = (share * (1 - share) / max(1, len(group))) ** 0.5  # a prompt's pairs hang together
-    return found
+        accuracies[name] = share  # the pairs of a prompt are dependent, so n is the number of prompts
+        accuracies[f"{name}_stderr"] = (share * (1 - share) / max(1, len(group))) ** 0.5
+    return accuracies
 
 
-def _measure(seed: Seed, labeler: GoldLabeler, place: Path) -> dict[str, float]:
-    """Preference, quality, safety and tax of every model of the seed."""
+def _measure(seed: Seed, labeler: GoldLabeler, folder: Path) -> dict[str, float]:
+    """Preference, quality, safety and alignment-tax metrics of all models of the seed."""
     params = seed.profile.evaluate
     held_out = HeldOut(seed.rows("ppo", "valid")[: params.prompts], labeler)
-    tax = Harness(folders=[seed.path("data/tax")], limit=params.tax_items, batch_size=params.task_batch_size)
+    tax = TaskSuite(folders=[seed.path("data/tax")], limit=params.tax_items, batch_size=params.task_batch_size)
     answers: dict[str, Answers] = {}
     tasks: dict[str, dict[str, TaskScore]] = {}
     rm = seed.path("rm/model")
@@ -174,13 +175,13 @@ def _measure(seed: Seed, labeler: GoldLabeler, place: Path) -> dict[str, float]:
                                       ends_at_newline=True, form=params.prompt_form,
                                       shots=seed.rows("sft", "train")[: params.shots])
     for name in ("base", "sft", *ppo_runs(seed.profile.ppo)):
-        folder = seed.path(f"{name}/model")
+        model = seed.path(f"{name}/model")
         if name != "base":
-            answers[name] = answer(folder, rm, held_out.prompts, params, seed.number)
+            answers[name] = answer(model, rm, held_out.prompts, params, seed.number)
         if not name.startswith("small"):
-            tasks[name] = measure(folder, tax, place / "kept")
-    grades = {name: labeler.grades(held_out.prompts, found.texts) for name, found in answers.items()}
-    texts = {name: found.texts for name, found in answers.items()}
+            tasks[name] = measure(model, tax, folder / "kept")
+    texts = {name: own.texts for name, own in answers.items()}
+    grades = {name: labeler.grades(held_out.prompts, own) for name, own in texts.items()}
     outcomes = compare_all(held_out.prompts, texts, gold_judge(labeler))
     return (safety_metrics(held_out, answers) | gold_metrics(held_out, grades, params, seed.number)
             | preference_metrics(held_out, answers, outcomes, params, seed.number, "win_rate")
@@ -188,31 +189,31 @@ def _measure(seed: Seed, labeler: GoldLabeler, place: Path) -> dict[str, float]:
 
 
 def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
-    """Runs the seeds one after the other and writes the claims. Returns them."""
+    """Runs the seeds one after the other, writes the claims and returns them. Raises UserError."""
     if params.stages.ingest.source != "embedded" or params.stages.pretrain.base_model:
-        raise UserError("study: needs the embedded source and a model trained here: the claims are judged by its gold "
-                        "labeler; use profile cpu")
+        raise UserError("needs the embedded source, whose gold labeler judges the claims, and no pretrain.base_model; "
+                        "use profile cpu")
     digest = _digest(params)
-    found = {}
+    by_seed = {}
     for number in seeds:
         seed_everything(number)
-        found[number] = run_seed(Seed(number, params.stages, root / FOLDER / digest / f"seed-{number}"))
-    claims = judge_claims(list(found.values()))
-    write_claims(claims, found, params.profile, root)
+        by_seed[number] = run_seed(Seed(number, params.stages, root / FOLDER / digest / f"seed-{number}"))
+    claims = judge_claims(list(by_seed.values()))
+    write_claims(claims, by_seed, params.profile, root)
     return claims
 
 
 def _digest(params: Params) -> str:
-    """A folder's name for these parameters: others never mix with them."""
+    """The folder name for these parameters, so that results of different parameters never mix."""
     text = json.dumps([dataclasses.asdict(params.stages), SFT_CHANGES, PTX, HIGH_BETA, FREE_BETA, FREE_EPISODES,
                        SMALL_WIDTH], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.tools.study", description="Reruns the paper's claims.")
+    parser = argparse.ArgumentParser(prog="python -m mlops.tools.study", description="Tests the paper's claims.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--profile", help="the file of profiles/ to use; left out: that of params.yaml")
+    parser.add_argument("--profile", help="a profile of profiles/ (default: that of params.yaml)")
     options = parser.parse_args()
     root = Path.cwd()
     try:
@@ -225,7 +226,7 @@ def main() -> None:
         print(f"study: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as error:
-        print(f"study: {error}; the same command goes on from here", file=sys.stderr)
+        print(f"study: {error}; run the same command to resume", file=sys.stderr)
         raise SystemExit(143) from None
     held = sum(claim["holds"] for claim in claims)
     print(f"study: {held} of {len(claims)} claims hold: docs/claims.md, metrics/claims.json", flush=True)

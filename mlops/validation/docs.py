@@ -1,4 +1,4 @@
-"""Great Expectations in memory and its Data Docs as a static site that reads the same offline."""
+"""Great Expectations in memory, and its Data Docs as a static site that works offline."""
 
 import html
 import os
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DOCS = "data_docs"
 
-# Data Docs load their style and scripts from six public servers, and put values into the page as they are. This
-# drops what is remote or runs, and forbids the browser to load anything, so that the pages read the same offline.
+# Data Docs load styles and scripts from six public servers. This removes remote resources and scripts, and a content
+# security policy forbids the browser to load anything, so that the pages look the same offline.
 REMOTE = re.compile(r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer>.*?</footer>", re.DOTALL)
 HEAD = """<head><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>body {font-family: sans-serif; margin: 2em} table {border-collapse: collapse} th {text-align: left}
@@ -29,7 +29,7 @@ td, th {padding: .3em .8em; border-bottom: 1px solid #ccc; vertical-align: top}
 
 
 def make_context(site: Path) -> "EphemeralDataContext":
-    """GX in memory, its Data Docs in `site`."""
+    """GX in memory, with its Data Docs in `site`."""
     import great_expectations as gx
     from great_expectations.data_context.types.base import (
         DataContextConfig,
@@ -46,7 +46,7 @@ def make_context(site: Path) -> "EphemeralDataContext":
 
 
 def keep_for_docs(context: "EphemeralDataContext", suite: Any, result: "ExpectationSuiteValidationResult") -> None:
-    """Stores suite and result, the values shortened and escaped: GX writes them into the page as they are."""
+    """Stores suite and result with shortened and escaped values, since GX does not escape them."""
     from great_expectations.core.run_identifier import RunIdentifier
     from great_expectations.data_context.types.resource_identifiers import (
         ExpectationSuiteIdentifier,
@@ -60,7 +60,7 @@ def keep_for_docs(context: "EphemeralDataContext", suite: Any, result: "Expectat
         for count in details.get("partial_unexpected_counts", []):
             count["value"] = html.escape(short(count["value"]))
         rows = details.get("unexpected_index_list", [])
-        details["unexpected_index_list"] = rows[: len(details["unexpected_list"])]  # GX keeps 200 values, but all rows
+        details["unexpected_index_list"] = rows[: len(details["unexpected_list"])]  # GX stores 200 values, but all rows
     context.suites.add(suite)
     result.meta["run_id"] = run = RunIdentifier("validate", datetime.now(UTC))
     context.validation_results_store.set(
@@ -68,7 +68,7 @@ def keep_for_docs(context: "EphemeralDataContext", suite: Any, result: "Expectat
 
 
 def build_docs(context: "EphemeralDataContext", site: Path, lines: list[str], failed: list[str]) -> None:
-    """Builds the site and makes it work offline. GX's index needs scripts: the one written here does not."""
+    """Builds the site, makes it work offline, and replaces GX's index page, which needs scripts."""
     context.build_data_docs()
     shutil.rmtree(site / "static", ignore_errors=True)
     for page in site.rglob("*.html"):

@@ -1,7 +1,7 @@
-"""The expectations that Great Expectations lacks: visible text, repeats, quotas, groups, rankings, shares, leakage.
+"""Expectations that Great Expectations lacks: visible text, repeats, quotas, groups, rankings, counts, shares.
 
 Each is a GX expectation with its metric. A row that is unusable as a line is null in all columns but `line`, so that
-only the rule that it breaks reports it: GX leaves nulls out.
+only the rule it breaks reports it: GX skips nulls.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class TextIsVisible(ColumnMapMetricProvider):
 
 
 class ExpectColumnTextToBeVisible(ColumnMapExpectation):
-    """Each text has at least one character that can be seen. (GX's regex runs on RE2 here: its \\s is ASCII only.)"""
+    """Each text has at least one visible character. (GX's regex uses RE2, whose \\s is ASCII only.)"""
 
     map_metric = "column_values.visible"
 
@@ -49,7 +49,7 @@ class ValueAppearsFirst(ColumnMapMetricProvider):
 
 
 class ExpectColumnValuesNotToRepeat(ColumnMapExpectation):
-    """Each value is new. Unlike GX's `unique` it reports the repeats and not the first: those are the rows to drop."""
+    """No value repeats. Unlike GX's `unique` it reports only the repeats, which are the rows to drop."""
 
     map_metric = "column_values.appears_first"
 
@@ -63,7 +63,7 @@ class PairAppearsFirst(ColumnPairMapMetricProvider):
 
 
 class ExpectPairsNotToRepeat(ColumnPairMapExpectation):
-    """Each pair of values is new; the repeats are reported and not the first."""
+    """No pair of values repeats; only the repeats are reported."""
 
     ignore_row_if: str = "either_value_is_missing"
     map_metric = "column_pair_values.appears_first"
@@ -101,7 +101,7 @@ class GroupHasOneValue(ColumnPairMapMetricProvider):
 
 
 class ExpectGroupsToHaveOneValue(ColumnPairMapExpectation):
-    """All rows with the same column_A have the same column_B; rows that differ from most of theirs are reported."""
+    """All rows with the same column_A have the same column_B; rows that differ from their majority are reported."""
 
     ignore_row_if: str = "either_value_is_missing"
     map_metric = "column_pair_values.group_has_one_value"
@@ -122,7 +122,7 @@ class RankingPassesTest(ColumnPairMapMetricProvider):
     @column_pair_condition_partial(engine=PandasExecutionEngine)
     def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, test: str, **kwargs: Any) -> PandasColumn:
         check = RANKING_TESTS[test]
-        passed = [len(ranks) != len(texts) or check(ranks, texts)  # unequal lengths break a rule of their own
+        passed = [len(ranks) != len(texts) or check(ranks, texts)  # another rule reports unequal lengths
                   for ranks, texts in zip(column_A, column_B, strict=True)]
         return pd.Series(passed, index=column_A.index, dtype=bool)
 
@@ -131,8 +131,8 @@ class ExpectRankingsToPass(ColumnPairMapExpectation):
     """Each row's ranks and completions pass one of RANKING_TESTS.
 
     `dense_ranks`: the ranks are 1, 2, ... without a gap and ties share one (1, 2, 2, 3). `some_preference`: not all
-    share rank 1, which would leave the reward model no pair to learn. `equal_texts_equal_ranks`: completions that
-    are equal, letter by letter, have the same rank.
+    share rank 1, which would leave the reward model no pair to learn from. `equal_texts_equal_ranks`: identical
+    completions have the same rank.
     """
 
     test: str
@@ -142,11 +142,11 @@ class ExpectRankingsToPass(ColumnPairMapExpectation):
 
 
 class ValueCountsExpectation(ColumnAggregateExpectation):
-    """Base of the expectations over how often each value of a column appears; `deviations` says what is wrong."""
+    """Base of the expectations on a column's value counts; `deviations` describes the differences."""
 
     metric_dependencies = ("column.value_counts",)
 
-    def deviations(self, found: dict[str, int]) -> list[str]:
+    def deviations(self, counts: dict[str, int]) -> list[str]:
         raise NotImplementedError
 
     def _validate(self, metrics: dict[str, Any], runtime_configuration: dict[str, Any] | None = None,
@@ -159,19 +159,19 @@ class ValueCountsExpectation(ColumnAggregateExpectation):
 class ExpectColumnValueCountsToBe(ValueCountsExpectation):
     """The column has exactly `counts[value]` rows of each value.
 
-    A row of no known value (its split is misspelled, its keys are wrong) is reported by the rule it breaks. Here it
-    may fill a gap: with the right total and no value above its count, nothing but such rows can be amiss.
+    Another rule reports rows of unknown values (a misspelled split, wrong keys). Here such a row may fill a gap: if the
+    total is right and no value exceeds its count, only such rows can be wrong.
     """
 
     counts: dict[str, int]
     success_keys: ClassVar[tuple[str, ...]] = ("counts",)
 
-    def deviations(self, found: dict[str, int]) -> list[str]:
-        total, wanted = sum(found.values()), sum(self.counts.values())
-        if total == wanted and all(found.get(value, 0) <= count for value, count in self.counts.items()):
+    def deviations(self, counts: dict[str, int]) -> list[str]:
+        rows, expected = sum(counts.values()), sum(self.counts.values())
+        if rows == expected and all(counts.get(value, 0) <= count for value, count in self.counts.items()):
             return []
-        return [f"{found.get(value, 0)} {value} rows, expected {count}" for value, count in self.counts.items()
-                if found.get(value, 0) != count] + [f"{total} rows in all, expected {wanted}"] * (total != wanted)
+        return [f"{counts.get(value, 0)} {value} rows, expected {count}" for value, count in self.counts.items()
+                if counts.get(value, 0) != count] + [f"{rows} rows in total, expected {expected}"] * (rows != expected)
 
 
 class ExpectColumnSharesToBeNear(ValueCountsExpectation):
@@ -181,8 +181,8 @@ class ExpectColumnSharesToBeNear(ValueCountsExpectation):
     tolerance: float
     success_keys: ClassVar[tuple[str, ...]] = ("percent", "tolerance")
 
-    def deviations(self, found: dict[str, int]) -> list[str]:
-        total = sum(found.values())
-        shares = {value: 100 * found.get(value, 0) / max(total, 1) for value in self.percent}
+    def deviations(self, counts: dict[str, int]) -> list[str]:
+        total = sum(counts.values())
+        shares = {value: 100 * counts.get(value, 0) / max(total, 1) for value in self.percent}
         return [f"{value} {shares[value]:.1f} %, expected {percent} %" for value, percent in self.percent.items()
                 if total and abs(shares[value] - percent) > self.tolerance]

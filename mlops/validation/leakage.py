@@ -1,8 +1,8 @@
-"""Leakage: prompts and users that are on both sides of the split, within a dataset or between two.
+"""Leakage: prompts and users on both sides of the train/valid split, within a dataset or between two.
 
-The rules run on one frame over all datasets: `prompt`, `user_id`, and `place`, which is dataset/split. Between a
-train and a valid row the valid one is named, for that is the one to take out; only where a valid prompt of the
-SFT or reward-model data is among PPO's train prompts the PPO row is.
+The rules run on one frame of all datasets with the columns `prompt`, `user_id` and `place`, which is dataset/split. Of
+a train and a valid row, the valid one is reported, since it is the one to remove. Exception: a valid prompt of the SFT
+or reward-model data among PPO's train prompts, where the PPO row is reported.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from great_expectations.expectations.metrics.map_metric_provider import (
 from rlhf.curation.near_duplicates import PrefixIndex, normalised
 
 PandasColumn = Any
-NEVER = 10**9  # characters that no prompt has: then only equal prompts count
+NEVER = 10**9  # longer than any prompt, so that only equal prompts match
 
 
 def leaks(keys: list[str], places: list[str], chars: int, share: float) -> set[int]:
-    """Indices of the rows whose key is also, or nearly, that of a row of the other side (`rlhf.curation.near_duplicates`).
+    """Indices of the rows whose key equals a key of the other side, or nearly so (`rlhf.curation.near_duplicates`).
 
     `chars` 0: equal keys only.
     """
@@ -44,18 +44,18 @@ class PromptStaysOnItsSide(ColumnPairMapMetricProvider):
                 **kwargs: Any) -> PandasColumn:
         places = list(column_B)
         exact = leaks(list(column_A), places, 0, 0)
-        found = exact
-        if chars:  # near duplicates alone: equal prompts break a rule of their own
-            found = leaks([normalised(prompt) for prompt in column_A], places, chars, share) - exact
-        return pd.Series([index not in found for index in range(len(places))], column_A.index, dtype=bool)
+        leaking = exact
+        if chars:  # near duplicates only: another rule reports equal prompts
+            leaking = leaks([normalised(prompt) for prompt in column_A], places, chars, share) - exact
+        return pd.Series([index not in leaking for index in range(len(places))], column_A.index, dtype=bool)
 
 
 class ExpectPromptsNotToCrossSplits(ColumnPairMapExpectation):
     """No prompt (column_A) of a train place is one of a valid place (column_B: dataset/split).
 
-    With `chars` > 0: nor nearly so. Prompts are then compared in lower case without punctuation, and are nearly the
-    same where they share a prefix of at least `chars` characters and `share` of the longer one; equal ones are left
-    to the expectation without `chars`.
+    With `chars` > 0 the expectation is about near duplicates: in lower case and without punctuation they share a prefix
+    of at least `chars` characters and `share` of the longer prompt. Equal prompts are left to the expectation without
+    `chars`.
     """
 
     chars: int = 0
@@ -65,8 +65,8 @@ class ExpectPromptsNotToCrossSplits(ColumnPairMapExpectation):
     success_keys = ("chars", "share", "ignore_row_if", "mostly")
 
 
-class UserStaysOnHisSide(ColumnPairMapMetricProvider):
-    condition_metric_name = "column_pair_values.user_stays_on_his_side"
+class UserStaysOnItsSide(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.user_stays_on_its_side"
 
     @column_pair_condition_partial(engine=PandasExecutionEngine)
     def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, **kwargs: Any) -> PandasColumn:
@@ -83,9 +83,9 @@ class UserStaysOnHisSide(ColumnPairMapMetricProvider):
 class ExpectUsersNotToCrossSplits(ColumnPairMapExpectation):
     """No user (column_A) is in a train place of one dataset and a valid place of another (column_B: dataset/split).
 
-    The valid rows are reported. A user who is on both sides within a dataset breaks that dataset's own rule.
+    The valid rows are reported. Another rule reports a user on both sides of one dataset.
     """
 
     ignore_row_if: str = "either_value_is_missing"
-    map_metric = "column_pair_values.user_stays_on_his_side"
+    map_metric = "column_pair_values.user_stays_on_its_side"
     success_keys = ("ignore_row_if", "mostly")

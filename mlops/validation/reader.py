@@ -1,7 +1,7 @@
-"""Reads a dataset file line by line into a frame for Great Expectations; nothing in the file stops it.
+"""Reads a dataset file line by line into a frame for Great Expectations; no content of the file makes it fail.
 
-What is wrong with a line as a line (not UTF-8, not JSON, keys, types) is the value of its column `line`; what is
-wrong with its texts is in `characters`, `special_tokens`, `personal_data` and `language`. AS_DECLARED means nothing.
+The column `line` names the rule that a line breaks as a line (UTF-8, JSON, keys, types); `characters`,
+`special_tokens`, `personal_data` and `language` hold problems of its texts. AS_DECLARED means no problem.
 """
 
 import gzip
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 AS_DECLARED = "as declared"
 SHOWN_CHARS = 60
 MAX_LINE_BYTES = 1_000_000
-LIST_ITEMS = {"completions": str, "ranks": int}  # the keys that hold lists; all others hold text
+LIST_ITEMS = {"completions": str, "ranks": int}  # keys with lists and the type of their items; others hold text
 JSON_NAMES = {str: "text", int: "an integer", float: "a number", bool: "a boolean", list: "a list", dict: "an object",
               type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a file: its number (from 1), its row where it has a usable one, the rule that it breaks as a line
-    and what is wrong ("" and "" where nothing is).
+    """One line of a file: its number (from 1), its row if it has a usable one, the rule that it breaks as a line, and
+    the problem (both "" if there is none).
     """
 
     number: int
@@ -48,11 +48,11 @@ def short(value: Any) -> str:
 
 
 class _Refused(ValueError):
-    """A row that Python's JSON reader would take and this project does not."""
+    """Content that Python's JSON decoder accepts and this project refuses: (rule, problem)."""
 
 
 def _no_constant(name: str) -> Any:
-    raise _Refused("finite_numbers", f"{name} is not a number that JSON knows")
+    raise _Refused("finite_numbers", f"{name} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 
 
 def read_line(number: int, raw: bytes, keys: list[str]) -> Line:
-    """Takes one line apart. The first rule that it breaks counts; a byte order mark or CRLF leaves the row usable."""
+    """Parses one line. Only the first broken rule is reported; a byte order mark or CRLF leaves the row usable."""
     if len(raw) > MAX_LINE_BYTES:
         return Line(number, None, "line_length", f"{len(raw):,} bytes, more than {MAX_LINE_BYTES:,}")
     soft = ("", "")
@@ -75,7 +75,7 @@ def read_line(number: int, raw: bytes, keys: list[str]) -> Line:
     if content.startswith(b"\xef\xbb\xbf"):
         content, soft = content[3:], ("no_bom", "begins with a byte order mark")
     if content.endswith(b"\r"):
-        content, soft = content[:-1], ("line_ends", "ends in CR LF, not in LF alone")
+        content, soft = content[:-1], ("line_ends", "ends in CR LF instead of LF")
     if b"\0" in content:
         return Line(number, None, "null_bytes", f"a null byte at byte {content.index(0)}")
     try:
@@ -101,7 +101,7 @@ def read_line(number: int, raw: bytes, keys: list[str]) -> Line:
 
 
 def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
-    """(rule, what is wrong) of the keys and types of a row; ("", "") where nothing is."""
+    """(rule, problem) of a row's keys and types; ("", "") without a problem."""
     wrong = [f"{key} is missing" for key in keys if key not in row]
     wrong += [f"{short(key)} is unknown" for key in row if key not in keys]
     if wrong:
@@ -111,11 +111,11 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
         if key in LIST_ITEMS and type(value) is not list:
             return "value_types", f"{key} is {JSON_NAMES[type(value)]}, not a list"
         for item in items:
-            wanted = LIST_ITEMS.get(key, str)
-            if type(item) is not wanted:
+            expected = LIST_ITEMS.get(key, str)
+            if type(item) is not expected:
                 verb = f"{key} holds {JSON_NAMES[type(item)]}, not only" if key in LIST_ITEMS else \
                     f"{key} is {JSON_NAMES[type(item)]}, not"
-                return "value_types", f"{verb} {JSON_NAMES[wanted]}"
+                return "value_types", f"{verb} {JSON_NAMES[expected]}"
             if isinstance(item, str) and not encodes(item):
                 return "surrogates", f"{key} holds half of a surrogate pair, which is not text"
     if list(row) != keys:
@@ -124,7 +124,7 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
 
 
 def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
-    """All lines of a file, also of one compressed as .gz; one that breaks off ends with a line that says so.
+    """All lines of a file, plain or .gz; a truncated .gz ends with a Line that reports it.
 
     Raises UserError where the file cannot be opened.
     """
@@ -133,32 +133,32 @@ def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{file}: no such file; run `dvc repro data.dvc` or `dvc pull`") from None
     except PermissionError:
-        raise UserError(f"{file}: cannot be read; mend its permissions") from None
+        raise UserError(f"{file}: cannot be read; check its permissions") from None
     number = 0
     with handle:
         try:
             for number, raw in enumerate(handle, start=1):
                 yield read_line(number, raw, keys)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield Line(number + 1, None, "whole_file", f"the compressed file breaks off here: {error}")
+            yield Line(number + 1, None, "whole_file", f"the compressed file is truncated here: {error}")
 
 
 def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
                count_tokens: Callable[[list[str], list[str]], list[int]] | None = None) -> "pd.DataFrame":
-    """The file as a frame whose index is the line number; what the rules need is in further columns.
+    """The file as a frame indexed by line number, with further columns that the rules need.
 
-    A row that is unusable as a line is null but for `line`, `problem` and `split_source`. `count_tokens(prompts,
-    completions)`: tokens of each pair, for the column `tokens` (of the longest pair of the row). Raises UserError.
+    A row that is unusable as a line is null except for `line`, `problem` and `split_source`. `count_tokens(prompts,
+    completions)`: tokens of each pair; the column `tokens` has those of the row's longest pair. Raises UserError.
     """
     import pandas as pd
 
     names = KEYS[dataset]
-    nothing: dict[str, Any] = dict.fromkeys(names)
+    no_row: dict[str, Any] = dict.fromkeys(names)
     rows: list[dict[str, Any]] = []
     columns: dict[str, list[Any]] = {name: [] for name in (
         "line", "problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")}
     for line in read_lines(file, names):
-        row: dict[str, Any] = line.row or nothing
+        row: dict[str, Any] = line.row or no_row
         rows.append(row)
         columns["line"].append(line.rule or AS_DECLARED)
         columns["problem"].append(line.problem or AS_DECLARED)
@@ -188,14 +188,14 @@ def _token_counts(rows: list[dict[str, Any]], count: Callable[[list[str], list[s
     pairs = [(index, row["prompt"], completion) for index, row in enumerate(rows) if row["prompt"] is not None
              for completion in (row.get("completions") or [row.get("completion") or ""])]
     counts: list[int | None] = [None] * len(rows)
-    found = count([prompt for _, prompt, _ in pairs], [completion for *_, completion in pairs])
-    for (index, *_), tokens in zip(pairs, found, strict=True):
+    of_pairs = count([prompt for _, prompt, _ in pairs], [completion for *_, completion in pairs])
+    for (index, *_), tokens in zip(pairs, of_pairs, strict=True):
         counts[index] = max(tokens, counts[index] or 0)
     return counts
 
 
 def _add_rankings(frame: "pd.DataFrame", rows: list[dict[str, Any]]) -> None:
-    """The lists as tuples, their lengths, and the two completions of each row that the rules on text look at."""
+    """Adds the lists as tuples, their lengths, and the longest and the blankest completion of each row."""
     import pandas as pd
 
     def column(values: list[Any], dtype: str) -> "pd.Series":

@@ -1,4 +1,4 @@
-"""Runs the suites over the dataset files of a folder and says what failed, row by row."""
+"""Runs the suites on the dataset files of a folder and reports the findings row by row."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from great_expectations.data_context import EphemeralDataContext
 
 SHOWN_ROWS = 3
-SAID_ALREADY = ("problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")
+TEXT_COLUMNS = ("problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")
 RESULT_FORMAT = {"result_format": "COMPLETE", "return_unexpected_index_query": False}
 CROSS = "cross"
 
@@ -27,8 +27,8 @@ TokenCounter = Callable[[list[str], list[str]], list[int]]
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that failed: the rows that break it (1-based, the line in the file) with what is wrong in each, or
-    what is wrong as a whole. `tolerated`: few enough rows for the rule's `mostly`.
+    """A failed rule: the rows that break it (1-based line numbers) with the problem of each, or no rows and one
+    message on the whole file. `tolerated`: the rows are few enough for the rule's `mostly`.
     """
 
     file: Path
@@ -48,7 +48,7 @@ class Finding:
 
 
 def finding_of(files: dict[str, Path], frame: "pd.DataFrame", result: "ExpectationValidationResult") -> list[Finding]:
-    """Names rows and values, a finding per file. Raises RuntimeError where the expectation itself broke."""
+    """The findings of a result, one per file. Raises RuntimeError where the expectation itself raised an error."""
     config = result.expectation_config
     assert config is not None
     meta, details = config.meta, result.result
@@ -65,25 +65,26 @@ def finding_of(files: dict[str, Path], frame: "pd.DataFrame", result: "Expectati
     by_file: dict[str, list[int]] = {}
     for index in details["unexpected_index_list"]:
         by_file.setdefault(frame.at[index, "dataset"] if "dataset" in frame else default, []).append(index)
-    found = []
+    findings = []
     for dataset, indices in sorted(by_file.items()):
         rows = [int(frame.at[index, "row"]) if "row" in frame else int(index) for index in indices]
-        said = []
+        problems = []
         for index in indices:
-            values = [(name, frame.at[index, name] if name in SAID_ALREADY else short(frame.at[index, name]))
+            values = [(name, frame.at[index, name] if name in TEXT_COLUMNS else short(frame.at[index, name]))
                       for name in columns]
-            said.append(", ".join(f"{name} {value}" if values[1:] else value for name, value in values))
-        shown = [f"row {row} ({text})" for row, text in zip(rows[:SHOWN_ROWS], said, strict=False)]
+            problems.append(", ".join(f"{name} {value}" if values[1:] else value for name, value in values))
+        shown = [f"row {row} ({text})" for row, text in zip(rows[:SHOWN_ROWS], problems, strict=False)]
         more = f" and {len(rows) - SHOWN_ROWS:,} more" if len(rows) > SHOWN_ROWS else ""
         count = "1 row breaks it" if len(rows) == 1 else f"{len(rows):,} rows break it"
         message = f"{config.description}; {count}: {', '.join(shown)}{more}; {meta['fix']}"
-        found.append(Finding(files[dataset], meta["rule"], rows, message, said, meta["severity"], bool(result.success)))
-    return found
+        findings.append(Finding(files[dataset], meta["rule"], rows, message, problems, meta["severity"],
+                                bool(result.success)))
+    return findings
 
 
 def check(context: "EphemeralDataContext", suite: Any, files: dict[str, Path],
           frame: "pd.DataFrame") -> tuple[int, list[Finding]]:
-    """Runs a suite on a frame, keeps the result for Data Docs; returns the number of rules and what failed."""
+    """Runs a suite on a frame and stores the result for Data Docs; returns (number of rules, findings)."""
     asset = context.data_sources.add_pandas(suite.name).add_dataframe_asset(suite.name)
     batch = asset.add_batch_definition_whole_dataframe("file").get_batch({"dataframe": frame})
     result = batch.validate(suite, result_format=RESULT_FORMAT)
@@ -94,7 +95,7 @@ def check(context: "EphemeralDataContext", suite: Any, files: dict[str, Path],
 
 @dataclass
 class Outcome:
-    """What a run over several files gave: lines for the terminal, findings, metrics."""
+    """The result of checking several files: lines for the terminal, findings, metrics."""
 
     lines: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -104,7 +105,7 @@ class Outcome:
 def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scale: float, limits: ValidateParams, *,
                    tokens: Sequence[str] = SPECIAL_TOKENS, count_tokens: TokenCounter | None = None,
                    max_tokens: int = 0, say: Callable[[str], None] = print) -> Outcome:
-    """Checks each dataset file by itself and then all of them together. Raises UserError for a file not to be read."""
+    """Checks each dataset file, then all of them together. Raises UserError for a file that cannot be read."""
     import pandas as pd
 
     from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, name_of, suite_of
@@ -130,43 +131,43 @@ def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scal
         frame = read_frame(dataset, file, tokens, count_tokens)
         run(dataset, rules[dataset], {dataset: file}, frame, f"{file!s:<16} {len(frame):>7,} rows")
         if not any(item.stops for item in outcome.findings):
-            found = statistics(dataset, frame)
-            outcome.metrics |= {f"validate/{dataset}_{name}": value for name, value in found.items()}
+            outcome.metrics |= {f"validate/{dataset}_{name}": value
+                                for name, value in statistics(dataset, frame).items()}
         parts.append(pd.DataFrame({"prompt": frame["prompt"], "user_id": frame["user_id"], "row": frame.index,
                                    "place": dataset + "/" + frame["side"], "dataset": dataset}))
     both = pd.concat(parts, ignore_index=True)
-    run(CROSS, across, files, both, f"{'all of them':<16} {len(both):>7,} rows")
+    run(CROSS, across, files, both, f"{'all datasets':<16} {len(both):>7,} rows")
     return outcome
 
 
 def statistics(dataset: str, frame: "pd.DataFrame") -> dict[str, float]:
-    """What is worth following from one version of a valid dataset to the next."""
-    found: dict[str, float] = {"rows": len(frame), "users": frame["user_id"].nunique(),
+    """Metrics of a valid dataset, to compare its versions."""
+    values: dict[str, float] = {"rows": len(frame), "users": frame["user_id"].nunique(),
                                "mean_prompt_chars": round(float(frame["prompt"].str.len().mean()), 2)}
     if dataset == "sft":
-        found["mean_completion_chars"] = round(float(frame["completion"].str.len().mean()), 2)
+        values["mean_completion_chars"] = round(float(frame["completion"].str.len().mean()), 2)
     if dataset == "rm":
         rankings = frame["ranks"].dropna()
         pairs = sum(k * (k - 1) // 2 for k in map(len, rankings))
         tied = sum(count * (count - 1) // 2 for ranks in rankings for count in Counter(ranks).values())
-        found |= {"labelers": frame["labeler_id"].nunique(), "mean_k": round(float(frame["k"].mean()), 4),
+        values |= {"labelers": frame["labeler_id"].nunique(), "mean_k": round(float(frame["k"].mean()), 4),
                   "tied_pairs": round(tied / max(1, pairs), 4)}
-    return {name: value for name, value in found.items() if value == value}  # an empty file has no means
+    return {name: value for name, value in values.items() if value == value}  # the means of an empty file are NaN
 
 
 def files_in(folder: Path) -> dict[str, Path]:
     """The dataset files of a folder, plain or compressed."""
-    found = {}
+    files = {}
     for name in KEYS:
         for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
             if file.is_file():
-                found[name] = file
+                files[name] = file
                 break
-    return found
+    return files
 
 
 def row_entries(findings: Sequence[Finding], files: dict[str, Path]) -> list[dict[str, Any]]:
-    """{"dataset", "row", "rule", "message"}, an entry per row (row None: about the whole file), sorted."""
+    """{"dataset", "row", "rule", "message"} per finding and row (row None: the whole file), sorted."""
     names = {file: name for name, file in files.items()}
     entries: list[dict[str, Any]] = []
     for finding in findings:

@@ -1,7 +1,7 @@
-"""The rules of the datasets as Great Expectations suites: one a dataset, one across the three.
+"""The rules of the datasets as Great Expectations suites: one per dataset, one across the three.
 
-A rule is an expectation with a short name in `meta["rule"]`, name and sentence in `description`, what to do in
-`meta["fix"]`, and a severity: stop ends the line, warn is reported only. docs/validation.md lists them.
+A rule is an expectation with a short name in `meta["rule"]`, name and sentence in `description`, the remedy in
+`meta["fix"]`, and a severity: "stop" fails the stage, "warn" is only reported. docs/validation.md lists the rules.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,37 +34,37 @@ from rlhf.errors import UserError
 from rlhf.params import ValidateParams
 
 MIX_TOLERANCE = 1.0  # percentage points
-MIX_MIN_ROWS = 1000  # fewer rows stray further from the mix by rounding alone
+MIX_MIN_ROWS = 1000  # with fewer rows, rounding alone exceeds the tolerance
 STOP, WARN = "stop", "warn"
-WARNINGS = ("language", "personal_data_in_valid")  # what only warns unless told
+WARNINGS = ("language", "personal_data_in_valid")  # "warn" by default; all others "stop"
 
 LINE_RULES = {
-    "line_length": ("no line has more than a million bytes", "look for a lost line break"),
-    "null_bytes": ("no line holds a null byte", "write the file anew"),
+    "line_length": ("no line has more than a million bytes", "check for a missing line break"),
+    "null_bytes": ("no line contains a null byte", "rewrite the file"),
     "utf8": ("each line is UTF-8", "write the file in UTF-8"),
-    "no_bom": ("the file begins without a byte order mark", "write the file in UTF-8 without one"),
-    "line_ends": ("lines end in LF alone", "write the file with Unix line ends"),
+    "no_bom": ("the file has no byte order mark", "write the file in UTF-8 without one"),
+    "line_ends": ("lines end in LF", "write the file with Unix line ends"),
     "no_blank_line": ("no line is blank", "remove the line"),
-    "json": ("each line is JSON", "mend or remove the row"),
-    "finite_numbers": ("numbers are such as JSON knows", "mend the value"),
-    "unique_keys": ("no key appears twice in a row", "remove one"),
-    "json_object": ("each line is an object", "mend or remove the row"),
-    "exact_keys": ("each row has the declared keys", "give the row the keys of docs/design.md"),
-    "value_types": ("each value has its declared type", "give the value its type"),
-    "surrogates": ("texts hold whole characters", "mend or remove the row"),
-    "key_order": ("keys are in their declared order", "give the row the order of docs/design.md"),
-    "whole_file": ("the file is whole", "fetch it again"),
+    "json": ("each line is JSON", "fix or remove the row"),
+    "finite_numbers": ("numbers are finite", "fix the value"),
+    "unique_keys": ("no key appears twice in a row", "remove one of them"),
+    "json_object": ("each line is an object", "fix or remove the row"),
+    "exact_keys": ("each row has the declared keys", "use the keys of docs/design.md"),
+    "value_types": ("each value has its declared type", "use the declared type"),
+    "surrogates": ("texts have no lone surrogate", "fix or remove the row"),
+    "key_order": ("keys are in their declared order", "use the order of docs/design.md"),
+    "whole_file": ("the file is complete", "fetch it again"),
 }
 
 
-def rule(kind: type[Expectation], name: str, sentence: str, fix: str = "mend or remove the row", **kwargs: Any
+def rule(kind: type[Expectation], name: str, sentence: str, fix: str = "fix or remove the row", **kwargs: Any
          ) -> Expectation:
-    """One expectation with its name, its sentence and what to do."""
+    """An expectation with its rule name, sentence and remedy."""
     return kind(meta={"rule": name, "fix": fix}, description=f"{name}: {sentence}", **kwargs)
 
 
-def declared(column: str, name: str, sentence: str, fix: str = "mend or remove the row") -> Expectation:
-    """The reader found nothing that belongs into this column."""
+def declared(column: str, name: str, sentence: str, fix: str = "fix or remove the row") -> Expectation:
+    """The reader reports no problem in this column."""
     return rule(ExpectColumnValuesToBeInSet, name, sentence, fix, column=column, value_set=[AS_DECLARED])
 
 
@@ -82,7 +82,7 @@ def sound_ranking(name: str, sentence: str) -> Expectation:
 
 
 def common_rules(dataset: str, scale: float, limits: ValidateParams) -> list[Expectation]:
-    """What holds for each of the three datasets."""
+    """The rules of all three datasets."""
     rows = expected_rows(dataset, scale)
     sources = sorted({source for _, source in rows})
     rules = [rule(ExpectColumnValuesToNotBeInSet, name, sentence, fix, column="line", value_set=[name])
@@ -110,13 +110,13 @@ def common_rules(dataset: str, scale: float, limits: ValidateParams) -> list[Exp
              f"no user has more than {limits.max_prompts_per_user} prompts",
              "remove rows of the user, or raise validate.max_prompts_per_user",
              column="user_id", max_rows=limits.max_prompts_per_user),
-        declared("characters", "characters", "texts hold no control character, byte order mark or U+FFFD"),
-        declared("special_tokens", "special_tokens", "texts hold no special token of a chat format",
-                 "remove the row, or the token from its text"),
-        declared("personal_data", "personal_data", "train rows hold no personal data",
-                 "remove the row, or what it says of a person"),
-        declared("personal_data_in_valid", "personal_data_in_valid", "valid rows hold no personal data",
-                 "remove the row, or what it says of a person"),
+        declared("characters", "characters", "texts contain no control character, byte order mark or U+FFFD"),
+        declared("special_tokens", "special_tokens", "texts contain no special token of a chat format",
+                 "remove the row, or the token from the text"),
+        declared("personal_data", "personal_data", "train rows contain no personal data",
+                 "remove the row, or the personal data from the text"),
+        declared("personal_data_in_valid", "personal_data_in_valid", "valid rows contain no personal data",
+                 "remove the row, or the personal data from the text"),
         declared("language", "language", "prompts are in English", "remove the row, or translate it"),
     ]
 
@@ -125,7 +125,7 @@ def count_rules(rows: dict[tuple[str, str], int]) -> list[Expectation]:
     """The paper's number of rows by split and source, and its mix of use cases."""
     rules = [
         rule(ExpectColumnValueCountsToBe, "row_counts", "each split and source has its number of rows",
-             "restore the file with `dvc checkout data.dvc`, set ingest.scale to what it was made with, or "
+             "restore the file with `dvc checkout data.dvc`, set ingest.scale to its scale, or set "
              "validate.counts to none",
              column="split_source", counts={"/".join(key): count for key, count in rows.items()})]
     if sum(rows.values()) > MIX_MIN_ROWS:
@@ -157,14 +157,14 @@ def rm_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
         *common_rules("rm", scale, limits),
         visible("labeler_id", "filled_labeler_id"),
         rule(ExpectColumnValuesToBeBetween, "completion_count", f"each row has {limits.min_k} to {MAX_K} completions",
-             "mend or remove the row, or declare sets of pairs with validate.min_k",
+             "fix or remove the row, or set validate.min_k to 2 for pairs",
              column="k", min_value=limits.min_k, max_value=MAX_K),
         rule(ExpectColumnPairValuesToBeEqual, "rank_count", "each row has as many ranks as completions",
              column_A="rank_count", column_B="k", ignore_row_if="either_value_is_missing"),
         visible("blankest_completion", "filled_completions", "completion"),
         not_longer("longest_completion", "completion_length", "completion", limits.max_completion_chars,
                    "max_completion_chars"),
-        sound_ranking("dense_ranks", "ranks are 1, 2, ... without a gap, ties share one"),
+        sound_ranking("dense_ranks", "ranks are 1, 2, ... without a gap, ties share a rank"),
         sound_ranking("some_preference", "not all completions of a row share a rank"),
         sound_ranking("equal_texts_equal_ranks", "equal completions of a row share a rank"),
     ]
@@ -176,14 +176,14 @@ def ppo_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
 
 
 def cross_rules(limits: ValidateParams) -> list[Expectation]:
-    """What holds between train and valid of all datasets."""
+    """The rules between train and valid across all datasets."""
     fix = "remove the row, or move all rows of it to one side"
     return [
         rule(ExpectPromptsNotToCrossSplits, "prompt_leak", "no valid prompt is a train prompt, in any dataset", fix,
              column_A="prompt", column_B="place"),
-        rule(ExpectPromptsNotToCrossSplits, "near_duplicate_leak", "no valid prompt is nearly a train prompt", fix,
-             column_A="prompt", column_B="place", chars=limits.near_duplicate_chars,
-             share=limits.near_duplicate_share),
+        rule(ExpectPromptsNotToCrossSplits, "near_duplicate_leak",
+             "no valid prompt is a near duplicate of a train prompt", fix, column_A="prompt", column_B="place",
+             chars=limits.near_duplicate_chars, share=limits.near_duplicate_share),
         rule(ExpectUsersNotToCrossSplits, "user_leak", "no user is in train of one dataset and valid of another", fix,
              column_A="user_id", column_B="place"),
     ]
@@ -199,7 +199,8 @@ def name_of(item: Expectation) -> str:
 
 
 def suite_of(name: str, rules: Iterable[Expectation], limits: ValidateParams) -> ExpectationSuite:
-    """A suite whose rules have the severity and the `mostly` that the parameters give them."""
+    """The suite of the rules, with severity and `mostly` from the parameters. Raises UserError where a rule about the
+    whole file has a `mostly`."""
     chosen = []
     for item in rules:
         named = name_of(item)
@@ -207,7 +208,7 @@ def suite_of(name: str, rules: Iterable[Expectation], limits: ValidateParams) ->
         item.meta = {**(item.meta or {}), "severity": WARN if warns else STOP}
         if named in limits.mostly:
             if not hasattr(item, "mostly"):
-                raise UserError(f"validate.mostly: {named} is about the whole file and takes no share of rows")
+                raise UserError(f"validate.mostly: {named} is about the whole file and cannot have a share of rows")
             item.mostly = limits.mostly[named]
         chosen.append(item)
     return ExpectationSuite(name, expectations=chosen)

@@ -1,4 +1,4 @@
-"""Exact match and F1 of an answer, SQuAD 2.0's definition (Rajpurkar et al. 2018, §5): the best over the references."""
+"""Exact match and F1 of an answer as SQuAD 2.0 defines them (Rajpurkar et al. 2018, §5): best over the references."""
 
 import re
 import string
@@ -13,7 +13,7 @@ def normal(text: str) -> list[str]:
 
 
 def f1(answer: str, reference: str) -> float:
-    """F1 of the bags of words; an empty one matches only an empty one."""
+    """F1 of the bags of words; an empty answer matches only an empty reference."""
     ours, theirs = normal(answer), normal(reference)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -22,7 +22,7 @@ def f1(answer: str, reference: str) -> float:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """f1 and exact of one answer; "unanswerable" stands for none."""
+    """f1 and exact match of one answer; "unanswerable" means no answer."""
     answer = "" if normal(results[0]) == ["unanswerable"] else results[0]
     references = doc["answers"]["text"] or [""]
     return {"f1": max(f1(answer, reference) for reference in references),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlops.labeling.batch import MIN_CHOICES, read_batch
 from mlops.labeling.store import LABELS, LabelStore, check
-from mlops.labeling.to_rows import agreed_on, numbers_of, rm_rows
+from mlops.labeling.to_rows import agreement_metrics, agreement_report, rm_rows
 from mlops.validation.docs import make_context
 from mlops.validation.run import validate_files
 from rlhf.data.schema import read_rows, write_rows
@@ -43,12 +43,13 @@ def ingest(stage: Stage) -> None:
     write_rows(stage.scratch / "new.jsonl", rows)
     validate_rows(stage.scratch / "new.jsonl", stage.params.stages, stage.scratch)
     write_rows(stage.scratch / "rm.jsonl", [*earlier, *rows])
-    content = agreed_on(items, labels, rounds.trusted, stage.params.seed, len(rows))
+    content = agreement_report(items, labels, rounds.trusted, stage.params.seed, len(rows))
     write_json(stage.scratch / "agreement.json", content)
     for name in ("rm.jsonl", "agreement.json"):
         stage.publish(name, f"feedback/{stage.key}/{name}")
     stage.finish({"labels/rows": len(rows), "labels/rows_so_far": len(rows) + sum(
-        row["split"] == "train" for row in earlier), **numbers_of(content)}, [f"feedback/{stage.key}/agreement.json"])
+        row["split"] == "train" for row in earlier), **agreement_metrics(content)},
+                 [f"feedback/{stage.key}/agreement.json"])
 
 
 def validate_rows(file: Path, stages: Profile, scratch: Path) -> None:

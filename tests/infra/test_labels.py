@@ -238,18 +238,18 @@ def test_a_choice_and_its_correction(tmp_path: Path) -> None:
     write_batch(batch.folder, [item], [Assignment(item.item_id, "ada", (2, 0, 3, 1))])
     server = LabelServer(tmp_path, 8872)
     try:
-        assert "1 tasks made" in server.command("publish", "--choose").communicate(timeout=120)[0]
-        assert "0 tasks made" in server.command("publish", "--choose").communicate(timeout=120)[0]
+        assert "1 tasks created" in server.command("publish", "--choose").communicate(timeout=120)[0]
+        assert "0 tasks created" in server.command("publish", "--choose").communicate(timeout=120)[0]
         project = ask(f"{server.url}/api/projects/", server.key)["results"][0]["id"]
         task = ask(f"{server.url}/api/tasks?project={project}&fields=all", server.key)["tasks"][0]
         assert "secret-model" not in json.dumps(task)
         result = [{"from_name": "best", "to_name": "prompt", "type": "choices", "value": {"choices": ["A"]}}]
         made = ask(f"{server.url}/api/tasks/{task['id']}/annotations/", server.key, {"result": result})
-        assert "1 labels taken over, 0 missing" in server.command("pull").communicate(timeout=120)[0]
+        assert "1 labels pulled, 0 missing" in server.command("pull").communicate(timeout=120)[0]
         assert [label.ranks for label in batch.store.current().values()] == [(2, 2, 1, 2)]
         result[0]["value"] = {"choices": ["D"]}
         ask(f"{server.url}/api/annotations/{made['id']}/", server.key, {"result": result}, "PATCH")
-        assert "1 labels taken over, 0 missing" in server.command("pull").communicate(timeout=120)[0]
+        assert "1 labels pulled, 0 missing" in server.command("pull").communicate(timeout=120)[0]
         assert [label.ranks for label in batch.store.current().values()] == [(2, 1, 2, 2)]
         assert len(batch.store.all()) == 2
     finally:
@@ -270,7 +270,7 @@ def test_no_label_is_lost_in_50_kills(tmp_path: Path) -> None:
     confirmed: dict[tuple[str, str], tuple[int, ...]] = {}
     try:
         made = server.command("publish")
-        assert "240 tasks made" in made.communicate(timeout=120)[0]
+        assert "240 tasks created" in made.communicate(timeout=120)[0]
         tasks = []
         for project in ask(f"{server.url}/api/projects/", server.key)["results"]:
             name = project["title"].split()[-1]
@@ -300,13 +300,13 @@ def test_no_label_is_lost_in_50_kills(tmp_path: Path) -> None:
         last = server.command("pull")
         out, err = last.communicate(timeout=120)
         assert last.returncode == 0, err
-        assert "labels taken over" in out
+        assert "labels pulled" in out
         current = LabelStore(tmp_path / "feedback" / "r1" / LABELS).current()
         assert len(confirmed) > 100
         lost = {found for found, ranks in confirmed.items() if found not in current or current[found].ranks != ranks}
         assert not lost
         again = server.command("pull")
-        assert "0 labels taken over" in again.communicate(timeout=120)[0]  # nothing twice
+        assert "0 labels pulled" in again.communicate(timeout=120)[0]  # nothing twice
     finally:
         server.kill()
 

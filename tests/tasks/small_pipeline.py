@@ -1,12 +1,13 @@
-"""A small line of real stages, each a process as DVC starts it."""
+"""A small pipeline of real stages, each a process as DVC starts it."""
 
 import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-Undisturbed = dict[str, tuple[dict[str, str], float]]  # stage: files and seconds
+Undisturbed = dict[str, dict[str, str]]  # stage: {output: MD5} of a run that nothing interrupts
 REPO = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "sft", "rm", "ppo")
 PROFILE = """
@@ -22,12 +23,12 @@ promote: {}
 """
 
 
-class Line:
+class SmallPipeline:
     """A checkout of links to the code, with small data and models, where single stages run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("rlhf", "tasks", "dvc.yaml", "raw"):
+        for name in ("rlhf", "mlops", "tasks", "dvc.yaml", "raw"):
             (root / name).symlink_to(REPO / name)
         (root / "profiles").mkdir()
         (root / "profiles" / "sources").mkdir()
@@ -54,5 +55,16 @@ class Line:
         return {str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
                 for path in sorted(paths) if path.is_file()}
 
-    def steps_saved(self, stage: str) -> int:
-        return len(list(self.root.glob(f"scratch/{stage}/*/checkpoints/step-*.json")))
+    def steps(self, stage: str) -> int:
+        """Steps of a finished run, by its journal."""
+        return len((self.root / "metrics" / f"{stage}.csv").read_text().splitlines()) - 1
+
+    def saved_step(self, stage: str) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return max((int(path.stem.removeprefix("step-"))
+                    for path in self.root.glob(f"scratch/{stage}/*/checkpoints/step-*.json")), default=0)
+
+    def wait_for_step(self, stage: str, step: int, process: "subprocess.Popen[str]") -> None:
+        """Returns when the checkpoint of `step` is saved or the process has ended."""
+        while self.saved_step(stage) < step and process.poll() is None:
+            time.sleep(0.02)

@@ -150,18 +150,18 @@ def test_the_embedded_source_by_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "said"), [
     ("", "expected keys and values"),
     ("stf: []", "unknown key stf; did you mean sft?"),
-    ("rules: {}", "nothing to read; give at least one of sft, rm, ppo"),
+    ("rules: {}", "nothing to read; add at least one of sft, rm, ppo"),
     ("sft: {files: x}", "sft: must be a list"),
     ("sft: [{}]", r"sft\[1\]: must have either dataset or files"),
     ("sft: [{files: x, dataset: y}]", "must have either"),
-    ("sft: [{files: x, layout: nectar}]", "has nothing for sft; must be one of columns, dolly"),
+    ("sft: [{files: x, layout: nectar}]", "has no data for sft; must be one of columns, dolly"),
     ("sft: [{files: x, layout: dully}]", "must be one of columns, dolly"),
     ("sft: [{files: x, columns: {promt: q}}]", r"unknown key sft\[1\]\.columns\.promt; did you mean prompt\?"),
     ("sft: [{files: x, columns: {prompt: q}}]", r"sft\[1\]\.columns: needs completion and prompt; or messages"),
     ("sft: [{files: x, columns: {prompt: [q]}}]", "columns"),
     ("sft: [{files: x, use_case: poetry}]", "use case 'poetry' must be one of generation"),
     ("ppo: [{files: x}]\nrules: {valid_share: 1.5}", "rules.valid_share = 1.5: must be float >= 0 and <= 1"),
-    ("embedded: {}\nsft: [{files: x}]", "stands alone"),
+    ("embedded: {}\nsft: [{files: x}]", "cannot be combined with other keys"),
     ("embedded: {scale: 3}", "embedded.scale = 3: must be float > 0 and <= 1"),
 ])
 def test_a_wrong_description_names_itself(tmp_path: Path, text: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""A stage on two machines: the processes meet, give the bytes of two on one machine, and pass exit codes on."""
+"""A stage on two machines: it gives the bytes of two processes on one machine and passes exit codes on."""
 
 import shutil
 import socket
@@ -8,53 +8,54 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.tasks.small_pipeline import PROFILE, Line, Undisturbed
+from tests.tasks.small_pipeline import PROFILE, SmallPipeline, Undisturbed
 
 
 @pytest.fixture
-def two_machines(line: Line, undisturbed: Undisturbed) -> Iterator[None]:
-    """Another machine that follows this one; both are this one, of course, and see the same folder."""
+def two_machines(small_pipeline: SmallPipeline, undisturbed: Undisturbed) -> Iterator[None]:
+    """Starts a second node that follows the first; both run on this machine and see the same folder."""
     assert undisturbed
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = f"--nnodes=2 --master-addr=127.0.0.1 --master-port={port} --node-rank="
-    line.environment["INSTRUCTFLOW_TORCHRUN"] = f"{where}0"
-    (line.root / "scratch" / "launch.json").unlink(missing_ok=True)
-    shutil.rmtree(line.root / "scratch" / "sft")  # or the run goes on from the end of the undisturbed one
-    other = subprocess.Popen([sys.executable, "-m", "tasks.launch"], cwd=line.root,
-                             env={**line.environment, "INSTRUCTFLOW_TORCHRUN": f"{where}1"}, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
+    small_pipeline.environment["INSTRUCTFLOW_TORCHRUN"] = f"{where}0"
+    (small_pipeline.root / "scratch" / "launch.json").unlink(missing_ok=True)
+    shutil.rmtree(small_pipeline.root / "scratch" / "sft")  # or the run resumes at the end of the undisturbed one
+    other = subprocess.Popen([sys.executable, "-m", "tasks.launch"], cwd=small_pipeline.root,
+                             env={**small_pipeline.environment, "INSTRUCTFLOW_TORCHRUN": f"{where}1"},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield
     other.kill()
     other.communicate()
-    line.environment.pop("INSTRUCTFLOW_TORCHRUN", None)
-    (line.root / "profiles" / "mini.yaml").write_text(PROFILE)
+    small_pipeline.environment.pop("INSTRUCTFLOW_TORCHRUN", None)
+    (small_pipeline.root / "profiles" / "mini.yaml").write_text(PROFILE)
 
 
-def test_two_machines_give_the_bytes_of_two_processes(line: Line, two_machines: None) -> None:
-    line.finish("sft")
-    together = line.files("sft")
-    where = line.environment.pop("INSTRUCTFLOW_TORCHRUN")
-    (line.root / "profiles" / "mini.yaml").write_text(PROFILE.replace("sft: {", "sft: {processes: 2, "))
-    line.finish("sft")
-    assert line.files("sft") == together
-    line.environment["INSTRUCTFLOW_TORCHRUN"] = where
-    (line.root / "profiles" / "mini.yaml").write_text(PROFILE.replace("sft: {epochs: 8, batch_size: 8",
+def test_two_machines_give_the_bytes_of_two_processes(small_pipeline: SmallPipeline, two_machines: None) -> None:
+    small_pipeline.finish("sft")
+    on_two_machines = small_pipeline.files("sft")
+    where = small_pipeline.environment.pop("INSTRUCTFLOW_TORCHRUN")
+    (small_pipeline.root / "profiles" / "mini.yaml").write_text(PROFILE.replace("sft: {", "sft: {processes: 2, "))
+    small_pipeline.finish("sft")
+    assert small_pipeline.files("sft") == on_two_machines
+    small_pipeline.environment["INSTRUCTFLOW_TORCHRUN"] = where
+    (small_pipeline.root / "profiles" / "mini.yaml").write_text(PROFILE.replace("sft: {epochs: 8, batch_size: 8",
                                                                       "sft: {epochs: 8, batch_size: 7"))
-    process = line.start("sft")
+    process = small_pipeline.start("sft")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2
     assert said.count("sft: sft.batch_size = 7: must be a multiple of 2, the number of processes\n") == 1
 
 
-def test_what_torchrun_does_not_take_is_a_clear_mistake(line: Line, undisturbed: Undisturbed) -> None:
+def test_arguments_that_torchrun_refuses_are_a_clear_error(small_pipeline: SmallPipeline, undisturbed: Undisturbed
+                                                           ) -> None:
     assert undisturbed
-    line.environment["INSTRUCTFLOW_TORCHRUN"] = "--machines 2"
+    small_pipeline.environment["INSTRUCTFLOW_TORCHRUN"] = "--machines 2"
     try:
-        process = line.start("sft", "--fresh")
+        process = small_pipeline.start("sft", "--fresh")
         _, said = process.communicate(timeout=120)
     finally:
-        del line.environment["INSTRUCTFLOW_TORCHRUN"]
+        del small_pipeline.environment["INSTRUCTFLOW_TORCHRUN"]
     assert process.returncode == 2
     assert "sft: INSTRUCTFLOW_TORCHRUN = '--machines 2': not what torchrun takes" in said

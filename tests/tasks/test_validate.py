@@ -204,7 +204,7 @@ def test_an_empty_file_and_one_without_a_sound_row(tmp_path: Path, dataset: str)
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with this code, small clean data and the metrics of an earlier run."""
-    for name in ("tasks", "rlhf", "dvc.yaml"):
+    for name in ("tasks", "mlops", "rlhf", "dvc.yaml"):
         (tmp_path / name).symlink_to(REPO / name)
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "tiny.yaml").write_text(f"ingest: {{scale: {SCALE}}}\n")
@@ -271,7 +271,7 @@ def test_the_command_fails_with_one_line_and_leaves_the_metrics(root: Path) -> N
                           check=False, env=os.environ | {"INSTRUCTFLOW_UPLOADER": "off"})
     assert done.returncode == 2
     assert done.stderr == (
-        "validate: data/rm.jsonl: dense_ranks: ranks are 1, 2, ... without a gap, ties share one; 1 row breaks it: "
-        "row 42 (ranks (1, 2, 2, 4), completions ('one', 'two', 'two', 'three')); mend or remove the row\n")
+        "validate: data/rm.jsonl: dense_ranks: ranks are 1, 2, ... without a gap, ties share a rank; 1 row breaks it: "
+        "row 42 (ranks (1, 2, 2, 4), completions ('one', 'two', 'two', 'three')); fix or remove the row\n")
     assert (root / "metrics" / "validate.json").read_text() == "earlier\n"
     assert (root / "reports" / "data_docs" / "index.html").exists()

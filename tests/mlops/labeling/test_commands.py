@@ -1,8 +1,9 @@
-"""From a batch to the reward model's rows: sampling, the terminal, simulated labelers, what a labeler types."""
+"""From a batch to the reward model's rows: sampling, the terminal, simulated labelers, typed rankings."""
 
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,20 +20,20 @@ from mlops.labeling.to_rows import consensus_rows, fit_for_data
 from rlhf.data.schema import KEYS, read_rows
 from rlhf.errors import UserError
 from tests.flows.checkout import REPOSITORY
-from tests.tasks.small_pipeline import Line
+from tests.tasks.small_pipeline import SmallPipeline
 
 
 @pytest.mark.parametrize(("text", "ranks"), [
     ("b a=c d", (2, 1, 2, 3)), ("a b c d", (1, 2, 3, 4)), ("B A = C D", (2, 1, 2, 3)), ("c", (2, 2, 1, 2)),
     ("a=b=c=d", (1, 1, 1, 1))])
-def test_what_a_labeler_types(text: str, ranks: tuple[int, ...]) -> None:
+def test_a_typed_ranking_becomes_ranks(text: str, ranks: tuple[int, ...]) -> None:
     assert read_ranking(text, 4) == ranks
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("a b", "not ranked: c, d"), ("a b c d a", "'a' is there twice"), ("a b c e", "'e': letters from a to d"),
-    ("a==b c d", "letters from a to d")])
-def test_what_cannot_be_a_ranking(text: str, said: str) -> None:
+    ("a b", "not ranked: c, d"), ("a b c d a", "'a' appears twice"), ("a b c e", "'e': use letters from a to d"),
+    ("a==b c d", "use letters from a to d")])
+def test_an_invalid_ranking_is_refused(text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_ranking(text, 4)
 
@@ -62,7 +63,7 @@ def on_terminal(batch: Path, *answers: str) -> tuple[int, str, LabelStore]:
 def test_labeling_stops_goes_on_and_corrects(batch: Path) -> None:
     ranked, screen, store = on_terminal(batch, "nonsense", "d c b a")
     assert ranked == 1
-    assert "letters from a to d" in screen
+    assert "use letters from a to d" in screen
     assert "secret-model" not in screen
     assert screen.index("rude") < screen.index("best")  # in the labeler's order
     assert [label.ranks for label in store.all()] == [(1, 2, 3, 4)]
@@ -74,8 +75,6 @@ def test_labeling_stops_goes_on_and_corrects(batch: Path) -> None:
 
 
 def run(root: Path, *command: str) -> "subprocess.CompletedProcess[str]":
-    import os
-
     return subprocess.run([sys.executable, "-m", *command], cwd=root, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
@@ -92,22 +91,23 @@ def test_labels_become_rows_and_agreement(batch: Path) -> None:
     assert (found["labels"], found["rows"], found["alpha"]) == (2, 1, None)
 
 
-def test_mistakes_are_one_line(batch: Path) -> None:
-    for command, said in ((["labels", str(batch)], "no labels yet"),
-                          (["labels", "nowhere"], "nowhere/items.jsonl: no such file"),
-                          (["label", str(batch), "--labeler", "bob"], "nothing is assigned to bob; labelers: ada")):
-        done = run(batch, f"tasks.{command[0]}", *command[1:])
+def test_an_error_is_one_line_that_names_the_command(batch: Path) -> None:
+    for command, message in ((["to_rows", str(batch)], "to_rows: "),
+                             (["to_rows", "nowhere"], "to_rows: nowhere/items.jsonl: no such file"),
+                             (["terminal", str(batch), "--labeler", "bob"],
+                              f"terminal: {batch}: no assignments for bob; labelers: ada")):
+        done = run(batch, f"mlops.labeling.{command[0]}", *command[1:])
         assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
 
 
-def test_the_whole_way_with_simulated_labelers(line: Line, undisturbed: Any, tmp_path: Path,
+def test_the_whole_way_with_simulated_labelers(small_pipeline: SmallPipeline, undisturbed: Any, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two policies of the small line are sampled, their completions ranked, the rows pass the data checks."""
+    """Two policies of the small pipeline are sampled, their completions ranked, the rows pass the data checks."""
     from mlops.labeling import collect
 
-    monkeypatch.chdir(line.root)
+    monkeypatch.chdir(small_pipeline.root)
     folder = tmp_path / "feedback" / "first"
     options = argparse.Namespace(labelers=["labeler-01", "labeler-02", "labeler-03"],
                                  models=["models/ppo", "models/sft"], prompts=20, k=4, overlap=0.5,
@@ -117,8 +117,9 @@ def test_the_whole_way_with_simulated_labelers(line: Line, undisturbed: Any, tmp
     assert assignments == items + 2 * round(items / 2)
     with pytest.raises(UserError, match="there is a batch already"):
         collect.collect(folder, options)
-    assert run(line.root, "mlops.labeling.terminal", str(folder), "--simulate").stdout.endswith(f"0 of {assignments} left\n")
-    done = run(line.root, "mlops.labeling.to_rows", str(folder))
+    done = run(small_pipeline.root, "mlops.labeling.terminal", str(folder), "--simulate")
+    assert done.stdout.endswith(f"0 of {assignments} left\n"), done.stderr
+    done = run(small_pipeline.root, "mlops.labeling.to_rows", str(folder))
     assert "Krippendorff's alpha" in done.stdout, done.stderr
     first = {row["prompt_id"] for row in read_rows(folder / "items.jsonl")}
     collect.collect(folder.with_name("second"), options)
@@ -140,23 +141,23 @@ def test_rows_for_the_datasets_have_each_prompt_once(batch: Path) -> None:
 
 def test_labeled_rows_make_a_new_data_version(batch: Path, tmp_path_factory: pytest.TempPathFactory,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    line = Line(tmp_path_factory.mktemp("labeled"))
-    (line.root / "raw").unlink()
-    (line.root / "raw").mkdir()
-    line.finish("ingest")
-    before = list(read_rows(line.root / "build" / "data" / "rm.jsonl"))
-    monkeypatch.chdir(line.root)
+    small_pipeline = SmallPipeline(tmp_path_factory.mktemp("labeled"))
+    (small_pipeline.root / "raw").unlink()
+    (small_pipeline.root / "raw").mkdir()
+    small_pipeline.finish("ingest")
+    before = list(read_rows(small_pipeline.root / "build" / "data" / "rm.jsonl"))
+    monkeypatch.chdir(small_pipeline.root)
     on_terminal(batch, "a b c d", "d")
-    done = run(line.root, "mlops.labeling.to_rows", str(batch), "--add")
+    done = run(small_pipeline.root, "mlops.labeling.to_rows", str(batch), "--add")
     assert "2 rows of 2" in done.stdout, done.stderr
-    line.finish("ingest")
-    after = list(read_rows(line.root / "build" / "data" / "rm.jsonl"))
+    small_pipeline.finish("ingest")
+    after = list(read_rows(small_pipeline.root / "build" / "data" / "rm.jsonl"))
     assert after[: len(before)] == before
     assert [row["labeler_id"] for row in after[len(before):]] == ["ada", "ada"]
-    assert json.loads((line.root / "metrics" / "ingest.json").read_text())["ingest/feedback_rows"] == 2
-    path = line.root / "raw" / "feedback" / f"{batch.name}.jsonl"
+    assert json.loads((small_pipeline.root / "metrics" / "ingest.json").read_text())["ingest/feedback_rows"] == 2
+    path = small_pipeline.root / "raw" / "feedback" / f"{batch.name}.jsonl"
     path.write_text('{"prompt": "?"}\n')
-    failed = line.start("ingest")
+    failed = small_pipeline.start("ingest")
     assert f"{path}: row 1: expected the keys prompt_id" in failed.communicate()[1]
     assert failed.returncode == 2
 
@@ -173,7 +174,8 @@ def test_labelers_are_screened_against_a_trusted_one(batch: Path) -> None:
     assert {name: (count["agreement"], count["pairs"]) for name, count in content["with_gold"].items()} == {
         "ada": (pytest.approx(5 / 6), 12), "eve": (0, 12)}
     assert "eve" in content["outliers"]
-    assert "no label by bob" in run(batch, "mlops.labeling.to_rows", str(batch), "--gold", "bob").stderr
+    unknown = run(batch, "mlops.labeling.to_rows", str(batch), "--gold", "bob")
+    assert "no label by the trusted labeler bob" in unknown.stderr
 
 
 def test_what_labelers_disagree_on_is_decided(batch: Path) -> None:
@@ -190,4 +192,4 @@ def test_what_labelers_disagree_on_is_decided(batch: Path) -> None:
     run(batch, "mlops.labeling.to_rows", str(batch))
     rows = [(row["labeler_id"], row["prompt_id"]) for row in read_rows(batch / "rm.jsonl")]
     assert rows == [("head", "p1"), ("ada", "p2"), ("eve", "p2")]
-    assert "is there already" in run(batch, "mlops.labeling.to_rows", str(batch), "--adjudicate", "head").stderr
+    assert "exists already" in run(batch, "mlops.labeling.to_rows", str(batch), "--adjudicate", "head").stderr

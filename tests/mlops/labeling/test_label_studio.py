@@ -9,7 +9,6 @@ import pytest
 from mlops.labeling.batch import Assignment, Item
 from mlops.labeling.guide import FLAG_QUESTIONS, GUIDE_EN, GUIDE_JA
 from mlops.labeling.label_studio import config, label_of, read_result, task_data
-from mlops.labeling.store import FLAGS
 from rlhf.errors import UserError
 
 ROW = {"prompt_id": "p1", "user_id": "u", "source": "customer", "split": "train", "use_case": "chat", "prompt": "Why?"}
@@ -36,16 +35,15 @@ def test_the_configuration_has_what_each_answer_needs(count: int) -> None:
     assert best is not None
     assert [item.get("hotkey") for item in best] == [str(place) for place in range(1, count + 1)]
     assert {item.get("maxRating") for item in ranking.iter("Rating")} == {"7"}
-    assert {item.get("alias") for item in ranking.iter("Choice") if item.get("alias")} == set(FLAGS)
-    told = " ".join(item.get("value", "") for item in ranking.iter("Header"))
-    assert "Truthful and harmless go before helpful" in told
-    assert "真実性と無害性は有用性より優先" in told
+    assert {item.get("alias") for item in ranking.iter("Choice") if item.get("alias")} == set(FLAG_QUESTIONS)
+    header = " ".join(item.get("value", "") for item in ranking.iter("Header"))
+    assert "Truthful and harmless go before helpful" in header
+    assert "真実性と無害性は有用性より優先" in header
 
 
 def test_the_guide_says_the_same_in_both_languages() -> None:
     assert [len(re.findall(tag, GUIDE_EN)) for tag in ("<li>", "<p>", "<b>")] == \
         [len(re.findall(tag, GUIDE_JA)) for tag in ("<li>", "<p>", "<b>")]
-    assert set(FLAG_QUESTIONS) == set(FLAGS)
 
 
 def test_ranks_ratings_and_flags_go_back_to_the_item_s_order() -> None:

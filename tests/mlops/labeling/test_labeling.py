@@ -1,9 +1,8 @@
-"""Batches, labels on disk and agreement: each against counts by hand, another library, or a process that is killed."""
+"""Batches, stored labels and agreement, against counts by hand, another library, and writers that are killed."""
 
 import math
 import multiprocessing
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlops.labeling.agreement import against, agreement, alpha, preferences
+from mlops.labeling.agreement import agreement, agreement_with, alpha, preferences
 from mlops.labeling.batch import Item, assign, make_items, read_batch, write_batch
 from mlops.labeling.store import Label, LabelStore, check
 from rlhf.errors import UserError
@@ -51,7 +50,7 @@ def test_items_mix_models_and_show_no_text_twice() -> None:
 
 
 def test_k_is_the_schema_s() -> None:
-    with pytest.raises(UserError, match="10 completions an item: must be 2 to 9"):
+    with pytest.raises(UserError, match="10 completions per item: must be 2 to 9"):
         make_items([], {}, 10, 1)
 
 
@@ -71,9 +70,9 @@ def test_assignments() -> None:
 
 
 @pytest.mark.parametrize(("labelers", "per_item", "said"), [
-    (["ada", "ada"], 1, "expected different names"), ([], 1, "expected different names"),
-    (["ada"], 2, "2 labelers an item: there are 1")])
-def test_assignments_that_cannot_be(labelers: list[str], per_item: int, said: str) -> None:
+    (["ada", "ada"], 1, "expected distinct names"), ([], 1, "expected distinct names"),
+    (["ada"], 2, "2 labelers per item: only 1 are named")])
+def test_impossible_assignments_are_refused(labelers: list[str], per_item: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
         assign([item(1)], labelers, 0.5, per_item, 1)
 
@@ -112,7 +111,7 @@ def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from rlhf.feedback.store import Label, LabelStore
+from mlops.labeling.store import Label, LabelStore
 store, name = LabelStore(Path(sys.argv[1])), sys.argv[2]
 for number in range(100000):
     store.add(Label(f"{name}/{number}", f"item-{number}", name, (1, 2, 3, 4), (1, 2, 3, 4), ((), ("violent",), (), ())))
@@ -120,23 +119,31 @@ for number in range(100000):
 """
 
 
-def test_nothing_that_was_confirmed_is_lost_in_kills(tmp_path: Path) -> None:
-    """Two writers at once, killed at random moments, again and again."""
-    path, confirmed = tmp_path / "labels.jsonl", set()
-    random.seed(1)
+def test_confirmed_labels_survive_kills(tmp_path: Path) -> None:
+    """Two writers at once, both killed after a random number of labels, again and again."""
+    path, confirmed, rng = tmp_path / "labels.jsonl", set(), random.Random(1)
+
+    def numbers(name: str) -> list[str]:
+        return (tmp_path / name).read_text().split("\n")[:-1]
+
     for turn in range(6):
-        writers = {name: subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=REPOSITORY,
-                                          stdout=subprocess.PIPE, text=True)
-                   for name in (f"ada{turn}", f"bob{turn}")}
-        time.sleep(0.5 + random.random())
+        writers = {}
+        for name in (f"ada{turn}", f"bob{turn}"):
+            with (tmp_path / name).open("w") as out:
+                writers[name] = subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=REPOSITORY,
+                                                 stdout=out)
         for name, writer in writers.items():
-            writer.send_signal(signal.SIGKILL)
-            said = writer.communicate()[0].split("\n")[:-1]
-            confirmed |= {f"{name}/{number}" for number in said}
-    found = [entry.submission_id for entry in LabelStore(path).all()]
-    assert len(confirmed) > 50
-    assert confirmed <= set(found)
-    assert len(found) == len(set(found))
+            count = rng.randint(5, 30)
+            while len(numbers(name)) < count and writer.poll() is None:
+                time.sleep(0.001)
+        for writer in writers.values():
+            writer.kill()
+            writer.wait()
+        confirmed |= {f"{name}/{number}" for name in writers for number in numbers(name)}
+    stored = [entry.submission_id for entry in LabelStore(path).all()]
+    assert len(confirmed) >= 60
+    assert confirmed <= set(stored)
+    assert len(stored) == len(set(stored))
 
 
 def _add(path: Path, start: int) -> None:
@@ -162,7 +169,7 @@ def test_the_same_submissions_from_several_processes(tmp_path: Path) -> None:
     (Label("x", "item-1", "ada", (1, 2, 3, 4), (), ((), (), ())), "flags for 3 of 4"),
     (Label("x", "item-1", "ada", (1, 2, 3, 4), (), ((), (), (), ("rude",))), "unknown flag rude"),
 ])
-def test_labels_that_cannot_be(found: Label, said: str) -> None:
+def test_an_invalid_label_is_refused(found: Label, said: str) -> None:
     with pytest.raises(UserError, match=said):
         check(found, {"item-1": item(1)})
 
@@ -252,7 +259,7 @@ def test_screening_against_known_rankings() -> None:
     ada = [Label("a", "item-0", "ada", (1, 2, 4, 3)), *(Label("a", f"item-{number}", "ada", (1, 2, 3, 4))
                                                        for number in range(1, 10))]
     eve = [Label("e", f"item-{number}", "eve", (4, 3, 2, 1)) for number in range(10)]
-    found, outliers = against([*ada, *eve, Label("x", "unknown", "bob", (1, 2, 3, 4))], truth)
+    found, outliers = agreement_with(truth, [*ada, *eve, Label("x", "unknown", "bob", (1, 2, 3, 4))])
     assert {name: (count.agreed, count.pairs) for name, count in found.items()} == {"ada": (59, 60), "eve": (0, 60)}
     assert outliers == ["eve"]
-    assert against(ada, {}) == ({}, [])
+    assert agreement_with({}, ada) == ({}, [])

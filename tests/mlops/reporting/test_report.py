@@ -1,4 +1,4 @@
-"""The report: stand-alone, byte-stable, escaped, right in its verdict, and content with whatever was measured."""
+"""The report: self-contained, byte-stable, escaped, with the right verdict, and complete without some metrics."""
 
 import json
 import math
@@ -149,7 +149,7 @@ def test_verdict_follows_the_intervals(low: float, high: float, gain: float, sta
     evaluation = EVALUATION | {"eval/win_rate_vs_sft_low": low, "eval/win_rate_vs_sft_high": high,
                                "eval/gold_gain_vs_sft_low": gain - 0.05, "eval/gold_gain_vs_sft_high": gain + 0.05}
     found = verdict(evaluation, 2.0)
-    assert found["line"].startswith(start)
+    assert found["headline"].startswith(start)
     assert ("over-optimised" in found["text"]) == (gain < 0)
 
 

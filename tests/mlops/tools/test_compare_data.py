@@ -138,7 +138,7 @@ def test_a_version_that_cannot_be_read_is_one_line(inside: Path, capsys: pytest.
     shutil.rmtree(inside.parent / "store")
     assert main([version, "data"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("versions: " + message)
+    assert said.startswith("compare_data: " + message)
     assert said.count("\n") == 1
 
 
@@ -188,6 +188,6 @@ def test_a_pull_from_a_damaged_remote_says_so_and_changes_nothing(repo: Path, da
     assert "nothing was changed" in said
     assert said.count("\n") == 1
     assert (repo / "data" / "sft.jsonl").read_bytes() == before
-    objects[0].write_bytes(wanted)  # mended, the same command brings the new version
+    objects[0].write_bytes(wanted)  # repaired, the same command brings the new version
     assert main_pull(["data.dvc"]) == 0
     assert (repo / "data" / "sft.jsonl").read_bytes() == wanted

@@ -1,4 +1,4 @@
-"""The study: claims judged on made-up numbers whose answer is plain; a tiny study from data to page, run twice."""
+"""The study: claims judged on made-up numbers with a known answer; a tiny study from data to page, run twice."""
 
 import json
 import shutil
@@ -12,9 +12,8 @@ from mlops.config.loader import Params, load_profile
 from mlops.tools.claims import CLAIMS, judge_claims, page
 from mlops.tools.study import study
 from rlhf.errors import UserError
-from tests.tasks.small_pipeline import PROFILE
+from tests.tasks.small_pipeline import PROFILE, REPO
 
-REPO = Path(__file__).resolve().parents[2]
 MODELS = ("base_prompted", "sft", "ppo", "ppo_ptx", "ppo_high_beta", "ppo_free", "small_ppo")
 
 

@@ -1,4 +1,4 @@
-"""Two rounds of the small line, stage by stage, with simulated labelers and an ensemble that selects."""
+"""Two rounds of the small pipeline, stage by stage, with simulated labelers and an ensemble that selects."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.params import PpoParams, RoundsParams
 from tasks.rounds.collect import round_prompts
 from tasks.rounds.ppo import last_beta, round_params
-from tests.tasks.small_pipeline import PROFILE, Line, Undisturbed
+from tests.tasks.small_pipeline import PROFILE, SmallPipeline, Undisturbed
 
 ROUNDS = """rounds: {prompts: 12, k: 4, labelers: [labeler-01, labeler-02, labeler-03], overlap: 0.5, per_item: 2,
          episodes: 48, rm_epochs: 2, select: disagreement, ensemble: 2, candidates: 3}
@@ -27,39 +27,38 @@ ROUNDS = """rounds: {prompts: 12, k: 4, labelers: [labeler-01, labeler-02, label
 STAGES = ("labels", "rm", "ppo", "scores")
 
 
-def step(line: Line, *words: str, fails: bool = False) -> str:
-    done = subprocess.run([sys.executable, "-m", *words], cwd=line.root, env=line.environment, capture_output=True,
-                          text=True)
+def step(pipeline: SmallPipeline, *words: str, fails: bool = False) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=pipeline.root, env=pipeline.environment, text=True,
+                          capture_output=True)
     assert bool(done.returncode) == fails, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if fails else done.stdout
 
 
-def metrics(line: Line, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((line.root / "metrics" / f"{name}.json").read_text())
-    return found
+def metrics(pipeline: SmallPipeline, name: str) -> dict[str, Any]:
+    return dict(json.loads((pipeline.root / "metrics" / f"{name}.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def rounds(line: Line, undisturbed: Undisturbed) -> Iterator[Line]:
-    """The small line after two rounds."""
-    params, profile = line.root / "params.yaml", line.root / "profiles" / "mini.yaml"
+def rounds(small_pipeline: SmallPipeline, undisturbed: Undisturbed) -> Iterator[SmallPipeline]:
+    """The small pipeline after two rounds."""
+    params, profile = small_pipeline.root / "params.yaml", small_pipeline.root / "profiles" / "mini.yaml"
     before = params.read_text()
     profile.write_text(PROFILE + ROUNDS)
-    write_rounds(line.root, 2)
+    write_rounds(small_pipeline.root, 2)
     for key in ("r1", "r2"):
-        step(line, "tasks.rounds.collect", "--round", key)
-        step(line, "mlops.labeling.terminal", f"feedback/{key}", "--simulate")
+        step(small_pipeline, "tasks.rounds.collect", "--round", key)
+        step(small_pipeline, "mlops.labeling.terminal", f"feedback/{key}", "--simulate")
         for stage in STAGES:
-            step(line, f"tasks.rounds.{stage}", "--round", key)
-    yield line
+            step(small_pipeline, f"tasks.rounds.{stage}", "--round", key)
+    yield small_pipeline
     params.write_text(before)
     profile.write_text(PROFILE)
     for name in ("feedback", "models/rounds"):
-        shutil.rmtree(line.root / name)
+        shutil.rmtree(small_pipeline.root / name)
 
 
-def test_each_round_samples_the_policy_of_the_one_before(rounds: Line) -> None:
+def test_each_round_samples_the_policy_of_the_one_before(rounds: SmallPipeline) -> None:
     first, second = (read_batch(rounds.root / "feedback" / key) for key in ("r1", "r2"))
     assert {name for item in first[0].values() for name in item.made_by} == {"models/sft"}
     assert {name for item in second[0].values() for name in item.made_by} == {"models/rounds/r1/ppo"}
@@ -69,7 +68,7 @@ def test_each_round_samples_the_policy_of_the_one_before(rounds: Line) -> None:
     assert not Batch(rounds.root / "feedback" / "r2").missing()
 
 
-def test_the_second_round_s_reward_model_learns_from_all_labels(rounds: Line) -> None:
+def test_the_second_round_s_reward_model_learns_from_all_labels(rounds: SmallPipeline) -> None:
     first, second = (list(read_rows(rounds.root / "feedback" / key / "rm.jsonl")) for key in ("r1", "r2"))
     assert second[: len(first)] == first
     train = [row for row in second if row["split"] == "train"]
@@ -79,7 +78,7 @@ def test_the_second_round_s_reward_model_learns_from_all_labels(rounds: Line) ->
     assert "rm/accuracy_of_last_on_new" not in metrics(rounds, "round_rm@r1")
 
 
-def test_ppo_goes_on_where_it_was(rounds: Line) -> None:
+def test_ppo_goes_on_where_it_was(rounds: SmallPipeline) -> None:
     """Beta is the last round's, and the warm-up is no longer in sum than that of one long round."""
     start = load_params(rounds.root).rounds
     last = (rounds.root / "metrics" / "round_ppo@r1.csv").read_text().splitlines()
@@ -95,7 +94,7 @@ def replace_journal(start: Round, root: Path) -> Round:
     return start.model_copy(update={"journal": str(root / start.journal)})
 
 
-def test_a_round_is_measured(rounds: Line) -> None:
+def test_a_round_is_measured(rounds: SmallPipeline) -> None:
     for number, key in enumerate(("r1", "r2"), start=1):
         found = metrics(rounds, f"round_scores@{key}")
         assert found["round/number"] == number
@@ -104,7 +103,7 @@ def test_a_round_is_measured(rounds: Line) -> None:
     assert metrics(rounds, "round_scores@r1")["round/gold_sft"] == metrics(rounds, "round_scores@r2")["round/gold_sft"]
 
 
-def test_a_stage_of_a_round_run_again_gives_the_same_bytes(rounds: Line) -> None:
+def test_a_stage_of_a_round_run_again_gives_the_same_bytes(rounds: SmallPipeline) -> None:
     folder = rounds.root / "models" / "rounds" / "r2"
     before = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     for stage in ("collect", "rm", "ppo"):
@@ -112,7 +111,7 @@ def test_a_stage_of_a_round_run_again_gives_the_same_bytes(rounds: Line) -> None
     assert {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
 
 
-def test_labels_of_people_are_not_orphaned(rounds: Line) -> None:
+def test_labels_of_people_are_not_orphaned(rounds: SmallPipeline) -> None:
     """Another batch for a round that people have labeled is refused; simulated labels are made again."""
     store = LabelStore(rounds.root / "feedback" / "r2" / LABELS)
     known = store.path.read_bytes()
@@ -129,7 +128,7 @@ def test_labels_of_people_are_not_orphaned(rounds: Line) -> None:
         store.path.write_bytes(known)
 
 
-def test_missing_labels_and_unknown_rounds_are_one_line(rounds: Line) -> None:
+def test_missing_labels_and_unknown_rounds_are_one_line(rounds: SmallPipeline) -> None:
     path = rounds.root / "feedback" / "r1" / LABELS
     known = path.read_bytes()
     try:
@@ -142,7 +141,7 @@ def test_missing_labels_and_unknown_rounds_are_one_line(rounds: Line) -> None:
     assert "no round r9; rounds: r1, r2" in step(rounds, "tasks.rounds.rm", "--round", "r9", fails=True)
 
 
-def test_where_the_prompts_end(rounds: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_prompts_end(rounds: SmallPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(rounds.root)
     with pytest.raises(UserError, match="3 rounds of 400 need more"):
         round_prompts(RoundsParams(prompts=100, select="disagreement", candidates=4), 3, 1)
