@@ -39,12 +39,12 @@ CURVES = (  # stage, columns of its journal, title
 logger = logging.getLogger("prefect.flow_runs")
 
 
-async def kept(artifact: Coroutine[Any, Any, Any]) -> Any:
-    """Awaits the making of an artifact; where the server does not take it, the run goes on."""
+async def best_effort(request: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits a request to Prefect's server, most often a new artifact; where it fails, the run goes on."""
     try:
-        return await artifact
+        return await request
     except Exception as error:
-        logger.warning("an artifact was not kept: %s", " ".join(str(error).split())[:200])
+        logger.warning("Prefect does not take this, the run goes on: %s", " ".join(str(error).split())[:200])
         return None
 
 
@@ -60,8 +60,8 @@ async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
 
     def on_line(text: str) -> None:
         nonlocal latest
-        if found := PROGRESS.fullmatch(text):
-            latest = 100 * int(found["done"]) / max(1, int(found["total"]))
+        if progress := PROGRESS.fullmatch(text):
+            latest = 100 * int(progress["done"]) / max(1, int(progress["total"]))
 
     async def show() -> None:
         nonlocal shown, artifact
@@ -70,9 +70,9 @@ async def progress_of(stage: str) -> AsyncIterator[Callable[[str], None]]:
         shown = latest
         if artifact is None:
             key = f"{artifact_key(stage)}-progress"
-            artifact = await kept(acreate_progress_artifact(shown, key=key, description=stage))
+            artifact = await best_effort(acreate_progress_artifact(shown, key=key, description=stage))
         else:
-            await kept(aupdate_progress_artifact(artifact, shown))
+            await best_effort(aupdate_progress_artifact(artifact, shown))
 
     async def keep_showing() -> None:
         while True:
@@ -94,7 +94,7 @@ def findings_of(root: Path) -> tuple[int, int]:
 
 
 async def show_findings(root: Path, before: tuple[int, int]) -> None:
-    """The data checks' findings, also where they stop the line; nothing where they are those of `before`."""
+    """The data checks' findings, also where they stop the run; nothing where they are those of `before`."""
     if findings_of(root) not in ((0, 0), before):
         await findings_table(root / "reports" / "validate.json")
 
@@ -102,27 +102,27 @@ async def show_findings(root: Path, before: tuple[int, int]) -> None:
 async def findings_table(path: Path) -> None:
     findings = json.loads(path.read_text(encoding="utf-8"))
     by_rule = Counter(item["rule"] for item in findings)
-    said = ", ".join(f"{rule} {count:,}" for rule, count in sorted(by_rule.items())) or "none"
-    description = f"{len(findings):,} findings of the data checks: {said}. All of them: {path}"
-    await kept(acreate_table_artifact(findings[:SHOWN_FINDINGS], key="data-findings", description=description))
+    counts = ", ".join(f"{rule} {count:,}" for rule, count in sorted(by_rule.items())) or "none"
+    description = f"{len(findings):,} findings of the data checks: {counts}. All of them: {path}"
+    await best_effort(acreate_table_artifact(findings[:SHOWN_FINDINGS], key="data-findings", description=description))
 
 
-async def show_metrics(root: Path, line: str) -> None:
+async def show_metrics(root: Path, run_name: str) -> None:
     """Every number of metrics/*.json as a table."""
     rows = []
     for path in sorted((root / "metrics").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = numbers(content) if isinstance(content, dict) else {}  # the study's claims are a list
-        rows += [{"metric": name, "value": f"{value:.6g}"} for name, value in sorted(found.items())]
-    await kept(acreate_table_artifact(rows, key="metrics", description=f"Line {line}: metrics/*.json"))
+        metrics = numbers(content) if isinstance(content, dict) else {}  # the study's claims are a list
+        rows += [{"metric": name, "value": f"{value:.6g}"} for name, value in sorted(metrics.items())]
+    await best_effort(acreate_table_artifact(rows, key="metrics", description=f"Run {run_name}: metrics/*.json"))
 
 
-async def show_curves(root: Path, line: str) -> None:
+async def show_curves(root: Path, run_name: str) -> None:
     """The training's curves as one picture; nothing without journals."""
     picture = await asyncio.to_thread(curves, root)
     if picture:
         url = "data:image/png;base64," + base64.b64encode(picture).decode()
-        await kept(acreate_image_artifact(url, key="curves", description=f"Line {line}: training curves"))
+        await best_effort(acreate_image_artifact(url, key="curves", description=f"Run {run_name}: training curves"))
 
 
 def curves(root: Path) -> bytes:
@@ -153,10 +153,10 @@ def _columns(path: Path, names: tuple[str, ...]) -> dict[str, tuple[list[float],
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    found = {}
+    columns = {}
     for name in names:
         points = [(float(row["step"]), float(row[name])) for row in rows if re.match(r"[-\d]", row.get(name) or "")]
         if points:
             steps, values = zip(*points, strict=True)
-            found[name] = (list(steps), list(values))
-    return found
+            columns[name] = (list(steps), list(values))
+    return columns

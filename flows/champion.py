@@ -1,6 +1,6 @@
 """The champion of the model registry, measured on today's data and tasks beside the checkout's models.
 
-It runs in a copy of the checkout, promotes nothing and changes nothing there.
+It runs in a workspace, promotes nothing and changes nothing in the checkout.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from prefect.artifacts import acreate_table_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows.artifacts import kept
+from flows.artifacts import best_effort
 from flows.execution import check_params, run_lock, run_stages
 from flows.parameters import ProfileName
 from flows.stages import StageFailed
@@ -30,7 +30,7 @@ FETCHED = Path("scratch/champion")
 
 @flow(name="champion", flow_run_name=lambda: f"champion {str(flow_run.id)[:6]}", persist_result=False)
 async def evaluate_champion(profile: ProfileName | None = None, root: Path | None = None) -> State[Any]:
-    """Fetches the champion and runs the line up to evaluate with it among the models.
+    """Fetches the champion and runs the pipeline up to evaluate with it among the models.
 
     Args:
         profile: Which file of profiles/ to use; empty: what params.yaml says.
@@ -43,17 +43,17 @@ async def evaluate_champion(profile: ProfileName | None = None, root: Path | Non
         version, folder = await asyncio.to_thread(fetch, checkout, params)
         others = {**params.stages.evaluate.others, NAME: str(folder)}
         changes = Changes(profile, None, {"evaluate": {"others": others}}, label=f"{NAME}-{version}")
-        where = checkout / FOLDER / changes.name(checkout)
-        async with run_lock(where):
-            await asyncio.to_thread(fill_workspace, checkout, where, changes)
-            await run_stages(where, str(flow_run.name), last="evaluate")
+        workdir = checkout / FOLDER / changes.name(checkout)
+        async with run_lock(workdir):
+            await asyncio.to_thread(fill_workspace, checkout, workdir, changes)
+            await run_stages(workdir, str(flow_run.name), last="evaluate")
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)
-    metrics = json.loads((where / "metrics" / "evaluate.json").read_text(encoding="utf-8"))
+    metrics = json.loads((workdir / "metrics" / "evaluate.json").read_text(encoding="utf-8"))
     rows = [{"metric": key, "value": f"{value:.4g}"} for key, value in sorted(metrics.items())
             if NAME in key and isinstance(value, int | float)]
-    await kept(acreate_table_artifact(rows, key=NAME, description=f"version {version} on today's data"))
-    return Completed(message=f"version {version}: {where / 'reports' / 'report.html'}")
+    await best_effort(acreate_table_artifact(rows, key=NAME, description=f"version {version} on today's data"))
+    return Completed(message=f"version {version}: {workdir / 'reports' / 'report.html'}")
 
 
 def fetch(checkout: Path, params: Params) -> tuple[str, Path]:
@@ -61,8 +61,8 @@ def fetch(checkout: Path, params: Params) -> tuple[str, Path]:
     from mlops.release.registry import Registry  # imports mlflow, which takes seconds
 
     registry = Registry(params.stages.promote.registry, checkout)
-    found = registry.champion()
-    if found is None:
-        raise UserError(f"{registry.model('policy')} has no champion yet; a line that passes the gates makes one")
-    folder = checkout / FETCHED / f"{found.name}-{found.version}"
-    return str(found.version), registry.folder_of(found, folder)
+    champion = registry.champion()
+    if champion is None:
+        raise UserError(f"{registry.model('policy')} has no champion yet; a run that passes the gates makes one")
+    folder = checkout / FETCHED / f"{champion.name}-{champion.version}"
+    return str(champion.version), registry.folder_of(champion, folder)

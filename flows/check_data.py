@@ -1,10 +1,9 @@
-"""The data checks on data that is not in the line yet: a folder of datasets, or a source that is read first.
+"""The data checks on data that no run uses yet: a folder of datasets, or a source that is read first.
 
 Nothing of the checkout changes. The findings are an artifact, by row and rule.
 """
 
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.artifacts import findings_table
-from flows.process import run_lines
+from flows.execution import run_program
 from flows.stages import StageFailed
 from rlhf.errors import UserError
 
@@ -40,36 +39,26 @@ async def check_data(data: str = "", source: str = "", counts: Literal["none", "
     if bool(data) == bool(source):
         mistake = UserError("check-data: name either a folder (data) or a description of a source (source)")
         return Failed(message=str(mistake), data=mistake)
-    place = checkout / FOLDER / str(flow_run.id)[:8]
-    place.mkdir(parents=True, exist_ok=True)
-    report = place / "findings.json"
+    folder = checkout / FOLDER / str(flow_run.id)[:8]
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "findings.json"
     try:
         if source:
-            data = str(place / "data")
+            data = str(folder / "data")
             await _run(checkout, "ingest", "--source", source, "--out", data)
         await _run(checkout, "validate", "--data", data, "--report", str(report), "--counts", counts,
-                   "--docs", str(place / "data_docs"))
+                   "--docs", str(folder / "data_docs"))
     except StageFailed as failure:
         return Failed(message=str(failure), data=failure)
     finally:
         if report.exists():
             await findings_table(report)
-    return Completed(message=f"{data} keeps the rules; {place / 'data_docs' / 'index.html'}")
+    return Completed(message=f"{data} keeps the rules; {folder / 'data_docs' / 'index.html'}")
 
 
 async def _run(root: Path, task: str, *arguments: str) -> None:
-    """`python -m tasks.<task>`, each line to the log. Raises StageFailed with the task's own last line."""
-    logger = get_run_logger()
-    said = [f"{task}: no message"]
-
-    def on_line(text: str) -> None:
-        said.append(text)
-        logger.info("%s", text)
-
+    """`python -m tasks.<task>`. Raises StageFailed with the task's own last line."""
     started = time.monotonic()
-    code = await run_lines([sys.executable, "-m", f"tasks.{task}", *arguments], root,
-                           {**os.environ, "PYTHONUNBUFFERED": "1"}, on_line)
-    if code:
-        raise StageFailed(re.sub(r"^(\S+: )?", rf"{task}: ", said[-1], count=1) if code > 0 else
-                          f"{task}: ended by signal {-code}", code)
-    logger.info("%s took %.1f s", task, time.monotonic() - started)
+    await run_program(task, [sys.executable, "-m", f"tasks.{task}", *arguments], root,
+                      {**os.environ, "PYTHONUNBUFFERED": "1"})
+    get_run_logger().info("%s took %.1f s", task, time.monotonic() - started)

@@ -1,6 +1,6 @@
 """Several rounds against one round with the same number of labels and rollouts: metrics/rounds.json, docs/rounds.md.
 
-    python -m flows.compare_rounds --seeds 1 2 3        with simulated labelers, in copies of the checkout
+    python -m flows.compare_rounds --seeds 1 2 3        with simulated labelers, in workspaces
 
 Arms: `rounds` labels what the current policy writes, after each round's training; `one` labels all prompts at once, as
 the SFT policy answers them; `restart` is `rounds` whose policies each start from SFT, with as many rollouts as `one`:
@@ -26,13 +26,14 @@ if __name__ == "__main__":  # the server starts while this process goes on with 
     start_server()
 
 # isort: split
-from flows.rounds import place_of, run_rounds
+from flows.rounds import run_rounds, workdir_of
 from flows.terminal import show_bars
 from mlops import imports_done
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
 from rlhf.files import write_atomic, write_json
 
+Results = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]  # seed → arm → a row for each round
 OUT, PAGE = Path("metrics/rounds.json"), Path("docs/rounds.md")
 ARMS = ("rounds", "one", "restart", "active")
 SHOWN = {"gold": "round/gold", "low": "round/gold_low", "high": "round/gold_high",
@@ -44,30 +45,30 @@ def parameters_of(arm: str, seed: int, root: Path, count: int) -> dict[str, Any]
     if arm not in ARMS:
         raise UserError(f"arm {arm}: must be one of {', '.join(ARMS)}")
     rounds = load_params(root).stages.rounds
-    given: dict[str, Any] = {"count": count, "seed": seed, "own_copy": True}
+    parameters: dict[str, Any] = {"count": count, "seed": seed, "own_copy": True}
     if arm == "one":
-        given |= {"count": 1, "prompts": count * rounds.prompts, "episodes": count * rounds.episodes}
+        parameters |= {"count": 1, "prompts": count * rounds.prompts, "episodes": count * rounds.episodes}
     if arm == "restart":
-        given |= {"restart": True, "episodes": count * rounds.episodes}
-    return given | ({"select": "disagreement"} if arm == "active" else {})
+        parameters |= {"restart": True, "episodes": count * rounds.episodes}
+    return parameters | ({"select": "disagreement"} if arm == "active" else {})
 
 
-def read_arm(where: Path) -> list[dict[str, float]]:
+def read_arm(workdir: Path) -> list[dict[str, float]]:
     """A row for each round: what was measured, and the labelers' agreement."""
     rows = []
-    for key in load_params(where).rounds:
-        found = json.loads((where / "metrics" / f"round_scores@{key}.json").read_text(encoding="utf-8"))
-        labels = json.loads((where / "metrics" / f"round_labels@{key}.json").read_text(encoding="utf-8"))
-        rows.append({name: found[metric] for name, metric in SHOWN.items()}
-                    | {"gold_sft": found["round/gold_sft"], "rows": labels["labels/rows_so_far"],
+    for key in load_params(workdir).rounds:
+        scores = json.loads((workdir / "metrics" / f"round_scores@{key}.json").read_text(encoding="utf-8"))
+        labels = json.loads((workdir / "metrics" / f"round_labels@{key}.json").read_text(encoding="utf-8"))
+        rows.append({name: scores[metric] for name, metric in SHOWN.items()}
+                    | {"gold_sft": scores["round/gold_sft"], "rows": labels["labels/rows_so_far"],
                        "agreement": labels["labels/agreement"], "alpha": labels["labels/alpha"]})
     return rows
 
 
-def differences(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], arm: str, other: str
-                ) -> list[float]:
+def differences(results: Results, arm: str, other: str) -> list[float]:
     """Gold score of the last round, `arm` minus `other`, by seed."""
-    return [seed[arm][-1]["gold"] - seed[other][-1]["gold"] for seed in found.values() if arm in seed and other in seed]
+    return [seed[arm][-1]["gold"] - seed[other][-1]["gold"] for seed in results.values()
+            if arm in seed and other in seed]
 
 
 def verdict(values: Sequence[float], what: str, against: str) -> str:
@@ -80,19 +81,19 @@ def verdict(values: Sequence[float], what: str, against: str) -> str:
     return f"{what} beats {against} {every}: gold score {mean:+.3f} in the mean ({by})."
 
 
-def page(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], profile: str) -> str:
+def page(results: Results, profile: str) -> str:
     """docs/rounds.md."""
     lines = ["# Several rounds against one", "",
-             f"`python -m flows.compare_rounds --seeds {' '.join(found)}` wrote this page: profile `{profile}`, "
+             f"`python -m flows.compare_rounds --seeds {' '.join(results)}` wrote this page: profile `{profile}`, "
              "simulated labelers of the embedded world, which says nothing about people.", ""]
     for arm, other, what, against in (("rounds", "one", "Labeling after each round's training", "labeling at once"),
                                       ("restart", "one", "The last reward model's own policy", "labeling at once"),
                                       ("active", "rounds", "Choosing prompts by disagreement", "choosing at random")):
-        if values := differences(found, arm, other):
+        if values := differences(results, arm, other):
             lines += [verdict(values, what, against), ""]
     lines += ["| seed | arm | round | rows | gold [95 %] | SFT | win rate vs SFT | RM right on the policy | KL "
               "| labelers agree | α |", "|" + "-|" * 11]
-    for seed, arms in found.items():
+    for seed, arms in results.items():
         for arm, rows in arms.items():
             for number, row in enumerate(rows, start=1):
                 lines.append(f"| {seed} | {arm} | {number} | {row['rows']:,} | {row['gold']:.3f} [{row['low']:.3f}, "
@@ -104,15 +105,15 @@ def page(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], profi
 
 async def compare(seeds: Sequence[int], arms: Sequence[str], count: int, root: Path) -> dict[str, Any]:
     """Runs the arms one after the other. Raises the error of the first that fails."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for seed in seeds:
         for arm in arms:
-            given = parameters_of(arm, seed, root, count)
-            result = await run_rounds({**given, "root": root})
+            parameters = parameters_of(arm, seed, root, count)
+            result = await run_rounds({**parameters, "root": root})
             if isinstance(result, Exception):
                 raise result
-            found.setdefault(str(seed), {})[arm] = read_arm(place_of(given, root))
-    return found
+            results.setdefault(str(seed), {})[arm] = read_arm(workdir_of(parameters, root))
+    return results
 
 
 def main() -> None:
@@ -127,13 +128,13 @@ def main() -> None:
     root = Path.cwd()
     try:
         wait_for_server()
-        found = asyncio.run(compare(options.seeds, options.arms, options.count, root))
+        results = asyncio.run(compare(options.seeds, options.arms, options.count, root))
     except UserError as error:
         print(f"compare_rounds: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if not options.only_run:
-        text = page(found, load_params(root).profile)
-        write_json(root / OUT, found)
+        text = page(results, load_params(root).profile)
+        write_json(root / OUT, results)
         write_atomic(root / PAGE, text.encode())
         print(text)
 

@@ -1,7 +1,7 @@
 """Settings that Prefect, DVC, MLflow and Great Expectations read when imported: no telemetry, time to start.
 
 Imported before Prefect; the stages get them too. What the user's environment says goes first. Where `make ui` has
-started servers in this checkout, a line run by hand shows there.
+started servers in this checkout, a run started by hand shows there.
 """
 
 import json
@@ -35,5 +35,5 @@ def local_prefect(root: Path) -> str:
     return f"{url}/api"
 
 
-if "PREFECT_API_URL" not in os.environ and (found := local_prefect(Path())):
-    os.environ["PREFECT_API_URL"] = found
+if "PREFECT_API_URL" not in os.environ and (api := local_prefect(Path())):
+    os.environ["PREFECT_API_URL"] = api

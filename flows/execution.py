@@ -1,13 +1,21 @@
-"""Runs the stages of dvc.yaml from a flow: parameters checked, one run at a time in a folder."""
+"""What the flows share: parameters checked, one run at a time in a folder, stages and programs run, results uploaded.
+
+`async with run_lock(root): results = await run_stages(root, run_name)`.
+"""
 
 import asyncio
 import fcntl
 import re
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
+import flows.environment  # noqa: F401
+
+# isort: split
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
@@ -18,25 +26,48 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-import flows.environment  # noqa: F401
 from flows.artifacts import findings_of, show_findings
+from flows.process import run_lines
 from flows.remote import delegated_task
+from flows.server import wait_for_server
 from flows.stages import ON_GPU, StageFailed, stage_task, training_slot
 from flows.summary import StageResult
+from flows.terminal import show_bars
+from flows.workspaces import Changes
+from mlops import imports_done
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 from mlops.config.stage_graph import pipeline_stages
+from mlops.tracking.uploader import check_variables, wait_until_uploaded
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
-UPLOAD_SECONDS = 60.0
-TIMED_OUT = 124
+UPLOAD_SECONDS = 60.0  # at the end of a run, for journals that MLflow does not have yet
+TIMED_OUT = 124  # exit code, as of the command timeout
+
+
+# --- before anything starts -----------------------------------------------------------------------------------------
+
+
+def name_of_run(changes_of: Callable[[dict[str, Any]], Changes], otherwise: str) -> str:
+    """The run's name in Prefect and MLflow: what it runs and the start of its id, so the same after a restart.
+
+    `otherwise` stands for what it runs where its parameters cannot be read: then the run fails by them.
+    """
+    parameters = flow_run.parameters
+    try:
+        what = changes_of(parameters).name(Path(parameters.get("root") or ".").resolve())
+    except UserError:
+        what = otherwise
+    return f"{what} {str(flow_run.id)[:6]}"
 
 
 def check_params(root: Path, profile: str | None) -> None:
     """Raises UserError if `profile`, or without one what params.yaml says, cannot be used. Changes nothing."""
+    check_variables()
     if profile is None:
         load_params(root)
         return
@@ -52,28 +83,28 @@ def use_profile(root: Path, profile: str | None) -> None:
     if profile is None or not path.exists():
         return
     text = path.read_text(encoding="utf-8")
-    changed, found = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", rf"\g<1>{profile}", text)
-    if found != 1:
-        raise UserError(f"{path}: expected one line `profile: NAME`, found {found}")
+    changed, count = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", rf"\g<1>{profile}", text)
+    if count != 1:
+        raise UserError(f"{path}: expected one line `profile: NAME`, found {count}")
     if changed != text:
         write_atomic(path, changed.encode())
 
 
 @asynccontextmanager
 async def run_lock(root: Path) -> AsyncIterator[None]:
-    """Lets one line at a time work in a checkout; the kernel frees the lock when the process ends, however."""
-    path = root / "scratch" / "line.lock"
+    """Lets one run at a time work in a folder; the kernel frees the lock when the process ends, however."""
+    path = root / "scratch" / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        told = False
+        waiting = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
-                    get_run_logger().info("another line is running in %s; waiting for its end", root)
-                told = True
+                if not waiting:
+                    get_run_logger().info("another run works in %s; waiting for its end", root)
+                waiting = True
                 await asyncio.sleep(1)
         yield
 
@@ -84,12 +115,15 @@ async def close_earlier_tasks() -> None:
         return
     running = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING])))
     async with get_client() as client:
-        mine = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(flow_run.id))]))
-        for task_run in await client.read_task_runs(flow_run_filter=mine, task_run_filter=running):
+        this = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(flow_run.id))]))
+        for task_run in await client.read_task_runs(flow_run_filter=this, task_run_filter=running):
             await client.set_task_run_state(task_run.id, Crashed(message="its process ended"), force=True)
 
 
-async def run_stages(root: Path, line: str, stage_hours: float | None = None, gpu_workers: bool = False,
+# --- stages and programs --------------------------------------------------------------------------------------------
+
+
+async def run_stages(root: Path, run_name: str, stage_hours: float | None = None, gpu_workers: bool = False,
                      last: str = "") -> list[StageResult]:
     """Runs the stages up to `last`, all without it. Raises the error of the stage that failed."""
     results = []
@@ -97,24 +131,76 @@ async def run_stages(root: Path, line: str, stage_hours: float | None = None, gp
     for stage in stages[: stages.index(last) + 1 if last else None]:
         before = findings_of(root)
         try:
-            results.append(await run_stage_of(stage, root, line, stage_hours, gpu_workers))
+            results.append(await run_stage_of(stage, root, run_name, stage_hours, gpu_workers))
         finally:
             if stage == "validate":
                 await show_findings(root, before)
     return results
 
 
-async def run_stage_of(stage: str, root: Path, line: str, stage_hours: float | None, gpu_workers: bool) -> StageResult:
+async def run_stage_of(stage: str, root: Path, run_name: str, stage_hours: float | None,
+                       gpu_workers: bool) -> StageResult:
     """Runs one stage, here or on a worker of pool gpu. Raises its error."""
     on_gpu = stage.partition("@")[0] in ON_GPU
     remote = gpu_workers and on_gpu
     run = delegated_task(stage, stage_hours) if remote else stage_task(stage, stage_hours)
     async with training_slot() if on_gpu and not remote else nullcontext():
-        state = await run(stage, root, line, return_state=True)
+        state = await run(stage, root, run_name, return_state=True)
     result = await state.aresult(raise_on_failure=False)
     if isinstance(result, TimeoutError):
         result = StageFailed(f"{stage}: ended after {stage_hours:g} h (stage_hours); the next run goes on from the "
                              "checkpoint", TIMED_OUT)
     if not isinstance(result, StageResult):
         raise result
+    return result
+
+
+async def run_program(name: str, command: Sequence[str], root: Path, environment: Mapping[str, str]) -> None:
+    """Runs a program that is no stage in `root`, its output to the log. Raises StageFailed with its last line."""
+    logger = get_run_logger()
+    output = ["no message"]
+
+    def on_line(text: str) -> None:
+        output.append(text)
+        logger.info("%s", text)
+
+    code = await run_lines(command, root, environment, on_line)
+    if code:
+        reason = output[-1].removeprefix(f"{name}: ") if code > 0 else f"ended by signal {-code}"
+        raise StageFailed(f"{name}: {reason}", code)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+async def wait_for_upload(root: Path, run_name: str) -> tuple[dict[str, Any], str]:
+    """Waits until MLflow has the journals of this run.
+
+    Returns the ids of `wait_until_uploaded`, and what to say where MLflow does not have them: the run is complete and
+    its journals are on disk, whatever the upload does.
+    """
+    try:
+        return await asyncio.to_thread(wait_until_uploaded, root, run_name, UPLOAD_SECONDS), ""
+    except Exception as error:
+        return {}, f"MLflow: {error}; `python -m mlops.tracking.uploader --once` sends what is missing"
+
+
+def run_to_end(start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Runs a flow from the command line and returns its result, which may be an error that the caller knows.
+
+    Ends the process with one line and an exit code where somebody stopped it (130, 143), where a stage failed (the
+    stage's own code) and at a user's mistake (2).
+    """
+    imports_done()
+    show_bars()
+    try:
+        wait_for_server()
+        result = asyncio.run(start())
+    except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(143 if isinstance(error, TerminationSignal) else 130) from None
+    if isinstance(result, UserError | StageFailed):
+        code = result.code if isinstance(result, StageFailed) else 2
+        print(result, file=sys.stderr)
+        raise SystemExit(code if code > 0 else 128 - code)
     return result

@@ -127,12 +127,12 @@ def _send(session: int, number: signal.Signals) -> None:
 
 def _members(session: int) -> list[int]:
     """The living processes of a session. Zombies don't count: a container's first process may never reap them."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, owner = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
         except (OSError, ValueError):
             continue  # ended meanwhile
         if int(owner) == session and state not in "ZX":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids

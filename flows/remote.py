@@ -46,20 +46,20 @@ AUTHOR = {"GIT_AUTHOR_NAME": "instructflow", "GIT_AUTHOR_EMAIL": "instructflow@l
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-async def delegate_stage(stage: str, root: Path, line: str) -> StageResult | State[Any]:
+async def delegate_stage(stage: str, root: Path, run_name: str) -> StageResult | State[Any]:
     """Has the stage run by a worker of the pool of `DEPLOYMENT`, unless its outputs are here or in the caches."""
     logger = get_run_logger()
     start = time.monotonic()
     try:
         if await asyncio.to_thread(is_done, stage, root):
-            return await repro(stage, root, line)
+            return await repro(stage, root, run_name)
         logger.info("%s: sending inputs and revision", stage)
-        parameters = await asyncio.to_thread(send, stage, root, line)
-        run = await arun_deployment(DEPLOYMENT, parameters=parameters, flow_run_name=f"{stage} of {line}")
+        parameters = await asyncio.to_thread(send, stage, root, run_name)
+        run = await arun_deployment(DEPLOYMENT, parameters=parameters, flow_run_name=f"{stage} of {run_name}")
         if run.state is None or not run.state.is_completed():
             raise StageFailed(f"{stage}: on the worker: {run.state.message if run.state else 'no state'}", 1)
         await asyncio.to_thread(take_over, stage, root, parameters["ref"])
-        result = await repro(stage, root, line)
+        result = await repro(stage, root, run_name)
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)
     if isinstance(result, StageResult) and result.how == "up to date":
@@ -78,24 +78,24 @@ def is_done(stage: str, root: Path) -> bool:
     return _run(["dvc", "status", "--quiet", stage], root, check=False).returncode == 0
 
 
-def send(stage: str, root: Path, line: str) -> dict[str, str]:
+def send(stage: str, root: Path, run_name: str) -> dict[str, str]:
     """Pushes the inputs and the revision; returns the deployment's parameters. Raises UserError: no remote, no git."""
     inputs = inputs_of(stage, root)
     if inputs:
         _run(["dvc", "push", *inputs], root)
-    revision = snapshot(root, f"{line}: before {stage}")
-    ref = f"{REFS}/{hashlib.sha256(line.encode()).hexdigest()[:12]}/{stage}"
+    revision = snapshot(root, f"{run_name}: before {stage}")
+    ref = f"{REFS}/{hashlib.sha256(run_name.encode()).hexdigest()[:12]}/{stage}"
     _run(["git", "push", "--quiet", "--force", "origin", f"{revision}:{ref}"], root)
     repository = _run(["git", "remote", "get-url", "origin"], root).stdout.strip()
-    return {"stage": stage, "repository": repository, "ref": ref, "revision": revision, "line": line}
+    return {"stage": stage, "repository": repository, "ref": ref, "revision": revision, "run_name": run_name}
 
 
 def inputs_of(stage: str, root: Path) -> list[str]:
     """The stage's dependencies that DVC keeps: outputs of other stages, and the datasets that data.dvc pins."""
     stages = declared_stages(root)
-    made = {out for other in stages.values() for out in paths(other.get("outs", []))} | {"data"}
+    produced = {out for other in stages.values() for out in paths(other.get("outs", []))} | {"data"}
     return [dep for dep in paths(stages[stage].get("deps", []))
-            if any(dep == out or dep.startswith(f"{out}/") for out in made)]
+            if any(dep == out or dep.startswith(f"{out}/") for out in produced)]
 
 
 def snapshot(root: Path, message: str) -> str:
@@ -114,11 +114,11 @@ def snapshot(root: Path, message: str) -> str:
 def take_over(stage: str, root: Path, ref: str) -> None:
     """Takes dvc.lock and metrics from the worker's commit, and the outputs from DVC's remote."""
     _run(["git", "fetch", "--quiet", "origin", f"{ref}-done"], root)
-    made = _run(["git", "rev-parse", "FETCH_HEAD"], root).stdout.strip()
-    changed = _run(["git", "diff", "--name-only", "-z", f"{made}^", made], root).stdout.split("\0")
+    commit = _run(["git", "rev-parse", "FETCH_HEAD"], root).stdout.strip()
+    changed = _run(["git", "diff", "--name-only", "-z", f"{commit}^", commit], root).stdout.split("\0")
     names = [name for name in changed if name]
     if names:
-        _run(["git", "restore", f"--source={made}", "--worktree", "--", *names], root)
+        _run(["git", "restore", f"--source={commit}", "--worktree", "--", *names], root)
     _run(["dvc", "pull", "--force", stage], root)
 
 
@@ -126,21 +126,21 @@ def take_over(stage: str, root: Path, ref: str) -> None:
 
 
 @flow(persist_result=False)
-async def remote_stage(stage: str, repository: str, ref: str, revision: str, line: str) -> State[Any]:
-    """Runs one stage of another machine's line in a clone of its own; a run taken up again goes on from its checkpoint.
+async def remote_stage(stage: str, repository: str, ref: str, revision: str, run_name: str) -> State[Any]:
+    """Runs one stage of another machine's run in a clone of its own; taken up again, it goes on from its checkpoint.
 
     Args:
         stage: The stage of dvc.yaml.
         repository: The git repository that has the revision.
         ref: The reference that the revision was pushed to.
         revision: The commit to run.
-        line: The line's name in Prefect and MLflow.
+        run_name: The run's name in Prefect and MLflow.
     """
     root = (FOLDER / hashlib.sha256(repository.encode()).hexdigest()[:12]).resolve()
     try:
         await asyncio.to_thread(prepare, root, repository, ref, revision, stage)
         async with training_slot():
-            result = await repro(stage, root, line)
+            result = await repro(stage, root, run_name)
         if not isinstance(result, StageResult):
             return result
         await asyncio.to_thread(send_back, root, ref, stage)
@@ -166,8 +166,8 @@ def prepare(root: Path, repository: str, ref: str, revision: str, stage: str) ->
 def send_back(root: Path, ref: str, stage: str) -> None:
     """Outputs and run cache to DVC's remote, dvc.lock and metrics as a commit beside the one that was run."""
     _run(["dvc", "push", "--run-cache", stage], root)
-    made = snapshot(root, f"{stage}: done")
-    _run(["git", "push", "--quiet", "--force", "origin", f"{made}:{ref}-done"], root)
+    commit = snapshot(root, f"{stage}: done")
+    _run(["git", "push", "--quiet", "--force", "origin", f"{commit}:{ref}-done"], root)
 
 
 def _run(command: list[str], where: Path, environment: Mapping[str, str] | None = None,
@@ -179,8 +179,8 @@ def _run(command: list[str], where: Path, environment: Mapping[str, str] | None 
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if not done.returncode or not check:
             break
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        reason = next((line for line in said if line.startswith(("fatal: ", "ERROR: "))), said[-1])
+        output = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        reason = next((text for text in output if text.startswith(("fatal: ", "ERROR: "))), output[-1])
         if pause is None or not AWAY.search(done.stderr):
             raise UserError(f"{' '.join(command[:2])}: {reason.removeprefix('ERROR: ').removeprefix('fatal: ')}")
         time.sleep(pause)

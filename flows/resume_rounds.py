@@ -1,6 +1,7 @@
-"""Resumes rounds that wait for people's labels: takes over what Label Studio has, and wakes a run when all are there.
+"""Resumes rounds that wait for people's labels: takes over what Label Studio has, resumes a run whose labels are there.
 
-Every few minutes by its schedule, so that no message between the servers can get lost: what is missing is looked up.
+Its schedule starts it every few minutes, and it looks up what is missing: no message between servers can get lost.
+The flow and its deployment keep the names `wake-rounds` and `wake`: servers store schedules by them.
 """
 
 from pathlib import Path
@@ -22,22 +23,22 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.flow_runs import aresume_flow_run
 from prefect.states import Failed
 
-from flows.rounds import place_of, pull_labels, rounds, server_is_named
+from flows.rounds import pull_labels, rounds, server_is_named, workdir_of
 from flows.stages import StageFailed
 from mlops.config.loader import load_params
 from mlops.labeling.store import Batch
 
 
 @flow(name="wake-rounds", persist_result=False)
-async def wake(root: Path | None = None) -> dict[str, str] | State[Any]:
+async def resume_rounds(root: Path | None = None) -> dict[str, str] | State[Any]:
     """Looks at every suspended run of flow rounds.
 
     Args:
         root: The checkout; empty: the folder that the deployment was made in.
     """
     checkout = (root or Path()).resolve()
-    found: dict[str, str] = {}
-    failed = []
+    outcomes: dict[str, str] = {}
+    failures = []
     async with get_client() as client:
         paused = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
         waiting = await client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[rounds.name])),
@@ -46,24 +47,24 @@ async def wake(root: Path | None = None) -> dict[str, str] | State[Any]:
         try:
             missing = await missing_labels(run, checkout)
         except StageFailed as failure:  # the server does not answer: the next look may
-            failed.append(str(failure))
+            failures.append(str(failure))
             continue
-        found[run.name] = f"{missing} labels are missing" if missing else "resumed"
-        get_run_logger().info("%s: %s", run.name, found[run.name])
+        outcomes[run.name] = f"{missing} labels are missing" if missing else "resumed"
+        get_run_logger().info("%s: %s", run.name, outcomes[run.name])
         if not missing:
             await aresume_flow_run(run.id)
-    return Failed(message="; ".join(failed), data=found) if failed else found
+    return Failed(message="; ".join(failures), data=outcomes) if failures else outcomes
 
 
 async def missing_labels(run: FlowRun, checkout: Path) -> int:
     """How many labels the run's round still needs, after a look at the labeling server."""
-    given = {"count": 3, **run.parameters}
-    where = place_of(given, Path(given.get("root") or checkout).resolve())
-    for key in load_params(where).rounds:
+    parameters = {"count": 3, **run.parameters}
+    workdir = workdir_of(parameters, Path(parameters.get("root") or checkout).resolve())
+    for key in load_params(workdir).rounds:
         folder = Path("feedback") / key
-        if not (where / folder / "assignments.jsonl").exists() or not Batch(where / folder).missing():
+        if not (workdir / folder / "assignments.jsonl").exists() or not Batch(workdir / folder).missing():
             continue
         if server_is_named():
-            await pull_labels(where, run.name, folder)
-        return len(Batch(where / folder).missing())
+            await pull_labels(workdir, run.name, folder)
+        return len(Batch(workdir / folder).missing())
     return 0

@@ -1,4 +1,4 @@
-"""The Prefect server of a line for which none is named: started beside the flow's own imports, ended with the flow.
+"""The Prefect server of a flow for which none is named: started beside the flow's own imports, ended with the flow.
 
 Prefect would start the same one, on the same database, but later: it imports the whole server into the flow's process
 first and then waits for the other to do so too. `python -m flows.server FD` is that other process.

@@ -1,4 +1,4 @@
-"""One stage of dvc.yaml as a Prefect task: `await stage_task("sft")("sft", root, line)` runs it by DVC."""
+"""One stage of dvc.yaml as a Prefect task: `await stage_task("sft")("sft", root, run_name)` runs it by DVC."""
 
 import json
 import logging
@@ -66,12 +66,12 @@ async def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any])
 
 
 @task(retry_condition_fn=worth_a_retry, retry_jitter_factor=0.5, cache_policy=NO_CACHE, persist_result=False)
-async def run_stage(stage: str, root: Path, line: str) -> StageResult | State[Any]:
+async def run_stage(stage: str, root: Path, run_name: str) -> StageResult | State[Any]:
     """`repro` as a task: a failure has the stage's own line as its message."""
-    return await repro(stage, root, line)
+    return await repro(stage, root, run_name)
 
 
-async def repro(stage: str, root: Path, line: str) -> StageResult | State[Any]:
+async def repro(stage: str, root: Path, run_name: str) -> StageResult | State[Any]:
     """Runs one stage by DVC, each line to the log."""
     logger = get_run_logger()
     output: list[str] = []
@@ -85,7 +85,7 @@ async def repro(stage: str, root: Path, line: str) -> StageResult | State[Any]:
     dvc = str(Path(sys.executable).with_name("dvc"))
     async with progress_of(stage) as show:
         code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
-                               cwd=root, env=child_env(line) | tracking_of(root), on_line=on_line)
+                               cwd=root, env=child_env(run_name) | tracking_of(root), on_line=on_line)
     if code:
         failure = disk_full(stage, root) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
@@ -105,10 +105,10 @@ async def training_slot() -> AsyncIterator[None]:
         yield
 
 
-def child_env(line: str) -> dict[str, str]:
+def child_env(run_name: str) -> dict[str, str]:
     """The environment of dvc and of the stage: this Python first in PATH, where dvc.yaml's `python` is looked up."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_RUN_NAME": line}
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_RUN_NAME": run_name}
 
 
 def disk_full(stage: str, root: Path) -> StageFailed | None:
@@ -118,7 +118,7 @@ def disk_full(stage: str, root: Path) -> StageFailed | None:
     return StageFailed(f"{stage}: no space left on the disk of {root}; free some and run the same command again", 3)
 
 
-def mend_lock(root: Path) -> None:
+def mend_dvc_lock(root: Path) -> None:
     """Removes DVC's list of locks where it is no JSON: a full disk cuts it off, and DVC then refuses to run."""
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
@@ -148,9 +148,10 @@ def read_failure(stage: str, code: int, output: list[str]) -> StageFailed:
         reason = complaint or (output[0] if output else "no message")
         reason = re.sub(r"^ERROR: (failed to reproduce '.*?':\s+)?", "", reason)
         return StageFailed(f"{stage}: {reason}", code)
-    own = int(exited[1])
-    if own < 0:
-        return StageFailed(f"{stage}: ended by {signal.Signals(-own).name}", own)
-    said = [text for text in output[: errors[-1]] if not text.startswith(("Running stage", "> "))]
-    last = next((text for text in reversed(said) if text.startswith(f"{stage}: ")), said[-1] if said else "no message")
-    return StageFailed(f"{stage}: {last.removeprefix(f'{stage}: ')}", own)
+    own_code = int(exited[1])
+    if own_code < 0:
+        return StageFailed(f"{stage}: ended by {signal.Signals(-own_code).name}", own_code)
+    own_lines = [text for text in output[: errors[-1]] if not text.startswith(("Running stage", "> "))]
+    last = next((text for text in reversed(own_lines) if text.startswith(f"{stage}: ")),
+                own_lines[-1] if own_lines else "no message")
+    return StageFailed(f"{stage}: {last.removeprefix(f'{stage}: ')}", own_code)

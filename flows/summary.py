@@ -1,4 +1,4 @@
-"""What a finished line tells: time, numbers of each stage and where to look next, as a table and as markdown."""
+"""What a finished run tells: time, numbers of each stage and where to look next, as a table and as markdown."""
 
 import json
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ class StageResult:
 
 @dataclass
 class Summary:
-    """`summary.show()` on a terminal, `summary.markdown()` in Prefect. `look`: (what, where) of the next steps."""
+    """`summary.show()` on a terminal, `summary.markdown()` in Prefect. `links`: (what, where) to look next."""
 
     results: Sequence[StageResult]
     numbers: dict[str, str]
-    look: list[tuple[str, str]] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -55,7 +55,7 @@ class Summary:
         for row in self.rows():
             table.add_row(*row)
         console.print(table)
-        for what, where in self.look:
+        for what, where in self.links:
             console.print(f"{what:<12} {where}", soft_wrap=True, markup=False)
         for note in self.notes:
             console.print(note, soft_wrap=True, markup=False)
@@ -63,13 +63,13 @@ class Summary:
     def markdown(self) -> str:
         lines = ["| stage | time | how | main numbers |", "|---|---:|---|---|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
-        lines += ["", *(f"- {what}: `{where}`" for what, where in self.look), *(f"- {note}" for note in self.notes)]
+        lines += ["", *(f"- {what}: `{where}`" for what, where in self.links), *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 
 def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:
     """The main numbers of each stage, from metrics/<stage>.json; what is missing there is left out."""
-    found = {}
+    texts = {}
     for stage in stages:
         try:
             metrics: dict[str, Any] = json.loads((root / "metrics" / f"{stage}.json").read_text(encoding="utf-8"))
@@ -77,8 +77,8 @@ def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:
             continue
         shown = [(key.replace("tax/", "tax_").split("/")[-1], metrics[key]) for key in MAIN_NUMBERS.get(stage, [])
                  if key in metrics]
-        found[stage] = "  ".join(f"{key}={_number(value)}" for key, value in shown)
-    return found
+        texts[stage] = "  ".join(f"{key}={_number(value)}" for key, value in shown)
+    return texts
 
 
 def _number(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""The line for every combination of some PPO parameters, one after the other, each in its own copy of the checkout.
+"""The pipeline for every combination of some PPO parameters, one after the other, each in its own workspace.
 
-Data, SFT and reward model are trained once: the copies share DVC's cache. In MLflow the lines stand side by side.
+Data, SFT and reward model are made once: workspaces share DVC's cache. In MLflow the runs stand side by side.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from prefect.artifacts import acreate_table_artifact
 from prefect.states import Failed
 from pydantic import Field
 
-from flows.artifacts import kept
+from flows.artifacts import best_effort
 from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed
 from flows.pipeline import NotPromoted, pipeline
 from flows.summary import Summary
@@ -33,7 +33,7 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(min_length=1, max_length
                 ptx_coefs: Annotated[list[PtxCoef], Field(min_length=1, max_length=10)] = [0.0],  # noqa: B006
                 seeds: Annotated[list[Seed], Field(min_length=1, max_length=10)] = [1],  # noqa: B006
                 profile: ProfileName | None = None, root: Path | None = None) -> list[dict[str, Any]] | State[Any]:
-    """Runs the line for each combination and compares the ends. A line that fails stops none of the others.
+    """Runs the pipeline for each combination and compares the results. A run that fails stops none of the others.
 
     Args:
         kl_goals: KL goals, nats a response.
@@ -45,31 +45,30 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(min_length=1, max_length
     """
     checkout = (root or Path()).resolve()
     rows: list[dict[str, Any]] = []
-    failed = []
+    failed = 0
     for seed, rule, goal, ptx in itertools.product(seeds, beta_rules, kl_goals, ptx_coefs):
-        given: dict[str, Any] = {"profile": profile, "seed": seed, "kl_goal": goal, "beta_rule": rule, "ptx_coef": ptx}
-        state = await pipeline(**given, root=root, return_state=True)
+        ppo: dict[str, Any] = {"kl_goal": goal, "beta_rule": rule, "ptx_coef": ptx}
+        state = await pipeline(profile=profile, seed=seed, **ppo, root=root, return_state=True)
         result = await state.aresult(raise_on_failure=False)
-        row: dict[str, Any] = {name: given[name] for name in ("seed", "kl_goal", "beta_rule", "ptx_coef")}
+        row: dict[str, Any] = {"seed": seed, **ppo}
         if isinstance(result, Summary | NotPromoted):
-            ppo = {name: given[name] for name in ("kl_goal", "beta_rule", "ptx_coef")}
             row |= _figures(checkout / FOLDER / Changes(profile, seed, {"ppo": ppo}).name(checkout))
         else:
             get_run_logger().error("%s: %s", row, result)
-            failed.append(row)
+            failed += 1
             row["error"] = str(result)
             if isinstance(result, UserError):
                 return Failed(message=str(result), data=result)
         rows.append(row)
-    await kept(acreate_table_artifact(rows, key="sweep", description=f"{len(rows)} lines, {len(failed)} failed"))
-    return Failed(message=f"{len(failed)} of {len(rows)} lines failed", data=rows) if failed else rows
+    await best_effort(acreate_table_artifact(rows, key="sweep", description=f"{len(rows)} runs, {failed} failed"))
+    return Failed(message=f"{failed} of {len(rows)} runs failed", data=rows) if failed else rows
 
 
-def _figures(copy: Path) -> dict[str, str]:
-    """The main numbers of a copy's line; what it has not measured is left out."""
-    found: dict[str, float] = {}
+def _figures(workspace: Path) -> dict[str, str]:
+    """The main numbers of a workspace; what it has not measured is left out."""
+    metrics: dict[str, float] = {}
     for stage in ("ppo", "evaluate"):
-        path = copy / "metrics" / f"{stage}.json"
+        path = workspace / "metrics" / f"{stage}.json"
         if path.exists():
-            found |= json.loads(path.read_text(encoding="utf-8"))
-    return {name: f"{found[key]:.3g}" for name, key in SHOWN.items() if key in found}
+            metrics |= json.loads(path.read_text(encoding="utf-8"))
+    return {name: f"{metrics[key]:.3g}" for name, key in SHOWN.items() if key in metrics}

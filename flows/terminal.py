@@ -8,10 +8,14 @@ import logging
 import re
 import sys
 
+import flows.environment  # noqa: F401
+
+# isort: split
 from prefect.logging.handlers import PrefectConsoleHandler
 from tqdm import tqdm
 
-PROGRESS = re.compile(r"(?P<name>\S.*?)  (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+)  (?P<rest>.*)")  # rlhf.training.progress
+# What rlhf.training.progress prints.
+PROGRESS = re.compile(r"(?P<name>\S.*?)  (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+)  (?P<rest>.*)")
 FORMAT = "{desc:<9}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}{postfix}"
 
 

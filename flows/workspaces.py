@@ -1,8 +1,8 @@
-"""A line in a copy of the checkout, which stays as it is: other parameters, a sweep's point, a second line at once.
+"""Workspaces: copies of the checkout with other parameters, for a changed run, a sweep's point, a second run at once.
 
-A copy is scratch/copies/<what is changed>. It shares DVC's cache with the checkout, so that stages which have run with
-the same inputs are checked out, and MLflow's store, so that lines can be compared. It never promotes: the registry is
-the checkout's.
+A workspace is scratch/workspaces/<what is changed>. It shares DVC's cache with the checkout, so that stages which have
+run with the same inputs are checked out, and MLflow's store, so that runs can be compared. The checkout stays as it is,
+and a workspace never promotes: the registry is the checkout's.
 """
 
 import configparser
@@ -23,15 +23,15 @@ from mlops.config.stage_graph import unrolled
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
-FOLDER = Path("scratch/copies")
-WORKSPACE_OF = Path("scratch/copy-of.json")  # in a copy: the checkout it belongs to, the files that came from there
-LABELS = "feedback/"  # what people say of a line's models belongs to that line
-OWN = ("dvc.lock", "data.dvc", "metrics/")  # written by a line: a copy that has run keeps its own
+FOLDER = Path("scratch/workspaces")
+WORKSPACE_OF = Path("scratch/workspace-of.json")  # in a workspace: its checkout, the files that came from there
+LABELS = "feedback/"  # what people say of a run's models belongs to that run
+OWN = ("dvc.lock", "data.dvc", "metrics/")  # written by a run: a workspace that has run keeps its own
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a line's parameters have otherwise than the checkout's. `stages`: section → name → value.
+    """What a run changes of the checkout's parameters. `stages`: section → name → value.
 
     `label` names them where their values would make no name.
     """
@@ -56,7 +56,7 @@ class Changes:
 
 
 def checkout_of(root: Path) -> Path:
-    """The checkout that `root` is a copy of; `root` itself where it is none."""
+    """The checkout that the workspace `root` belongs to; `root` itself where it is none."""
     try:
         return Path(json.loads((root / WORKSPACE_OF).read_text(encoding="utf-8"))["checkout"])
     except FileNotFoundError:
@@ -64,49 +64,49 @@ def checkout_of(root: Path) -> Path:
 
 
 def tracking_of(root: Path) -> dict[str, str]:
-    """The environment by which a copy's stages write to the checkout's MLflow store."""
+    """The environment by which a workspace's stages write to the checkout's MLflow store."""
     checkout = checkout_of(root)
     if checkout == root or os.environ.get("MLFLOW_TRACKING_URI"):
         return {}
     return {"MLFLOW_TRACKING_URI": f"sqlite:///{checkout}/mlflow.db"}
 
 
-def fill_workspace(root: Path, copy: Path, changes: Changes) -> None:
-    """Makes `copy` the checkout `root` as it is now, with `changes`. What the copy has made stays.
+def fill_workspace(root: Path, workspace: Path, changes: Changes) -> None:
+    """Makes `workspace` the checkout `root` as it is now, with `changes`. What the workspace has produced stays.
 
-    Raises UserError: no git, parameters that cannot be.
+    Raises UserError: no git, parameters that cannot be used.
     """
     names = _files_of(root)
-    earlier = json.loads((copy / WORKSPACE_OF).read_text())["files"] if (copy / WORKSPACE_OF).exists() else []
+    earlier = json.loads((workspace / WORKSPACE_OF).read_text())["files"] if (workspace / WORKSPACE_OF).exists() else []
     for name in sorted(set(earlier) - set(names)):
-        (copy / name).unlink(missing_ok=True)
+        (workspace / name).unlink(missing_ok=True)
     for name in names:
-        target = copy / name
+        target = workspace / name
         if target.exists() and (name.startswith(OWN) or target.read_bytes() == (root / name).read_bytes()):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, target)
-    _link_raw(root, copy)
-    _share_cache(root, copy)
-    _apply(copy, changes)
-    write_atomic(copy / WORKSPACE_OF, json.dumps({"checkout": str(root), "files": names}).encode())
-    load_params(copy)
+    _link_raw(root, workspace)
+    _share_cache(root, workspace)
+    _apply(workspace, changes)
+    write_atomic(workspace / WORKSPACE_OF, json.dumps({"checkout": str(root), "files": names}).encode())
+    load_params(workspace)
 
 
 def _files_of(root: Path) -> list[str]:
     """What git knows of the checkout, and new files that it does not ignore."""
-    found = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True)
-    if found.returncode:
-        raise UserError(f"{root}: a line with other parameters works in a copy of the files that git knows, and git "
-                        f"says: {found.stderr.decode(errors='replace').strip()}")
-    return sorted(name for name in found.stdout.decode().split("\0")
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True)
+    if listing.returncode:
+        raise UserError(f"{root}: a run with other parameters works in a copy of the files that git knows, and git "
+                        f"says: {listing.stderr.decode(errors='replace').strip()}")
+    return sorted(name for name in listing.stdout.decode().split("\0")
                   if name and not name.startswith(LABELS) and (root / name).is_file())
 
 
-def _link_raw(root: Path, copy: Path) -> None:
+def _link_raw(root: Path, workspace: Path) -> None:
     """Your own data in raw/, which git ignores: linked, for it may be large."""
     for path in sorted((root / "raw").rglob("*")):
-        target = copy / path.relative_to(root)
+        target = workspace / path.relative_to(root)
         if path.is_dir() or (target.exists() and target.stat().st_mtime_ns == path.stat().st_mtime_ns):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _link_raw(root: Path, copy: Path) -> None:
             shutil.copy2(path, target)
 
 
-def _share_cache(root: Path, copy: Path) -> None:
+def _share_cache(root: Path, workspace: Path) -> None:
     dvc = Path(sys.executable).with_name("dvc")
     cache = subprocess.run([str(dvc), "cache", "dir"], cwd=root, capture_output=True, text=True)
     if cache.returncode:
@@ -128,21 +128,21 @@ def _share_cache(root: Path, copy: Path) -> None:
         if not config.has_section(section):
             config.add_section(section)
         config.set(section, name, value)
-    with (copy / ".dvc" / "config.local").open("w", encoding="utf-8") as file:
+    with (workspace / ".dvc" / "config.local").open("w", encoding="utf-8") as file:
         config.write(file)
 
 
-def _apply(copy: Path, changes: Changes) -> None:
-    """Writes the changes into the copy's params.yaml and profile."""
-    top = dict(read_yaml(copy / PARAMS_FILE))
+def _apply(workspace: Path, changes: Changes) -> None:
+    """Writes the changes into the workspace's params.yaml and profile."""
+    top = dict(read_yaml(workspace / PARAMS_FILE))
     top |= {name: value for name, value in (("profile", changes.profile), ("seed", changes.seed)) if value is not None}
     if changes.rounds:
         top["rounds"] = unrolled(changes.rounds)
-    path = copy / PROFILES_DIR / f"{top['profile']}.yaml"
+    path = workspace / PROFILES_DIR / f"{top['profile']}.yaml"
     sections = dict(read_yaml(path))
     for section, values in {**changes.stages, "promote": {"registry": ""}}.items():
         sections[section] = {**(sections.get(section) or {}), **values}
-    for target, content in ((copy / PARAMS_FILE, top), (path, sections)):
+    for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         if target.read_text(encoding="utf-8") != text:
             write_atomic(target, text.encode())

@@ -1,4 +1,4 @@
-"""A checkout whose stages are shell scripts: what the flows' tests run lines in."""
+"""A checkout whose stages are shell scripts: what the flows' tests run the pipeline in."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ SFT_AND_PPO = """
 """
 INGEST = """
   ingest:
-    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_RUN_NAME > build/data/line
+    cmd: echo ingest >> order.log && mkdir -p build/data && echo $INSTRUCTFLOW_RUN_NAME > build/data/run_name
     outs: [build/data]
 """
 FILES = {
@@ -58,12 +58,12 @@ class Checkout:
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
 
-    async def start(self, profile: str | None = None, **given: Any) -> Any:
-        state = await pipeline(profile=profile, **given, root=self.root, return_state=True)
+    async def start(self, profile: str | None = None, **parameters: Any) -> Any:
+        state = await pipeline(profile=profile, **parameters, root=self.root, return_state=True)
         return await state.aresult(raise_on_failure=False)
 
-    def run(self, profile: str | None = None, **given: Any) -> Any:
-        return asyncio.run(self.start(profile, **given))
+    def run(self, profile: str | None = None, **parameters: Any) -> Any:
+        return asyncio.run(self.start(profile, **parameters))
 
     def git(self) -> None:
         """Makes it a git repository with everything committed."""
@@ -74,7 +74,7 @@ class Checkout:
 
     def command_line(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         process = self.start_command_line(*arguments)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def start_command_line(self, *arguments: str, server: bool = True) -> "subprocess.Popen[str]":

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from flows.compare_rounds import differences, page, parameters_of, read_arm, verdict
-from flows.rounds import place_of
+from flows.rounds import workdir_of
 from mlops.config.stage_graph import unrolled
 from rlhf.errors import UserError
 
@@ -30,12 +30,12 @@ def test_both_arms_have_the_same_labels_and_rollouts(root: Path) -> None:
     assert one == {"count": 1, "seed": 2, "own_copy": True, "prompts": 30, "episodes": 1536}
     assert restart == several | {"restart": True, "episodes": 1536}
     assert active == several | {"select": "disagreement"}
-    assert len({place_of(given, root) for given in (several, one, restart, active)}) == 4
+    assert len({workdir_of(parameters, root) for parameters in (several, one, restart, active)}) == 4
     with pytest.raises(UserError, match="arm two"):
         parameters_of("two", 1, root, 3)
 
 
-def test_what_a_copy_has_measured(root: Path) -> None:
+def test_what_a_workspace_has_measured(root: Path) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump({"seed": 1, "profile": "mine", "rounds": unrolled(2)}))
     (root / "metrics").mkdir()
     for number in (1, 2):
@@ -52,10 +52,10 @@ def test_the_page_says_what_the_numbers_say() -> None:
     def arms(last: float) -> dict[str, Any]:
         return {"rounds": [ROW, {**ROW, "gold": last}], "one": [ROW]}
 
-    found = {"1": arms(6.25), "2": arms(6.5)}
-    assert differences(found, "rounds", "one") == [0.25, 0.5]
-    assert differences(found, "active", "rounds") == []
-    text = page(found, "mine")
+    results = {"1": arms(6.25), "2": arms(6.5)}
+    assert differences(results, "rounds", "one") == [0.25, 0.5]
+    assert differences(results, "active", "rounds") == []
+    text = page(results, "mine")
     assert "beats labeling at once in every seed: gold score +0.375 in the mean (+0.250, +0.500)" in text
     assert "disagreement" not in text.split("| seed")[0]
     assert "| 2 | rounds | 2 | 100 | 6.500 [5.900, 6.100] |" in text

@@ -39,10 +39,10 @@ mkdir -p metrics; echo "{\\"ppo/kl\\": $goal}" > metrics/ppo.json; echo 1 > mode
 """
 
 
-def ended(flow: Flow[..., Any], **given: Any) -> State[Any]:
+def ended(flow: Flow[..., Any], **parameters: Any) -> State[Any]:
     """The state in which the flow ends."""
     async def run() -> State[Any]:
-        state: State[Any] = await flow(**given, return_state=True)  # type: ignore[misc]
+        state: State[Any] = await flow(**parameters, return_state=True)  # type: ignore[misc]
         return state
 
     return asyncio.run(run())
@@ -52,8 +52,8 @@ def artifact(key: str) -> Any:
     """The newest artifact of that key."""
     async def read() -> Any:
         async with get_client() as client:
-            found = [item for item in await client.read_artifacts() if item.key == key]
-            return max(found, key=lambda item: str(item.created)).data
+            versions = [item for item in await client.read_artifacts() if item.key == key]
+            return max(versions, key=lambda item: str(item.created)).data
 
     data = asyncio.run(read())
     return json.loads(data) if isinstance(data, str) else data
@@ -65,7 +65,7 @@ def test_a_sweep_trains_what_is_common_once(checkout: Checkout, monkeypatch: pyt
     checkout.write("ppo.sh", PPO)
     checkout.git()
     state = ended(sweep, kl_goals=[0.5, 9.0, 2.0], root=checkout.root)
-    assert (state.name, state.message) == ("Failed", "1 of 3 lines failed")
+    assert (state.name, state.message) == ("Failed", "1 of 3 runs failed")
     assert checkout.order() == ["sft", "ppo0.5", "ppo9.0", "ppo2.0"]
     rows = artifact("sweep")
     assert [row.get("KL") for row in rows] == ["0.5", None, "2"]
@@ -74,15 +74,15 @@ def test_a_sweep_trains_what_is_common_once(checkout: Checkout, monkeypatch: pyt
         "small,seed=1,beta_rule=step,kl_goal=0.5,ptx_coef=0.0")
 
 
-@pytest.mark.parametrize(("given", "said"), [
+@pytest.mark.parametrize(("parameters", "message"), [
     ({}, "check-data: name either a folder (data) or a description of a source (source)"),
     ({"data": "a", "source": "b"}, "check-data: name either a folder (data) or a description of a source (source)"),
     ({"data": "nowhere"}, "validate: nowhere: no such folder"),
 ])
-def test_new_data_that_cannot_be_read(tmp_path: Path, given: dict[str, str], said: str) -> None:
-    state = ended(check_data, root=tmp_path, **given)
+def test_new_data_that_cannot_be_read(tmp_path: Path, parameters: dict[str, str], message: str) -> None:
+    state = ended(check_data, root=tmp_path, **parameters)
     assert state.is_failed()
-    assert str(state.message).startswith(said)
+    assert str(state.message).startswith(message)
 
 
 def test_new_data_s_findings_are_an_artifact(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ CHAMPION = """stages:
 """
 
 
-def test_the_champion_is_measured_in_a_copy(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_champion_is_measured_in_a_workspace(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout.write("dvc.yaml", CHAMPION)
     checkout.write("evaluate.sh", "mkdir -p metrics\ngrep -q 'champion: /the/folder' profiles/small.yaml && "
                    "echo '{\"eval/gold_champion\": 5.5, \"eval/gold_ppo\": 6}' > metrics/evaluate.json\n")
@@ -123,4 +123,4 @@ def test_the_champion_is_measured_in_a_copy(checkout: Checkout, monkeypatch: pyt
 def test_without_a_champion_it_says_so(checkout: Checkout) -> None:
     checkout.git()
     state = ended(evaluate_champion, root=checkout.root)
-    assert state.message == "instructflow-policy has no champion yet; a line that passes the gates makes one"
+    assert state.message == "instructflow-policy has no champion yet; a run that passes the gates makes one"

@@ -10,7 +10,7 @@ from flows import parameters
 from flows.champion import evaluate_champion
 from flows.check_data import check_data
 from flows.pipeline import pipeline
-from flows.resume_rounds import wake
+from flows.resume_rounds import resume_rounds
 from flows.rounds import rounds
 from flows.sweep import sweep
 from rlhf.params import PpoParams
@@ -31,13 +31,13 @@ def test_the_rules_are_the_profiles() -> None:
     assert get_args(parameters.BetaRule) == get_args(get_type_hints(PpoParams)["beta_rule"])
 
 
-@pytest.mark.parametrize("flow", [pipeline, sweep, check_data, evaluate_champion, rounds, wake])
+@pytest.mark.parametrize("flow", [pipeline, sweep, check_data, evaluate_champion, rounds, resume_rounds])
 def test_every_parameter_has_its_help(flow: Any) -> None:
     for name, item in parameter_schema(flow).properties.items():
         assert item.get("description"), name
 
 
-def test_the_form_of_a_line() -> None:
+def test_the_form_of_a_run() -> None:
     form = parameter_schema(pipeline).properties
     assert {"cpu", "gpu", "smoke"} <= set(form["profile"]["anyOf"][0]["enum"])
     assert form["kl_goal"]["anyOf"][0] == {"exclusiveMinimum": 0, "maximum": 1000, "type": "number"}

@@ -77,7 +77,7 @@ def test_there_and_back(controller: Checkout, tmp_path_factory: pytest.TempPathF
     dvc(root, "repro", "-q", "--single-item", "data.dvc")
     controller.write("code.txt", "v2, not committed\n")
     before = git(root, "status", "--porcelain"), git(root, "rev-parse", "HEAD")
-    sent = send("sft", root, "a line")
+    sent = send("sft", root, "a run")
     assert (git(root, "status", "--porcelain"), git(root, "rev-parse", "HEAD")) == before
 
     prepare(worker, sent["repository"], sent["ref"], sent["revision"], "sft")
@@ -95,7 +95,7 @@ def test_there_and_back(controller: Checkout, tmp_path_factory: pytest.TempPathF
     assert log() == ["sft"]
 
 
-def test_a_line_whose_training_runs_elsewhere(controller: Checkout, tmp_path_factory: pytest.TempPathFactory,
+def test_a_run_whose_training_runs_elsewhere(controller: Checkout, tmp_path_factory: pytest.TempPathFactory,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path_factory.mktemp("other-machine")
 
@@ -119,7 +119,7 @@ def test_a_line_whose_training_runs_elsewhere(controller: Checkout, tmp_path_fac
     assert log() == ["sft", "ppo"]
 
 
-def test_a_worker_s_failure_is_the_line_s(controller: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_s_failure_is_the_run_s(controller: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     controller.write("dvc.yaml", STAGES.replace("cat code.txt", "echo 'sft: row 3 is empty'; exit 2; cat code.txt"))
     git(controller.root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "x")
 
@@ -140,10 +140,10 @@ def test_without_remotes_it_says_what_is_missing(controller: Checkout) -> None:
     dvc(root, "repro", "-q", "--single-item", "data.dvc")
     git(root, "remote", "remove", "origin")
     with pytest.raises(UserError, match=r"git push: .*origin"):
-        send("sft", root, "a line")
+        send("sft", root, "a run")
     controller.write(".dvc/config", "[core]\n    analytics = false\n")
     with pytest.raises(UserError, match=r"dvc push: .*no remote specified"):
-        send("sft", root, "a line")
+        send("sft", root, "a run")
 
 
 def test_a_remote_that_is_away_is_tried_again(controller: Checkout, monkeypatch: pytest.MonkeyPatch,

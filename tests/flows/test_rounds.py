@@ -1,4 +1,4 @@
-"""Flow rounds against a checkout of shell stages: waiting for people, going on, waking; labels under DVC."""
+"""Flow rounds against a checkout of shell stages: waiting for people, going on, resuming; labels under DVC."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Suspended
 
 from flows.resume_rounds import missing_labels
-from flows.rounds import Waiting, place_of, rounds, run_rounds
+from flows.rounds import Waiting, rounds, run_rounds, workdir_of
 from flows.stages import StageFailed
 from mlops.labeling.batch import Assignment, Item, item_id, write_batch
 from mlops.labeling.store import LABELS, Label, LabelStore
@@ -69,8 +69,8 @@ class Rounds(Checkout):
         store = LabelStore(self.root / "feedback" / key / LABELS)
         store.add(Label(f"{name}/{len(store.all())}", self.item, name, ranks))
 
-    def go(self, **given: Any) -> Any:
-        return asyncio.run(run_rounds({"labelers": "people", "count": 2, "root": self.root, **given}))
+    def go(self, **parameters: Any) -> Any:
+        return asyncio.run(run_rounds({"labelers": "people", "count": 2, "root": self.root, **parameters}))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_correction_reruns_its_round_and_the_ones_after(site: Rounds) -> None:
 
 def test_the_command_says_what_is_missing(site: Rounds) -> None:
     done = subprocess.run([sys.executable, "-m", "flows.rounds", "--count", "1", "--labelers", "people"], cwd=site.root,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 6
     assert "r1: 0 of 2 labels are there; run the same command when they are complete" in done.stderr
     assert "Traceback" not in done.stderr
@@ -126,7 +126,7 @@ def test_simulated_labelers_need_the_embedded_world(site: Rounds) -> None:
     site.write("data/source.json", json.dumps({"source": "described"}))
     failed = site.go(labelers="simulated")
     assert isinstance(failed, StageFailed)
-    assert "the data is not the embedded world's; people label it" in str(failed)
+    assert "the data is not from the embedded world" in str(failed)
 
 
 def test_label_studio_without_its_environment_is_one_line(site: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,16 +136,16 @@ def test_label_studio_without_its_environment_is_one_line(site: Rounds, monkeypa
     assert "`make labels`" in str(failed)
 
 
-def test_another_seed_works_in_a_copy(tmp_path: Path) -> None:
+def test_another_seed_works_in_a_workspace(tmp_path: Path) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "params.yaml").write_text("seed: 1\nprofile: mine\n")
     (tmp_path / "profiles" / "mine.yaml").write_text("{}\n")
-    assert place_of({"count": 3}, tmp_path) == tmp_path
-    assert place_of({"count": 3, "seed": 2}, tmp_path).name == "mine,seed=2,rounds=3"
-    assert place_of({"count": 3, "prompts": 9}, tmp_path).name == "mine,rounds=3,prompts=9"
+    assert workdir_of({"count": 3}, tmp_path) == tmp_path
+    assert workdir_of({"count": 3, "seed": 2}, tmp_path).name == "mine,seed=2,rounds=3"
+    assert workdir_of({"count": 3, "prompts": 9}, tmp_path).name == "mine,rounds=3,prompts=9"
 
 
-def test_what_wakes_a_run(site: Rounds) -> None:
+def test_what_resumes_a_run(site: Rounds) -> None:
     site.go()
     run = FlowRun(flow_id=UUID(int=0), name="some run", state=Suspended(),
                   parameters={"count": 2, "root": str(site.root), "labelers": "people"})

@@ -1,4 +1,4 @@
-"""The command line where no Prefect server is named: it starts one, records the line there and ends it."""
+"""The command line where no Prefect server is named: it starts one, records the run there and ends it."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from tests.flows.checkout import Checkout, alive
 def servers_of(checkout: Checkout) -> list[int]:
     """The living servers on the checkout's own database."""
     home = f"PREFECT_HOME={checkout.root / 'prefect'}".encode()
-    found = []
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if b"flows.server" in (process / "cmdline").read_bytes() and home in (process / "environ").read_bytes():
-                found.append(int(process.name))
+                pids.append(int(process.name))
         except OSError:
             continue  # ended meanwhile, or another user's
-    return found
+    return pids
 
 
 def recorded(checkout: Checkout) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -31,9 +31,9 @@ def recorded(checkout: Checkout) -> tuple[list[tuple[str, str]], list[tuple[str,
                 database.execute("select name, state_type from task_run order by start_time").fetchall())
 
 
-def test_a_line_without_a_server_is_recorded_all_the_same(checkout: Checkout) -> None:
+def test_a_run_without_a_server_is_recorded_all_the_same(checkout: Checkout) -> None:
     process = checkout.start_command_line(server=False)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "then http://127.0.0.1:4200/runs" in out  # not its own address, which is gone
     assert recorded(checkout) == ([("Completed", "COMPLETED")], [("sft", "COMPLETED"), ("ppo", "COMPLETED")])
@@ -44,14 +44,14 @@ def test_a_line_without_a_server_is_recorded_all_the_same(checkout: Checkout) ->
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_kill_end_the_server_too(checkout: Checkout, number: signal.Signals) -> None:
     pid = checkout.root / "sft.pid"
-    checkout.write("sft.sh", f"echo $$ > {pid.name}; sleep 100\n")
+    checkout.write("sft.sh", f"echo $$ > {pid.name}; sleep 3600\n")
     process = checkout.start_command_line(server=False)
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.1)
         assert process.poll() is None
     assert len(servers_of(checkout)) == 1
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, errors = process.communicate(timeout=60)  # the pipes close with the last process, the server included
+    _, errors = process.communicate(timeout=600)  # the pipes close with the last process, the server included
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert errors.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     assert "Traceback" not in errors
@@ -63,7 +63,7 @@ def test_ctrl_c_and_kill_end_the_server_too(checkout: Checkout, number: signal.S
 def test_a_server_that_cannot_start_is_said(checkout: Checkout) -> None:
     checkout.write("prefect", "a file where its folder should be")
     process = checkout.start_command_line(server=False)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("Prefect's server did not start: ")  # why: the server's own lines above
     assert checkout.order() == []

@@ -1,4 +1,4 @@
-"""Lines in copies of a checkout: what is copied, what is shared, what is changed, what stays as it was."""
+"""Runs in workspaces: what is copied, what is shared, what is changed, what stays as it was."""
 
 import subprocess
 from pathlib import Path
@@ -47,51 +47,51 @@ def test_names_tell_the_changes(repository: Checkout) -> None:
     assert Changes(seed=0)
 
 
-def test_a_changed_line_leaves_the_checkout_as_it_is(repository: Checkout) -> None:
+def test_a_changed_run_leaves_the_checkout_as_it_is(repository: Checkout) -> None:
     root = repository.root
     assert isinstance(repository.run(), Summary)
     before = status(root)
     result = repository.run(kl_goal=1.5, seed=7)
     assert isinstance(result, Summary), result
-    copy = root / FOLDER / "small,seed=7,kl_goal=1.5"
+    workspace = root / FOLDER / "small,seed=7,kl_goal=1.5"
     # the shared cache has sft, ppo's parameters differ
     assert [(item.stage, item.how) for item in result.results] == [("sft", "from cache"), ("ppo", "ran")]
-    assert (copy / "models" / "ppo").read_text().splitlines() == ["  kl_goal: 1.5", f"sqlite:///{root}/mlflow.db"]
-    params = load_params(copy)
+    assert (workspace / "models" / "ppo").read_text().splitlines() == ["  kl_goal: 1.5", f"sqlite:///{root}/mlflow.db"]
+    params = load_params(workspace)
     assert (params.seed, params.stages.ppo.kl_goal, params.stages.ppo.beta) == (7, 1.5, 0.2)
-    assert params.stages.promote.registry == ""  # a copy promotes nothing
+    assert params.stages.promote.registry == ""  # a workspace promotes nothing
     assert status(root) == before
     assert (root / "models" / "ppo").read_text().startswith("ppo: {kl_goal: 3.0")
-    assert checkout_of(copy) == root
+    assert checkout_of(workspace) == root
     assert tracking_of(root) == {}
 
     assert [item.how for item in repository.run(kl_goal=1.5, seed=7).results] == ["up to date", "up to date"]
 
 
-def test_a_copy_follows_the_checkout(repository: Checkout) -> None:
-    root, copy = repository.root, repository.root / "scratch" / "copy"
+def test_a_workspace_follows_the_checkout(repository: Checkout) -> None:
+    root, workspace = repository.root, repository.root / "scratch" / "workspace"
     repository.write("old.py", "")
-    fill_workspace(root, copy, Changes())
-    (copy / "dvc.lock").write_text("the copy's own\n")
-    (copy / "order.log").write_text("made by the copy\n")
+    fill_workspace(root, workspace, Changes())
+    (workspace / "dvc.lock").write_text("the workspace's own\n")
+    (workspace / "order.log").write_text("made by the workspace\n")
     (root / "old.py").unlink()
     repository.write("sft.sh", "exit 0\n")
     repository.write("dvc.lock", "the checkout's\n")
-    fill_workspace(root, copy, Changes())
-    assert not (copy / "old.py").exists()
-    assert (copy / "sft.sh").read_text() == "exit 0\n"
-    assert (copy / "dvc.lock").read_text() == "the copy's own\n"
-    assert (copy / "order.log").exists()
+    fill_workspace(root, workspace, Changes())
+    assert not (workspace / "old.py").exists()
+    assert (workspace / "sft.sh").read_text() == "exit 0\n"
+    assert (workspace / "dvc.lock").read_text() == "the workspace's own\n"
+    assert (workspace / "order.log").exists()
 
 
 def test_raw_files_come_along_without_a_second_copy(repository: Checkout) -> None:
-    root, copy = repository.root, repository.root / "scratch" / "copy"
+    root, workspace = repository.root, repository.root / "scratch" / "workspace"
     repository.write("raw/mine.jsonl", "{}\n")
-    fill_workspace(root, copy, Changes())
-    assert (copy / "raw" / "mine.jsonl").samefile(root / "raw" / "mine.jsonl")
+    fill_workspace(root, workspace, Changes())
+    assert (workspace / "raw" / "mine.jsonl").samefile(root / "raw" / "mine.jsonl")
 
 
-def test_without_git_there_is_no_copy(checkout: Checkout) -> None:
+def test_without_git_there_is_no_workspace(checkout: Checkout) -> None:
     failed = checkout.run(kl_goal=1.0)
     assert isinstance(failed, UserError)
     assert "git says: fatal: not a git repository" in str(failed)
@@ -100,13 +100,17 @@ def test_without_git_there_is_no_copy(checkout: Checkout) -> None:
 
 def test_a_parameter_out_of_range_is_refused_before_anything_runs(repository: Checkout) -> None:
     with pytest.raises(UserError, match=r"ppo\.beta_rule = 'slow': must be one of step, proportional, fixed"):
-        fill_workspace(repository.root, repository.root / "scratch" / "copy", Changes(stages={"ppo": {"beta_rule": "slow"}}))
+        fill_workspace(repository.root, repository.root / "scratch" / "workspace",
+                       Changes(stages={"ppo": {"beta_rule": "slow"}}))
 
 
 def test_a_stage_that_takes_too_long_is_ended(checkout: Checkout) -> None:
-    checkout.write("sft.sh", "sleep 100\n")
-    failed = checkout.run(stage_hours=1.5 / 3600)
-    assert isinstance(failed, StageFailed)
-    assert failed.code == 124
-    assert str(failed).startswith("sft: ended after 0.000416667 h (stage_hours)")
+    checkout.write("sft.sh", "sleep 3600\n")
+    seconds = 1.5
+    while not checkout.order():  # in too few seconds DVC does not get as far as the stage
+        failed = checkout.run(stage_hours=seconds / 3600)
+        assert isinstance(failed, StageFailed)
+        assert failed.code == 124
+        assert str(failed).startswith(f"sft: ended after {seconds / 3600:g} h (stage_hours)")
+        seconds *= 2
     assert checkout.order() == ["sft"]  # no second try
