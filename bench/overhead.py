@@ -1,10 +1,10 @@
-"""What Prefect and DVC cost a line: the smoke line through the flow, and its stages run by hand, in turn, in copies.
+"""What Prefect and DVC cost a run: the smoke run as a flow, and its stages by hand, in turn, in copied checkouts.
 
-    python bench/overhead.py [PAIRS] [SECONDS]     SECONDS: what the line in question takes; 600 is the bar
+    python bench/overhead.py [PAIRS] [SECONDS]     SECONDS: what the run in question takes; 600 is the bar
 
 The difference is the same for every profile (a process start, a status, a lock for each stage), so it is set against
-the seconds of the line in question. The flow runs twice: with a new PREFECT_HOME, whose database Prefect makes first,
-and with the same one again, as every line of a user's but the first. Seconds of the clock, and of CPU in brackets,
+the seconds of the run in question. The flow runs twice: with a new PREFECT_HOME, whose database Prefect makes first,
+and with the same one again, as every run of a user's but the first. Seconds of the clock, and of CPU in brackets,
 which other programs on the machine disturb less. About four minutes a pair.
 """
 
@@ -72,20 +72,20 @@ def by_hand(folder: Path, home: Path) -> Cost:
 
 def main() -> None:
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    line = float(sys.argv[2]) if len(sys.argv) > 2 else 600.0
-    found: dict[str, list[Cost]] = {"by hand": [], "new database": [], "kept database": []}
+    run_seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 600.0
+    measured: dict[str, list[Cost]] = {"by hand": [], "new database": [], "kept database": []}
     for pair in range(pairs):
         with tempfile.TemporaryDirectory() as home:
-            for name in found if pair % 2 == 0 else ("new database", "kept database", "by hand"):
+            for name in measured if pair % 2 == 0 else ("new database", "kept database", "by hand"):
                 with tempfile.TemporaryDirectory() as folder:
                     copy_to(Path(folder))
-                    found[name].append((by_hand if name == "by hand" else by_flow)(Path(folder), Path(home)))
-                print(f"{name}: {found[name][-1]}", flush=True)
+                    measured[name].append((by_hand if name == "by hand" else by_flow)(Path(folder), Path(home)))
+                print(f"{name}: {measured[name][-1]}", flush=True)
     middle = {name: Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
-              for name, costs in found.items()}
+              for name, costs in measured.items()}
     for name in ("new database", "kept database"):
         cost = Cost(*(flow - hand for flow, hand in zip(middle[name], middle["by hand"], strict=True)))
-        print(f"Prefect and DVC, {name}: {cost} a line, {cost.clock / line:.1%} of {line:.0f} s")
+        print(f"Prefect and DVC, {name}: {cost} a run, {cost.clock / run_seconds:.1%} of {run_seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the line runs on: local servers, a Prefect server's set-up, the doctor, images and clusters."""
+"""What the pipeline runs on: local servers, a Prefect server's set-up, the doctor, images and clusters."""

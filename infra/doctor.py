@@ -1,8 +1,8 @@
-"""Checks what a line needs on this machine and says how to mend what is missing: `make doctor`.
+"""Checks what a run needs on this machine and says how to fix what is missing: `make doctor`.
 
     python -m infra.doctor
 
-Exit code 1 where something would stop a line; a warning stops nothing.
+Exit code 1 where something would stop a run; a warning stops nothing.
 """
 
 import base64
@@ -43,12 +43,12 @@ SET_UP = "rm .venv/.installed; make setup"
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, what was found and, unless it is ok, how to mend it."""
+    """One check: what it looks at, what it sees and, unless that is ok, how to fix it."""
 
     what: str
     state: Literal["ok", "warn", "fail"]
-    found: str
-    mend: str = ""
+    detail: str
+    fix: str = ""
 
 
 Check = Callable[[Path], Finding]
@@ -81,7 +81,7 @@ def parameters(root: Path) -> Finding:
     try:
         params = load_params(root)
     except UserError as error:
-        return Finding("parameters", "fail", str(error), "mend the file")
+        return Finding("parameters", "fail", str(error), "fix the file")
     return Finding("parameters", "ok", f"profile {params.profile}, seed {params.seed}")
 
 
@@ -95,7 +95,7 @@ def programs(root: Path) -> Finding:
 def repository(root: Path) -> Finding:
     done = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
     if done.returncode:
-        return Finding("git", "warn", done.stderr.strip(), "lineage and copies of the checkout need git")
+        return Finding("git", "warn", done.stderr.strip(), "lineage and workspaces need git")
     changed = len(done.stdout.splitlines())
     if changed:
         return Finding("git", "warn", f"{changed} uncommitted files", "commit: a version's lineage names the commit")
@@ -106,7 +106,7 @@ def disk(root: Path) -> Finding:
     usage = shutil.disk_usage(root)
     free = usage.free / 1e9
     state: Literal["ok", "fail"] = "ok" if free >= FREE_GB else "fail"
-    return Finding("disk", state, f"{free:.0f} GB free at {root}", f"a line of the cpu profile needs {FREE_GB} GB; "
+    return Finding("disk", state, f"{free:.0f} GB free at {root}", f"a run of the cpu profile needs {FREE_GB} GB; "
                    "`dvc gc -w` removes old versions from the cache")
 
 
@@ -119,9 +119,9 @@ def writable(root: Path) -> Finding:
 
 
 def memory(root: Path) -> Finding:
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    state: Literal["ok", "warn"] = "ok" if found >= MEMORY_GB else "warn"
-    return Finding("memory", state, f"{found:.0f} GB, {os.cpu_count()} cores", f"{MEMORY_GB} GB for the cpu profile")
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    state: Literal["ok", "warn"] = "ok" if size >= MEMORY_GB else "warn"
+    return Finding("memory", state, f"{size:.0f} GB, {os.cpu_count()} cores", f"{MEMORY_GB} GB for the cpu profile")
 
 
 def gpu(root: Path) -> Finding:
@@ -145,7 +145,7 @@ def gpu(root: Path) -> Finding:
 def prefect(root: Path) -> Finding:
     url = os.environ.get("PREFECT_API_URL") or local_prefect(root)
     if not url:
-        return Finding("Prefect", "ok", "no server: a line starts one for its own time", "make ui")
+        return Finding("Prefect", "ok", "no server: each run starts one of its own", "make ui")
     problem = _answers(f"{url}/health")
     if problem:
         return Finding("Prefect", "fail", f"{url}: {problem}", "start it (make ui), or unset PREFECT_API_URL")
@@ -162,9 +162,9 @@ def worker(root: Path) -> Finding:
 
     async def pools() -> dict[str, list[str]]:
         async with get_client() as client:
-            found = await client.read_work_pools()
             return {pool.name: [item.name for item in await client.read_workers_for_work_pool(pool.name)
-                                if str(item.status).endswith("ONLINE")] for pool in found}
+                                if str(item.status).endswith("ONLINE")]
+                    for pool in await client.read_work_pools()}
 
     try:
         online = asyncio.run(pools())
@@ -205,8 +205,8 @@ def remote(root: Path) -> Finding:
     url = ask("config", f"remote.{name}.url").stdout.strip()
     done = ask("status", "--cloud", "--remote", name, "data.dvc")
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1]
-        return Finding("DVC remote", "fail", f"{name} {url}: {said[:160]}",
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1]
+        return Finding("DVC remote", "fail", f"{name} {url}: {reason[:160]}",
                        "check its URL and credentials (dvc remote modify --local)")
     return Finding("DVC remote", "ok", f"{name} {url}")
 
@@ -244,7 +244,7 @@ def labels(root: Path) -> Finding:
 def webhook(root: Path) -> Finding:
     url = os.environ.get("INSTRUCTFLOW_WEBHOOK", "")
     if not url:
-        return Finding("notices", "warn", "nobody is told when a run fails", "set INSTRUCTFLOW_WEBHOOK, then "
+        return Finding("notices", "warn", "nobody is notified when a run fails", "set INSTRUCTFLOW_WEBHOOK, then "
                        "python -m infra.setup")
     parts = urlsplit(url)
     try:
@@ -281,22 +281,22 @@ def _answers(url: str, authorization: str = "") -> str:
 
 def run_checks(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
     """Every check's finding; a check that breaks is a finding too."""
-    found = []
+    findings = []
     for check in checks:
         try:
-            found.append(check(root))
+            findings.append(check(root))
         except Exception as error:
-            found.append(Finding(check.__name__, "fail", f"{type(error).__name__}: {error}", "report this"))
-    return found
+            findings.append(Finding(check.__name__, "fail", f"{type(error).__name__}: {error}", "report this"))
+    return findings
 
 
 def main() -> None:
-    found = run_checks(Path.cwd())
-    table = Table("check", "", "found", "how to mend", show_edge=False)
-    for item in found:
-        table.add_row(item.what, MARKS[item.state], item.found, "" if item.state == "ok" else item.mend)
+    findings = run_checks(Path.cwd())
+    table = Table("check", "", "result", "how to fix", show_edge=False)
+    for item in findings:
+        table.add_row(item.what, MARKS[item.state], item.detail, "" if item.state == "ok" else item.fix)
     Console(highlight=False).print(table)
-    if any(item.state == "fail" for item in found):
+    if any(item.state == "fail" for item in findings):
         raise SystemExit(1)
 
 

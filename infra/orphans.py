@@ -1,8 +1,8 @@
-"""Ends what a killed server has left running: MLflow's first process, for one, leaves a child that holds its port.
+"""Ends orphans, what a killed server leaves running: MLflow's first process, for one, leaves a child on its port.
 
     python -m infra.orphans COMMAND [ARGUMENT ...]    ends it, then becomes COMMAND; supervisord starts servers so
 
-What is left is known by its environment, where supervisord writes its own address and the program's name; children have
+An orphan is known by its environment, where supervisord writes its own address and the program's name; children have
 both from their parents. A worker's runs have the worker's name, and outlive it.
 """
 
@@ -18,7 +18,7 @@ KILL_SECONDS = 5.0
 
 def end(supervisor: str, *programs: str) -> list[int]:
     """TERM to every process of these programs but this one, KILL to those that stay; returns those there were."""
-    found = _members(supervisor, programs)
+    orphans = _members(supervisor, programs)
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         for pid in _members(supervisor, programs):
             try:
@@ -30,21 +30,21 @@ def end(supervisor: str, *programs: str) -> list[int]:
             time.sleep(0.1)
         if not left:
             break
-    return found
+    return orphans
 
 
 def _members(supervisor: str, programs: tuple[str, ...]) -> list[int]:
     """The living processes of these programs, this one aside; a zombie has no environment."""
     names = {f"SUPERVISOR_PROCESS_NAME={program}".encode() for program in programs}
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             environment = path.read_bytes().split(b"\0")
         except OSError:
             continue  # ended meanwhile, or not ours to read
         if f"SUPERVISOR_SERVER_URL={supervisor}".encode() in environment and names.intersection(environment):
-            found.append(int(path.parent.name))
-    return [pid for pid in found if pid != os.getpid()]
+            pids.append(int(path.parent.name))
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def main() -> None:

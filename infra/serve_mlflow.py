@@ -40,12 +40,12 @@ def command(environment: dict[str, str], options: list[str], folder: Path) -> tu
     path = folder / "basic_auth.ini"
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         config.write(file)
-    given = [*options]
+    arguments = [*options]
     for name, value in DEFAULTS.items():
-        if name not in given:
-            given += [name, value]
+        if name not in arguments:
+            arguments += [name, value]
     mlflow = str(Path(sys.executable).with_name("mlflow"))
-    return [mlflow, "server", "--app-name", "basic-auth", *given], {
+    return [mlflow, "server", "--app-name", "basic-auth", *arguments], {
         **environment, "MLFLOW_AUTH_CONFIG_PATH": str(path), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"}
 

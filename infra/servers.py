@@ -9,7 +9,6 @@ INSTRUCTFLOW_PREFECT_PORT (4200), INSTRUCTFLOW_MLFLOW_PORT (5000) and INSTRUCTFL
 try first.
 """
 
-
 import argparse
 import json
 import os
@@ -50,11 +49,11 @@ class Links:
     labels: str = ""  # Label Studio, where it is installed
 
     def environment(self) -> dict[str, str]:
-        found = {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
-        return found | ({"LABEL_STUDIO_URL": self.labels} if self.labels else {})
+        always = {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
+        return always | ({"LABEL_STUDIO_URL": self.labels} if self.labels else {})
 
     def text(self) -> str:
-        lines = [f"Prefect   {self.prefect}/deployments   start, schedule and watch lines",
+        lines = [f"Prefect   {self.prefect}/deployments   start, schedule and watch runs",
                  f"MLflow    {self.mlflow}   compare them"]
         return "\n".join(lines + ([f"Labels    {self.labels}   rank completions; the account is in {ACCOUNT}"]
                                   if self.labels else []))
@@ -87,8 +86,8 @@ class Servers:
                        "key": secrets.token_hex(20)}
             path.touch(mode=0o600)
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        account: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        return account
 
     def links(self) -> Links:
         return Links(**json.loads((self.root / SERVERS).read_text(encoding="utf-8")))
@@ -106,7 +105,7 @@ class Servers:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.running():
             return self.links()
-        self._end_leftovers()  # before ports are chosen: they may hold them
+        self._end_orphans()  # before ports are chosen: they may hold them
         links = Links(f"http://{HOST}:{_port('INSTRUCTFLOW_PREFECT_PORT', 4200)}",
                       f"http://{HOST}:{_port('INSTRUCTFLOW_MLFLOW_PORT', 5000)}")
         if self.label_studio.exists():
@@ -122,11 +121,11 @@ class Servers:
             self._wait("mlflow", f"{links.mlflow}/health")
             if links.labels:
                 self._wait("labels", f"{links.labels}/health")
-            made = subprocess.run([sys.executable, "-m", "infra.setup", "--workers-stopped"], cwd=self.root,
-                                  capture_output=True, text=True, env={**os.environ, **links.environment()})
-            if made.returncode:
-                raise UserError((made.stderr or made.stdout).strip().splitlines()[-1])
-            print(made.stdout.strip(), flush=True)
+            setup = subprocess.run([sys.executable, "-m", "infra.setup", "--workers-stopped"], cwd=self.root,
+                                   capture_output=True, text=True, env={**os.environ, **links.environment()})
+            if setup.returncode:
+                raise UserError((setup.stderr or setup.stdout).strip().splitlines()[-1])
+            print(setup.stdout.strip(), flush=True)
             self._control("start", "workers:*")
         except BaseException:
             self.down()
@@ -140,8 +139,8 @@ class Servers:
             deadline = time.monotonic() + STOP_SECONDS + 30
             while self.running() and time.monotonic() < deadline:
                 time.sleep(0.3)
-            self._end_leftovers()
-        elif not self._end_leftovers():
+            self._end_orphans()
+        elif not self._end_orphans():
             return False
         (self.root / SERVERS).unlink(missing_ok=True)
         return True
@@ -151,7 +150,7 @@ class Servers:
 
     # --- parts ---
 
-    def _end_leftovers(self) -> bool:
+    def _end_orphans(self) -> bool:
         """Ends servers' processes that no supervisord knows any more; workers' are left alone, they may be runs."""
         return bool(orphans.end(f"unix://{_socket(self.folder)}", "prefect", "mlflow", "labels"))
 

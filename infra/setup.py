@@ -1,4 +1,4 @@
-"""What a Prefect server must have for the line: pools, queues, the training limit, automations, deployments.
+"""What a Prefect server must have for the pipeline: pools, queues, the training limit, automations, deployments.
 
     python -m infra.setup                    the server at PREFECT_API_URL; `make ui` calls it
 
@@ -52,7 +52,7 @@ RESTARTS = 3
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 BLOCK = "instructflow-notices"
 BAD_ENDS = ("Failed", "Crashed", "TimedOut", "Not promoted", "Late")
-TOLD = (*BAD_ENDS, "Suspended")  # a suspended run waits for people's labels
+NOTIFIED = (*BAD_ENDS, "Suspended")  # a suspended run waits for people's labels
 
 
 async def set_up(client: PrefectClient) -> None:
@@ -69,19 +69,19 @@ async def set_up(client: PrefectClient) -> None:
         text = automation.model_dump_json(exclude={"owner_resource"})
         automation.description = f"infra/setup.py {hashlib.sha256(text.encode()).hexdigest()[:12]}"
         known = await client.read_automations_by_name(automation.name)
-        for found in known:
-            if found.description != automation.description:
-                await client.delete_automation(found.id)
-        if not any(found.description == automation.description for found in known):
+        for earlier in known:
+            if earlier.description != automation.description:
+                await client.delete_automation(earlier.id)
+        if not any(earlier.description == automation.description for earlier in known):
             await client.create_automation(automation)
 
 
 async def take_up(client: PrefectClient) -> list[str]:
     """For a server whose workers have all stopped: schedules again what still counts as running. Returns the names."""
     alive = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-    found = await client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=alive)),
-                                        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=list(POOLS))))
-    for run in found:
+    stopped = await client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=alive)),
+                                          work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=list(POOLS))))
+    for run in stopped:
         cancelled = run.state_type == StateType.CANCELLING
         state: State[Any] = Cancelled(message="its process ended with the servers") if cancelled else \
             Scheduled(name="Taken up again", message="the servers were stopped while it ran")
@@ -89,7 +89,7 @@ async def take_up(client: PrefectClient) -> list[str]:
     for limit in await client.read_global_concurrency_limits(limit=200, offset=0):
         if limit.active_slots:
             await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))
-    return [run.name for run in found if run.state_type != StateType.CANCELLING]
+    return [run.name for run in stopped if run.state_type != StateType.CANCELLING]
 
 
 async def _pools(client: PrefectClient) -> None:
@@ -102,8 +102,8 @@ async def _pools(client: PrefectClient) -> None:
             continue
         for queue, priority in QUEUES.items():
             if queue == "default":
-                found = await client.read_work_queue_by_name(queue, work_pool_name=name)
-                await client.update_work_queue(found.id, priority=priority)
+                existing = await client.read_work_queue_by_name(queue, work_pool_name=name)
+                await client.update_work_queue(existing.id, priority=priority)
             else:
                 await client.create_work_queue(queue, work_pool_name=name, priority=priority)
 
@@ -148,7 +148,7 @@ def revive_crashed() -> AutomationCore:
 def notices(block: UUID) -> AutomationCore:
     return AutomationCore(
         name="instructflow: notices",
-        trigger=EventTrigger(expect={f"prefect.flow-run.{state}" for state in TOLD}, match=_flow_runs(),
+        trigger=EventTrigger(expect={f"prefect.flow-run.{state}" for state in NOTIFIED}, match=_flow_runs(),
                              for_each={"prefect.resource.id"}, posture=Posture.Reactive, threshold=1),
         actions=[SendNotification(
             block_document_id=block, subject="{{ flow.name }} / {{ flow_run.name }}: {{ flow_run.state.name }}",
@@ -173,7 +173,7 @@ async def _set_up(workers_stopped: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m infra.setup", description="Sets a Prefect server up for the line.")
+    parser = argparse.ArgumentParser(prog="python -m infra.setup", description="Sets up a Prefect server.")
     parser.add_argument("--workers-stopped", action="store_true", help="take up again what counts as running")
     options = parser.parse_args()
     url = PREFECT_API_URL.value()

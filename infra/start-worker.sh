@@ -3,7 +3,7 @@
 set -eu
 pool=$1
 : "${PREFECT_API_URL:?set PREFECT_API_URL to the Prefect server, with /api at its end}"
-: "${INSTRUCTFLOW_REPOSITORY:?set INSTRUCTFLOW_REPOSITORY to the git repository that the lines run in}"
+: "${INSTRUCTFLOW_REPOSITORY:?set INSTRUCTFLOW_REPOSITORY to the git repository that the pipeline runs in}"
 
 if [ ! -d .git ]; then
     git clone --quiet "$INSTRUCTFLOW_REPOSITORY" .

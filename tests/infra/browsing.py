@@ -1,4 +1,4 @@
-"""A copy of the checkout with its servers, and a real browser, for the tests of what people see."""
+"""A copied checkout with its servers, and a real browser, for the tests of what people see."""
 
 import json
 import os
@@ -70,14 +70,14 @@ def open_browser() -> Iterator[Any]:
         driver.quit()
 
 
-def wait(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     from selenium.common.exceptions import StaleElementReferenceException
 
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
-            if found := condition():
-                return found
+            if value := condition():
+                return value
         except StaleElementReferenceException:
             pass
         time.sleep(0.5)
@@ -94,8 +94,8 @@ def shows(browser: Any, text: str) -> bool:
 
 def button(browser: Any, label: str) -> Any:
     def find() -> Any:
-        found = browser.find_elements("css selector", "button, a, li")
-        return next((item for item in found if item.text.strip() == label and item.is_displayed()), None)
+        items = browser.find_elements("css selector", "button, a, li")
+        return next((item for item in items if item.text.strip() == label and item.is_displayed()), None)
 
     return wait(find, f"a button {label}")
 

@@ -23,11 +23,12 @@ from prefect.states import Cancelling
 from infra.servers import Links, Servers
 from tests.flows.checkout import REPOSITORY, Checkout
 
+PACKAGES = ("flows", "infra", "tasks", "mlops", "rlhf")
 DEPLOYMENTS = """name: drills
 pull:
   - prefect.deployments.steps.set_working_directory: {directory: "{{ $INSTRUCTFLOW_CHECKOUT }}"}
 deployments:
-  - name: line
+  - name: run
     entrypoint: flows/pipeline.py:pipeline
     work_pool: {name: cpu}
 """
@@ -42,7 +43,7 @@ STAGES = """stages:
     deps: [stage.sh, models/sft]
     outs: [models/ppo]
 """
-STAGE = """top=$(pwd -P); top=${top%%/scratch/copies/*}
+STAGE = """top=$(pwd -P); top=${top%%/scratch/workspaces/*}
 mkdir -p models
 echo "$1 began" >> order.log
 echo $$ > $1.pid
@@ -51,6 +52,12 @@ while [ ! -e $top/go ]; do sleep 0.2; done
 echo "$1 $(cat $top/content)" > models/$1
 echo "$1 ended" >> order.log
 """
+
+
+def link_code(root: Path) -> None:
+    """This repository's packages, for a checkout that has none of its own."""
+    for name in PACKAGES:
+        (root / name).symlink_to(REPOSITORY / name)
 
 
 class Receiver:
@@ -82,8 +89,7 @@ class Site(Checkout):
         self.write("dvc.yaml", STAGES)
         self.write("stage.sh", STAGE)
         self.write("prefect.yaml", DEPLOYMENTS)
-        for name in ("flows", "infra", "tasks", "rlhf"):
-            (root / name).symlink_to(REPOSITORY / name)
+        link_code(root)
         self.git()
         self.notices = Receiver()
         self.servers = Servers(root)
@@ -93,7 +99,7 @@ class Site(Checkout):
         del self.environment["PREFECT_API_URL"]
 
     def reset(self, content: str) -> None:
-        """Other work for the stages, none of it done; no leftovers of an earlier drill."""
+        """Other work for the stages, none of it done; nothing left of an earlier drill."""
         for name in ("go", "fail", "order.log", "sft.pid", "ppo.pid"):
             (self.root / name).unlink(missing_ok=True)
         self.write("content", content)
@@ -101,7 +107,7 @@ class Site(Checkout):
 
     def control(self, command: str, *options: str) -> str:
         done = subprocess.run([sys.executable, "-m", "infra.servers", command, *options], cwd=self.root, text=True,
-                              env=self.environment, capture_output=True, timeout=300)
+                              env=self.environment, capture_output=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -120,20 +126,20 @@ class Site(Checkout):
 
     def begin(self, **parameters: Any) -> UUID:
         async def create(client: Any) -> UUID:
-            deployment = await client.read_deployment_by_name("pipeline/line")
+            deployment = await client.read_deployment_by_name("pipeline/run")
             run = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
             return UUID(str(run.id))
 
         return UUID(str(self.ask(create)))
 
     def run_of(self, run: UUID) -> FlowRun:
-        found: FlowRun = self.ask(lambda client: client.read_flow_run(run))
-        return found
+        read: FlowRun = self.ask(lambda client: client.read_flow_run(run))
+        return read
 
     def tasks_of(self, run: UUID) -> list[tuple[str, str]]:
         """(stage, state) of every task run."""
-        found = self.ask(lambda client: client.read_task_runs())
-        return [(item.name, item.state_name) for item in found if item.flow_run_id == run]
+        tasks = self.ask(lambda client: client.read_task_runs())
+        return [(item.name, item.state_name) for item in tasks if item.flow_run_id == run]
 
     def cancel(self, run: UUID) -> None:
         self.ask(lambda client: client.set_flow_run_state(run, Cancelling()))
@@ -155,7 +161,7 @@ class Site(Checkout):
         wait(lambda: path.exists() and path.read_text().strip(), f"{stage} to begin")
         return int(path.read_text())
 
-    def ends(self, run: UUID, name: str, seconds: float = 120) -> FlowRun:
+    def ends(self, run: UUID, name: str, seconds: float = 300) -> FlowRun:
         """Waits for the run's end and returns it."""
         wait(lambda: self.run_of(run).state_name == name, f"{name}, it is {self.run_of(run).state_name}", seconds)
         return self.run_of(run)
@@ -173,26 +179,26 @@ class Site(Checkout):
 
     def service(self, name: str) -> int:
         """The pid of a supervised program; 0 while it has none."""
-        found = re.search(rf"\b{name}\s+RUNNING\s+pid (\d+)", self.control("status"))
-        return int(found[1]) if found else 0
+        running = re.search(rf"\b{name}\s+RUNNING\s+pid (\d+)", self.control("status"))
+        return int(running[1]) if running else 0
 
     def group(self, pid: int) -> list[int]:
         """The processes of a supervised program, its first one first: supervisord gives each a group of its own."""
-        found = []
+        pids = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 if int(path.read_text().rpartition(")")[2].split()[2]) == pid:
-                    found.append(int(path.parent.name))
+                    pids.append(int(path.parent.name))
             except OSError:
                 continue  # ended meanwhile
-        return sorted(found, key=lambda member: member != pid)
+        return sorted(pids, key=lambda member: member != pid)
 
     def order(self) -> list[str]:
         log = self.root / "order.log"
         return log.read_text().splitlines() if log.exists() else []
 
 
-def wait(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

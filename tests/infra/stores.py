@@ -25,9 +25,9 @@ INNER = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Stores:
@@ -83,8 +83,8 @@ class Stores:
             "MLFLOW_BACKEND_STORE_URI": f"postgresql://drill:{password}@127.0.0.1:{self.ports['postgres']}/mlflow",
             "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow/artifacts", "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["MLFLOW"],
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs-the-sessions-of-the-drill"})
-        wait(lambda: answer(f"{self.prefect}/api/health", PASSWORDS["PREFECT"]) == 200, "Prefect", 120)
-        wait(lambda: answer(f"{self.mlflow}/health") == 200, "MLflow", 120)
+        wait(lambda: answer(f"{self.prefect}/api/health", PASSWORDS["PREFECT"]) == 200, "Prefect", 300)
+        wait(lambda: answer(f"{self.mlflow}/health") == 200, "MLflow", 300)
 
     def start_postgres(self) -> None:
         first = not (self.database / "data").exists()
@@ -137,8 +137,8 @@ def answer(url: str, login: str = "") -> int:
     if login:
         request.add_header("Authorization", "Basic " + b64encode(login.encode()).decode())
     try:
-        with urllib.request.urlopen(request, timeout=5) as found:
-            return int(found.status)
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return int(reply.status)
     except urllib.error.HTTPError as error:
         return error.code
     except OSError:

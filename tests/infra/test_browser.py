@@ -1,4 +1,4 @@
-"""A real browser starts the smoke line from its form, watches it, opens what it left, compares two lines in MLflow.
+"""A real browser starts the smoke run from its form, watches it, opens what it left, compares two runs in MLflow.
 
     pytest -m browser tests/infra        needs chromium and chromedriver; SCREENSHOTS=DIR keeps the pictures
 """
@@ -28,7 +28,7 @@ from tests.infra.browsing import (
 )
 
 pytestmark = BROWSER
-LINE_SECONDS = 420  # two cores, nothing beside it: 90
+RUN_SECONDS = 420  # two cores, nothing beside it: 90
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def watch(browser: Any, prefect: str, run: str) -> None:
             name = str(json.loads(answer.read())["state_name"])
         return name if name in ("Completed", "Failed", "Crashed", "Cancelled", "Not promoted") else ""
 
-    assert wait(ended, "the line's end", LINE_SECONDS) == "Completed"
+    assert wait(ended, "the run's end", RUN_SECONDS) == "Completed"
     wait(lambda: text_of(browser).split("Flow\n")[0].count("Completed"), "its state in the page")
 
 
-def test_a_line_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> None:
+def test_a_run_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> None:
     links = Servers(checkout).links()
 
     # the form
@@ -96,12 +96,12 @@ def test_a_line_from_its_form_to_the_comparison(checkout: Path, browser: Any) ->
     with urllib.request.urlopen(f"{mlflow}/experiments/get-by-name?experiment_name=instructflow", timeout=30) as answer:
         experiment = json.loads(answer.read())["experiment"]["experiment_id"]
 
-    def lines() -> list[dict[str, Any]]:
-        found = post(f"{mlflow}/runs/search", {"experiment_ids": [experiment], "max_results": 100}).get("runs", [])
-        return [run for run in found if run["info"]["status"] == "FINISHED"
+    def finished() -> list[dict[str, Any]]:
+        runs = post(f"{mlflow}/runs/search", {"experiment_ids": [experiment], "max_results": 100}).get("runs", [])
+        return [run for run in runs if run["info"]["status"] == "FINISHED"
                 and run["info"]["run_name"].startswith("smoke")]
 
-    both = wait(lambda: lines() if len(lines()) == 2 else None, "both lines in MLflow", 120)
+    both = wait(lambda: finished() if len(finished()) == 2 else None, "both runs in MLflow")
     assert {next(item["value"] for item in run["data"]["params"] if item["key"] == "ppo.kl_goal") for run in both} == {
         "0.5", "2.0"}
     query = urllib.parse.quote(json.dumps([run["info"]["run_id"] for run in both]))

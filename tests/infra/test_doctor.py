@@ -32,9 +32,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def closed_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -58,41 +58,40 @@ def guarded() -> Iterator[str]:
 
 def test_this_checkout_is_well() -> None:
     checks = (doctor.python, doctor.packages, doctor.programs, doctor.parameters, doctor.writable, doctor.memory)
-    found = [item for item in run_checks(REPOSITORY, checks) if item.state == "fail"]
-    assert found == []
+    assert [item for item in run_checks(REPOSITORY, checks) if item.state == "fail"] == []
 
 
 def test_packages(root: Path) -> None:
-    found = doctor.packages(root)
-    assert (found.state, found.found) == ("fail", "not installed: no-such-package")
+    finding = doctor.packages(root)
+    assert (finding.state, finding.detail) == ("fail", "not installed: no-such-package")
     (root / "requirements.lock").write_text("rich==0.0.1\n")
-    found = doctor.packages(root)
-    assert found.state == "warn"
-    assert found.found.startswith("rich ")
-    assert found.mend == "rm .venv/.installed; make setup"
+    finding = doctor.packages(root)
+    assert finding.state == "warn"
+    assert finding.detail.startswith("rich ")
+    assert finding.fix == "rm .venv/.installed; make setup"
 
 
 def test_a_wrong_profile(root: Path) -> None:
     (root / "profiles" / "small.yaml").write_text("ppo: {bta: 1}\n")
-    found = doctor.parameters(root)
-    assert found.state == "fail"
-    assert found.found.endswith("unknown key ppo.bta; did you mean beta?")
+    finding = doctor.parameters(root)
+    assert finding.state == "fail"
+    assert finding.detail.endswith("unknown key ppo.bta; did you mean beta?")
 
 
 def test_uncommitted_files_and_no_repository(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert doctor.repository(root).state == "ok"
     (root / "new.py").write_text("")
-    assert doctor.repository(root).found == "1 uncommitted files"
+    assert doctor.repository(root).detail == "1 uncommitted files"
     bare = tmp_path_factory.mktemp("bare")
-    assert "not a git repository" in doctor.repository(bare).found
+    assert "not a git repository" in doctor.repository(bare).detail
 
 
 def test_a_full_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = doctor.shutil.disk_usage(root)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
-    found = doctor.disk(root)
-    assert found.state == "fail"
-    assert "dvc gc" in found.mend
+    finding = doctor.disk(root)
+    assert finding.state == "fail"
+    assert "dvc gc" in finding.fix
 
 
 def test_the_gpu_profile_without_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,31 +104,32 @@ def test_the_gpu_profile_without_a_gpu(root: Path, monkeypatch: pytest.MonkeyPat
     (root / "profiles" / "gpu.yaml").write_text("ppo: {}\n")
     assert doctor.gpu(root).state == "fail"
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert "does not see it" in doctor.gpu(root).found
+    assert "does not see it" in doctor.gpu(root).detail
 
 
 def test_a_remote_that_is_not_there(root: Path) -> None:
-    found = doctor.remote(root)
-    assert found.found.startswith("store /nowhere/at/all")
+    finding = doctor.remote(root)
+    assert finding.detail.startswith("store /nowhere/at/all")
     config = root / ".dvc" / "config"
     config.write_text(config.read_text().replace("    remote = store\n", ""))
-    assert doctor.remote(root).mend == "dvc remote add -d NAME URL"
+    assert doctor.remote(root).fix == "dvc remote add -d NAME URL"
 
 
 def test_servers_that_do_not_answer(root: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{closed_port}/api")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
     monkeypatch.setenv("INSTRUCTFLOW_WEBHOOK", f"http://127.0.0.1:{closed_port}/secret-part")
-    found = {item.what: item for item in run_checks(root, (doctor.prefect, doctor.worker, doctor.mlflow, doctor.webhook))}
-    assert {name: item.state for name, item in found.items()} == {
+    checks = (doctor.prefect, doctor.worker, doctor.mlflow, doctor.webhook)
+    findings = {item.what: item for item in run_checks(root, checks)}
+    assert {name: item.state for name, item in findings.items()} == {
         "Prefect": "fail", "worker": "ok", "MLflow": "warn", "notices": "fail"}
-    assert "refused" in found["Prefect"].found
-    assert "secret-part" not in found["notices"].found
+    assert "refused" in findings["Prefect"].detail
+    assert "secret-part" not in findings["notices"].detail
 
 
 def test_a_wrong_password_is_told(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded)
-    assert doctor.mlflow(root).found.endswith("answers 401 Unauthorized")
+    assert doctor.mlflow(root).detail.endswith("answers 401 Unauthorized")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     assert doctor.mlflow(root).state == "fail"
@@ -140,10 +140,10 @@ def test_a_wrong_password_is_told(root: Path, guarded: str, monkeypatch: pytest.
 def test_label_studio(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.labels(root).state == "ok"
     monkeypatch.setenv("LABEL_STUDIO_URL", guarded)
-    assert doctor.labels(root).mend.startswith("make labels")
+    assert doctor.labels(root).fix.startswith("make labels")
     monkeypatch.setenv("LABEL_STUDIO_PYTHON", sys.executable)
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", "wrong")
-    assert doctor.labels(root).found.endswith("answers 401 Unauthorized")
+    assert doctor.labels(root).detail.endswith("answers 401 Unauthorized")
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", "right")
     assert doctor.labels(root).state == "ok"
 

@@ -1,4 +1,4 @@
-"""People label in Label Studio: two of them in a real browser, the round that waited for them wakes up and finishes;
+"""People label in Label Studio: two of them in a real browser, the round that waited for them resumes and finishes;
 and nothing that the server has confirmed is lost, whoever is killed.
 
     pytest -m browser tests/infra/test_labels.py     needs `make labels`, chromium and chromedriver
@@ -147,14 +147,14 @@ def test_two_people_label_and_the_round_goes_on(checkout: Path) -> None:
     assert state_of(links.prefect, run) == "Suspended"
     batch = Batch(checkout / "feedback" / "r1")
     assert len(batch.missing()) == batch.assigned() == 6
-    for times in (2, 3):  # woken too early, twice, it waits again
+    for times in (2, 3):  # resumed too early, twice, it waits again
         post(f"{api}/flow_runs/{run}/resume", {})
-        wait(partial(suspended, links.prefect, run, times), "the round to wait again", 120)
+        wait(partial(suspended, links.prefect, run, times), "the round to wait again")
 
     waiting_since = time.monotonic()
     assert label_as("ada", checkout, links.labels, key, by_keys=False) == 3
     post(f"{api}/deployments/{deployments['wake']}/create_flow_run", {})
-    wait(lambda: len(batch.missing()) == 3, "ada's labels", 120)
+    wait(lambda: len(batch.missing()) == 3, "ada's labels")
     assert state_of(links.prefect, run) == "Suspended"  # bob has not labeled yet
 
     time.sleep(max(0.0, SILENT_SECONDS + 45 - (time.monotonic() - waiting_since)))
@@ -216,9 +216,10 @@ class LabelServer:
         self.process.wait()
 
     def command(self, what: str, *options: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen([str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-m", "mlops.labeling.label_studio", what,
-                                 "feedback/r1", *options], cwd=self.root, env=self.environment, text=True,
-                                start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        python = str(ENVIRONMENT / "bin" / "python")
+        return subprocess.Popen([python, "-W", "ignore", "-m", "mlops.labeling.label_studio", what, "feedback/r1",
+                                 *options], cwd=self.root, env=self.environment, text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def ranking_of(assignment: Assignment, turn: int) -> list[int]:

@@ -1,6 +1,5 @@
 """What a killed server leaves behind is ended before its successor starts, and nothing else is."""
 
-
 import contextlib
 import os
 import signal
@@ -38,7 +37,7 @@ def begin() -> Iterator[Begin]:
     processes = []
 
     def started(supervisor: str, program: str, first: str = ":") -> tuple["subprocess.Popen[str]", int]:
-        process = subprocess.Popen(["sh", "-c", f"{first}; sleep 60 & echo $!; wait"], stdout=subprocess.PIPE,
+        process = subprocess.Popen(["sh", "-c", f"{first}; sleep 3600 & echo $!; wait"], stdout=subprocess.PIPE,
                                    text=True, env=environment(supervisor, program), start_new_session=True)
         processes.append(process)
         assert process.stdout

@@ -6,15 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tests.flows.checkout import REPOSITORY, Checkout
-from tests.infra.site import STAGE, STAGES, wait
+from tests.flows.checkout import Checkout
+from tests.infra.site import PACKAGES, STAGE, STAGES, link_code, wait
 from tests.infra.stores import BIN, MISSING, PASSWORDS, Stores, answer
 
 pytestmark = [pytest.mark.drill, pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
@@ -22,20 +21,15 @@ DEPLOYMENTS = """name: drills
 pull:
   - prefect.deployments.steps.set_working_directory: {directory: "{{ $INSTRUCTFLOW_CHECKOUT }}"}
 deployments:
-  - {name: line, entrypoint: "flows/pipeline.py:pipeline", work_pool: {name: cpu}}
+  - {name: run, entrypoint: "flows/pipeline.py:pipeline", work_pool: {name: cpu}}
   - {name: gpu, entrypoint: "flows/remote.py:remote_stage", work_pool: {name: gpu}}
 """
-
-
-def code(folder: Path) -> None:
-    for name in ("flows", "infra", "tasks", "rlhf"):
-        (folder / name).symlink_to(REPOSITORY / name)
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stores]:
     made = Stores(tmp_path_factory.mktemp("stores"))
-    code(made.folder)
+    link_code(made.folder)
     try:
         made.start()
         yield made
@@ -60,13 +54,13 @@ def machines(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Checko
                     ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "b"],
                     ["remote", "add", "origin", str(stores.folder / "git")]):
         subprocess.run(["git", *command], cwd=here.root, check=True)
-    code(here.root)
-    (here.root / ".git" / "info" / "exclude").write_text("/flows\n/infra\n/tasks\n/rlhf\n*.pid\n")
+    link_code(here.root)
+    (here.root / ".git" / "info" / "exclude").write_text("".join(f"/{name}\n" for name in PACKAGES) + "*.pid\n")
     done = subprocess.run([sys.executable, "-m", "infra.setup"], cwd=here.root, env=stores.environment, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     there = tmp_path_factory.mktemp("gpu-machine")
-    code(there)
+    link_code(there)
     stores.worker("cpu", here.root)
     stores.worker("gpu", there)
     here.write("go", "")  # the stages need not wait
@@ -85,20 +79,20 @@ def ask(stores: Stores, question: Any) -> Any:
 
 def begin(stores: Stores, **parameters: Any) -> Any:
     async def create(client: Any) -> Any:
-        deployment = await client.read_deployment_by_name("pipeline/line")
+        deployment = await client.read_deployment_by_name("pipeline/run")
         return (await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)).id
 
     return ask(stores, create)
 
 
-def ends(stores: Stores, run: Any, seconds: float = 180) -> tuple[str, str]:
+def ends(stores: Stores, run: Any, seconds: float = 300) -> tuple[str, str]:
     def state() -> Any:
-        found = ask(stores, lambda client: client.read_flow_run(run)).state
-        return found if found and found.is_final() else None
+        latest = ask(stores, lambda client: client.read_flow_run(run)).state
+        return latest if latest and latest.is_final() else None
 
-    wait(state, "the line's end", seconds)
-    found = state()
-    return found.name, found.message or ""
+    wait(state, "the run's end", seconds)
+    final = state()
+    return final.name, final.message or ""
 
 
 @pytest.mark.parametrize("login", ["", "ada:wrong"])
@@ -155,7 +149,7 @@ def test_s3_away_while_outputs_are_pushed(machines: Checkout, stores: Stores) ->
     gate, begun = stores.folder / "gate", stores.folder / "begun"
     machines.write("stage.sh", f"touch {begun}\n" + STAGE.replace("$top/go", str(gate)))
     run = begin(stores, gpu_workers=True)
-    wait(begun.exists, "sft to begin on the other machine", 120)
+    wait(begun.exists, "sft to begin on the other machine")
     stores.stop_s3()
     gate.write_text("")
     time.sleep(20)  # the push fails and is tried again
