@@ -13,11 +13,11 @@ from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.generate import Answers, answer, mean_kl
 from rlhf.evaluation.held_out import HeldOut, best_of_curve, held_out_rows, judge_of
-from rlhf.evaluation.lm_eval import Harness, TaskScore, local_tasks, measure
+from rlhf.evaluation.lm_eval import TaskScore, TaskSuite, local_tasks, measure
 from rlhf.evaluation.metrics import gold_metrics, preference_metrics, safety_metrics, tax_metrics
-from rlhf.evaluation.overoptimisation import find_turn
+from rlhf.evaluation.overoptimisation import find_peak
 from rlhf.evaluation.preference import compare_all
-from rlhf.files import write_csv, writes
+from rlhf.files import is_writer, write_csv
 from rlhf.params import EvaluateParams
 from rlhf.training import distributed
 from rlhf.training.journal import read_journal
@@ -25,10 +25,10 @@ from rlhf.training.progress import StageProgress
 from rlhf.training.seeding import seed_everything
 from rlhf.world.gold import gold_labeler
 from rlhf.world.labeler import Grades
-from tasks.stage import Stage, run_stage
+from tasks.stage import Stage, code_hash, run_stage
 
 PROMPTED = "base_prompted"
-KEPT = Path("scratch/evaluate/kept")  # results of tasks, by the contents of model and task
+KEPT = Path("scratch/evaluate/kept")  # results of tasks, by code, then by the contents of model and task
 BEST_OF = "best_of_n.csv"
 
 
@@ -40,6 +40,7 @@ def evaluate(stage: Stage) -> None:
     seed_everything(seed)
     held_out = HeldOut(held_out_rows(PROMPTS, params.prompts, seed), gold_labeler(seed))
     folders = MODELS | {name: _folder(name, path) for name, path in params.others.items()}
+    kept = KEPT / code_hash(stage.name, stage.root)
     answers: dict[str, Answers] = {}
     tasks: dict[str, dict[str, TaskScore]] = {}
     others: dict[str, dict[str, TaskScore]] = {}
@@ -50,9 +51,9 @@ def evaluate(stage: Stage) -> None:
                 answers[PROMPTED] = answer(folder, RM, held_out.prompts, params, seed, ends_at_newline=True,
                                            shots=demonstrations(params.shots), form=params.prompt_form)
             progress.step()
-            tasks[name] = measure(folder, tax_harness(params), KEPT)
+            tasks[name] = measure(folder, tax_harness(params), kept)
             if params.other_tasks:
-                others[name] = measure(folder, harness(params, params.other_tasks), KEPT)
+                others[name] = measure(folder, harness(params, params.other_tasks), kept)
             progress.step()
         metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), **safety_metrics(held_out, answers)}
         grades: dict[str, list[Grades]] = {}
@@ -73,7 +74,7 @@ def evaluate(stage: Stage) -> None:
         progress.step()
     write_csv(stage.scratch / BEST_OF, curve)
     stage.publish(BEST_OF, f"metrics/{BEST_OF}")
-    if writes():  # the others need not draw
+    if is_writer():  # the others need not draw
         write_page(stage, metrics, samples(held_out.rows, answers, grades), curve)
     stage.finish(metrics, ["reports/report.html"])
 
@@ -95,12 +96,12 @@ def _folder(name: str, path: str) -> Path:
     return Path(path)
 
 
-def harness(params: EvaluateParams, tasks: Sequence[str]) -> Harness:
-    return Harness(tasks, [TAX, BENCHMARKS], params.task_data, params.tax_items, params.few_shot,
+def harness(params: EvaluateParams, tasks: Sequence[str]) -> TaskSuite:
+    return TaskSuite(tasks, [TAX, BENCHMARKS], params.task_data, params.tax_items, params.few_shot,
                    params.task_batch_size, params.precision)
 
 
-def tax_harness(params: EvaluateParams) -> Harness:
+def tax_harness(params: EvaluateParams) -> TaskSuite:
     """The tasks of data/tax and those that the parameters name."""
     return harness(params, [*local_tasks([TAX]), *params.tax_tasks])
 
@@ -118,7 +119,7 @@ def turn_metrics(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     for name, (kl, gold, form) in runs.items():
         if len(kl) < 3:
             continue
-        turn = find_turn(kl, gold, form) if form == "rl" else find_turn(kl, gold, form, 1, curve[-1]["drop_stderr"])
+        turn = find_peak(kl, gold, form) if form == "rl" else find_peak(kl, gold, form, 1, curve[-1]["drop_stderr"])
         metrics |= {f"overopt/{name}_peak_kl": turn.peak_kl, f"overopt/{name}_drop": turn.drop,
                     f"overopt/{name}_turned": float(turn.turned)}
         if math.isfinite(turn.fitted_kl):

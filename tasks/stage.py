@@ -1,8 +1,9 @@
-"""What every stage module shares: typed parameters, the scratch folder of these inputs, clear errors, the mirror.
+"""What every stage module shares: typed parameters, the scratch folder of these inputs, clear errors, the uploader.
 
 A stage reads its declared deps, works in scratch/<stage>/<config-hash>/ and publishes its outputs at the end.
-The config hash covers its deps (code included), its parameters and the seed, as dvc.yaml declares them: a stage
-run again with the same inputs goes on from its checkpoint, with other inputs it starts afresh.
+The config hash covers its deps (code included), its parameters and the seed, as dvc.yaml declares them, and the
+versions of torch, transformers and tokenizers: a stage run again with the same inputs goes on from its checkpoint, with
+other inputs it starts afresh.
 """
 
 import argparse
@@ -22,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from mlops import imports_done
+from mlops.config import versions
+from mlops.config.inputs import link_inputs
 from mlops.config.loader import PARAMS_FILE, Params, Round, load_params
 from mlops.config.stage_graph import declared_stages
 from mlops.processes import die_with_parent
 from rlhf.errors import Interrupted, TrainingFailed, UserError
-from rlhf.files import hash_paths, publish, write_json, writes
+from rlhf.files import hash_paths, is_writer, publish, write_json
+from rlhf.training.settings import fast_enabled
 from tasks import launch
 
 
@@ -52,12 +56,15 @@ class Stage:
         """What that round starts from."""
         return self.params.rounds[self.key]
 
-    def publish(self, made: str, target: str) -> None:
-        """Copies a finished file or folder from the scratch folder to its place in the checkout."""
-        publish(self.scratch / made, self.root / target)
+    def publish(self, name: str, target: str) -> None:
+        """Copies a finished file or folder from the scratch folder to its place in the checkout; into a model's folder
+        also the versions that made it."""
+        if (self.scratch / name / "config.json").is_file():
+            write_json(self.scratch / name / versions.RECORD, versions.installed())
+        publish(self.scratch / name, self.root / target)
 
     def finish(self, metrics: dict[str, Any], artifacts: Sequence[str] = ()) -> None:
-        """Writes metrics/<stage>.json and the journal's copy, and tells the mirror that the run is complete.
+        """Writes metrics/<stage>.json and the journal's copy, and tells the uploader that the run is complete.
 
         `artifacts`: files and folders of the checkout that belong to the run (model folder, report).
         """
@@ -68,7 +75,8 @@ class Stage:
 
 
 def config_hash(name: str, params: Params, root: Path) -> str:
-    """Hash of what dvc.yaml declares as the stage's inputs: deps by content, sections of the profile, the seed."""
+    """Hash of what dvc.yaml declares as the stage's inputs: deps by content, sections of the profile, the seed; and of
+    the library versions and whether rlhf/fast is on, which may change the last digits."""
     declared = declared_stages(root)[name]
     deps = [root / dep for dep in declared.get("deps", [])]
     for dep in deps:
@@ -79,10 +87,9 @@ def config_hash(name: str, params: Params, root: Path) -> str:
                 for item in declared.get("params", []) if isinstance(item, dict)
                 for keys in item.values() for key in keys}
     which = {"round": params.rounds[name.partition("@")[2]].model_dump()} if "@" in name else {}
-    text = json.dumps([params.seed, sections | which, hash_paths(deps, root)], sort_keys=True)
+    text = json.dumps([params.seed, sections | which, hash_paths(deps, root), versions.installed(), fast_enabled()],
+                      sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 
 
 def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False) -> None:
@@ -110,16 +117,19 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
                 raise UserError(f"{root / PARAMS_FILE}: no round {args.round}; rounds: "
                                 f"{', '.join(params.rounds) or 'none'}; `python -m flows.rounds` writes them")
             name = f"{name}@{args.round}"
+        if is_writer():
+            link_inputs(name, params, root)
         scratch = root / "scratch" / name / config_hash(name, params, root)
         if args.status:
             print(status(name, scratch), flush=True)
             return
         stage = Stage(name, params, root, scratch)
-        if writes():
+        if is_writer():
             if args.fresh and scratch.exists():
                 shutil.rmtree(scratch)
             (scratch / "done.json").unlink(missing_ok=True)
             scratch.mkdir(parents=True, exist_ok=True)
+            warn_of_other_versions(stage)
             _start_uploader(stage)
         if together(stage, module):
             body(stage)
@@ -137,6 +147,22 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fail(name, f"{error.filename}: cannot be written ({error.strerror}); mend its permissions", 3)
         raise
+
+
+def code_hash(name: str, root: Path) -> str:
+    """Hash of the code that dvc.yaml declares for a stage and of the library versions: for results that are kept over
+    several runs."""
+    code = [root / dep for dep in declared_stages(root)[name]["deps"] if dep.startswith(("rlhf/", "mlops/", "tasks/"))]
+    text = json.dumps([hash_paths(code, root), versions.installed(), fast_enabled()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def warn_of_other_versions(stage: Stage) -> None:
+    """Says which models that the stage reads other library versions have made."""
+    for dep in declared_stages(stage.root)[stage.name].get("deps", []):
+        if differences := versions.other_versions(stage.root / dep):
+            print(f"{stage.name}: warning: {dep} was made with {', '.join(differences)}: what is made of it now mixes "
+                  "versions; `dvc repro --force` remakes all with those installed", file=sys.stderr, flush=True)
 
 
 def together(stage: Stage, module: str) -> bool:
@@ -182,22 +208,22 @@ def status(name: str, scratch: Path) -> str:
 
 def fail(name: str, message: str, code: int) -> None:
     """One line on stderr and the exit code."""
-    if writes():
+    if is_writer():
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 def _start_uploader(stage: Stage) -> None:
-    """Writes what the tracker should know of this run and makes sure that a mirror process is alive."""
+    """Writes what MLflow should know of this run and makes sure that an uploader is alive."""
     from mlops.tracking.upload_record import run_name_of
     from mlops.tracking.uploader import ensure_uploader
 
     section = "rounds" if stage.key else stage.name
     record = {"stage": stage.name, "profile": stage.params.profile, "seed": stage.params.seed,
               "params": dataclasses.asdict(getattr(stage.params.stages, section)),
-              "line": os.environ.get("INSTRUCTFLOW_RUN_NAME", "")}
+              "run_name": os.environ.get("INSTRUCTFLOW_RUN_NAME", "")}
     if stage.key:
         record["round"] = stage.round.number
-    record["line"] = run_name_of(record, stage.root)
+    record["run_name"] = run_name_of(record, stage.root)
     write_json(stage.scratch / "run.json", record)
     ensure_uploader(stage.root)

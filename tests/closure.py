@@ -20,31 +20,31 @@ def file_of(module: str, root: Path = REPO) -> Path | None:
 def _names(file: Path) -> Iterator[str]:
     """Every module that a file's import statements may mean, whatever function they stand in, but for those that only
     a type checker reads."""
-    typing_only = {id(inner) for node in ast.walk(_parsed(file)) if isinstance(node, ast.If)
+    typing_only = {id(inner) for node in ast.walk(parsed(file)) if isinstance(node, ast.If)
                    and ast.unparse(node.test).endswith("TYPE_CHECKING") for part in node.body
                    for inner in ast.walk(part)}
-    for node in ast.walk(_parsed(file)):
+    for node in ast.walk(parsed(file)):
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{file}: relative import"
+            assert node.module, f"{file}: relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)  # the name may be a module
 
 
 @cache
-def _parsed(file: Path) -> ast.Module:
+def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _templates(file: Path) -> Iterator[Path]:
     """Files beside a module that it names in a text: Jinja templates."""
-    for node in ast.walk(_parsed(file)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".j2"):
-            if (beside := file.parent / node.value).is_file():
-                yield beside
+    for node in ast.walk(parsed(file)):
+        named = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if named.endswith(".j2") and (file.parent / named).is_file():
+            yield file.parent / named
 
 
 def closure(module: str, root: Path = REPO, leave_out: tuple[str, ...] = ()) -> set[str]:

@@ -16,8 +16,8 @@ from rlhf.fast.blocks import last_mlp_at, round_up
 from rlhf.fast.gpt_neox import first_block_per_unique_token, fused_rope, last_block_at
 from rlhf.model.device import autocast
 from rlhf.model.log_probs import log_probs_in_parts, token_log_probs
-from rlhf.settings import fast_enabled
 from rlhf.training import distributed
+from rlhf.training.settings import fast_enabled
 
 LOGITS_AT_ONCE = 2**26  # tokens times vocabulary; a loss holds some 12 bytes for each, 0.8 GB
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.data.batching import length_batches, pad_left, pad_right
 from rlhf.fast.decoder import Cache, Decoder, decoder_for
 from rlhf.model.device import autocast, device
-from rlhf.settings import fast_enabled
+from rlhf.training.settings import fast_enabled
 
 SHRINK_AT = 0.7  # the batch is cut to its unfinished rows when at most this share of it is left
 REFILL_AT = 0.125  # as soon as this share of the rows is free, waiting prompts take them

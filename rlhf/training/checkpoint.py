@@ -18,8 +18,8 @@ import torch
 
 from rlhf.errors import Interrupted
 from rlhf.files import is_writer, write_atomic, write_json
-from rlhf.settings import number
 from rlhf.training import distributed
+from rlhf.training.settings import number
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.config.paths import MODELS, PROMPTS
-from rlhf.evaluation.generate import answer, mean_kl, several
+from rlhf.evaluation.generate import answer, mean_kl, sample_several
 from rlhf.evaluation.held_out import held_out_rows, judge_of
 from rlhf.evaluation.preference import compare_all, outcome
 from rlhf.evaluation.statistics import with_interval
@@ -55,7 +55,7 @@ def score(stage: Stage) -> None:
 def accuracy_on(policy: Path, rm: Path, prompts: Sequence[str], labeler: GoldLabeler, params: EvaluateParams,
                 stage: Stage) -> float:
     """Share of pairs of the policy's own samples that the reward model ranks as the gold labeler does."""
-    texts = several(policy, prompts, SAMPLES, params, stage.params.seed)
+    texts = sample_several(policy, prompts, SAMPLES, params, stage.params.seed)
     rows = [gold_ranked({"prompt": prompt, "completions": list(dict.fromkeys(some))}, labeler)
             for prompt, some in zip(prompts, texts, strict=True)]
     return accuracy(score_rows(load_scorer(rm), PromptCodec(load_tokenizer(rm)),

@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.settings import fast_enabled, number
+from rlhf.training.settings import fast_enabled, number
 
 
 def test_a_number_is_read_from_the_environment_and_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
