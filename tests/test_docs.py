@@ -1,12 +1,13 @@
 """What the documentation points at exists: code, tests, files."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"`((?:rlhf|tasks|flows|tests|bench)/[\w/]+\.py)(?::(\w+))?`")
+PLACE = re.compile(r"`((?:rlhf|mlops|tasks|flows|infra|tests|bench)/[\w/]+\.py)(?::(\w+))?`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -32,3 +33,36 @@ def test_the_table_of_details_names_code_and_a_test_in_each_row() -> None:
         places = [file for file, _ in PLACE.findall(row)]
         assert any(file.startswith("rlhf/") for file in places), row
         assert any(file.startswith("tests/") for file in places), row
+
+
+FORMULAS = {
+    "PPO loss": "rlhf/ppo/trainer.py:policy_loss", "GAE": "rlhf/ppo/trainer.py:advantages_and_returns",
+    "K-way loss": "rlhf/losses.py:ranking_loss", "β rule": "rlhf/ppo/kl_controller.py:StepBeta",
+    "ptx": "rlhf/ppo/trainer.py:add_ptx", "EMA": "rlhf/ppo/trainer.py:take_optimizer_step",
+    "stop rule of sampling": "rlhf/model/sampling.py:finished",
+    "alignment tax": "rlhf/evaluation/metrics.py:tax_metrics"}
+
+
+@pytest.mark.parametrize(("formula", "place"), FORMULAS.items())
+def test_the_design_page_leads_to_each_formula_in_one_hop(formula: str, place: str) -> None:
+    text = (REPO / "docs" / "design.md").read_text(encoding="utf-8")
+    [row] = [line for line in text.splitlines() if line.startswith(f"| {formula}")]
+    assert f"`{place}`" in row
+
+
+def test_ppo_is_read_in_one_sitting() -> None:
+    """The file reads from rewards to losses to one step, and no function of the project is longer than 70 lines."""
+    text = (REPO / "rlhf" / "ppo" / "trainer.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    order = ["def token_rewards", "def advantages_and_returns", "def policy_loss", "def value_loss", "def step"]
+    places = [text.index(name) for name in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("package", ["rlhf", "mlops", "tasks", "flows", "infra"])
+def test_no_function_is_longer_than_seventy_lines(package: str) -> None:
+    for file in sorted((REPO / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 70, f"{file.relative_to(REPO)}:{node.name}"

@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 STAND_IN = '''
 import hashlib, json, pathlib, sys
 sys.path.insert(0, "REPO")
-from tasks.graph import declared_stages
+from mlops.config.stage_graph import declared_stages
 name = sys.argv[1]
 stage = declared_stages(pathlib.Path("."))[name]
 open("order.log", "a").write(name + "\\n")
@@ -69,8 +69,9 @@ class Copy:
             for dep in stage["deps"]:
                 path = root / dep
                 if dep not in made and not dep.startswith("data") and "$" not in dep:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(f"code of {dep}") if path.suffix else path.mkdir(exist_ok=True)
+                    file = path if path.suffix else path / "file"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(f"code of {dep}")
         graph["stages"]["ingest"]["deps"].append("wanted.json")
         (root / "dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
         (root / "stand_in.py").write_text(STAND_IN.replace("REPO", str(REPO)))
@@ -123,7 +124,7 @@ def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Co
 
 @pytest.mark.parametrize(("section", "reruns"), [
     ("promote", ["promote"]), ("evaluate", ["evaluate", "promote"]), ("ppo", ["ppo", "evaluate", "promote"]),
-    ("rm", ["rm", "evaluate"]),
+    ("rm", ["validate", "rm", "evaluate", "promote"]),
 ])
 def test_a_changed_parameter_reruns_its_stage(copy: Copy, section: str, reruns: list[str]) -> None:
     profile = copy.root / "profiles" / "cpu.yaml"

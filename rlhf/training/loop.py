@@ -72,13 +72,7 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
             factor = cosine_factor(step, steps, warmup)
             for optimizer in optimizers:
                 scale_lr(optimizer, factor)
-            sums: dict[str, Any] = {}
-            for part, more in loss_of_step(step):
-                distributed.backward(model, part)
-                for key, value in {"": part.detach().double(), **more}.items():
-                    sums[key] = sums.get(key, 0.0) + value
-            # read only now: a GPU still computes one part while the next is prepared
-            values = distributed.all_reduce_gradients([model], {key: float(value) for key, value in sums.items()})
+            values = distributed.all_reduce_gradients([model], _backward(model, loss_of_step(step)))
             loss = values.pop("")
             norm = distributed.clip_gradients(model, max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -103,6 +97,17 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
         return steps
     distributed.load_weights(model, best["model"])
     return int(best["step"])
+
+
+def _backward(model: PreTrainedModel, parts: Iterable[Part]) -> dict[str, float]:
+    """Backward passes of a step's parts; returns the sums of their losses (key "") and of their journal values."""
+    sums: dict[str, Any] = {}
+    for part, more in parts:
+        distributed.backward(model, part)
+        for key, value in {"": part.detach().double(), **more}.items():
+            sums[key] = sums.get(key, 0.0) + value
+    # read only now: a GPU still computes one part while the next is prepared
+    return {key: float(value) for key, value in sums.items()}
 
 
 def _copy(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def gradients(model: Any, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_loss_and_gradients_are_those_of_the_unpack_rows(make_policy: Callable[..., Any], architecture: str,
+def test_loss_and_gradients_are_those_of_the_unpacked_batch(make_policy: Callable[..., Any], architecture: str,
                                                             attention: str, recomputed: bool) -> None:
     data, model = demonstrations(), make_policy(architecture)
     model.set_attn_implementation(attention)
