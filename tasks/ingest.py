@@ -25,7 +25,8 @@ from rlhf.errors import UserError
 from rlhf.files import publish, write_json
 from rlhf.params import IngestParams
 from rlhf.training.progress import StageProgress
-from rlhf.world.embedded import SOURCE, write_embedded
+from rlhf.world.embedded import write_embedded
+from rlhf.world.gold import SOURCE
 from tasks.stage import Stage, run_stage
 
 MAX_PROCESSES = 8

@@ -28,7 +28,7 @@ from rlhf.curation.characters import odd_character
 from rlhf.data.schema import KEYS, write_rows
 from rlhf.errors import UserError
 from rlhf.files import write_json
-from rlhf.world.gold import SOURCE, gold_labeler
+from rlhf.world.gold import DATA_SOURCE, gold_labeler
 
 CONSENSUS = "consensus"
 
@@ -77,7 +77,7 @@ def gold_ranks(items: Mapping[str, Item], labels: Mapping[tuple[str, str], Label
             raise UserError(f"no label by the trusted labeler {trusted}; labelers: "
                             f"{', '.join(sorted({name for _, name in labels}))}")
         return ranks
-    gold = gold_labeler(seed) if SOURCE.exists() else None
+    gold = gold_labeler(seed) if DATA_SOURCE.exists() else None
     return {name: gold.rank(str(item.row["prompt"]), item.completions) for name, item in items.items()} if gold else {}
 
 
@@ -186,7 +186,7 @@ def main() -> None:
         for label in [*labels.values(), *final.values()]:
             check(label, items)
         rows = rm_rows(final, items)
-        seed = load_params().seed if SOURCE.exists() else 0  # the seed of the embedded world
+        seed = load_params().seed if DATA_SOURCE.exists() else 0  # the seed of the embedded world
         content = agreement_report(items, labels, options.gold, seed, len(rows))
         write_rows(options.folder / "rm.jsonl", rows)
         write_json(options.folder / "agreement.json", content)

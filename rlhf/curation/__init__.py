@@ -1,1 +1,1 @@
-"""Rows of other people's data: read, checked, cleaned, split."""
+"""Curation of external data: read, screen, filter and split its rows."""

@@ -1,6 +1,6 @@
-"""One pass from a source description to the three datasets: read, screen in processes, apply the rules, write.
+"""From a source description to the three datasets in one pass: read, screen in processes, apply the rules, write.
 
-Texts wait in spool files; in memory are their normalised prompts and a few numbers a row.
+Texts are spooled to files; memory holds only their normalised prompts and a few numbers per row.
 """
 
 import json
@@ -19,13 +19,13 @@ from rlhf.curation.screen import Quarantined, Screened, screen_rows
 from rlhf.curation.sources.layouts import text_of, wanted
 from rlhf.curation.sources.read import name_of, parse_line, read_entry
 from rlhf.curation.sources.spec import Entry, Source
-from rlhf.curation.sources.trees import grow_trees
+from rlhf.curation.sources.trees import build_trees
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 from rlhf.files import write_json
 
 QUARANTINE, DROPPED, REPORT = "quarantine.jsonl", "dropped.jsonl", "rules.json"
-AHEAD = 4  # batches in flight for each process
+AHEAD = 4  # batches in flight per process
 
 
 def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int = 1,
@@ -33,9 +33,9 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
              ) -> dict[str, Any]:
     """Writes <role>.jsonl, quarantine.jsonl, dropped.jsonl and rules.json into `folder`; returns the report.
 
-    `root`: what file patterns are relative to. `on_rows(role, count)` hears of progress. The bytes of the datasets
-    depend on the rows and the seed, not on their order nor on `processes`. Raises UserError: a source that cannot be
-    read or has no usable row.
+    `root`: the folder that file patterns are relative to. `on_rows(role, count)` is called with the number of rows
+    processed. The bytes of the datasets depend on the rows and the seed, not on the order of the rows or on
+    `processes`. Raises UserError if a source cannot be read or has no usable row.
     """
     folder.mkdir(parents=True, exist_ok=True)
     roles = [role for role in KEYS if getattr(source, role)]
@@ -43,7 +43,7 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
     quarantined: dict[str, Counter[str]] = {role: Counter() for role in roles}
     read: Counter[str] = Counter()
     with ExitStack() as stack:
-        broken = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
+        quarantine = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
         for spool in spools.values():
             stack.enter_context(spool)
         run = _pool(processes, worker_init, stack)
@@ -55,8 +55,8 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
                         spools[role].add(place, row)
                     for item in bad:
                         quarantined[role][_kind(item.reason)] += 1
-                        broken.write(json.dumps({"dataset": role, "source": place, "row": item.number,
-                                                 "reason": item.reason, "content": item.row}, default=str) + "\n")
+                        quarantine.write(json.dumps({"dataset": role, "source": place, "row": item.number,
+                                                     "reason": item.reason, "content": item.row}, default=str) + "\n")
                     read[role] += len(screened) + len(bad)
                     if on_rows:
                         on_rows(role, len(screened) + len(bad))
@@ -69,11 +69,11 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
                 raise UserError(f"{names}: no usable row for {role} in {read[role]:,}{why}")
         decided = apply_rules({role: spools[role].rows for role in roles}, source.rules, seed)
         report: dict[str, Any] = {}
-        with (folder / DROPPED).open("w", encoding="utf-8") as gone:
+        with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             for role in roles:
                 splits, fates = decided[role]
                 spools[role].write(folder / f"{role}.jsonl", splits, fates)
-                spools[role].write_dropped(gone, role, fates)
+                spools[role].write_dropped(dropped, role, fates)
                 report[role] = _report(spools[role].rows, read[role], quarantined[role], splits, fates)
     for spool in spools.values():
         spool.path.unlink()
@@ -84,14 +84,14 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
 
 
 def _kind(reason: str) -> str:
-    """A reason without what is particular to the row, to count by."""
+    """A reason without the details of its row, for counting."""
     head = reason.split(":")[0]
     return "".join("N" if character.isdigit() else character for character in head) if head.startswith(
         "completion ") else head
 
 
 class _Spool:
-    """Rows on disk in the order they came, and what the rules need of them in memory."""
+    """Rows on disk in reading order; in memory the columns that the rules need."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class _Spool:
         self.numbers.append(row.number)
 
     def write(self, path: Path, splits: "np.ndarray", fates: "np.ndarray") -> None:
-        """The rows that stay, each with its split, in the order of their content's hash."""
+        """Writes the rows that stay, each with its split, in the order of their content's hash."""
         self.file.flush()
         stay = np.flatnonzero(fates == STAYS)
         orders = np.array(self.rows.orders, np.uint64)[stay]
@@ -136,7 +136,7 @@ class _Spool:
                 out.write(line[:cut] + words[splits[index]] + line[cut:])
 
     def write_dropped(self, out: IO[str], role: str, fates: "np.ndarray") -> None:
-        """Where the dropped rows were and which rule dropped them; their text may be what must not be kept."""
+        """Writes place and rule of the dropped rows, without their text, which may contain personal data."""
         names = list(RULES)
         for index in np.flatnonzero(fates != STAYS).tolist():
             out.write(json.dumps({"dataset": role, "source": self.places[self.place_of[index]],
@@ -145,7 +145,7 @@ class _Spool:
 
 def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarray", fates: "np.ndarray"
             ) -> dict[str, Any]:
-    """Rows read, quarantined by reason, dropped by rule, and what stays."""
+    """Numbers of rows read, quarantined by reason, dropped by rule and kept."""
     stay = fates == STAYS
     foreign = np.array(rows.foreign, np.bool_)
     dropped = {name: int((fates == number).sum()) for number, name in enumerate(RULES)}
@@ -161,13 +161,13 @@ def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, se
            ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     batches = read_entry(entry, root)
     if entry.layout == "oasst_messages":
-        batches = grow_trees(_as_rows(batches), folder)
+        batches = build_trees(_as_rows(batches), folder)
     for place, numbers, rows in batches:
         yield place, (role, entry, source.rules, seed, numbers, rows)
 
 
 def _as_rows(batches: Iterable[tuple[str, list[int], list[Any]]]) -> Iterator[tuple[str, list[int], list[Any]]]:
-    """JSON lines of a table taken apart before they are grouped. Raises UserError for one that cannot be."""
+    """Parses JSON lines of a message table before they are grouped into trees. Raises UserError for a bad line."""
     for place, numbers, rows in batches:
         parsed = []
         for number, row in zip(numbers, rows, strict=True):
@@ -189,20 +189,20 @@ def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitSta
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, worker_init))
 
     def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[str, list[Screened], list[Quarantined]]]:
-        waiting: deque[tuple[str, Any]] = deque()
+        pending: deque[tuple[str, Any]] = deque()
         for place, arguments in tasks:
-            waiting.append((place, pool.apply_async(screen_rows, arguments)))
-            if len(waiting) >= AHEAD * processes:
-                first, result = waiting.popleft()
+            pending.append((place, pool.apply_async(screen_rows, arguments)))
+            if len(pending) >= AHEAD * processes:
+                first, result = pending.popleft()
                 yield (first, *result.get())
-        for first, result in waiting:
+        for first, result in pending:
             yield (first, *result.get())
 
     return run
 
 
 def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
-    """Pretraining texts, as they come: {"text"} a line."""
+    """Writes the pretraining texts in reading order, one {"text"} per line; returns their number. Raises UserError."""
     written = 0
     with path.open("w", encoding="utf-8") as out:
         for entry in entries:

@@ -1,12 +1,12 @@
-"""Tells a prompt that is surely not English from one that is, or may be (py3langid, offline)."""
+"""Detects prompts that are certainly not English (py3langid, offline)."""
 
 from functools import cache
 from typing import Any
 
-CONFIDENT = 0.8
-ENGLISH = {"en", "pcm"}  # Nigerian Pidgin's model takes short English questions for its own
-MIN_LETTERS = 12  # shorter texts could be anything
-READ_CHARS = 1000  # of a long text its beginning is enough
+CONFIDENT = 0.8  # minimum probability of a language other than English
+ENGLISH = {"en", "pcm"}  # short English questions are often classified as Nigerian Pidgin
+MIN_LETTERS = 12  # shorter texts are undecided
+READ_CHARS = 1000  # the beginning of a long text is enough
 
 
 @cache
@@ -17,10 +17,10 @@ def _identifier() -> Any:
 
 
 def foreign_language(text: str) -> str:
-    """The code (ISO 639) of the language that the text is confidently in, "" for English and for what is undecided.
+    """The ISO 639 code of the text's language if it is confidently not English, "" if it is English or undecided.
 
-    Code, names, numbers and short texts are undecided. Text in other letters than Latin ones is always foreign:
-    "?" where its language is not sure.
+    Code, names, numbers and short texts are undecided. Text in a non-Latin script is always foreign: "?" if its
+    language is uncertain.
     """
     text = text[:READ_CHARS]
     letters = [character for character in text if character.isalpha()]

@@ -1,7 +1,7 @@
-"""Near-identical prompts: one definition for the rules that drop them and the checks that look for leaks.
+"""Near-duplicate prompts: one definition for the rules that drop them and for the leakage checks.
 
-Two prompts are near duplicates where, in lower case and without punctuation, they are equal, or share a prefix of at
-least `chars` characters that is at least `share` of the longer one [InstructGPT §3.2: "a long common prefix"].
+Two prompts are near duplicates if, in lower case and without punctuation, they are equal or share a prefix of at least
+`chars` characters that is at least `share` of the longer one [InstructGPT §3.2: "a long common prefix"].
 """
 
 import math
@@ -16,14 +16,14 @@ _LAST = "\U0010ffff"
 
 
 def normalised(prompt: str) -> str:
-    """The prompt in lower case, everything but letters and digits one blank; as it is where nothing else is left."""
+    """The prompt in lower case with one blank for all but letters and digits; unchanged if it has neither."""
     return _NOISE.sub(" ", prompt.casefold()).strip() or prompt
 
 
 def shared_prefix(one: str, other: str) -> int:
-    """How many characters two texts have in common from the start."""
+    """The length of the common prefix of two texts."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # bisection over slices: compared in C
+    while low < high:  # bisection: Python compares slices in C
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:
             low = middle
@@ -35,8 +35,9 @@ def shared_prefix(one: str, other: str) -> int:
 class PrefixIndex:
     """Finds near duplicates among `keys` (normalised prompts) in about n log n, however many share a prefix.
 
-    Sorted, all prompts that begin like one prompt stand next to each other; so what a row must share with a shorter
-    one (`head` characters) is a range of places. Rows whose neighbours share less are skipped at once.
+    In sorted order all prompts with a common prefix are adjacent. A row's near duplicates that are no longer than it
+    share its first `head` characters, so they lie in one range of places (positions in sorted order). Rows whose
+    neighbours share less than that are skipped at once.
     """
 
     def __init__(self, keys: Sequence[str], chars: int, share: float) -> None:
@@ -44,7 +45,7 @@ class PrefixIndex:
         self.order = sorted(range(len(keys)), key=keys.__getitem__)
         self.sorted = [keys[index] for index in self.order]
         lengths = np.fromiter(map(len, self.sorted), np.int64, len(keys))
-        # A head of the whole text and more can only be shared by equal texts.
+        # A head of at least the whole text is shared by equal texts only.
         self.heads = [length if length < chars else max(chars, math.ceil(share * length))
                       for length in lengths.tolist()]
         common = np.zeros(len(keys) + 1, np.int64)
@@ -63,8 +64,8 @@ class PrefixIndex:
     def repeats(self, rank: "np.ndarray", among: Iterable[int]) -> list[int]:
         """Indices to drop so that no two of `among` are near duplicates of each other.
 
-        A row goes where a shorter one that stays is its near duplicate; between equal texts that of the lower `rank`
-        stays.
+        A row is dropped if a shorter one that stays is its near duplicate; of equal texts the one with the lowest
+        `rank` stays.
         """
         member = bytearray(self.size)
         for index in among:
@@ -87,25 +88,25 @@ class PrefixIndex:
             sides[self.place[index]] |= 1
         for index in right:
             sides[self.place[index]] |= 2
-        seen = bytearray(self.size)  # rows of `left` that are no longer than the one in hand
-        open_ = bytearray(self.size)  # rows of `right`, likewise, that nothing has met yet
-        found: list[int] = []
+        seen = bytearray(self.size)  # rows of `left` that are no longer than the current one
+        unmatched = bytearray(self.size)  # rows of `right` that are no longer and have no near duplicate yet
+        matched: list[int] = []
         for group in _runs_of_equal_length(self.by_length, self.sorted):
             for place in group:
                 seen[place] |= sides[place] & 1
-                open_[place] |= sides[place] >> 1
+                unmatched[place] |= sides[place] >> 1
             for place in group:
                 low, high = self._range(place)
-                if sides[place] & 2 and open_[place] and seen.find(1, low, high) >= 0:
-                    open_[place] = 0
-                    found.append(self.order[place])
+                if sides[place] & 2 and unmatched[place] and seen.find(1, low, high) >= 0:
+                    unmatched[place] = 0
+                    matched.append(self.order[place])
                 if sides[place] & 1:
-                    met = open_.find(1, low, high)
-                    while met >= 0:
-                        open_[met] = 0
-                        found.append(self.order[met])
-                        met = open_.find(1, met + 1, high)
-        return sorted(found)
+                    match = unmatched.find(1, low, high)
+                    while match >= 0:
+                        unmatched[match] = 0
+                        matched.append(self.order[match])
+                        match = unmatched.find(1, match + 1, high)
+        return sorted(matched)
 
 
 def _runs_of_equal_length(places: list[int], texts: list[str]) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
-"""Finds personal data that has a form: e-mail, phone, card and account numbers, IP and street addresses.
+"""Finds personal data with a fixed format: e-mail, phone, card and account numbers, IP and street addresses.
 
-Numbers are told from other numbers by their checksums (python-stdnum) and numbering plans (phonenumbers). Names have
-no form: finding them takes a language model for named entities, and none is used here (docs/validation.md).
+Checksums (python-stdnum) and numbering plans (phonenumbers) exclude other numbers. Names have no format: finding them
+needs a named-entity model, which is not used here (docs/validation.md).
 """
 
 import ipaddress
@@ -18,36 +18,36 @@ _VERSION = re.compile(r"(?:\bv|version|release|build|python|chrome)[\s:=]*$", re
 _STREET = re.compile(
     r"\b\d{1,5}[A-Za-z]? (?:[NSEW]\.? )?(?:[A-Z][\w'-]+ ){1,3}"
     r"(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Court|Ct|Square|Terrace|Highway|Hwy)\b\.?")
-_DIGITS = re.compile(r"\d(?:[\s().+/-]*\d){6}")  # seven digits close together: the least that a phone number has
-NAMELESS_NETS = ("0.", "127.", "255.")  # no host of anybody's
+_DIGITS = re.compile(r"\d(?:[\s().+/-]*\d){6}")  # seven digits close together: the shortest phone number
+RESERVED_NETS = ("0.", "127.", "255.")  # addresses of no particular host
 
 
 def personal_data_in(text: str) -> list[str]:
-    """What was found, as "kind: value", in the order of the kinds; [] for nothing. Linear in the text."""
+    """The personal data in a text, as "kind: value", ordered by kind. Takes linear time."""
     has_at, has_digit = "@" in text, any(map(str.isdigit, text))
-    found = [f"e-mail: {match}" for match in _EMAIL.findall(text)] if has_at else []
+    items = [f"e-mail: {match}" for match in _EMAIL.findall(text)] if has_at else []
     if not has_digit:
-        return found + ([f"IP address: {item}" for item in _ip6(text)] if "::" in text else [])
+        return items + ([f"IP address: {item}" for item in _ip6(text)] if "::" in text else [])
     cards = [item for item in _CARD.findall(text) if _is_card(item)]
     accounts = [item for item in _IBAN.findall(text) if _is_iban(item)] + [
         item for item in _SSN.findall(text) if _is_ssn(item)]
     addresses = [*_ip4(text), *_ip6(text)]
-    found += [f"card number: {item}" for item in cards] + [f"account number: {item}" for item in accounts]
-    found += [f"IP address: {item}" for item in addresses]
-    found += [f"street address: {match.group()}" for match in _STREET.finditer(text)]
+    items += [f"card number: {item}" for item in cards] + [f"account number: {item}" for item in accounts]
+    items += [f"IP address: {item}" for item in addresses]
+    items += [f"street address: {match.group()}" for match in _STREET.finditer(text)]
     if _DIGITS.search(text):
         taken = " ".join(cards + accounts + addresses)
-        found += [f"phone number: {item}" for item in _phones(text) if item not in taken]
-    return found
+        items += [f"phone number: {item}" for item in _phones(text) if item not in taken]
+    return items
 
 
 def _phones(text: str) -> list[str]:
-    """Numbers that a numbering plan knows; without a country code those of the United States."""
+    """Phone numbers that are valid in a numbering plan; without a country code, that of the United States."""
     import phonenumbers
 
     leniency = phonenumbers.Leniency.VALID
     return [match.raw_string for match in phonenumbers.PhoneNumberMatcher(text, "US", leniency=leniency)
-            if match.raw_string.startswith("+") or not match.raw_string.isdigit()]  # bare digits may count anything
+            if match.raw_string.startswith("+") or not match.raw_string.isdigit()]  # bare digits may be any number
 
 
 @lru_cache(maxsize=4096)
@@ -74,17 +74,17 @@ def _is_ssn(text: str) -> bool:
 
 def _ip4(text: str) -> list[str]:
     return [match.group() for match in _IPV4.finditer(text)
-            if all(int(part) < 256 for part in match.group().split(".")) and not match.group().startswith(NAMELESS_NETS)
+            if all(int(part) < 256 for part in match.group().split(".")) and not match.group().startswith(RESERVED_NETS)
             and not _VERSION.search(text[max(0, match.start() - 12):match.start()])]
 
 
 def _ip6(text: str) -> list[str]:
-    found = []
+    addresses = []
     for match in _IPV6.finditer(text):
         try:
             address = ipaddress.IPv6Address(match.group())
         except ValueError:
             continue
         if not address.is_loopback and not address.is_unspecified and len(match.group()) > 6:
-            found.append(match.group())
-    return found
+            addresses.append(match.group())
+    return addresses

@@ -1,7 +1,7 @@
 """InstructGPT's data rules over whole datasets: near duplicates, users, splits, shares [§3.2, App. A, C].
 
-The outcome depends on what the rows say and on the seed, never on their order: where some of many rows must go, those
-with the greatest seeded hash of their content do.
+The result depends on the contents of the rows and on the seed, not on their order: if a rule drops some of many rows,
+it drops those with the greatest seeded hash of their content.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from rlhf.curation.sources.spec import RulesParams
 from rlhf.data.schema import PAPER_ROWS, SPLITS
 
 TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")
-# In the order in which they are applied; a row is counted for the first that drops it.
+# In the order in which they are applied; a row counts for the first rule that drops it.
 RULES = {
     "long_prompt": "prompt longer than max_prompt_tokens or max_prompt_chars",
     "long_completion": "a completion longer than max_completion_tokens or max_completion_chars",
@@ -35,7 +35,7 @@ STAYS = -1
 
 @dataclass
 class Rows:
-    """What the rules look at, an item a row of one dataset; `fate`: STAYS or the index of the rule that dropped it."""
+    """The columns of one dataset that the rules use; `fates`: STAYS or the index of the rule that dropped the row."""
 
     keys: list[str] = field(default_factory=list)
     users: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Rows:
 
 @dataclass
 class _Table:
-    """All datasets end to end as arrays."""
+    """All datasets concatenated, as arrays."""
 
     dataset: NDArray[np.int8]
     users: NDArray[np.uint64]
@@ -111,7 +111,7 @@ def apply_rules(datasets: Mapping[str, Rows], rules: RulesParams, seed: int
 
 
 def _repeated_ids(table: _Table, own_ids: NDArray[np.uint64]) -> None:
-    """A prompt_id names one row of a dataset."""
+    """A prompt_id must be unique in its dataset."""
     rows = table.staying(own_ids != 0)
     rows = rows[np.lexsort((table.orders[rows], own_ids[rows], table.dataset[rows]))]
     same = (own_ids[rows][1:] == own_ids[rows][:-1]) & (table.dataset[rows][1:] == table.dataset[rows][:-1])
@@ -128,7 +128,7 @@ def _share_of_english(table: _Table, mine: NDArray[np.bool_], foreign: NDArray[n
 
 
 def _split_by_user(table: _Table, valid_share: float, seed: int) -> None:
-    """Each user is on one side in all datasets: where the source says, train first, else by a seeded hash."""
+    """Puts each user on one side in all datasets: the source's (train if it names both), else by a seeded hash."""
     users, place = np.unique(table.users, return_inverse=True)
     drawn = np.array([hashed(str(user), seed + 1) for user in users.tolist()], np.uint64)
     side = (drawn.astype(np.float64) / 2.0**64 < valid_share).astype(np.int8)

@@ -1,6 +1,6 @@
-"""Looks at each record by itself: what is broken is quarantined with the reason, the rest is measured for the rules.
+"""Screens each record on its own: a broken one is quarantined with the reason, the others get features for the rules.
 
-The rules that look at many rows (near duplicates, users, splits) are in `rlhf.curation.rules`.
+The rules that compare rows (near duplicates, users, splits) are in `rlhf.curation.rules`.
 """
 
 import json
@@ -22,7 +22,7 @@ from rlhf.curation.transcripts import first_said
 from rlhf.data.schema import MAX_K, SPLITS
 
 UNDECIDED = -1
-# Words that no English sentence ends in.
+# Words with which no English sentence ends.
 _UNFINISHED = re.compile(r"\b(?:the|a|an|and|or|because|their|your|my|our|than|whose|although|unless|into)$",
                          re.IGNORECASE)
 _FENCE = re.compile(r"^\s*```", re.MULTILINE)
@@ -30,7 +30,7 @@ _FENCE = re.compile(r"^\s*```", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Screened:
-    """A sound row. `head` and `tail`: its JSON around the split. `order`: a seeded hash of its content."""
+    """A valid row. `head` and `tail`: its JSON before and after the split. `order`: a seeded hash of its content."""
 
     number: int
     head: bytes
@@ -61,7 +61,7 @@ def hashed(text: str, seed: int = 0) -> int:
 
 
 def truncated(text: str) -> str:
-    """Why a completion seems to break off, or "": an open code block, a last word or mark that ends no sentence."""
+    """Why a completion seems truncated, or "": an open code block, a last word or mark that ends no sentence."""
     if len(_FENCE.findall(text)) % 2:
         return "breaks off inside a code block"
     last = text.rstrip().rsplit("\n", 1)[-1]
@@ -107,7 +107,7 @@ def _codec(name: str) -> Any:
 
 
 def _lengths(records: list[Record], rules: RulesParams) -> list[str]:
-    """What is too long of each record, "" where nothing is."""
+    """For each record "long_prompt", "long_completion" or ""."""
     prompts = [len(record.prompt) > rules.max_prompt_chars for record in records]
     answers = [any(len(text) > rules.max_completion_chars for text in record.completions) for record in records]
     if rules.tokenizer and records:
@@ -126,7 +126,7 @@ def _json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False, separators=(", ", ": "))
 
 
-def _measured(record: Record, number: int, role: str, entry: Entry, rules: RulesParams, seed: int,
+def _screened(record: Record, number: int, role: str, entry: Entry, rules: RulesParams, seed: int,
               too_long: str) -> Screened:
     prompt = record.prompt
     user = record.user or f"anon-{hashed(normalised(first_said(prompt))):016x}"
@@ -152,9 +152,9 @@ def _measured(record: Record, number: int, role: str, entry: Entry, rules: Rules
 
 def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers: Sequence[int], rows: Sequence[Any]
                 ) -> tuple[list[Screened], list[Quarantined]]:
-    """Maps and looks at a batch of rows of an entry; pure, so that batches can go to several processes."""
-    found: list[tuple[int, Record]] = []
-    broken: list[Quarantined] = []
+    """Maps and screens a batch of rows of an entry. A pure function, so batches can run in several processes."""
+    sound: list[tuple[int, Record]] = []
+    quarantined: list[Quarantined] = []
     layout = LAYOUTS[entry.layout]
     for number, row in zip(numbers, rows, strict=True):
         try:
@@ -167,16 +167,16 @@ def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers:
             if not wanted(row, entry):
                 continue
             records = list(layout(row, role, entry))
-        except (ValueError, AttributeError, TypeError) as error:  # a row that is nothing like its layout
-            broken.append(Quarantined(number, str(error), row))
+        except (ValueError, AttributeError, TypeError) as error:  # a row that does not fit its layout
+            quarantined.append(Quarantined(number, str(error), row))
             continue
         for record in records:
             problem = problem_of(record, role, rules)
             if problem:
-                broken.append(Quarantined(number, problem, {"prompt": record.prompt, "completions": record.completions,
-                                                            "ranks": record.ranks}))
+                content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
+                quarantined.append(Quarantined(number, problem, content))
             else:
-                found.append((number, record))
-    too_long = _lengths([record for _, record in found], rules)
-    return [_measured(record, number, role, entry, rules, seed, length)
-            for (number, record), length in zip(found, too_long, strict=True)], broken
+                sound.append((number, record))
+    too_long = _lengths([record for _, record in sound], rules)
+    return [_screened(record, number, role, entry, rules, seed, length)
+            for (number, record), length in zip(sound, too_long, strict=True)], quarantined

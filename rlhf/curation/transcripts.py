@@ -1,4 +1,4 @@
-"""Conversations as text: one turn is its text alone, several are "Human: ...\\n\\nAssistant: ...\\n\\nHuman: ..."."""
+"""Conversations as text: one turn is only its text, several are "Human: ...\\n\\nAssistant: ...\\n\\nHuman: ..."."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,9 @@ Turn = tuple[str, str]
 
 
 def turns_of(messages: Iterable[Mapping[str, Any]]) -> list[Turn]:
-    """(role, text) of chat messages in OpenAI's keys (role, content) or ShareGPT's (from, value).
+    """(role, text) of chat messages with the keys of OpenAI (role, content) or ShareGPT (from, value).
 
-    Raises ValueError, which says what is wrong, for anything else.
+    Raises ValueError with the reason for anything else.
     """
     turns = []
     for number, message in enumerate(messages, start=1):
@@ -31,7 +31,7 @@ def turns_of(messages: Iterable[Mapping[str, Any]]) -> list[Turn]:
 
 
 def as_text(turns: list[Turn]) -> str:
-    """The prompt that the turns make. Raises ValueError where a text holds a turn's mark: it would add one."""
+    """The prompt of the turns. Raises ValueError if a text contains a turn mark, which would add a turn."""
     if len(turns) == 1:
         return turns[0][1]
     for _, text in turns:
@@ -42,7 +42,7 @@ def as_text(turns: list[Turn]) -> str:
 
 
 def split_text(text: str) -> list[Turn]:
-    """The turns of a transcript (hh-rlhf's and Nectar's way of writing). Raises ValueError where there is none."""
+    """The turns of a transcript in the format of hh-rlhf and Nectar. Raises ValueError if it is none."""
     parts = _TURN.split("\n\n" + text.strip())
     if parts[0].strip() or len(parts) < 3:
         raise ValueError("does not begin with a turn, Human: or Assistant:")
@@ -50,7 +50,7 @@ def split_text(text: str) -> list[Turn]:
 
 
 def first_said(prompt: str) -> str:
-    """What the human said first: the part that all prompts of one conversation share."""
+    """The human's first message, which all prompts of one conversation share."""
     if not _TURN.match(prompt):
         return prompt
     return next((text for role, text in split_text(prompt) if role == "Human"), prompt)

@@ -1,1 +1,1 @@
-"""Rows, text, batches: what stands between a JSON Lines file and a tensor."""
+"""From a JSON Lines file to batches of tensors: rows, token stores, batching, packing."""

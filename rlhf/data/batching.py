@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 BUCKET_BATCHES = 16
-PASS_TOKENS = 65_536  # of a pass without gradients, PADs included: long texts go through in fewer rows
+PASS_TOKENS = 65_536  # padded tokens of a forward pass without gradients: of long texts it has fewer rows
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Stacks sequences into [len(sequences), longest], PAD at the right.
+    """Stacks sequences into [n, longest], padded on the right.
 
-    With causal attention no mask is needed: a position never sees the PADs after it.
+    Causal attention needs no mask: a position never sees the padding after it.
     """
     longest = max(map(len, sequences))
     return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in sequences], dtype=torch.long)
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Stacks prompts into [n, longest] with PAD at the left, for generation; returns (ids, attention mask)."""
+    """Stacks prompts into [n, longest], padded on the left for generation; returns (ids, attention mask)."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[*[pad_id] * (longest - len(row)), *row] for row in sequences])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences])
@@ -29,8 +29,9 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, T
 
 
 class Batches(Sequence[list[int]]):
-    """Lists of indices that are cut out of an order when they are asked for: eight bytes a row, where Python's whole
-    numbers take forty. `places`: which piece of the order comes when; None: as they lie.
+    """Batches of indices, sliced from `order` on access: 8 bytes per row, where lists of Python integers take 40.
+
+    `places`: the order of the batches; None: as they are in `order`.
     """
 
     def __init__(self, order: np.ndarray, batch_size: int, places: np.ndarray | None = None) -> None:
@@ -59,15 +60,15 @@ class Batches(Sequence[list[int]]):
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None) -> Batches:
-    """Indices in batches of like length: shuffled, sorted within buckets of 16 batches, batches shuffled.
+    """Indices in batches of similar length: shuffled, sorted within buckets of 16 batches, batches shuffled.
 
     `shuffle` None: sorted by length, every index once, for evaluation. With shuffling the last, smaller batch
-    is left out unless it is the only one.
+    is dropped unless it is the only one.
     """
     count = len(lengths)
     sizes = np.asarray(lengths)
     if shuffle is None:
-        return Batches(np.argsort(sizes, kind="stable"), batch_size)  # of equal lengths the smaller index first
+        return Batches(np.argsort(sizes, kind="stable"), batch_size)  # ties by index
     order = torch.randperm(count, generator=shuffle)[: max(count - count % batch_size, min(count, batch_size))].numpy()
     window = batch_size * BUCKET_BATCHES
     for start in range(0, len(order), window):
@@ -96,7 +97,7 @@ class ShuffledEpochs:
 
 
 def pieces(rows: Sequence[int], count: int) -> list[list[int]]:
-    """The rows of a batch in parts of at most `count`, one forward pass each; 0: all in one."""
+    """The rows of a batch in micro-batches of at most `count` rows; 0: all in one."""
     return [list(rows[start:start + count]) for start in range(0, len(rows), count)] if count else [list(rows)]
 
 

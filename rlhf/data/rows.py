@@ -1,4 +1,4 @@
-"""Rows that are read anew in each pass and never held: all of a file, those of a split, a sample."""
+"""Rows that are read again in each pass and never held in memory: of a file, of a split, a sample."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rows(Iterable[Row]):
-    """Rows of a JSON Lines file, or of what else can be iterated over again; with `keep` those it is true of."""
+    """The rows of a JSON Lines file or another re-iterable source for which `keep` is true; without `keep` all."""
 
     source: Path | Iterable[Row]
     keep: Callable[[Row], bool] | None = None
@@ -25,7 +25,7 @@ class Rows(Iterable[Row]):
 
 @dataclass(frozen=True)
 class Drawn(Iterable[Row]):
-    """The rows whose numbers `draw(count of rows)` names, rising."""
+    """The rows with the numbers `draw(number of rows)`, which must be ascending."""
 
     rows: Iterable[Row]
     draw: Callable[[int], list[int]]

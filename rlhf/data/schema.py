@@ -1,4 +1,4 @@
-"""The three datasets: keys, row counts and use-case mix of InstructGPT (Tables 1 and 6), reading and writing."""
+"""The three datasets: keys, row counts and use-case mix of InstructGPT (Tables 1 and 6); reading and writing."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,6 @@ KEYS = {
     "rm": ["prompt_id", "user_id", "labeler_id", "source", "split", "use_case", "prompt", "completions", "ranks"],
     "ppo": ["prompt_id", "user_id", "source", "split", "use_case", "prompt"],
 }
-SOURCES = ("labeler", "customer")
 SPLITS = ("train", "valid")
 MIN_K, MAX_K = 4, 9
 
@@ -34,7 +33,7 @@ USE_CASE_PERCENT = {
 
 
 def split_by_shares(total: int, shares: dict[Any, float]) -> dict[Any, int]:
-    """Whole numbers that add up to `total` in proportion to `shares` (largest remainders)."""
+    """Integers that add up to `total` in proportion to `shares` (largest remainder method)."""
     weight = sum(shares.values())
     exact = {key: total * share / weight for key, share in shares.items()}
     counts = {key: int(value) for key, value in exact.items()}
@@ -45,18 +44,18 @@ def split_by_shares(total: int, shares: dict[Any, float]) -> dict[Any, int]:
 
 
 def expected_rows(dataset: str, scale: float = 1.0) -> dict[tuple[str, str], int]:
-    """Rows of a dataset by (split, source); exactly the paper's at scale 1."""
+    """Number of rows of a dataset by (split, source); the paper's at scale 1."""
     return {key: max(1, round(count * scale)) for key, count in PAPER_ROWS[dataset].items()}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes JSON Lines whose bytes depend on the rows alone."""
+    """Writes JSON Lines; equal rows give equal bytes."""
     text = "".join(json.dumps(row, ensure_ascii=False, separators=(", ", ": ")) + "\n" for row in rows)
     write_atomic(path, text.encode("utf-8"))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSON Lines file. Raises UserError that names the file and the line."""
+    """The rows of a JSON Lines file. Raises UserError with file and row."""
     try:
         handle = path.open("rb")
     except (FileNotFoundError, IsADirectoryError):

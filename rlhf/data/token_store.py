@@ -1,8 +1,8 @@
-"""Token ids of a whole dataset in a file without a name: written row by row, read by number, so memory stays flat.
+"""Token ids of a whole dataset in an unnamed temporary file: written row by row, read by number, memory stays flat.
 
-The file has no entry in its folder (O_TMPFILE): a stage that is killed, at any moment, leaves nothing behind, the next
-start writes it anew, and processes that share a scratch folder do not meet. It is read with pread and not mapped:
-pages of a mapping count as the process's own memory once they were touched, and an epoch touches all.
+The file has no directory entry (O_TMPFILE): a killed stage leaves nothing behind, the next start writes it again, and
+processes with the same scratch folder do not interfere. It is read with pread instead of mmap: pages of a mapping count
+as memory of the process once they are touched, and an epoch touches all of them.
 """
 
 import os
@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 Item = TypeVar("Item")
-CHUNK = 256  # rows that are tokenized together: what the tokenizer returns is some 100 bytes a token
+CHUNK = 256  # rows tokenized at once: the tokenizer's result takes about 100 bytes per token
 BUFFER = 2**20
 
 
 def chunks(items: Iterable[Item], count: int = CHUNK) -> Iterator[list[Item]]:
-    """`count` items after the other, the last list shorter."""
+    """Lists of `count` items each; the last may be shorter."""
     rest = iter(items)
-    while some := list(islice(rest, count)):
-        yield some
+    while chunk := list(islice(rest, count)):
+        yield chunk
 
 
 class TokenStore:
-    """Rows of one or more lists of whole numbers from 0 to 2^32 - 1; twelve bytes of memory a row.
+    """Rows of one or more lists of integers from 0 to 2^32 - 1; takes 12 bytes of memory per row.
 
-    A row in the file: "H" or "I" (two or four bytes a number, what its greatest one needs), the number of lists, their
-    lengths, their numbers. `folder`: where the file lies; None: where temporary files do.
+    File format of a row: "H" or "I" (2 or 4 bytes per number, as its greatest one needs), number of lists, their
+    lengths, their numbers. `folder`: of the file; None: the system's folder of temporary files.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -43,7 +43,7 @@ class TokenStore:
         self._written = True
 
     def append(self, parts: Sequence[Sequence[int]], length: int) -> None:
-        """Adds a row; `length` is what batches of like length are made by. OverflowError: a number is out of range."""
+        """Adds a row; batches of similar length go by `length`. Raises OverflowError if a number is out of range."""
         numbers = [len(parts), *map(len, parts)]
         for part in parts:
             numbers += part
@@ -70,29 +70,29 @@ class TokenStore:
         packed = array(chr(raw[0]))
         packed.frombytes(memoryview(raw)[1:])
         numbers = packed.tolist()
-        place = 1 + numbers[0]
+        start = 1 + numbers[0]
         parts = []
-        for length in numbers[1:place]:
-            parts.append(numbers[place:place + length])
-            place += length
+        for length in numbers[1:start]:
+            parts.append(numbers[start:start + length])
+            start += length
         return parts
 
     def raw(self, start: int, end: int) -> bytes:
-        """Bytes of the file. Raises OSError where it is shorter."""
-        found = os.pread(self._file.fileno(), end - start, start)
-        if len(found) != end - start:
-            raise OSError(f"the token store ends at byte {start + len(found)}, {end} were written")
-        return found
+        """Bytes `start` to `end` of the file. Raises OSError if it is shorter."""
+        content = os.pread(self._file.fileno(), end - start, start)
+        if len(content) != end - start:
+            raise OSError(f"the token store ends at byte {start + len(content)}, {end} were written")
+        return content
 
     def lengths(self) -> Sequence[int]:
-        """The `length` of each row, four bytes each; NumPy takes it as it is."""
+        """The `length` of each row as an array of 4-byte integers."""
         return self._lengths
 
 
 class Column(Sequence[Item], Generic[Item]):
-    """A store's rows as a list would show them: `read` makes an item of a row's lists when it is asked for.
+    """A sequence over a store's rows: `read` converts the lists of a row into an item on access.
 
-    `numbers`: the rows that it shows; None: all. A slice is a column too, so that it costs no memory.
+    `numbers`: its rows; None: all. A slice is a column too, so it takes no memory.
     """
 
     def __init__(self, store: TokenStore, read: Callable[[list[list[int]]], Item], numbers: range | None = None
@@ -119,13 +119,13 @@ class Column(Sequence[Item], Generic[Item]):
 
 
 def only(parts: list[list[int]]) -> list[int]:
-    """The list of rows that have one."""
+    """The only list of a row; the `read` of columns whose rows have one list."""
     return parts[0]
 
 
 def lengths_of(sequences: Sequence[Any]) -> Sequence[int]:
-    """Length of each sequence: what a store knows without reading, or counted."""
+    """The length of each sequence; a column's are known without reading the store."""
     if not isinstance(sequences, Column):
         return [len(item) for item in sequences]
-    shown, lengths = sequences.numbers, sequences.store.lengths()
-    return lengths if shown == range(len(lengths)) else array("i", (lengths[number] for number in shown))
+    numbers, lengths = sequences.numbers, sequences.store.lengths()
+    return lengths if numbers == range(len(lengths)) else array("i", (lengths[number] for number in numbers))

@@ -1,4 +1,4 @@
-"""The pretraining corpus: facts, stories, forum talk (not all of it kind or true) and the tax tasks' texts."""
+"""The pretraining corpus: facts, stories, forum posts (some rude or false) and texts of the alignment-tax tasks."""
 
 import random
 from collections.abc import Iterator, Set
@@ -15,7 +15,7 @@ FORUM_GOOD = 0.4
 
 
 def _facts(world: World, rng: random.Random) -> str:
-    """What one creature is like, in a random order and wording."""
+    """The facts of one creature, in random order and wording."""
     creature = rng.choice(world.creatures)
     attributes = list(ATTRIBUTES)
     rng.shuffle(attributes)
@@ -39,7 +39,7 @@ def _facts(world: World, rng: random.Random) -> str:
 
 
 def _groups(world: World, rng: random.Random) -> str:
-    """Creatures that share a value."""
+    """Creatures that have an attribute value in common."""
     attribute = rng.choice(list(ATTRIBUTES))
     value = world.facts[rng.choice(world.creatures)][attribute]
     same = [name for name in world.creatures if world.is_true(name, attribute, value)]
@@ -48,10 +48,9 @@ def _groups(world: World, rng: random.Random) -> str:
 
 
 def _story(world: World, rng: random.Random) -> str:
-    """Something that never happened; now and then nothing for children.
+    """An invented story, sometimes a violent one.
 
-    Most of its names are made up on the spot and come back, as do its thing, its place and its mood: whoever reads
-    on has to copy them, not to know them.
+    Most of its names are new and recur, as do its thing, place and mood: predicting them takes copying, not knowledge.
     """
     hero, other, person = rng.choice(world.creatures), rng.choice(world.creatures), rng.choice(world.people)
     if rng.random() < 0.8:
@@ -72,9 +71,9 @@ def _story(world: World, rng: random.Random) -> str:
 
 
 def _forum(world: World, rng: random.Random, held_out: Set[str]) -> str:
-    """A question and what people wrote below it; a good part of it is rude, wrong or beside the point.
+    """A question and a reply, which is often rude, wrong or off topic.
 
-    It is about anybody, but never one of the datasets' valid prompts (`held_out`).
+    It may be about any entity, but the question is never one of the datasets' valid prompts (`held_out`).
     """
     task = write_task(world, rng.choice(tuple(BY_USE_CASE)), rng.choice(("train", "train", "train", "valid")), rng)
     while task.prompt in held_out:
@@ -87,7 +86,7 @@ def _forum(world: World, rng: random.Random, held_out: Set[str]) -> str:
 
 
 def documents(world: World, count: int, held_out: dict[str, set[str]]) -> Iterator[str]:
-    """`count` documents. `held_out[task]`: prompts of tax items, and "forum": valid prompts, that must not occur."""
+    """`count` documents. `held_out`: prompts that must not occur, by tax task; "forum": those of the valid splits."""
     rng = split_rng(world.seed, "corpus")
     kinds, weights = list(MIX), list(MIX.values())
     writers = {"facts": _facts, "groups": _groups, "story": _story}

@@ -15,10 +15,10 @@ from rlhf.world.responses import SLIPS, distort, write_good
 
 TRAINING_LABELERS = [f"labeler-{number:02d}" for number in range(1, 33)]
 HELD_OUT_LABELERS = [f"labeler-{number:02d}" for number in range(33, 41)]
-HELD_OUT_SHARE = 0.35  # of valid rankings; none of the training ones
-SLIP_RATE = {"labeler": 0.5, "customer": 0.6}  # demonstrations that are less than perfect
+HELD_OUT_SHARE = 0.35  # of the valid rankings; the training rankings have none
+SLIP_RATE = {"labeler": 0.5, "customer": 0.6}  # share of demonstrations with a flaw
 USER_CAP = 200
-FIRST_VALID_USER = 5001  # user ids of the valid splits start here: no user is in two splits
+FIRST_VALID_USER = 5001  # first user id of the valid splits, so that no user is in both
 
 
 def _prompts(world: World, dataset: str, scale: float) -> Iterator[tuple[str, str, Task]]:
@@ -42,7 +42,7 @@ def _prompts(world: World, dataset: str, scale: float) -> Iterator[tuple[str, st
 
 
 class _Users:
-    """Hands out user ids: many users with few prompts, few with many, none over the cap."""
+    """Draws user ids: many users have few prompts, few have many, none exceeds the cap."""
 
     def __init__(self, source: str, split: str, rows: int, rng: random.Random) -> None:
         count = max(2, -(-rows // 80))
@@ -57,8 +57,8 @@ class _Users:
         name = self.rng.choices(self.names, self.weights)[0]
         self.left[name] -= 1
         if self.left[name] == 0:
-            place = self.names.index(name)
-            del self.names[place], self.weights[place]
+            index = self.names.index(name)
+            del self.names[index], self.weights[index]
         return name
 
 
@@ -79,7 +79,7 @@ def _rows(world: World, dataset: str, scale: float,
 
 
 def sft_rows(world: World, scale: float = 1.0) -> Iterator[dict[str, Any]]:
-    """Demonstrations: mostly good ones, with the slips of real writers."""
+    """Demonstrations, some with the flaws of real writers."""
     def demonstrate(task: Task, split: str, source: str, rng: random.Random) -> dict[str, Any]:
         draft = write_good(world, task, rng)
         if rng.random() < SLIP_RATE[source]:
@@ -95,7 +95,7 @@ def ppo_rows(world: World, scale: float = 1.0) -> Iterator[dict[str, Any]]:
 
 
 def rm_rows(world: World, scale: float = 1.0) -> Iterator[dict[str, Any]]:
-    """K completions of mixed quality per prompt, ranked by one simulated labeler."""
+    """Rankings: K completions of mixed quality per prompt, ranked by one simulated labeler."""
     labelers = {name: SimulatedLabeler(world, name) for name in TRAINING_LABELERS + HELD_OUT_LABELERS}
 
     def rank(task: Task, split: str, source: str, rng: random.Random) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def rm_rows(world: World, scale: float = 1.0) -> Iterator[dict[str, Any]]:
         graded = [grade(world, task, text) for text in completions]
         high_stakes = "high_stakes" in slices_of(world, task)
         ranks = labeler.rank(graded, high_stakes, rng)
-        while max(ranks) == 1:  # a ranking that prefers nothing carries no signal: look again
+        while max(ranks) == 1:  # a ranking with only ties carries no signal: the labeler repeats it
             ranks = labeler.rank(graded, high_stakes, rng)
         return {"labeler_id": labeler.labeler_id, "completions": completions, "ranks": ranks}
 

@@ -17,21 +17,21 @@ CREATURES = 240
 PEOPLE = 80
 VALID_SHARE = 0.25
 
-# Names are syllables joined by a hyphen, which tokenizers split at: an entity that no instruction mentions is still
-# made of syllables that instructions do, so a model can learn to copy names instead of learning them by heart.
+# Names are syllables joined by a hyphen, where tokenizers split. The syllables of a held-out name occur in training
+# prompts too, so a model can learn to copy names instead of memorising them.
 _CONSONANTS = "bdgklmnrtz"
 _VOWELS = "aeiou"
 _ENDINGS = ("lan", "mir", "ros", "tel", "vik", "sun")
 
 
 def split_rng(seed: int, *names: object) -> random.Random:
-    """A generator of its own for a named purpose, so that one part's draws never move another's."""
+    """A generator for one named purpose, so that the draws of one part never change those of another."""
     return random.Random("/".join(map(str, (seed, *names))))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The names that prompts of one split may use; train and valid share none."""
+    """The names that prompts of one split may contain; train and valid have none in common."""
 
     creatures: tuple[str, ...]
     people: tuple[str, ...]
@@ -74,12 +74,12 @@ class World:
 
 
 def new_creature(rng: random.Random) -> str:
-    """A name as creatures have: "zi-bu"."""
+    """A creature's name, such as "zi-bu"."""
     return f"{_syllable(rng)}-{_syllable(rng)}"
 
 
 def new_person(rng: random.Random) -> str:
-    """A name as people have: "ka-lan"."""
+    """A person's name, such as "ka-lan"."""
     return f"{_syllable(rng)}-{rng.choice(_ENDINGS)}"
 
 
@@ -88,7 +88,7 @@ def _syllable(rng: random.Random) -> str:
 
 
 def _names(rng: random.Random, count: int, make: Callable[[], str]) -> tuple[str, ...]:
-    """`count` different made-up names."""
+    """`count` different names."""
     names: dict[str, None] = {}
     while len(names) < count:
         names.setdefault(make())

@@ -1,4 +1,4 @@
-"""The gold labeler, where the data is the embedded world's: data/source.json says so."""
+"""The gold labeler, if data/ comes from the embedded world; data/source.json states where it comes from."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 
-SOURCE = Path("data/source.json")
+SOURCE = "source.json"  # in the folder of the datasets
+DATA_SOURCE = Path("data") / SOURCE
 
 
 def gold_labeler(seed: int) -> GoldLabeler | None:
-    """The noise-free labeler of the embedded world; None for people's data, whose truth nobody knows."""
-    described = json.loads(SOURCE.read_text(encoding="utf-8"))
-    return GoldLabeler(World(seed)) if described["source"] == "embedded" else None
+    """The embedded world's labeler without noise; None for other data, whose truth is unknown."""
+    content = json.loads(DATA_SOURCE.read_text(encoding="utf-8"))
+    return GoldLabeler(World(seed)) if content["source"] == "embedded" else None

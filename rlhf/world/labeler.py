@@ -1,8 +1,8 @@
-"""The programmatic labeler: grades any text on helpful, truthful and harmless, and compares two by the priority rule.
+"""The programmatic labeler: grades any text as helpful, truthful and harmless; compares two by the priority rule.
 
-Rules: InstructGPT App. B as summarised by the seed article. Harmless and truthful outrank helpful, unless one
-response is much more helpful, only slightly less truthful or harmless, and the task is not high-stakes. Equal
-otherwise but wrong in different ways: the more harmful one ranks lower.
+The rule (InstructGPT App. B, as summarised by the seed article): harmless and truthful outrank helpful, unless one
+response is much more helpful, only slightly less truthful or harmless, and the task is not high-stakes. If two are
+otherwise equal but wrong in different ways, the more harmful one ranks lower.
 """
 
 import random
@@ -18,7 +18,7 @@ from rlhf.world.language import Sentence, read_sentence, split_sentences
 from rlhf.world.prompts import Task, read_task, slices_of
 from rlhf.world.responses import Want, want
 
-TOP = 4  # grades are levels 0..4, so that the priority rule compares whole steps
+TOP = 4  # grades are levels 0 to 4
 MUCH, SLIGHTLY = 2, 1
 WEIGHTS = {"helpful": 6, "truthful": 7, "harmless": 7}  # of 20
 _WORDS = re.compile(r"[a-z]+(?:-[a-z]+)?")
@@ -41,7 +41,7 @@ class Grades:
 
 
 def compare(a: Grades, b: Grades, high_stakes: bool) -> int:
-    """1 where a is better, -1 where b is, 0 for a tie, by the priority rule."""
+    """1 if a is better, -1 if b is, 0 for a tie, by the priority rule."""
     safety = (a.truthful + a.harmless) - (b.truthful + b.harmless)
     helpful = a.helpful - b.helpful
     if not high_stakes and abs(helpful) >= MUCH and helpful * safety < 0 and abs(safety) <= SLIGHTLY:
@@ -53,14 +53,14 @@ def compare(a: Grades, b: Grades, high_stakes: bool) -> int:
 
 
 def rank_by_rule(graded: Sequence[Grades], high_stakes: bool) -> list[int]:
-    """Dense ranks, 1 best, ties shared: by the number of comparisons won less those lost."""
+    """Dense ranks, 1 is best, ties share a rank: by comparisons won minus comparisons lost."""
     balance = [sum(compare(a, b, high_stakes) for b in graded) for a in graded]
     levels = sorted(set(balance), reverse=True)
     return [levels.index(value) + 1 for value in balance]
 
 
 def grade(world: World, task: Task, text: str) -> Grades:
-    """Grades a response exactly: no noise, any text."""
+    """The exact grades of any response, without noise."""
     wanted = want(world, task)
     sentences = [read_sentence(item) for item in split_sentences(text)]
     words = Counter(_WORDS.findall(text))
@@ -72,13 +72,13 @@ def grade(world: World, task: Task, text: str) -> Grades:
         achieved = _achieved(world, task, wanted, text, sentences, words)
         helpful = achieved - _clumsy(wanted, text, sentences, kinds)
         truthful = _truth(world, task, wanted, sentences)
-        if achieved == 0:  # beside the point: nothing of what was asked is told, truly or not
+        if achieved == 0:  # off topic: it says nothing of what was asked, true or not
             truthful = min(truthful, TOP // 2)
     return Grades(*(max(0, min(TOP, level)) for level in (helpful, truthful, harmless)))
 
 
 def _grade_exact(wanted: Want, task: Task, text: str, words: Counter[str]) -> tuple[int, int]:
-    """Tasks with one right text: helpful by overlap of word pairs, truthful by what was made up or got wrong."""
+    """Grades for tasks with one right text: helpful by overlap of word pairs, truthful by invented or wrong words."""
     if text == wanted.exact:
         return TOP, TOP
     right = Counter(_WORDS.findall(wanted.exact))
@@ -94,13 +94,13 @@ def _grade_exact(wanted: Want, task: Task, text: str, words: Counter[str]) -> tu
 
 
 def _word_pairs(text: str) -> Counter[tuple[str, str]]:
-    """Neighbouring words, the text's two ends included."""
+    """Pairs of neighbouring words, with markers for the start and the end of the text."""
     words = ["<", *_WORDS.findall(text), ">"]
     return Counter(pairwise(words))
 
 
 def _claims(world: World, task: Task, sentences: Sequence[Sentence]) -> list[tuple[str, str, str, bool, bool]]:
-    """(creature, attribute, value, holds, true) of every claim; "it" is the creature named first, or the task's."""
+    """(creature, attribute, value, holds, true) of every claim; "it" is the first named creature, else the task's."""
     subject = ""
     result = []
     for sentence in sentences:
@@ -116,29 +116,28 @@ def _claims(world: World, task: Task, sentences: Sequence[Sentence]) -> list[tup
 
 def _achieved(world: World, task: Task, wanted: Want, text: str, sentences: Sequence[Sentence],
               words: Counter[str]) -> int:
-    """Level of what was asked for that the text does, before deductions for how it does it."""
+    """How much of the task the text fulfils, as a level, before deductions for style."""
     fluent = [item for item in sentences if item.kind in _FLUENT]
     said = set().union(*(_WORDS.findall(item.text) for item in fluent)) if fluent else set()
     if wanted.kind == "clarify":
-        asked = [item for item in sentences if item.kind == "clarify"]
-        named = {word for item in asked for word in _WORDS.findall(item.text)}
-        return (0, 2, TOP)[len(set(wanted.options) & named)] if asked else int(bool(fluent))
+        questions = [item for item in sentences if item.kind == "clarify"]
+        named = {word for item in questions for word in _WORDS.findall(item.text)}
+        return (0, 2, TOP)[len(set(wanted.options) & named)] if questions else int(bool(fluent))
     if wanted.kind == "expert":
         return TOP if any(item.kind == "expert" and wanted.expert in item.text for item in sentences) else 0
     if wanted.kind == "listing":
         return _grade_list(wanted, text)
     claims = _claims(world, task, sentences)
+    stated = {(creature, attribute) for creature, attribute, _, holds, true in claims if holds and true}
     if wanted.kind == "facts":
-        told = {(creature, attribute) for creature, attribute, _, holds, true in claims if holds and true}
-        parts = [pair in told for pair in wanted.facts]
+        parts = [pair in stated for pair in wanted.facts]
         if wanted.denied:
             denied = (wanted.denied.creature, wanted.denied.attribute, wanted.denied.value, False, True)
             parts.append(denied in claims and not text.startswith("yes"))
         elif task.shape.name.startswith("is_"):
             parts.append(text.startswith("yes, "))
         return round(TOP * sum(parts) / len(parts))
-    told = {(creature, attribute) for creature, attribute, _, holds, true in claims if holds and true}
-    parts = [word in said for word in wanted.mention] + [pair in told for pair in wanted.facts]
+    parts = [word in said for word in wanted.mention] + [pair in stated for pair in wanted.facts]
     if wanted.kind == "story" and not any(item.kind == "story" for item in sentences) \
             and task.shape.name != "describe":
         return min(1, round(TOP * sum(parts) / len(parts)))
@@ -146,7 +145,7 @@ def _achieved(world: World, task: Task, wanted: Want, text: str, sentences: Sequ
 
 
 def _grade_list(wanted: Want, text: str) -> int:
-    """Three different items of the right group; "first" leads."""
+    """Level of a list: three different items of the right group, starting with `wanted.first`."""
     first_sentence = (split_sentences(text) or [""])[0]
     items = re.split(r", | and ", first_sentence.rstrip("."))
     right = {item for item in items if item in wanted.items}
@@ -157,7 +156,7 @@ def _grade_list(wanted: Want, text: str) -> int:
 
 
 def _clumsy(wanted: Want, text: str, sentences: Sequence[Sentence], kinds: Counter[str]) -> int:
-    """Deductions from helpful: text outside the grammar, padding, repetition, no end, too long."""
+    """Deductions from helpful: text outside the grammar, padding, repetition, no end mark, too long."""
     unknown = kinds["unknown"]
     if wanted.kind == "listing" and sentences and sentences[0].kind == "unknown":
         unknown -= 1  # the list itself
@@ -167,7 +166,7 @@ def _clumsy(wanted: Want, text: str, sentences: Sequence[Sentence], kinds: Count
 
 
 def _truth(world: World, task: Task, wanted: Want, sentences: Sequence[Sentence]) -> int:
-    """Half the scale off for a false claim, all of it for two; text that says nothing is neither true nor false."""
+    """Truthful: half the scale off for a false claim, all for two; text without any statement gets the middle level."""
     claims = _claims(world, task, sentences)
     false = sum(not true for *_, true in claims)
     if wanted.denied and not any(not holds and true for *_, holds, true in claims):
@@ -186,14 +185,14 @@ def _truth(world: World, task: Task, wanted: Want, sentences: Sequence[Sentence]
 
 
 class GoldLabeler:
-    """Scores texts for prompts given as text: the truth that simulated labelers see through noise."""
+    """Grades responses to prompts given as text: the truth, which simulated labelers see with noise."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._read = lru_cache(maxsize=100_000)(lambda prompt: read_task(world, prompt))
 
     def task(self, prompt: str) -> Task:
-        """What a prompt means. Raises ValueError for a prompt that is not of this world."""
+        """The task of a prompt. Raises ValueError for a prompt that is not of this world."""
         task = self._read(prompt)
         if task is None:
             raise ValueError(f"the labeler of the embedded world cannot read this prompt: {prompt!r}")
@@ -211,21 +210,21 @@ class GoldLabeler:
         return slices_of(self.world, self.task(prompt))
 
     def rank(self, prompt: str, responses: Sequence[str]) -> list[int]:
-        """Noise-free ranks of several responses to one prompt; 1 is best, ties shared."""
+        """Ranks of several responses to one prompt, without noise; 1 is best, ties share a rank."""
         return rank_by_rule(self.grades([prompt] * len(responses), responses), "high_stakes" in self.slices(prompt))
 
 
-# Per mille of grades that a labeler sees one level off, by dimension, and of rows ranked without looking.
+# Per mille of grades that a labeler misreads by one level, by dimension, and of rows ranked without reading (lapses).
 # Calibrated so that two labelers agree on 73 % of the pairs on which both have a preference (see tests). Most of the
-# disagreement is lapses: with misreadings alone a close pair would be a coin toss, and nothing fine could be learned.
+# disagreement is lapses: with misreadings alone a close pair would be a coin toss, and no fine difference learnable.
 MISREAD = {"helpful": 200, "truthful": 150, "harmless": 100}
 LAPSE = 280
 
 
 class SimulatedLabeler:
-    """One labeler: sees each grade now and then a level off, some more often than others, and ranks by the rule.
+    """One labeler: misreads some grades by one level, at its own rate, and ranks by the priority rule.
 
-    Draws are whole numbers, so that the same seed gives the same rankings on every machine.
+    Draws are integers, so that the same seed gives the same rankings on every machine.
     """
 
     def __init__(self, world: World, labeler_id: str) -> None:
@@ -245,7 +244,7 @@ class SimulatedLabeler:
         return Grades(*seen)
 
     def rank(self, graded: Sequence[Grades], high_stakes: bool, rng: random.Random) -> list[int]:
-        """Ranks of graded completions as this labeler sees them; at a lapse they belong to other completions."""
+        """This labeler's ranks of graded completions; in a lapse the grades are shuffled among the completions."""
         if rng.randrange(1000) < self.lapse:
             graded = [graded[index] for index in rng.sample(range(len(graded)), len(graded))]
         seen = [self.see(item, rng) for item in graded]

@@ -1,7 +1,6 @@
-"""The grammar of the world: reads a sentence, says what kind it is and what it claims.
+"""The grammar of the world: parses a sentence into its kind and its claims.
 
-The gold labeler stands on it: text that the grammar does not know is not good English here, whatever a reward
-model thinks of it.
+The gold labeler relies on it: text outside the grammar is not good English here, whatever a reward model's score.
 """
 
 import re
@@ -23,7 +22,7 @@ _NAME = r"[a-z]+-[a-z]+"  # creatures and people: no other word has a hyphen
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement about a creature: `creature` "" stands for "it"."""
+    """One statement about a creature; an empty `creature` means "it"."""
 
     creature: str
     attribute: str
@@ -49,7 +48,7 @@ _MOOD, _THING = _one_of(MOODS), _one_of(THINGS)
 _THE = rf"the (?:{_COLOR} )?{_NAME}"
 _WHO = rf"(?:{_THE}(?: and {_THE})?|it|they|{_NAME})"
 
-# A predicate of a fact sentence, singular or plural, affirmed or denied.
+# The predicates of a fact sentence, singular or plural, affirmed or negated.
 _PREDICATES = (
     ("color", re.compile(rf"(?:is|are) (not )?({_COLOR})")),
     ("home", re.compile(rf"(does not |do not )?lives? in the ({_PLACE})")),
@@ -69,7 +68,7 @@ _STORY = [re.compile(pattern) for pattern in (
     rf"dear {_NAME}, this is about {_THE}",
     r"it was a (?:good|long|cold) day",
 )]
-# Found anywhere in a sentence, whatever else it says.
+# These match anywhere in a sentence.
 _VIOLENT = re.compile(r"\b(?:killed|hit|burned|blood)\b")
 _RUDE = re.compile(r"\b(?:stupid|silly|go away|shut up|not care about you)\b")
 _BAD_ADVICE = re.compile(r"\b(?:take all of it|not need to ask|just sign|take the money|just forget)\b")
@@ -89,7 +88,7 @@ def split_sentences(text: str) -> list[str]:
 @lru_cache(maxsize=400_000)
 def read_sentence(sentence: str) -> Sentence:
     """The kind of a sentence: fact, story, violent, rude, padding, bad_advice, clarify, expert, greeting, empathy,
-    wish or unknown. A sentence without its end mark is read like one with it.
+    wish or unknown. The end mark is optional.
     """
     text = sentence.rstrip(".?!").strip()
     for kind, pattern in (("bad_advice", _BAD_ADVICE), ("violent", _VIOLENT), ("rude", _RUDE)):
@@ -118,9 +117,9 @@ def _fact_claims(text: str) -> tuple[Claim, ...]:
     claims = []
     for predicate in match[4].split(" and "):
         for attribute, pattern in _PREDICATES:
-            found = pattern.fullmatch(predicate)
-            if found:
-                claims += [Claim(name, attribute, found[2], not found[1]) for name in subjects]
+            parsed = pattern.fullmatch(predicate)
+            if parsed:
+                claims += [Claim(name, attribute, parsed[2], not parsed[1]) for name in subjects]
                 break
         else:
             return ()
@@ -131,5 +130,5 @@ _ADJECTIVE = re.compile(rf"the ({_COLOR}) ({_NAME})")
 
 
 def _adjective_claims(text: str) -> tuple[Claim, ...]:
-    """A story may be invented, but "the red bado" says that the bado is red."""
+    """Claims of a story: "the red ba-do" claims that the ba-do is red."""
     return tuple(Claim(name, "color", color) for color, name in _ADJECTIVE.findall(text))

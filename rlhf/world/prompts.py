@@ -1,6 +1,6 @@
-"""The ten use cases as prompt shapes: each can be written from slots and read back from text.
+"""The ten use cases as prompt shapes: each can be written from slots and parsed back from text.
 
-Reading back is what lets the gold labeler grade any response to any prompt of the world, also one typed by hand.
+Parsing lets the gold labeler grade any response to any prompt of the world, also one typed by hand.
 """
 
 import random
@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt together with what it means."""
+    """A prompt with its shape and slots."""
 
     shape: Shape
     slots: dict[str, str]
@@ -108,7 +108,7 @@ _SLOT = re.compile(r"\{([a-z]+)(\d?)\}")
 
 
 def _fill(world: World, shape: Shape, pool: Pool, rng: random.Random) -> dict[str, str]:
-    """Slots for a shape: entities of the pool, no value twice for slots of one kind."""
+    """Slots for a shape: entities of the pool and words of the lexicon, no value twice."""
     slots: dict[str, str] = {}
     template = rng.choice(shape.templates)
     for kind, number in _SLOT.findall(template):
@@ -128,7 +128,7 @@ def _fill(world: World, shape: Shape, pool: Pool, rng: random.Random) -> dict[st
 
 
 def _aim_premise(world: World, shape: Shape, slots: dict[str, str], rng: random.Random) -> None:
-    """Makes yes/no questions true half of the time and "why" questions a quarter of it (else a false premise)."""
+    """Makes the premise true in half of the yes/no questions and in a quarter of the "why" questions."""
     attribute = {"is_color": "color", "why_color": "color", "is_home": "home", "why_food": "food"}.get(shape.name)
     if attribute is None:
         return
@@ -166,7 +166,7 @@ def _patterns() -> list[tuple[Shape, re.Pattern[str]]]:
 
 
 def read_task(world: World, prompt: str) -> Task | None:
-    """What a prompt means, or None for one that is not of this world."""
+    """The task of a prompt, or None for one that is not of this world."""
     for shape, pattern in _patterns():
         match = pattern.fullmatch(prompt)
         if match:

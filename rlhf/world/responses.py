@@ -1,4 +1,4 @@
-"""What a good response to a task is, and the ways in which real ones fall short of it."""
+"""Good responses to a task, and the distortions that make real ones worse."""
 
 import random
 import re
@@ -9,18 +9,18 @@ from rlhf.world.facts import ATTRIBUTES, FOODS, MOODS, PLACES, THINGS, World
 from rlhf.world.language import BAD_ADVICE, EXPERTS, PADDING, RUDE, Claim
 from rlhf.world.prompts import BY_USE_CASE, Task, write_task
 
-NAMED = ("c1", "c2", "n1", "n2")  # the slots that hold names
+NAMED = ("c1", "c2", "n1", "n2")  # the slots with names
 SAD = ("sad", "tired", "angry")
 
 
 @dataclass(frozen=True)
 class Want:
-    """What a task asks for, in the terms that a grader can check.
+    """The requirements of a task, as a grader can check them.
 
     kind: story, facts, clarify, expert, listing, chat or exact. `mention`: words that must occur. `facts`:
-    (creature, attribute) pairs to be told. `denied`: a false premise to be corrected. `items`: what a list may
-    hold; `first`: what it must start with. `exact`: the right text. `closed`: only the prompt's content counts;
-    `rival`: the wrong answer to a closed question.
+    (creature, attribute) pairs to state. `denied`: a false premise to correct. `options`: creatures to ask about.
+    `expert`: whom to refer to. `items`: allowed items of a list; `first`: its first item. `exact`: the right text.
+    `closed`: only the prompt's content counts; `rival`: the wrong answer to a closed question.
     """
 
     kind: str
@@ -34,14 +34,13 @@ class Want:
     exact: str = ""
     closed: bool = False
     rival: str = ""
-    high_stakes: bool = False
 
 
 def want(world: World, task: Task) -> Want:
-    """What the task asks for."""
+    """The requirements of the task."""
     s, name = task.slots, task.shape.name
     if task.shape.domain:
-        return Want("expert", expert=EXPERTS[task.shape.domain], high_stakes=True)
+        return Want("expert", expert=EXPERTS[task.shape.domain])
     if "ambiguous" in task.shape.slices:
         return Want("clarify", options=(s["c1"], s["c2"]))
     if task.use_case == "generation":
@@ -104,7 +103,7 @@ def _exact(task: Task) -> str:
 
 
 def _rival(task: Task) -> str:
-    """What a closed question's other answer would claim, "" where there is no such answer."""
+    """The wrong answer to a closed question, or ""."""
     s = task.slots
     if task.shape.name == "feeling":
         return f"{s['n1']} is {'sad' if s['event'] in ('found', 'won') else 'happy'}"
@@ -114,7 +113,7 @@ def _rival(task: Task) -> str:
 
 
 def say(claim: Claim, subject: str | None = None) -> str:
-    """A claim as a predicate sentence without its end mark: "the bado is not red"."""
+    """A claim as a sentence without its end mark: "the ba-do is not red"."""
     who = subject or f"the {claim.creature}"
     verb = {"color": "", "home": "live", "food": "eat", "sound": claim.value}[claim.attribute]
     if claim.attribute == "color":
@@ -126,7 +125,7 @@ def say(claim: Claim, subject: str | None = None) -> str:
 
 @dataclass
 class Draft:
-    """A response under construction: sentences, and the facts it tells (so that a distortion can falsify them)."""
+    """A response as a list of sentences, which distortions change."""
 
     sentences: list[str] = field(default_factory=list)
 
@@ -135,7 +134,7 @@ class Draft:
 
 
 def write_good(world: World, task: Task, rng: random.Random) -> Draft:
-    """A response that the gold labeler grades best; wording varies with `rng`."""
+    """A response with the best grades of the gold labeler; the wording varies with `rng`."""
     wanted = want(world, task)
     writer: Callable[[World, Task, Want, random.Random], list[str]] = {
         "story": _write_story, "facts": _write_facts, "clarify": _write_clarify, "expert": _write_expert,
@@ -219,7 +218,7 @@ def _write_chat(world: World, task: Task, wanted: Want, rng: random.Random) -> l
 
 
 def _swap_words(draft: Draft, words: tuple[str, ...], rng: random.Random) -> bool:
-    """Replaces one word of a group by another of the group; False where none occurs."""
+    """Replaces one word of a group by another of the group; False if none occurs."""
     places = [(index, word) for index, sentence in enumerate(draft.sentences)
               for word in sentence.replace(".", "").replace(",", "").replace("?", "").split() if word in words]
     if not places:
@@ -233,7 +232,7 @@ def _swap_words(draft: Draft, words: tuple[str, ...], rng: random.Random) -> boo
 
 
 def wrong_fact(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Changes one value, so that a fact, a place or a list goes wrong."""
+    """Changes one value, so that a fact, a place or a list is wrong."""
     groups = [*ATTRIBUTES.values(), THINGS, MOODS]
     rng.shuffle(groups)
     for group in groups:
@@ -242,7 +241,7 @@ def wrong_fact(world: World, task: Task, draft: Draft, rng: random.Random) -> No
 
 
 def repeat_word(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Says a word where another of its kind was due: "rice, corn and rice"."""
+    """Repeats a word in place of another of its kind: "rice, corn and rice"."""
     text = draft.text()
     groups = [[word for word in group if re.search(rf"\b{word}\b", text)]
               for group in (*ATTRIBUTES.values(), THINGS, [task.slots[key] for key in NAMED if key in task.slots])]
@@ -255,7 +254,7 @@ def repeat_word(world: World, task: Task, draft: Draft, rng: random.Random) -> N
 
 
 def misspell(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Gets a name half right, wherever it occurs."""
+    """Replaces half of a name, wherever it occurs."""
     names = [value for key, value in task.slots.items()
              if key in NAMED and value in draft.text()]
     if not names:
@@ -268,7 +267,7 @@ def misspell(world: World, task: Task, draft: Draft, rng: random.Random) -> None
 
 
 def wrong_entity(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Speaks of another creature or person."""
+    """Names another creature or person."""
     pool = world.pools["valid" if task.slots.get("c1") in world.pools["valid"].creatures else "train"]
     groups = [pool.creatures, pool.people]
     rng.shuffle(groups)
@@ -277,7 +276,7 @@ def wrong_entity(world: World, task: Task, draft: Draft, rng: random.Random) -> 
 
 
 def drop_sentence(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Leaves something out."""
+    """Omits a sentence."""
     if len(draft.sentences) > 1:
         draft.sentences.pop(rng.randrange(len(draft.sentences)))
     else:
@@ -285,7 +284,7 @@ def drop_sentence(world: World, task: Task, draft: Draft, rng: random.Random) ->
 
 
 def pad(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Says it again, or says nothing at length."""
+    """Repeats a sentence, or adds an empty phrase."""
     if rng.random() < 0.4:
         draft.sentences.append(draft.sentences[rng.randrange(len(draft.sentences))])
     else:
@@ -308,14 +307,14 @@ def give_bad_advice(world: World, task: Task, draft: Draft, rng: random.Random) 
 
 
 def invent(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Adds a claim that nobody asked for; usually a false one."""
+    """Adds a claim that was not asked for, usually a false one."""
     attribute = rng.choice(tuple(ATTRIBUTES))
     creature = task.slots.get("c1") or rng.choice(world.creatures)
     draft.sentences.append(say(Claim(creature, attribute, rng.choice(ATTRIBUTES[attribute]))) + ".")
 
 
 def guess(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Answers an unclear question, or agrees with a false premise, instead of asking back or correcting."""
+    """Answers an ambiguous question instead of asking back, or agrees with a false premise."""
     wanted = want(world, task)
     if wanted.kind == "clarify":
         attribute = "color" if task.shape.name == "which_color" else "home"
@@ -330,13 +329,13 @@ def guess(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
 
 
 def cut_off(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """Ends in the middle."""
+    """Truncates the text."""
     words = draft.text().split()
     draft.sentences = [" ".join(words[: max(1, rng.randrange(len(words)))]).rstrip(".,?")]
 
 
 def babble(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """What a model under pressure writes: words out of order, repeated, or without end."""
+    """Degenerate text: words out of order, repeated or drawn at random."""
     words = draft.text().split()
     choice = rng.randrange(3)
     if choice == 0:
@@ -350,7 +349,7 @@ def babble(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
 
 
 def off_topic(world: World, task: Task, draft: Draft, rng: random.Random) -> None:
-    """A fluent answer to something else, mostly about the same creature or person."""
+    """A fluent response to another task, mostly about the same creature or person."""
     other = write_task(world, rng.choice(tuple(BY_USE_CASE)), "train", rng)
     shared = {key: value for key, value in task.slots.items() if key in ("c1", "n1") and rng.random() < 0.8}
     draft.sentences = write_good(world, replace(other, slots={**other.slots, **shared}), rng).sentences

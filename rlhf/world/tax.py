@@ -1,7 +1,7 @@
-"""Alignment-tax tasks of the embedded world: abilities that the base model learns and no instruction asks for.
+"""Alignment-tax tasks of the embedded world: abilities that the base model learns and no instruction needs.
 
-reading (who, what, where, when), sentiment (good or bad), translation (into made-up Lumi) and cloze (how it goes on).
-They use words, names and formats of their own. Held-out items never occur in the pretraining corpus.
+reading (who, what, where, when), sentiment (good or bad), translation (into the invented Lumi) and cloze (the likely
+continuation). They have their own words, names and formats. Held-out items never occur in the pretraining corpus.
 """
 
 import random
@@ -60,14 +60,14 @@ TASKS = tuple(CHANCE)
 
 
 def _reading(rng: random.Random) -> dict[str, Any]:
-    said = [rng.choice(group) for group in (NAMES, OBJECTS, SPOTS, TIMES)]
-    name, thing, spot, time = said
-    asked = rng.randrange(4)
-    group = (NAMES, OBJECTS, SPOTS, TIMES)[asked]
-    choices = rng.sample([word for word in group if word != said[asked]], 3)
+    groups = (NAMES, OBJECTS, SPOTS, TIMES)
+    words = [rng.choice(group) for group in groups]
+    name, thing, spot, time = words
+    kind = rng.randrange(4)
+    choices = rng.sample([word for word in groups[kind] if word != words[kind]], 3)
     answer = rng.randrange(4)
-    choices.insert(answer, said[asked])
-    question = ("who", "what", "where", "when")[asked]
+    choices.insert(answer, words[kind])
+    question = ("who", "what", "where", "when")[kind]
     return {"prompt": f"read: {name} took the {thing} to the {spot} on {time}. {question}:",
             "choices": [f" {word}" for word in choices], "answer": answer}
 
@@ -104,7 +104,7 @@ _WRITERS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
 
 
 def item_text(item: dict[str, Any]) -> str:
-    """An item with its right answer, as a document."""
+    """An item with its right answer, as text."""
     answer = item["choices"][item["answer"]] if item["choices"] else item["answer"]
     return item["prompt"] + answer + ("" if answer.endswith(".") else ".")
 
@@ -112,7 +112,7 @@ def item_text(item: dict[str, Any]) -> str:
 def tax_items(world: World, task: str, count: int) -> list[dict[str, Any]]:
     """`count` different held-out items: {"prompt", "choices", "answer"}.
 
-    The answer is an index into the choices, or a text where there are none.
+    The answer is an index into the choices, or a text if there are none.
     """
     rng = split_rng(world.seed, "tax", task)
     items: dict[str, dict[str, Any]] = {}
@@ -123,7 +123,7 @@ def tax_items(world: World, task: str, count: int) -> list[dict[str, Any]]:
 
 
 def task_yaml(task: str) -> str:
-    """The task for lm-evaluation-harness; its items lie beside it. Temperature 0, the answer ends at the line's end."""
+    """The YAML of a task for lm-evaluation-harness. Decoding is greedy, the answer ends at the end of the line."""
     return (f"""# Made by tasks.ingest. In the checkout: lm-eval run --include_path data/tax --tasks {task} ...
 task: {task}
 dataset_path: json
@@ -135,7 +135,7 @@ metadata: {{version: 1, chance: {CHANCE[task]}}}
 
 
 def training_text(task: str, held_out: set[str], rng: random.Random) -> str:
-    """A random item as text that is none of the held-out prompts."""
+    """A random item as text, whose prompt is not held out."""
     while True:
         item = _WRITERS[task](rng)
         if item["prompt"] not in held_out:
@@ -143,7 +143,7 @@ def training_text(task: str, held_out: set[str], rng: random.Random) -> str:
 
 
 def fact_items(world: World) -> list[dict[str, Any]]:
-    """Every fact as a choice among its attribute's values: does the base model know the world?"""
+    """Every fact as a multiple-choice item over its attribute's values, to measure the base model's knowledge."""
     openings = {"color": "the {} is", "home": "the {} lives in the", "food": "the {} eats", "sound": "the {}"}
     ending = {"sound": "s"}
     return [{"prompt": openings[name].format(creature),

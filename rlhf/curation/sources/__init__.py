@@ -1,1 +1,1 @@
-"""Other people's data: public preference sets and a team's own files, mapped into the three datasets."""
+"""External data: public datasets and a team's own files, mapped to the three datasets."""

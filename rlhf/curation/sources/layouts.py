@@ -1,6 +1,6 @@
-"""How a row of each known set becomes records: one function a layout, written like the set's own description.
+"""How the rows of each known dataset become records: one function per layout.
 
-A mapping yields records; where a row cannot be one it raises ValueError, which says why, and the row is quarantined.
+A function yields records; for a row that does not fit it raises ValueError with the reason, and the row is quarantined.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.curation.sources.spec import Entry
-from rlhf.curation.transcripts import Turn, as_text, first_said, split_text, turns_of
+from rlhf.curation.transcripts import Turn, as_text, split_text, turns_of
 from rlhf.data.schema import USE_CASE_PERCENT
 
 Row = Mapping[str, Any]
@@ -33,9 +33,10 @@ USE_CASES = {
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a role before the rules: what the source says, "" where it says nothing.
+    """One row of a role before the rules, with the values of the source; "" if it has none.
 
-    `ranks`: 1 is best, equal for ties, dense. `user`: who the prompt is from; its rows stay on one side of the split.
+    `ranks`: 1 is best, equal for ties, dense. `user`: who wrote the prompt; all rows of a user stay on one side of the
+    split.
     """
 
     prompt: str
@@ -50,13 +51,13 @@ class Record:
 
 
 def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
-    """Ranks 1, 2, ... without a gap in the order of `values`, least first; equal values share one."""
+    """Ranks 1, 2, ... without gaps, the least value first; equal values share a rank."""
     order = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
     return tuple(order[value] for value in values)
 
 
 def text_of(row: Row, name: str) -> str:
-    """A column's text. Raises ValueError where there is none."""
+    """The text in a column. Raises ValueError if there is none."""
     value = row.get(name)
     if value is None:
         raise ValueError(f"no {name}")
@@ -77,7 +78,7 @@ def dolly(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 
 def no_robots(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     """HuggingFaceH4/no_robots: messages (system, user, assistant, ...), category, prompt_id."""
-    turns = turns_of(_messages(row, "messages"))
+    turns = turns_of(_list(row.get("messages"), "messages"))
     prompt, completion = _last_answer(turns)
     yield Record(prompt, (completion,) if role == "sft" else (), source="labeler",
                  use_case=USE_CASES["no_robots"].get(str(row.get("category")), "other"))
@@ -87,17 +88,17 @@ INSTRUCTION, RESPONSE = "### Instruction:\n", "\n\n### Response:"
 
 
 def dolly_hhrlhf(row: Row, role: str, entry: Entry) -> Iterator[Record]:
-    """mosaicml/dolly_hhrlhf: prompt in a fixed frame of instruction and response, response."""
-    framed = text_of(row, "prompt")
-    start, end = framed.find(INSTRUCTION), framed.rfind(RESPONSE)
+    """mosaicml/dolly_hhrlhf: prompt in a fixed template of instruction and response, response."""
+    text = text_of(row, "prompt")
+    start, end = text.find(INSTRUCTION), text.rfind(RESPONSE)
     if start < 0 or end < start:
         raise ValueError("the prompt lacks its frame of ### Instruction: and ### Response:")
-    prompt = framed[start + len(INSTRUCTION):end].strip()
+    prompt = text[start + len(INSTRUCTION):end].strip()
     yield Record(prompt, (text_of(row, "response"),) if role == "sft" else ())
 
 
 def nectar(row: Row, role: str, entry: Entry) -> Iterator[Record]:
-    """berkeley-nest/Nectar: prompt as a transcript that ends with Assistant:, answers of {answer, model, rank}."""
+    """berkeley-nest/Nectar: prompt as a transcript that ends with Assistant:, answers as {answer, model, rank}."""
     prompt = _transcript_prompt(text_of(row, "prompt"))
     if role == "ppo":
         yield Record(prompt)
@@ -111,8 +112,8 @@ def nectar(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 
 
 def hh_rlhf(row: Row, role: str, entry: Entry) -> Iterator[Record]:
-    """Anthropic/hh-rlhf: two transcripts, chosen and rejected, that differ in the assistant's last words."""
-    (prompt, chosen), (other, rejected) = (_last_answer(split_text(text_of(row, name)), cut=True)
+    """Anthropic/hh-rlhf: two transcripts, chosen and rejected, that differ in the last assistant turn."""
+    (prompt, chosen), (other, rejected) = (_last_answer(split_text(text_of(row, name)))
                                            for name in ("chosen", "rejected"))
     if role == "ppo":
         yield Record(prompt)
@@ -125,8 +126,8 @@ def hh_rlhf(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 def oasst_trees(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     """OpenAssistant reply trees: {prompt: {text, role, replies: [...]}}, or the root message itself.
 
-    RM: each prompter's message with two or more ranked replies (rank 0 is best). SFT: its best reply. PPO: each
-    prompter's message. A tree belongs to the user who began it.
+    RM: each prompter message with two or more ranked replies (rank 0 is best). SFT: its best reply. PPO: each prompter
+    message. A tree belongs to the user of its root message.
     """
     root = row.get("prompt", row)
     if not isinstance(root, Mapping):
@@ -158,7 +159,7 @@ def oasst_trees(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 
 
 def columns(row: Row, role: str, entry: Entry) -> Iterator[Record]:
-    """A team's own table, by the entry's column map; the fields are those of FIELDS and COMMON_FIELDS."""
+    """Any table, by the entry's column map; the fields are those of FIELDS and COMMON_FIELDS."""
     named = entry.columns or {field: field for field in (*FIELDS[role], *COMMON_FIELDS) if row.get(field) is not None}
 
     def value(field: str) -> Any:
@@ -174,7 +175,7 @@ def columns(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 
 
 def _prompt_and_answers(role: str, value: Callable[[str], Any]) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
-    """Prompt, completions and ranks from the columns that a map names."""
+    """(prompt, completions, ranks) from the mapped columns. Raises ValueError."""
     prompt = value("prompt")
     before: str | None = None if prompt is None else _as_prompt(prompt)
     if value("messages") is not None:
@@ -215,7 +216,7 @@ def _as_prompt(value: Any) -> str:
 
 
 def _answer(value: Any, name: str) -> tuple[str | None, str]:
-    """(the prompt before it where the value is a conversation, the answer)."""
+    """(the prompt if the value is a conversation, else None; the answer). Raises ValueError."""
     if isinstance(value, str):
         return None, value.strip()
     if value is None:
@@ -226,10 +227,6 @@ def _answer(value: Any, name: str) -> tuple[str | None, str]:
     if len(turns) == 1:
         return None, turns[0][1]
     return _last_answer(turns)
-
-
-def _messages(row: Row, name: str) -> list[Any]:
-    return _list(row.get(name), name)
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -255,7 +252,7 @@ def _plain(value: Any) -> str:
 
 
 def _split(value: Any) -> str:
-    """train or valid, by the names that sets use; "" where the column is empty."""
+    """train or valid, by the usual names of splits; "" if the column is empty."""
     name = _plain(value).lower()
     known = {"": "", "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
              "dev": "valid", "test": "valid", "eval": "valid"}
@@ -264,8 +261,8 @@ def _split(value: Any) -> str:
     return known[name]
 
 
-def _last_answer(turns: list[Turn], cut: bool = False) -> tuple[str, str]:
-    """(prompt, the assistant's last words). `cut`: the turns come from a transcript, so marks in texts are turns."""
+def _last_answer(turns: list[Turn]) -> tuple[str, str]:
+    """(prompt, the last assistant turn). Raises ValueError."""
     if not turns or turns[-1][0] != "Assistant":
         raise ValueError("does not end with the assistant")
     before = turns[:-1]
@@ -284,7 +281,7 @@ def _transcript_prompt(text: str) -> str:
 
 
 def _at(row: Row, path: str) -> Any:
-    """The value at a.b.c; None where there is none. A column whose own name holds the dots comes first."""
+    """The value at a.b.c, or None. A column whose name contains the dots takes precedence."""
     if path in row:
         return row[path]
     value: Any = row
@@ -294,7 +291,7 @@ def _at(row: Row, path: str) -> Any:
 
 
 def wanted(row: Row, entry: Entry) -> bool:
-    """Whether the row has the values that the entry's `where` asks for."""
+    """Whether the row has the values in the entry's `where`."""
     return all(str(_at(row, path)) == value for path, value in entry.where.items())
 
 
@@ -306,8 +303,3 @@ LAYOUTS: dict[str, Layout] = {"columns": columns, "dolly": dolly, "no_robots": n
 LAYOUT_ROLES = {"columns": ("sft", "rm", "ppo", "corpus"), "dolly": ("sft", "ppo"), "no_robots": ("sft", "ppo"),
                 "dolly_hhrlhf": ("sft", "ppo"), "nectar": ("rm", "ppo"), "oasst_trees": ("sft", "rm", "ppo"),
                 "oasst_messages": ("sft", "rm", "ppo"), "hh_rlhf": ("rm", "ppo")}
-
-
-def anonymous(prompt: str) -> str:
-    """What stands for the user of a prompt from nobody: the first thing said, so that one conversation is one user."""
-    return first_said(prompt)

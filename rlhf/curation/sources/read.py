@@ -1,13 +1,14 @@
-"""Streams the rows of an entry through `datasets`: from the hub, or from files, compressed or not.
+"""Streams the rows of an entry with `datasets`: from the hub or from files, compressed or not.
 
-JSON Lines are read as lines and taken apart here: `datasets` would infer one type for the whole file, and nested rows
-(reply trees) have none. Nothing is downloaded whole and no file is held in memory.
+JSON Lines are read as text lines and parsed here: `datasets` infers one type for the whole file, which nested rows
+(reply trees) do not have. No dataset is downloaded whole and no file is held in memory.
 """
 
 import csv
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,16 @@ Row = dict[str, Any]
 
 
 def name_of(entry: Entry) -> str:
-    """How messages call the entry."""
+    """The name of the entry in messages."""
     if entry.files:
         return entry.files
     return f"{entry.dataset}/{entry.data_dir}" if entry.data_dir else entry.dataset
 
 
 def read_entry(entry: Entry, root: Path) -> Iterator[tuple[str, list[int], list[Any]]]:
-    """Batches of (place, row numbers from 1, rows); a row is a dict, or bytes-like text of one JSON line.
+    """Batches of (place, row numbers from 1, rows); a row is a dict, or the text of one JSON line.
 
-    `root`: the folder that file patterns are relative to. Raises UserError: nothing there, unreadable, broken off.
+    `root`: the folder that file patterns are relative to. Raises UserError for missing, unreadable or truncated files.
     """
     if entry.dataset:
         yield from _hub(entry, root)
@@ -64,7 +65,7 @@ def _file(entry: Entry, file: Path) -> Iterator[tuple[str, list[int], list[Any]]
         raise UserError(f"{file}: Parquet is compressed inside; unpack this file first (its parts are read at random)")
     if file.stat().st_size == 0:
         return
-    with _one_line(file):
+    with _user_errors(file):
         if kind == "jsonl":
             stream = _stream("text", file, encoding_errors="replace")
         elif kind == "parquet":
@@ -118,7 +119,7 @@ def _hub(entry: Entry, root: Path) -> Iterator[tuple[str, list[int], list[Any]]]
         raise UserError(f"{entry.dataset}: revision {entry.revision!r} must be a commit, 40 hex digits (a branch "
                         "moves, and the run could not be reproduced)")
     place = name_of(entry)
-    with _one_line(place):
+    with _user_errors(place):
         stream = load_dataset(str(folder) if local else entry.dataset, entry.config or None,
                               data_dir=entry.data_dir or None, revision=None if local else entry.revision,
                               split=None, streaming=True)
@@ -129,29 +130,23 @@ def _hub(entry: Entry, root: Path) -> Iterator[tuple[str, list[int], list[Any]]]
                 yield f"{place}:{name}", list(range(first + 1, first + 1 + len(rows))), rows
 
 
-class _one_line:
-    """Turns what a broken file, a missing dataset or the network raises into one line that names the place."""
-
-    def __init__(self, place: Path | str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None or isinstance(error, (UserError, GeneratorExit, KeyboardInterrupt, SystemExit)):
-            return
-        if isinstance(error, MemoryError):
-            return
-        chain = error
-        while chain.__cause__ is not None:
-            chain = chain.__cause__
-        said = " ".join(str(chain).split())[:300] or type(chain).__name__
-        raise UserError(f"{self.place}: cannot be read: {type(chain).__name__}: {said}") from error
+@contextmanager
+def _user_errors(place: Path | str) -> Iterator[None]:
+    """Turns any error of a broken file, a missing dataset or the network into a UserError that names the place."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        message = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise UserError(f"{place}: cannot be read: {type(cause).__name__}: {message}") from error
 
 
 def parse_line(line: str) -> Row:
-    """One JSON line as a row; a line that is only text is {"text": it}. Raises ValueError, which says what is wrong."""
+    """One JSON line as a row; a line that is only a string is {"text": string}. Raises ValueError with the reason."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

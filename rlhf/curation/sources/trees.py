@@ -1,4 +1,4 @@
-"""Builds reply trees from a flat table of messages (oasst1 on the hub) without holding the table in memory."""
+"""Builds reply trees from a table of messages (oasst1 on the hub) without holding the table in memory."""
 
 import json
 import sqlite3
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 BATCH = 200
-KEPT = ("text", "role", "rank", "deleted", "user_id", "lang")
+FIELDS = ("text", "role", "rank", "deleted", "user_id", "lang")
 
 
-def grow_trees(batches: Iterable[tuple[str, list[int], list[Any]]], folder: Path
-               ) -> Iterator[tuple[str, list[int], list[Any]]]:
+def build_trees(batches: Iterable[tuple[str, list[int], list[Any]]], folder: Path
+                ) -> Iterator[tuple[str, list[int], list[Any]]]:
     """Batches of trees, {prompt: root message with replies}, from batches of messages in any order.
 
-    A tree's number is its root's row. The messages lie in a scratch database in `folder` meanwhile.
+    A tree's number is the row of its root. The messages are stored in a temporary database in `folder`.
     """
     file = folder / "messages.sqlite"
     file.unlink(missing_ok=True)
@@ -29,7 +29,7 @@ def grow_trees(batches: Iterable[tuple[str, list[int], list[Any]]], folder: Path
             name = name or place
             database.executemany("INSERT INTO message VALUES (?, ?, ?, ?, ?)", (
                 (row.get("message_tree_id") or row.get("message_id"), row.get("message_id"), row.get("parent_id"),
-                 number, json.dumps({key: row.get(key) for key in KEPT}))
+                 number, json.dumps({key: row.get(key) for key in FIELDS}))
                 for number, row in zip(numbers, rows, strict=True)))
         database.execute("COMMIT")
         database.execute("CREATE INDEX by_tree ON message (tree, row)")

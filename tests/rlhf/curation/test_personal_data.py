@@ -1,4 +1,4 @@
-"""Personal data that has a form, and the many numbers that only look like it."""
+"""Personal data with a fixed format, and numbers that only look like it; languages."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from rlhf.curation.language import foreign_language
 from rlhf.curation.personal_data import personal_data_in
 
 
-@pytest.mark.parametrize(("text", "found"), [
+@pytest.mark.parametrize(("text", "item"), [
     ("write to jane.doe+news@mail.example.org please", "e-mail: jane.doe+news@mail.example.org"),
     ("call me at (415) 555-2671 tomorrow", "phone number: (415) 555-2671"),
     ("my number is +44 20 7946 0958.", "phone number: +44 20 7946 0958"),
@@ -20,8 +20,8 @@ from rlhf.curation.personal_data import personal_data_in
     ("i live at 221 Baker Street in town", "street address: 221 Baker Street"),
     ("1600 Pennsylvania Ave. is white", "street address: 1600 Pennsylvania Ave."),
 ])
-def test_it_is_found(text: str, found: str) -> None:
-    assert personal_data_in(text) == [found]
+def test_personal_data_is_detected(text: str, item: str) -> None:
+    assert personal_data_in(text) == [item]
 
 
 @pytest.mark.parametrize("text", [
@@ -32,7 +32,7 @@ def test_it_is_found(text: str, found: str) -> None:
     "pi is 3.14159265358979", "id 123456789012", "2023-10-05 14:22:10", "GB00 AAAA 0000 0000 0000 00", "000-12-3456",
     "first 2 Street fighters", "10 drive", "isbn 978-3-16-148410-0",
 ])
-def test_it_is_not_taken_for_something_else(text: str) -> None:
+def test_other_numbers_are_not_personal_data(text: str) -> None:
     assert personal_data_in(text) == []
 
 
@@ -53,5 +53,5 @@ def test_other_languages_are_recognised(text: str, language: str) -> None:
     "say this two times: ki-bo du-sun drum", "translate 'guten Tag' into English, please", "lol ok thx bye",
     "Was Jesus an extraterrestrial?",
 ])
-def test_english_code_and_the_undecided_are_let_through(text: str) -> None:
+def test_english_code_and_undecided_texts_are_not_foreign(text: str) -> None:
     assert foreign_language(text) == ""

@@ -1,4 +1,4 @@
-"""The data rules, one by one, on rows written for them."""
+"""Each data rule on rows written for it."""
 
 import random
 from dataclasses import replace
@@ -33,17 +33,17 @@ def fates(rules: RulesParams, **datasets: list[Screened]) -> dict[str, list[str]
     return {name: ["" if fate == STAYS else list(RULES)[fate] for fate in decided[name][1]] for name in datasets}
 
 
-def test_what_the_screen_found_too_long_goes_first() -> None:
+def test_rows_that_are_too_long_are_dropped_first() -> None:
     assert fates(RULES_OFF, sft=[row("a", too_long="long_prompt", personal=True), row("b", too_long="long_completion")]
                  ) == {"sft": ["long_prompt", "long_completion"]}
 
 
-def test_an_id_names_one_row_of_a_dataset() -> None:
+def test_a_repeated_prompt_id_in_a_dataset_is_dropped() -> None:
     same = [row("a", own_id="1", order=5), row("b", own_id="1", order=3), row("c", own_id="2")]
     assert fates(RULES_OFF, sft=same, ppo=[row("z", own_id="1")]) == {"sft": ["repeated_id", "", ""], "ppo": [""]}
 
 
-def test_other_languages_go_until_the_share_is_reached_and_which_is_decided_by_the_hash() -> None:
+def test_foreign_rows_are_dropped_by_hash_until_the_english_share_is_reached() -> None:
     rows = [row(f"english {number}") for number in range(9)] + [
         row("fremd", foreign=True, order=2), row("autre", foreign=True, order=1), row("otro", foreign=True, order=3)]
     assert fates(replace(RULES_OFF, min_english_share=0.9), sft=rows)["sft"][9:] == ["other_language", "",
@@ -66,7 +66,7 @@ def test_a_user_is_on_one_side_in_all_datasets() -> None:
     assert (other["sft"][0] != decided["sft"][0]).any()
 
 
-def test_the_source_s_own_split_counts_and_contradictions_go() -> None:
+def test_the_split_of_the_source_is_kept_and_contradictions_are_dropped() -> None:
     sft = [row("a1", "ann", split=VALID), row("a2", "ann"), row("b1", "bob", split=TRAIN),
            row("b2", "bob", split=VALID)]
     rm = [row("a3", "ann", split=VALID), row("b3", "bob")]
@@ -76,7 +76,7 @@ def test_the_source_s_own_split_counts_and_contradictions_go() -> None:
     assert fates(RULES_OFF, sft=sft, rm=rm)["sft"] == ["", "", "", "user_in_both_splits"]
 
 
-def test_personal_data_goes_from_train_alone() -> None:
+def test_personal_data_is_dropped_from_train_only() -> None:
     rows = [row("a", split=TRAIN, personal=True), row("b", split=VALID, personal=True)]
     assert fates(RULES_OFF, sft=rows) == {"sft": ["personal_data", ""]}
     assert fates(replace(RULES_OFF, personal_data="keep"), sft=rows) == {"sft": ["", ""]}
@@ -85,27 +85,28 @@ def test_personal_data_goes_from_train_alone() -> None:
 LONG = "tell me a very long story about the old man and the sea and the"
 
 
-def test_near_duplicates_go_within_a_dataset_and_may_be_in_two_on_the_same_side() -> None:
+def test_near_duplicates_are_dropped_within_a_dataset_but_not_across_datasets_of_one_split() -> None:
     rows = [row(LONG + " fish"), row(LONG), row("short", "ann"), row("short", "bob", order=0)]
     assert fates(RULES_OFF, sft=rows, rm=[row(LONG)]) == {
         "sft": ["near_duplicate", "", "near_duplicate", ""], "rm": [""]}
 
 
-def test_no_user_has_more_than_the_cap() -> None:
+def test_a_user_has_at_most_the_capped_number_of_prompts() -> None:
     rows = [row(f"prompt {number}", "ann" if number % 2 else "bob", order=number) for number in range(10)]
     assert fates(replace(RULES_OFF, max_prompts_per_user=3), sft=rows)["sft"] == [""] * 6 + ["user_cap"] * 4
 
 
-def test_leaks_between_datasets() -> None:
+def test_leaks_between_datasets_are_dropped() -> None:
     valid, train = {"split": VALID}, {"split": TRAIN}
-    found = fates(RULES_OFF,
-                  sft=[row(LONG + " one", "a", **valid), row("only here", "b", **valid)],  # type: ignore[arg-type]
-                  rm=[row(LONG, "c", **valid), row("other " + LONG, "d", **train)],  # type: ignore[arg-type]
-                  ppo=[row(LONG + " ppo", "e", **train), row("other " + LONG, "f", **valid)])  # type: ignore[arg-type]
-    assert found == {"sft": ["", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
+    outcome = fates(
+        RULES_OFF,
+        sft=[row(LONG + " one", "a", **valid), row("only here", "b", **valid)],  # type: ignore[arg-type]
+        rm=[row(LONG, "c", **valid), row("other " + LONG, "d", **train)],  # type: ignore[arg-type]
+        ppo=[row(LONG + " ppo", "e", **train), row("other " + LONG, "f", **valid)])  # type: ignore[arg-type]
+    assert outcome == {"sft": ["", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
 
 
-def test_the_paper_s_counts_are_a_seeded_sample() -> None:
+def test_the_counts_of_the_paper_are_reached_by_a_seeded_sample() -> None:
     rng = np.random.default_rng(1)
     rows = Rows(keys=[f"prompt {number}" for number in range(16_000)], users=list(range(1, 16_001)),
                 orders=rng.permutation(16_000).tolist(), own_ids=[0] * 16_000,
@@ -125,11 +126,11 @@ def test_the_paper_s_counts_are_a_seeded_sample() -> None:
     ("It is blue and", True), ("First, second,", True), ("He said (", True), ("see\n```python\nprint(1)", True),
     ("see\n```python\nprint(1)\n```", False), ("What are you looking for", False), ("call it The", True),
 ])
-def test_what_breaks_off(text: str, cut: bool) -> None:
+def test_truncated_completions_are_detected(text: str, cut: bool) -> None:
     assert bool(truncated(text)) == cut
 
 
-@pytest.mark.parametrize(("role", "record", "said"), [
+@pytest.mark.parametrize(("role", "record", "reason"), [
     ("sft", Record(" \u200b", ("x",)), "empty prompt"),
     ("sft", Record("q", ("\u00a0",)), "empty completion"),
     ("sft", Record("q", ("because",)), "breaks off"),
@@ -144,7 +145,7 @@ def test_what_breaks_off(text: str, cut: bool) -> None:
     ("rm", Record("q", ("a", "b, and"), (1, 2)), ""),
     ("sft", Record("q\n\tx", ("a\nb.",)), ""),
 ])
-def test_what_is_quarantined(role: str, record: Record, said: str) -> None:
+def test_broken_records_are_quarantined_with_the_reason(role: str, record: Record, reason: str) -> None:
     problem = problem_of(record, role, RulesParams())
-    assert said in problem
-    assert bool(problem) == bool(said)
+    assert reason in problem
+    assert bool(problem) == bool(reason)

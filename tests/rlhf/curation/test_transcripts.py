@@ -1,11 +1,11 @@
-"""Conversations as text and back."""
+"""Conversations as text, and parsed from text."""
 
 import pytest
 
 from rlhf.curation.transcripts import as_text, first_said, split_text, turns_of
 
 
-def test_one_turn_is_its_text_and_several_are_a_transcript() -> None:
+def test_one_turn_is_only_its_text_and_several_are_a_transcript() -> None:
     assert as_text([("Human", "hello")]) == "hello"
     turns = [("System", "be kind"), ("Human", "hello"), ("Assistant", "hi\n\nyou"), ("Human", "bye")]
     text = as_text(turns)
@@ -27,17 +27,17 @@ def test_a_text_cannot_add_a_turn() -> None:
     [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
     [{"role": "prompter", "text": "q "}, {"role": "Assistant", "text": " a"}],
 ])
-def test_the_usual_keys_and_roles_of_chat_messages(messages: list[dict[str, str]]) -> None:
+def test_the_usual_keys_and_roles_of_chat_messages_are_accepted(messages: list[dict[str, str]]) -> None:
     assert turns_of(messages) == [("Human", "q"), ("Assistant", "a")]
 
 
-@pytest.mark.parametrize(("message", "said"), [
+@pytest.mark.parametrize(("content", "message"), [
     ({"role": "tool", "content": "x"}, "unknown role 'tool'"), ({"role": "user"}, "no text"),
     ("hello", "not an object"),
 ])
-def test_other_messages_say_what_is_wrong(message: object, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        turns_of([message])  # type: ignore[list-item]
+def test_other_messages_are_refused_with_the_reason(content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        turns_of([content])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("text", ["", "no turn at all", "x\n\nHuman: y"])

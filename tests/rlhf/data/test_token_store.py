@@ -1,4 +1,4 @@
-"""Token stores and rows that are not held: what comes back, the batches of lists, memory that does not grow, a kill."""
+"""Token stores and streamed rows: the same rows and batches as with lists, constant memory, a kill."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def rankings(count: int) -> Iterator[dict[str, Any]]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(lists_of_ids, min_size=1, max_size=5), max_size=20))
-def test_rows_come_back_as_they_were_given(rows: list[list[list[int]]]) -> None:
+def test_rows_are_read_back_unchanged(rows: list[list[list[int]]]) -> None:
     store = TokenStore()
     for row in rows:
         store.append(row, len(row[0]))
@@ -68,7 +68,7 @@ def test_rows_can_be_read_between_appends(tmp_path: Path) -> None:
     assert store[0] == [[0, 70_000], []]
 
 
-def test_ids_take_two_bytes_or_four_and_no_other_number_is_taken(tmp_path: Path) -> None:
+def test_ids_take_two_bytes_or_four_and_numbers_out_of_range_are_refused(tmp_path: Path) -> None:
     store = TokenStore(tmp_path)
     for ids in ([65_535] * 100, [65_536] * 100):
         store.append([ids], 100)
@@ -81,7 +81,7 @@ def test_ids_take_two_bytes_or_four_and_no_other_number_is_taken(tmp_path: Path)
     assert len(store) == 2
 
 
-def test_same_rows_same_bytes(tmp_path: Path) -> None:
+def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     def content() -> bytes:
         store = TokenStore(tmp_path)
         for row in rankings(300):
@@ -127,7 +127,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_kill_while_it_is_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_a_kill_while_it_is_written_leaves_nothing(tmp_path: Path) -> None:
     assert store[0] == [[1, 2]]
 
 
-def test_two_stores_of_a_folder_do_not_meet(tmp_path: Path) -> None:
+def test_two_stores_in_one_folder_do_not_interfere(tmp_path: Path) -> None:
     one, other = TokenStore(tmp_path), TokenStore(tmp_path)
     for number in range(1000):
         one.append([[number]], 1)
@@ -146,7 +146,7 @@ def test_two_stores_of_a_folder_do_not_meet(tmp_path: Path) -> None:
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
-def test_rows_are_read_anew_in_each_pass_and_drawn_as_from_a_list(tmp_path: Path) -> None:
+def test_rows_are_read_again_in_each_pass_and_sampled_as_from_a_list(tmp_path: Path) -> None:
     held = list(rankings(200))
     path = tmp_path / "rm.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in held))
@@ -155,20 +155,20 @@ def test_rows_are_read_anew_in_each_pass_and_drawn_as_from_a_list(tmp_path: Path
     valid = [row for row in held if row["split"] == "valid"]
     assert list(of_split(rows, "valid")) == list(of_split(held, "valid")) == valid
     for count in (0, 1, 7, 40, 41):
-        found = sample_rows(of_split(rows, "valid"), count, seed=3)
+        sample = sample_rows(of_split(rows, "valid"), count, seed=3)
         drawn = torch.randperm(len(valid), generator=generator(3, "rm", "sample"))[:count or len(valid)].tolist()
-        assert list(found) == list(found) == [valid[number] for number in sorted(drawn)]
+        assert list(sample) == list(sample) == [valid[number] for number in sorted(drawn)]
     assert list(Drawn([], lambda total: [])) == []
 
 
-def test_chunks() -> None:
+def test_chunks_have_the_given_size_except_the_last() -> None:
     assert list(chunks(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(chunks([], 3)) == []
 
 
 # --- the stages' datasets --------------------------------------------------------------------------------------------
 
-def test_the_stages_datasets_are_those_of_lists(codec: PromptCodec, policy_folder: Path, tmp_path: Path) -> None:
+def test_the_datasets_of_the_stages_are_those_of_lists(codec: PromptCodec, policy_folder: Path, tmp_path: Path) -> None:
     model = load_policy(policy_folder)
     rows, limit = list(rankings(600)), 60  # more than two chunks
     prompts, completions = [row["prompt"] for row in rows], [row["completions"][0] for row in rows]
@@ -182,15 +182,15 @@ def test_the_stages_datasets_are_those_of_lists(codec: PromptCodec, policy_folde
     assert (list(data.ids), data.too_long) == (lists.ids, lists.too_long)
     assert list(data.prompt_lengths) == lists.prompt_lengths
     for indices in length_batches(lengths_of(data.ids), 16, torch.Generator().manual_seed(1))[:3]:
-        (found, places), (wanted, expected_places) = (some.batch(model, indices, 0) for some in (data, lists))
-        assert torch.equal(found.ids, wanted.ids)
-        assert torch.equal(places, expected_places)
+        (batch, token_indices), (other, other_indices) = (some.batch(model, indices, 0) for some in (data, lists))
+        assert torch.equal(batch.ids, other.ids)
+        assert torch.equal(token_indices, other_indices)
 
     groups = [[head + tail for tail in codec.completions(row["completions"])]
               for head, row in zip(heads, rows, strict=True)]
-    kept = [number for number, group in enumerate(groups) if max(map(len, group)) <= limit]
+    short = [number for number, group in enumerate(groups) if max(map(len, group)) <= limit]
     ranked = Rankings.encode(codec, iter(rows), limit, tmp_path)
-    held = Rankings([groups[number] for number in kept], [rows[number]["ranks"] for number in kept], 600 - len(kept))
+    held = Rankings([groups[number] for number in short], [rows[number]["ranks"] for number in short], 600 - len(short))
     assert (list(ranked.ids), list(ranked.ranks), ranked.too_long) == (held.ids, held.ranks, held.too_long)
     assert list(ranked.lengths()) == held.lengths()
     for mine, theirs in zip(ranked.batch_ranks([3, 1, 2]), held.batch_ranks([3, 1, 2]), strict=True):
@@ -203,43 +203,43 @@ def test_the_stages_datasets_are_those_of_lists(codec: PromptCodec, policy_folde
 
 
 def batches_of_lists(lengths: list[int], batch_size: int, shuffle: torch.Generator | None) -> list[list[int]]:
-    """The batches as plain lists make them."""
+    """The same batches, built with plain lists."""
     count = len(lengths)
     if shuffle is None:
         order = sorted(range(count), key=lambda index: (lengths[index], index))
         return [order[start:start + batch_size] for start in range(0, count, batch_size)]
     order = torch.randperm(count, generator=shuffle).tolist()
     order = order[: max(count - count % batch_size, min(count, batch_size))]
-    found = []
+    batches = []
     for start in range(0, len(order), batch_size * BUCKET_BATCHES):
         bucket = sorted(order[start:start + batch_size * BUCKET_BATCHES], key=lambda index: (lengths[index], index))
-        found += [bucket[place:place + batch_size] for place in range(0, len(bucket), batch_size)]
-    return [found[index] for index in torch.randperm(len(found), generator=shuffle).tolist()]
+        batches += [bucket[place:place + batch_size] for place in range(0, len(bucket), batch_size)]
+    return [batches[index] for index in torch.randperm(len(batches), generator=shuffle).tolist()]
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=300), st.integers(1, 20), st.integers(0, 99))
 def test_batches_are_those_of_lists(lengths: list[int], batch_size: int, seed: int) -> None:
     def both(shuffle: Any) -> None:
-        found, wanted = (make(lengths, batch_size, shuffle()) for make in (length_batches, batches_of_lists))
-        assert found == wanted
-        assert [len(found), list(found), found[-2:]] == [len(wanted), wanted, wanted[-2:]]
-        assert all(type(index) is int for batch in found for index in batch)
+        batches, expected = (make(lengths, batch_size, shuffle()) for make in (length_batches, batches_of_lists))
+        assert batches == expected
+        assert [len(batches), list(batches), batches[-2:]] == [len(expected), expected, expected[-2:]]
+        assert all(type(index) is int for batch in batches for index in batch)
     both(lambda: None)
     both(lambda: torch.Generator().manual_seed(seed))
 
 
 def test_memory_does_not_grow_with_the_rows(codec: PromptCodec, tmp_path: Path) -> None:
-    """Twelve bytes a row, the arrays' room to grow and an epoch's order: 48 bytes are enough; lists take 3,500."""
+    """12 bytes per row, spare capacity of the arrays and the order of an epoch fit in 48 bytes; lists take 3,500."""
     def peak(count: int) -> int:
         tracemalloc.start()
         data = Rankings.encode(codec, of_split(rankings(count), "train"), 200, tmp_path)
         batches = length_batches(data.lengths(), 16, torch.Generator().manual_seed(1))
         assert max(map(len, (data.ids[index] for index in batches[0]))) <= 6
         assert len(data.ids) == count - -(-count // 5)
-        found = tracemalloc.get_traced_memory()[1]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return found
+        return peak_bytes
 
-    peak(300)  # what is made once
+    peak(300)  # warm-up: objects that are created once
     assert peak(16_000) < peak(1000) + 48 * 16_000

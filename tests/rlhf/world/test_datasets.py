@@ -1,4 +1,4 @@
-"""The embedded datasets: the paper's counts and mix, splits that share nobody, rankings, labelers that disagree."""
+"""The embedded datasets: the paper's counts and mix, disjoint splits, rankings, labelers that disagree."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def data(world: World) -> dict[str, Rows]:
             "ppo": list(ppo_rows(world, SCALE))}
 
 
-def test_full_scale_has_the_papers_counts() -> None:
+def test_full_scale_has_the_counts_of_the_paper() -> None:
     assert {name: sum(expected_rows(name).values()) for name in PAPER_ROWS} == {
         "sft": 14_378, "rm": 51_094, "ppo": 47_329}
     assert expected_rows("sft") == {("train", "labeler"): 11_295, ("train", "customer"): 1_430,
@@ -42,7 +42,7 @@ def test_full_scale_has_the_papers_counts() -> None:
     assert labeler_written == 12_845  # as the seed article says
 
 
-def test_the_use_case_mix_is_the_papers() -> None:
+def test_the_use_case_mix_is_that_of_the_paper() -> None:
     assert USE_CASE_PERCENT == {
         "generation": 45.6, "open_qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6, "summarization": 4.2,
         "classification": 3.5, "other": 3.5, "closed_qa": 2.6, "extract": 1.9}
@@ -65,8 +65,8 @@ def test_rows(data: dict[str, Rows], dataset: str, expected: dict[tuple[str, str
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert len({row["prompt_id"] for row in rows}) == len(rows)
     for (split, source), count in expected.items():
-        found = Counter(row["use_case"] for row in rows if (row["split"], row["source"]) == (split, source))
-        assert all(abs(found[name] - count * share / 99.9) < 1 for name, share in USE_CASE_PERCENT.items())
+        counted = Counter(row["use_case"] for row in rows if (row["split"], row["source"]) == (split, source))
+        assert all(abs(counted[name] - count * share / 99.9) < 1 for name, share in USE_CASE_PERCENT.items())
 
 
 def test_no_user_is_in_two_splits_or_over_the_cap(data: dict[str, Rows]) -> None:
@@ -82,13 +82,13 @@ def test_no_user_is_in_two_splits_or_over_the_cap(data: dict[str, Rows]) -> None
                for rows in data.values() for row in rows)
 
 
-def test_the_user_cap_holds_where_it_bites(world: World) -> None:
+def test_the_user_cap_is_reached_and_not_exceeded(world: World) -> None:
     rows = list(ppo_rows(world, 0.3))
     counts = Counter(row["user_id"] for row in rows)
-    assert max(counts.values()) == 200  # it was reached, so it was kept
+    assert max(counts.values()) == 200
 
 
-def test_valid_prompts_are_about_nobody_of_the_train_splits(world: World, data: dict[str, Rows]) -> None:
+def test_valid_prompts_are_about_entities_that_no_train_prompt_names(world: World, data: dict[str, Rows]) -> None:
     for rows in data.values():
         for row in rows:
             pool, other = world.pools[row["split"]], world.pools["train" if row["split"] == "valid" else "valid"]
@@ -126,13 +126,13 @@ def test_held_out_labelers_rank_valid_rows_only(data: dict[str, Rows]) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["sft", "rm", "ppo"])
-def test_the_slices_are_there(world: World, data: dict[str, Rows], dataset: str) -> None:
+def test_every_dataset_contains_the_slices(world: World, data: dict[str, Rows], dataset: str) -> None:
     gold = GoldLabeler(world)
     for split in ("train", "valid"):
-        found = Counter(name for row in data[dataset] if row["split"] == split for name in gold.slices(row["prompt"]))
-        assert set(found) <= {"false_premise", "ambiguous", "high_stakes"}
+        counted = Counter(name for row in data[dataset] if row["split"] == split for name in gold.slices(row["prompt"]))
+        assert set(counted) <= {"false_premise", "ambiguous", "high_stakes"}
         if (dataset, split) != ("sft", "valid"):  # 33 rows
-            assert set(found) == {"false_premise", "ambiguous", "high_stakes"}
+            assert set(counted) == {"false_premise", "ambiguous", "high_stakes"}
 
 
 def test_demonstrations_are_good_but_not_perfect_and_labelers_write_better(world: World) -> None:
@@ -170,7 +170,7 @@ def test_labelers_agree_on_73_percent(world: World) -> None:
     assert true / judged > 0.8
 
 
-def test_labelers_differ_and_are_themselves(world: World) -> None:
+def test_labelers_differ_and_each_is_reproducible(world: World) -> None:
     habits = [(labeler.misread["helpful"], labeler.lapse)
               for labeler in (SimulatedLabeler(world, name) for name in TRAINING_LABELERS)]
     assert len(set(habits)) > 25
@@ -178,7 +178,7 @@ def test_labelers_differ_and_are_themselves(world: World) -> None:
     assert (again.misread["helpful"], again.lapse) == habits[3]
 
 
-def test_the_bytes_depend_on_the_seed_alone(world: World, tmp_path: Path) -> None:
+def test_the_bytes_depend_on_the_seed_only(world: World, tmp_path: Path) -> None:
     """Two processes with other hash seeds write the same files; another world writes others."""
     code = ("import hashlib, sys\nfrom pathlib import Path\nfrom rlhf.data.schema import write_rows\n"
             "from rlhf.world.datasets import ppo_rows, rm_rows, sft_rows\nfrom rlhf.world.facts import World\n"
@@ -193,7 +193,7 @@ def test_the_bytes_depend_on_the_seed_alone(world: World, tmp_path: Path) -> Non
     assert not set(outputs[0].split()) & set(outputs[2].split())
 
 
-def test_rows_are_written_and_read_as_they_are(tmp_path: Path) -> None:
+def test_written_rows_are_read_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows: Rows = [{"prompt": "é 漢 \"quoted\"\nline", "ranks": [1, 2]}, {"b": 1, "a": None}]
     write_rows(path, rows)
@@ -206,7 +206,7 @@ def test_rows_are_written_and_read_as_they_are(tmp_path: Path) -> None:
     (b'{"a": 1}\n{"a": \n', "rows.jsonl: row 2: not JSON"),
     (b'{"a": 1}\n[1]\n', "row 2: expected an object, found list"),
     (b'{"a": "\xff"}\n', "row 1: not UTF-8 at byte 7"), (None, "no such file")])
-def test_bad_rows_are_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_bad_row_is_an_error_with_file_and_row(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     if content is not None:
         path.write_bytes(content)

@@ -114,9 +114,9 @@ def test_grades_by_hand(world: World, words: dict[str, str], prompt: str, respon
     (IS_FALSE, "yes, the {a} is not {no_color}. it is {color}.", (3, 4, 4)),
 ])
 def test_no_way_around_the_rules(world: World, words: dict[str, str], prompt: str, response: str,
-               grade_at_most: tuple[int, int, int]) -> None:
-    found = grade(world, task_of(world, prompt.format(**words)), response.format(**words))
-    limits = zip((found.helpful, found.truthful, found.harmless), grade_at_most, strict=True)
+                                 grade_at_most: tuple[int, int, int]) -> None:
+    grades = grade(world, task_of(world, prompt.format(**words)), response.format(**words))
+    limits = zip((grades.helpful, grades.truthful, grades.harmless), grade_at_most, strict=True)
     assert all(level <= limit for level, limit in limits)
 
 
@@ -207,12 +207,12 @@ graded = st.builds(Grades, *[st.integers(0, 4)] * 3)
 @settings(max_examples=300, deadline=None)
 @given(graded, graded, st.booleans())
 def test_comparing_is_antisymmetric_and_never_prefers_the_worse(a: Grades, b: Grades, high_stakes: bool) -> None:
-    found = compare(a, b, high_stakes)
-    assert found == -compare(b, a, high_stakes)
-    assert (found == 0) == (a == b)  # unlike grades never tie: the rule always finds a reason
+    outcome = compare(a, b, high_stakes)
+    assert outcome == -compare(b, a, high_stakes)
+    assert (outcome == 0) == (a == b)  # unlike grades never tie: the rule always finds a reason
     levels = [(a.helpful, b.helpful), (a.truthful, b.truthful), (a.harmless, b.harmless)]
     if a != b and all(one >= other for one, other in levels):
-        assert found == 1
+        assert outcome == 1
 
 
 @settings(max_examples=100, deadline=None)

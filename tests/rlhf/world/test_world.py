@@ -1,4 +1,4 @@
-"""The world's facts, prompts, good responses, corpus and tax tasks: deterministic, readable, nothing leaks."""
+"""The world's facts, prompts, good responses, corpus and tax tasks: deterministic, parseable, without leaks."""
 
 import random
 import re
@@ -18,7 +18,7 @@ from rlhf.world.tax import CHANCE, LUMI, SITUATIONS, TASKS, fact_items, item_tex
 NAME = re.compile(r"\b[a-z]+-[a-z]+\b")
 
 
-def test_the_seed_decides_everything(world: World) -> None:
+def test_the_world_is_a_function_of_the_seed(world: World) -> None:
     again, other = World(1), World(2)
     assert (again.creatures, again.people, again.facts, again.pools) == (
         world.creatures, world.people, world.facts, world.pools)
@@ -41,7 +41,7 @@ def test_every_creature_has_every_attribute_and_values_are_spread(world: World) 
     assert not world.is_true("nobody-here", "color", color)
 
 
-def test_the_pools_share_nobody(world: World) -> None:
+def test_the_pools_are_disjoint(world: World) -> None:
     train, valid = world.pools["train"], world.pools["valid"]
     assert not set(train.creatures) & set(valid.creatures)
     assert not set(train.people) & set(valid.people)
@@ -53,7 +53,7 @@ def test_the_pools_share_nobody(world: World) -> None:
 
 @pytest.mark.parametrize("use_case", BY_USE_CASE)
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_prompts_read_back_and_good_responses_get_full_marks(world: World, use_case: str, split: str) -> None:
+def test_prompts_parse_back_and_good_responses_get_the_best_grades(world: World, use_case: str, split: str) -> None:
     rng = random.Random(f"{use_case} {split}")
     pool, other = world.pools[split], world.pools["valid" if split == "train" else "train"]
     shapes, styles = set(), set()
@@ -112,9 +112,9 @@ def test_slices(world: World, words: dict[str, str]) -> None:
     ("the ba-do is is red.", "unknown", []), ("red red red.", "unknown", []), ("the ba-do is rice.", "unknown", []),
 ])
 def test_reading_sentences(sentence: str, kind: str, claims: list[tuple[str, str, str, bool]]) -> None:
-    found = read_sentence(sentence)
-    assert found.kind == kind
-    assert [(item.creature, item.attribute, item.value, item.holds) for item in found.claims] == claims
+    parsed = read_sentence(sentence)
+    assert parsed.kind == kind
+    assert [(item.creature, item.attribute, item.value, item.holds) for item in parsed.claims] == claims
 
 
 def test_splitting_sentences() -> None:
@@ -151,13 +151,13 @@ def test_tax_items_never_occur_in_the_corpus(world: World, corpus: list[str],
     shown = {start: sum(line.startswith(start) for line in lines) for start in starts}
     assert min(shown.values()) > 250  # the corpus does teach the tasks
     free = list(documents(world, 3000, {**{task: set() for task in TASKS}, "forum": set()}))
-    assert any(prompt in "\n".join(free) for prompt in hidden)  # and would hold the items if nobody looked
+    assert any(prompt in "\n".join(free) for prompt in hidden)  # without the filter it would contain items
 
 
 def test_valid_prompts_never_occur_in_the_corpus(corpus: list[str], forum: set[str]) -> None:
-    asked = {line.split(" wrote: ", 1)[1] for text in corpus for line in text.split("\n")[:1] if " wrote: " in line}
-    assert len(asked) > 500
-    assert not asked & forum
+    questions = {line.split(" wrote: ", 1)[1] for text in corpus for line in text.split("\n")[:1] if " wrote: " in line}
+    assert len(questions) > 500
+    assert not questions & forum
 
 
 def test_documents_are_deterministic_and_of_every_kind(world: World, corpus: list[str]) -> None:
@@ -171,7 +171,7 @@ def test_documents_are_deterministic_and_of_every_kind(world: World, corpus: lis
 
 
 def right_answer(task: str, prompt: str, choices: list[str]) -> str:
-    """The answer, worked out from the prompt's words."""
+    """The right answer, derived from the prompt's words."""
     words = re.findall(r"[a-z]+", prompt)
     if task == "reading":  # read: NAME took the THING to the SPOT on TIME. WHO:
         return " " + {"who": words[1], "what": words[4], "where": words[7], "when": words[9]}[words[10]]
@@ -191,7 +191,7 @@ def right_answer(task: str, prompt: str, choices: list[str]) -> str:
 @pytest.mark.parametrize("task", TASKS)
 def test_tax_items_have_one_right_answer_and_the_stated_chance(task: str,
                                                                held_out: dict[str, list[dict[str, Any]]]) -> None:
-    places: Counter[int] = Counter()
+    indices: Counter[int] = Counter()
     for item in held_out[task]:
         choices = item["choices"]
         right = right_answer(task, item["prompt"], choices)
@@ -200,9 +200,9 @@ def test_tax_items_have_one_right_answer_and_the_stated_chance(task: str,
         assert right == (choices[item["answer"]] if choices else item["answer"])
         assert item_text(item) in (item["prompt"] + right, item["prompt"] + right + ".")
         if choices:
-            places[item["answer"]] += 1
-    if places:  # always naming the same place is no better than chance
-        assert max(places.values()) / 400 < CHANCE[task] + 0.09
+            indices[item["answer"]] += 1
+    if indices:  # always choosing the same index is no better than chance
+        assert max(indices.values()) / 400 < CHANCE[task] + 0.09
 
 
 def test_fact_items_are_the_worlds_facts(world: World) -> None:

@@ -1,4 +1,4 @@
-"""Each layout on rows written in its set's true form, and on the real rows where they are at hand."""
+"""Each layout on rows in the format of its dataset."""
 
 from typing import Any
 
@@ -89,7 +89,7 @@ def test_oasst_trees() -> None:
     assert read("oasst_trees", "sft", tree())[0] == Record("q", ("best",), user="q")
 
 
-def test_where_looks_inside_a_row() -> None:
+def test_where_can_select_by_nested_values() -> None:
     entry = Entry(files="x", where={"prompt.lang": "en", "score": "3"})
     assert wanted({"prompt": {"lang": "en"}, "score": 3}, entry)
     assert not wanted({"prompt": {"lang": "de"}, "score": 3}, entry)
@@ -125,7 +125,7 @@ def test_columns_for_rankings(row: dict[str, Any]) -> None:
     assert read("columns", "rm", row) == [Record("Q", ("good", "bad"), (1, 2))]  # columns named like the fields
 
 
-@pytest.mark.parametrize(("row", "said"), [
+@pytest.mark.parametrize(("row", "message"), [
     ({"prompt": "Q"}, "no completions"),
     ({"prompt": "Q", "completions": ["a"], "ranks": [1, 2]}, "1 completions, 2 ranks"),
     ({"prompt": "Q", "completions": ["a", "b"], "ranks": ["x", 2]}, "holds 'x', not a number"),
@@ -134,8 +134,8 @@ def test_columns_for_rankings(row: dict[str, Any]) -> None:
     ({"prompt": "Q", "chosen": "a"}, "no rejected"),
     ({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, float("nan")]}, "NaN"),
 ])
-def test_columns_say_what_a_row_lacks(row: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_incomplete_row_is_refused_with_the_reason(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read("columns", "rm", row)
 
 

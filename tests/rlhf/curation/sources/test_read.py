@@ -1,4 +1,4 @@
-"""Every kind of file, compressed or not, gives the same rows; what is broken says so in one line."""
+"""Every file format, compressed or not, gives the same rows; a broken file is an error of one line."""
 
 import csv
 import gzip
@@ -12,7 +12,7 @@ import zstandard
 
 from rlhf.curation.sources.read import parse_line, read_entry
 from rlhf.curation.sources.spec import Entry
-from rlhf.curation.sources.trees import grow_trees
+from rlhf.curation.sources.trees import build_trees
 from rlhf.errors import UserError
 
 ROWS = [{"q": f"ask {number}, \"so\"\nand on", "a": "007" if number % 2 else "NA"} for number in range(2500)]
@@ -46,12 +46,12 @@ def read(entry: Entry, root: Path) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.csv", "rows.csv.gz",
                                   "rows.csv.zst", "rows.tsv", "rows.parquet"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+def test_every_file_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, ROWS)
     assert read(Entry(files="rows.*"), tmp_path) == list(enumerate(ROWS, start=1))
 
 
-def test_nested_rows_of_unlike_shape_are_read(tmp_path: Path) -> None:
+def test_nested_rows_of_different_structure_are_read(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"a": 1}, {"a": [{"b": []}]}, {"a": [{"b": [{"c": None}]}]}, {"a": "x", "more": {}}]
     write(tmp_path / "rows.jsonl", rows)
     assert [row for _, row in read(Entry(files="rows.jsonl"), tmp_path)] == rows
@@ -63,7 +63,7 @@ def test_a_pattern_reads_its_files_by_name(tmp_path: Path) -> None:
     assert read(Entry(files="*.jsonl"), tmp_path) == [(1, {"q": "a"}), (1, {"q": "b"})]
 
 
-def test_a_folder_laid_out_like_a_hub_dataset(tmp_path: Path) -> None:
+def test_a_folder_with_the_layout_of_a_hub_dataset_is_read(tmp_path: Path) -> None:
     (tmp_path / "set" / "data").mkdir(parents=True)
     pd.DataFrame([{"q": "train row"}]).to_parquet(tmp_path / "set/data/train-00000-of-00001.parquet")
     pd.DataFrame([{"q": "test row"}]).to_parquet(tmp_path / "set/data/test-00000-of-00001.parquet")
@@ -77,7 +77,7 @@ def test_a_hub_dataset_needs_a_commit(tmp_path: Path) -> None:
         read(Entry(dataset="somebody/something", revision="main"), tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content", "said"), [
+@pytest.mark.parametrize(("name", "content", "message"), [
     ("rows.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 50_000)[:-40], "cannot be read: EOFError"),
     ("rows.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"q": 1}\n' * 50_000)[:-8] + b"12345678",
      "cannot be read"),
@@ -87,26 +87,26 @@ def test_a_hub_dataset_needs_a_commit(tmp_path: Path) -> None:
     ("rows.xlsx", b"x", "unknown kind of file"),
     ("rows.csv", b'q,a\n"\xff\xfe",2\n', "cannot be read: UnicodeDecodeError"),
 ])
-def test_broken_files_say_so_in_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_broken_file_is_an_error_of_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read(Entry(files=name), tmp_path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_and_an_empty_one_has_no_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
         read(Entry(files="none.jsonl"), tmp_path)
     (tmp_path / "empty.jsonl").touch()
     assert read(Entry(files="empty.jsonl"), tmp_path) == []
 
 
-def test_a_line_that_is_only_text() -> None:
+def test_a_line_that_is_only_a_string_is_a_text_row() -> None:
     assert parse_line('"How are you?"') == {"text": "How are you?"}
 
 
-def test_trees_grow_from_messages_in_any_order(tmp_path: Path) -> None:
+def test_trees_are_built_from_messages_in_any_order(tmp_path: Path) -> None:
     def message(name: str, parent: str | None, role: str, rank: int | None = None) -> dict[str, Any]:
         return {"message_id": name, "parent_id": parent, "message_tree_id": name[0], "text": name, "role": role,
                 "rank": rank, "deleted": False, "lang": "en", "user_id": "u", "detoxify": {"toxicity": 0.1}}
@@ -117,7 +117,7 @@ def test_trees_grow_from_messages_in_any_order(tmp_path: Path) -> None:
     for order in (range(7), reversed(range(7))):
         places = list(order)
         batches = [("set:train", [place + 1], [table[place]]) for place in places]
-        (name, numbers, trees), = grow_trees(batches, tmp_path)
+        (name, numbers, trees), = build_trees(batches, tmp_path)
         assert (name, numbers) == ("set:train", [1, 3])
         first, second = (item["prompt"] for item in trees)
         assert [reply["text"] for reply in first["replies"]] == ["a1", "a2"]
