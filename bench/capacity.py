@@ -1,10 +1,10 @@
-"""Memory and time of SFT, reward model and PPO at InstructGPT's sizes, by a small model checked against points.
+"""Predicts memory and time of SFT, reward model and PPO at InstructGPT's sizes.
 
     python bench/capacity.py [--memory 80] [--tflops 989] [--efficiency 0.4] [--prompt 250] [--response 150]
-    python bench/capacity.py --check        measures small models on this machine, predicted / measured (minutes)
+    python bench/capacity.py --check        # predicted / measured for small models on this machine (minutes)
 
-The first prints, for GPT-3's 1.3B, 6.7B and 175B, bytes a process, accelerators needed and hours; the model is
-bench/capacity_model.py. The second is bench/capacity_check.py. GB are 10⁹ bytes.
+The first command prints bytes per process, accelerators needed and hours for GPT-3's 1.3B, 6.7B and 175B, from the
+model in bench/capacity_model.py. The second is bench/capacity_check.py. 1 GB is 10⁹ bytes.
 """
 
 import argparse
@@ -12,13 +12,13 @@ import dataclasses
 
 from capacity_model import Job, Machine, Shape, needed, peak, phases, stage_seconds
 
-# Brown et al. 2020, Table 2.1; the heads of 1.3B are 16 there by width / 128.
+# Brown et al. 2020, Table 2.1; heads are width / 128.
 GPT3 = {name: Shape(name, layers, width, width // 128, 50257, 4 * width)
         for name, layers, width in (("1.3B", 24, 2048), ("6.7B", 32, 4096), ("175B", 96, 12288))}
 
 
 def paper_job(stage: str, shape: Shape, prompt: float = 250, response: float = 150) -> Job:
-    """InstructGPT's run of a stage [App. C]: batches, counts, passes. 175B is trained against a 6B reward model."""
+    """A stage with InstructGPT's batch sizes, counts and epochs [App. C]. 175B is trained against a 6B reward model."""
     scorer = GPT3["6.7B"] if shape.name == "175B" else shape
     sizes = {"sft": (8 if shape.name == "175B" else 32, 11_295 + 1_430, 16), "rm": (64, 33_207, 1),
              "ppo": (512, 256_000, 1)}[stage]
@@ -26,27 +26,27 @@ def paper_job(stage: str, shape: Shape, prompt: float = 250, response: float = 1
                micro=4 if shape.name == "1.3B" else 1, sampled=32)
 
 
-HEAD = ("| model | stage | state | widest moment of one process | cards | GB each, widest | hours | leaner: cards "
-        "| GB each, widest | hours |")
+HEAD = ("| model | stage | state | peak of one process | GPUs | GB each, peak | hours | leaner: GPUs "
+        "| GB each, peak | hours |")
 STATE = ("weights", "reference", "reward and value model", "moments", "average")
 
 
 def stage_row(name: str, job: Job, machine: Machine) -> str:
-    """A line of the table: what one process would hold, how many cards of 9/10 of the memory hold it, how long.
+    """A table row: state and peak of one process, then GPUs needed (at 9/10 of their memory), peak and hours.
 
-    Twice: as the code is, and leaner, with what it does not do yet (`Job.lean`).
+    The last three twice: for the code as it is, and leaner, with optimisations that it lacks (`Job.lean`).
     """
     moment, whole = peak(job)
     state = sum(value for part, value in next(iter(phases(job).values())).items() if part in STATE)
-    line = f"| {name} | {job.stage} | {state / 1e9:,.0f} GB | {whole / 1e9:,.0f} GB, {moment} |"
+    row = f"| {name} | {job.stage} | {state / 1e9:,.0f} GB | {whole / 1e9:,.0f} GB, {moment} |"
     for variant in (job, dataclasses.replace(job, lean=True)):
-        found = needed(variant, 0.9 * machine.memory)
-        if found is None:
-            line += " none | | |"
+        sharded = needed(variant, 0.9 * machine.memory)
+        if sharded is None:
+            row += " none | | |"
             continue
-        moment, size = peak(found)
-        line += f" {found.processes} | {size / 1e9:.0f}, {moment} | {stage_seconds(found, machine) / 3600:,.1f} |"
-    return line
+        moment, size = peak(sharded)
+        row += f" {sharded.processes} | {size / 1e9:.0f}, {moment} | {stage_seconds(sharded, machine) / 3600:,.1f} |"
+    return row
 
 
 def tables(machine: Machine, prompt: float, response: float) -> str:
@@ -65,23 +65,23 @@ def tables(machine: Machine, prompt: float, response: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=float, default=80, help="of an accelerator, GB (H100 SXM: 80)")
-    parser.add_argument("--tflops", type=float, default=989, help="bf16, dense (H100 SXM's data sheet: 989)")
+    parser.add_argument("--memory", type=float, default=80, help="memory of an accelerator, GB (H100 SXM: 80)")
+    parser.add_argument("--tflops", type=float, default=989, help="dense bf16 rate (H100 SXM's data sheet: 989)")
     parser.add_argument("--efficiency", type=float, default=0.4, help="share of the rates that is reached (assumed)")
-    parser.add_argument("--bandwidth", type=float, default=3.35, help="of its memory, TB/s (H100 SXM: 3.35)")
-    parser.add_argument("--link", type=float, default=450, help="GB/s to the others of a machine of 8 (NVLink 4)")
-    parser.add_argument("--network", type=float, default=50, help="GB/s to other machines (400 Gbit/s)")
+    parser.add_argument("--bandwidth", type=float, default=3.35, help="memory bandwidth, TB/s (H100 SXM: 3.35)")
+    parser.add_argument("--link", type=float, default=450, help="GB/s within a machine of 8 (NVLink 4)")
+    parser.add_argument("--network", type=float, default=50, help="GB/s between machines (400 Gbit/s)")
     parser.add_argument("--prompt", type=float, default=250, help="mean tokens (assumed)")
     parser.add_argument("--response", type=float, default=150, help="mean tokens (assumed)")
-    parser.add_argument("--check", action="store_true", help="measure small models here instead")
-    chosen = parser.parse_args()
-    if chosen.check:
-        import capacity_check  # beside this file
+    parser.add_argument("--check", action="store_true", help="measure small models on this machine instead")
+    options = parser.parse_args()
+    if options.check:
+        import capacity_check  # in this folder
         capacity_check.main()
         return
-    machine = Machine(chosen.memory * 1e9, chosen.tflops * 1e12, chosen.bandwidth * 1e12, chosen.efficiency,
-                      link=chosen.link * 1e9, network=chosen.network * 1e9)
-    print(tables(machine, chosen.prompt, chosen.response))
+    machine = Machine(options.memory * 1e9, options.tflops * 1e12, options.bandwidth * 1e12, options.efficiency,
+                      link=options.link * 1e9, network=options.network * 1e9)
+    print(tables(machine, options.prompt, options.response))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Points that bench/capacity.py is checked against: the stages' real code on small models, each in its own process.
+"""Measures the stages' real code on small models, to check the predictions of bench/capacity.py.
 
-    python bench/capacity.py --check        predicted / measured of memory and time; three minutes on a quiet core
+    python bench/capacity.py --check        # predicted / measured memory and time; three minutes on an idle core
 
-Memory on a CPU is the peak of the resident set minus what it was before the model was made, after the imports and the
-same steps of a tiny model. Time is the processor's, of one thread, so that other programs disturb it little; it is
-calibrated on one point and predicted for the others.
+Memory on a CPU: the peak of the resident set minus its size before the model was made, after the imports and the same
+steps of a tiny model. Time: CPU time of one thread, which other programs disturb little; it is calibrated on one
+measurement and predicted for the others.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any
 
 from capacity_model import SCORE_ROWS, VALID_ROWS, Job, Machine, Shape, peak, seconds, stage_work
 
-TINY = "tiny"  # runs before the baseline is taken
+TINY = "tiny"  # runs before the baseline of the memory is taken
 SHAPES = {TINY: Shape(TINY, 1, 32, 2, 1024, 64, 256, "gpt_neox"),
           "1M": Shape("1M", 4, 128, 4, 1024, 512, 256, "gpt_neox"),
           "10M": Shape("10M", 6, 384, 6, 1024, 1536, 256, "gpt_neox"),
@@ -34,13 +34,13 @@ ROW = "| {:5} | {:5} | {:>13} | {:>12} | {:>5} | {:>11} | {:>10} | {:>5} |"
 
 
 def point(shape: Shape, stage: str) -> Job:
-    """The job of a point: one step, or one iteration of PPO; every text has the same length."""
+    """The job of one measurement: one step, or one iteration of PPO; all texts have the same length."""
     return Job(stage, shape, shape, BATCH[stage], BATCH[stage], 1, PROMPT, RESPONSE, PROMPT, RESPONSE, K, K,
                MICRO if stage == "ppo" else 0, BATCH["ppo"], average=False, attention="eager", checkpointing=False,
                cache_bytes=4)
 
 
-# --- one point, in its own process -------------------------------------------------------------------------------
+# --- one measurement, in its own process ------------------------------------------------------------------------
 
 def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, bytes."""
@@ -49,7 +49,7 @@ def resident(field: str) -> int:
 
 
 def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Makes the stage's models; returns a step of it, and what it measures itself by."""
+    """Makes the stage's models; returns one training step and one evaluation of it."""
     import torch
 
     from rlhf.losses import ranking_loss
@@ -83,7 +83,7 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
         def loss() -> Any:
             return batch_loss(model, *data.batch(model, list(range(rows)), 0), "bf16")
 
-        def look() -> Any:
+        def evaluate() -> Any:
             held_out = Demonstrations(texts(VALID_ROWS, PROMPT + RESPONSE), [PROMPT] * VALID_ROWS, 0)
             return valid_loss(model, held_out, SftParams(), 0)
     else:
@@ -93,7 +93,7 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
         def loss() -> Any:
             return ranking_loss(score_groups(model, groups, 0, "bf16"), *ranks)
 
-        def look() -> Any:
+        def evaluate() -> Any:
             return score_sequences(model, texts(SCORE_ROWS, PROMPT + RESPONSE), 0, "bf16")
 
     def step() -> None:
@@ -102,22 +102,22 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, look
+    return step, evaluate
 
 
 def measure(folder: Path, stage: str, what: str) -> dict[str, float]:
-    """Peak bytes of two steps and a look at the model; or the seconds of the fastest of two further steps."""
+    """Peak bytes of two steps and an evaluation, or the seconds of the faster of two steps after a warm-up."""
     import torch
 
     torch.set_num_threads(1)
-    for call in steps_of(folder / TINY, stage):  # imports, kernels made at run time: the baseline
+    for call in steps_of(folder / TINY, stage):  # the baseline contains imports and kernels built at run time
         call()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    step, look = steps_of(folder, stage)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    step, evaluate = steps_of(folder, stage)
     if what == "seconds":
         return {"seconds": fastest(step, 2)}
-    for call in (step, step, look):
+    for call in (step, step, evaluate):
         call()
     return {"bytes": resident("VmHWM") - before}
 
@@ -135,7 +135,7 @@ def fastest(call: Callable[[], Any], times: int = 7) -> float:
 
 
 def machine_for(width: int) -> Machine:
-    """This machine's rates, one thread: bf16 products of this width, float32 additions, an operation on 8 numbers."""
+    """This machine's rates with one thread: bf16 products of this width, float32 additions, a tiny operation."""
     import torch
 
     torch.set_num_threads(1)
@@ -143,8 +143,8 @@ def machine_for(width: int) -> Machine:
     products = 8 * 2048 * width**2 / fastest(lambda: left @ right)
     one, two, out = (torch.randn(4_000_000) for _ in range(3))
     moved = 48e6 / fastest(lambda: torch.add(one, two, out=out))
-    few = torch.randn(8)
-    launch = fastest(lambda: [few + few for _ in range(1000)]) / 1000
+    tiny = torch.randn(8)
+    launch = fastest(lambda: [tiny + tiny for _ in range(1000)]) / 1000
     return Machine(0, products, moved, launch=launch)
 
 
@@ -169,10 +169,10 @@ def make(folder: Path, shape: Shape) -> None:
 
 def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    # freed memory goes back to the system at once, so that the resident set is what is alive; that takes time
+    # freed memory returns to the system at once, so that the resident set is the live memory; this costs time
     strict = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     machines = {name: machine_for(shape.width) for name, shape in SHAPES.items() if name != TINY}
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    measured: dict[tuple[str, str], dict[str, float]] = {}
     for name in machines:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, __file__, "make", folder, name], env=environment, check=True,
@@ -180,20 +180,20 @@ def main() -> None:
             for stage, (what, more) in itertools.product(BATCH, (("bytes", strict), ("seconds", {}))):
                 done = subprocess.run([sys.executable, __file__, what, folder, stage], env=environment | more,
                                       check=True, capture_output=True, text=True)
-                found.setdefault((name, stage), {}).update(json.loads(done.stdout.splitlines()[-1]))
+                measured.setdefault((name, stage), {}).update(json.loads(done.stdout.splitlines()[-1]))
 
     def predicted(name: str, stage: str) -> float:
         return seconds(stage_work(point(SHAPES[name], stage))[0], machines[name])
 
-    efficiency = predicted(*CALIBRATED_ON) / found[CALIBRATED_ON]["seconds"]
+    efficiency = predicted(*CALIBRATED_ON) / measured[CALIBRATED_ON]["seconds"]
     for name, machine in machines.items():
         print(f"{name}: products {machine.matmul / 1e9:.0f} GFLOP/s, additions {machine.traffic / 1e9:.1f} GB/s, "
-              f"an operation {machine.launch * 1e6:.1f} µs")
-    print(f"efficiency {efficiency:.2f}, from {' '.join(CALIBRATED_ON)}\n")
+              f"operation overhead {machine.launch * 1e6:.1f} µs")
+    print(f"efficiency {efficiency:.2f}, calibrated on {' '.join(CALIBRATED_ON)}\n")
     names = ("model", "stage", "MB, predicted", "MB, measured", "ratio", "s, predicted", "s, measured", "ratio")
     print(ROW.format(*names))
     print("|---|---|---|---|---|---|---|---|")
-    for (name, stage), seen in found.items():
+    for (name, stage), seen in measured.items():
         size, took = peak(point(SHAPES[name], stage))[1], predicted(name, stage) / efficiency
         print(ROW.format(name, stage, f"{size / 1e6:.0f}", f"{seen['bytes'] / 1e6:.0f}", f"{size / seen['bytes']:.2f}",
                          f"{took:.3f}", f"{seen['seconds']:.3f}", f"{took / seen['seconds']:.2f}"))

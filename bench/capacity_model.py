@@ -1,22 +1,22 @@
 """The model behind bench/capacity.py: parameters, FLOPs, bytes and seconds of SFT, reward model and PPO at any size.
 
-What is counted is what the stages' code does. tests/bench/test_capacity.py holds parameters, FLOPs, state and saved
-activations against torch and transformers; bench/capacity_check.py whole steps against measured ones.
+It counts what the stages' code does. tests/bench/test_capacity.py compares parameters, FLOPs, state and saved
+activations with torch and transformers; bench/capacity_check.py compares whole steps with measurements.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
 
-READ_TOKENS = 16_384  # rlhf/model/sampling.py: of prompts in one pass
-SCORE_ROWS = 512  # rlhf/reward_model.py:SCORE_BATCH
+PREFILL_TOKENS = 16_384  # rlhf/model/sampling.py: prompt tokens of one forward pass
+SCORE_ROWS = 512  # rlhf/model/scoring.py:SCORE_BATCH
 VALID_ROWS = 256  # rlhf/sft.py:valid_loss
-PASS_TOKENS = 65_536  # rlhf/data/batching.py: of a pass without gradients
-LOGITS_AT_ONCE = 2**26  # rlhf/model/forward.py: of SFT's losses; PPO makes all of a micro-batch
-MOVED = 3.5  # bytes of element-wise operations in a forward pass, in saved ones; counted with a dispatch mode
-DECODE_OPERATIONS = 30  # small operations of a block for a token, rlhf/fast/decoder.py
-OF_A_MACHINE = 8  # accelerators that are linked
-GATHERED_BLOCKS = 2  # FSDP: the block at work and the one that is fetched meanwhile
+PASS_TOKENS = 65_536  # rlhf/data/batching.py: tokens of a forward pass without gradients
+LOGITS_AT_ONCE = 2**26  # rlhf/model/forward.py: logits of SFT's loss; PPO computes those of a whole micro-batch
+MOVED = 3.5  # element-wise traffic of a forward pass / saved bytes; counted with a torch dispatch mode
+DECODE_OPERATIONS = 30  # rlhf/fast/decoder.py: small operations per block and token
+OF_A_MACHINE = 8  # accelerators with fast links
+GATHERED_BLOCKS = 2  # FSDP: the current block and the prefetched one
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """A stage and its sizes. Lengths in tokens: `prompt` and `response` are means, `longest_*` the most that occur."""
+    """A stage and its sizes. Lengths in tokens: `prompt` and `response` are means, `longest_*` maxima."""
 
     stage: str  # sft, rm, ppo
     policy: Shape
     scorer: Shape  # shape of reward and value model
-    batch: int  # demonstrations, ranked prompts or rollouts a step (PPO: an iteration)
-    count: int  # demonstrations, ranked prompts or episodes in all
+    batch: int  # demonstrations, ranked prompts or rollouts per step (PPO: per iteration)
+    count: int  # demonstrations, ranked prompts or episodes in total
     epochs: int  # passes (PPO: inner epochs)
     prompt: float = 250
     response: float = 150
@@ -55,16 +55,16 @@ class Job:
     longest_response: int = 1000
     k: float = 6.0  # completions of a ranked prompt, on average
     longest_k: int = 9
-    micro: int = 0  # rows a forward pass of an update; 0: all of a step's
+    micro: int = 0  # rows per forward pass of an update; 0: all of a step's
     sampled: int = 256  # PPO: rows of the KV cache
-    minibatch: int = 64  # PPO: rollouts an optimizer step
-    average: bool = True  # PPO: the EMA of the weights is kept
+    minibatch: int = 64  # PPO: rollouts per optimizer step
+    average: bool = True  # PPO: keep an EMA of the weights
     precision: str = "bf16"
-    attention: str = "fused"  # or eager: the scores are kept
+    attention: str = "fused"  # or eager, which stores the attention scores
     checkpointing: bool = True
     processes: int = 1
-    sharding: str = "none"  # every process has a whole copy; or fsdp
-    lean: bool = False  # what the code does not do yet: casts by block, sampling from shards, idle processes
+    sharding: str = "none"  # every process has all weights; or fsdp
+    lean: bool = False  # with optimisations that the code lacks: casts by block, sampling from shards, idle processes
     cache_bytes: int = 2  # of a number in the KV cache: 4 on a CPU
 
     @property
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Of a step, which processes share evenly."""
+        """Rows per step, divided evenly among the processes."""
         return self.minibatch if self.stage == "ppo" else self.batch
 
     @property
@@ -83,27 +83,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an accelerator does in a second, and what it holds."""
+    """Memory and rates of an accelerator."""
 
     memory: float  # bytes
-    matmul: float  # FLOP/s of matrix products, as measured or published
+    matmul: float  # FLOP/s of matrix products, measured or published
     traffic: float  # bytes/s of element-wise operations
-    efficiency: float = 1.0  # share of both that a step reaches, measured on one point
-    launch: float = 5e-6  # seconds of an operation that does next to nothing
-    link: float = 450e9  # bytes/s from one to the others of a machine
-    network: float = 50e9  # and beyond it
+    efficiency: float = 1.0  # share of both rates that a step reaches
+    launch: float = 5e-6  # seconds of overhead per operation
+    link: float = 450e9  # bytes/s within a machine
+    network: float = 50e9  # bytes/s between machines
 
 
 # --- counts ------------------------------------------------------------------------------------------------------
 
 def block_matrices(shape: Shape) -> int:
-    """Weights of a block's matrix products: query, key, value, output, MLP (three matrices where it is gated)."""
+    """Weights of a block's matrix products: query, key, value, output, MLP (three matrices if gated)."""
     mlp = (3 if shape.family == "llama" else 2) * shape.width * shape.inner
     return 2 * shape.width * (shape.width + shape.kv_width) + mlp
 
 
 def parameters(shape: Shape, head: bool = True) -> int:
-    """Of a causal model as `num_parameters()` counts them; without `head`, of a scorer: backbone and a row."""
+    """Parameters of a causal model as `num_parameters()` counts them; without `head`: backbone and one row."""
     biased = 7 * shape.width + 2 * shape.kv_width + shape.inner  # two norms and four biases
     vectors = 2 * shape.width if shape.family == "llama" else biased
     final = shape.width if shape.family == "llama" else 2 * shape.width
@@ -114,16 +114,16 @@ def parameters(shape: Shape, head: bool = True) -> int:
 
 
 def forward_flops(shape: Shape, tokens: float, seen: float, places: float, attention: str = "fused") -> float:
-    """Of a pass over `tokens` in rows of `seen` tokens, with logits at `places`; a multiply-add is 2.
+    """FLOPs of a forward pass over `tokens` in rows of `seen` tokens, with logits at `places`; a multiply-add is 2.
 
-    The fused attention leaves out what a causal mask hides, the eager one computes it.
+    Fused attention skips what the causal mask hides, eager attention computes it.
     """
     mixed = 4 * seen * shape.width * (0.5 if attention == "fused" else 1.0)
     return tokens * shape.layers * (2 * block_matrices(shape) + mixed) + 2 * places * shape.width * shape.vocabulary
 
 
 def activation_bytes(shape: Shape, seen: float, attention: str, precision: str) -> float:
-    """Saved for the backward pass by one block for one token, in a row of `seen` tokens.
+    """Bytes that one block saves for the backward pass, per token, in a row of `seen` tokens.
 
     Counted with saved-tensor hooks on transformers 5.23 models under autocast; residual stream and norms are float32.
     """
@@ -137,7 +137,7 @@ def activation_bytes(shape: Shape, seen: float, attention: str, precision: str) 
 
 
 def passing_bytes(shape: Shape, seen: float, attention: str) -> float:
-    """Alive at once for one token in a pass without gradients: the widest moment of a block."""
+    """Peak bytes per token of a block in a pass without gradients."""
     scores = 12 * seen * shape.heads if attention == "eager" else 0
     return max(26 * shape.width + scores, 10 * shape.width + 6 * shape.inner)
 
@@ -145,9 +145,9 @@ def passing_bytes(shape: Shape, seen: float, attention: str) -> float:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 def weight_copies(job: Job, shape: Shape, head: bool, frozen: bool = False) -> dict[str, float]:
-    """Beyond the weights themselves: bf16 casts, and what FSDP gathers in float32.
+    """Bytes beyond the weights themselves: bf16 casts, and float32 weights that FSDP gathers.
 
-    Autocast keeps the casts of all weights that are trained until a pass ends, under FSDP and recomputing too.
+    Autocast keeps the casts of all trained weights until the end of a pass, also with FSDP and gradient checkpointing.
     """
     table = shape.width * (shape.vocabulary + (shape.context if shape.family == "gpt2" else 0))
     by_block = frozen or job.lean
@@ -159,37 +159,37 @@ def weight_copies(job: Job, shape: Shape, head: bool, frozen: bool = False) -> d
 
 def training_bytes(job: Job, shape: Shape, tokens: float, seen: float, places: float, logits: float
                    ) -> dict[str, float]:
-    """Of one forward and backward pass beyond weights, gradients and moments; `logits` are alive at once."""
+    """Bytes of a forward and backward pass beyond weights, gradients and moments; `logits`: number held at once."""
     each = activation_bytes(shape, seen, job.attention, job.precision)
-    kept = shape.layers * 4 * shape.width + each if job.checkpointing else shape.layers * each
-    return {"activations": tokens * (kept + 8 * shape.width) + 4 * places * shape.width, "logits": 12 * logits,
+    saved = shape.layers * 4 * shape.width + each if job.checkpointing else shape.layers * each
+    return {"activations": tokens * (saved + 8 * shape.width) + 4 * places * shape.width, "logits": 12 * logits,
             **weight_copies(job, shape, places > 0)}
 
 
 def passing(job: Job, shape: Shape, tokens: float, seen: float, logit_bytes: float, frozen: bool = False
             ) -> dict[str, float]:
-    """Of a pass without gradients: its widest block, or its logits, which come after the blocks."""
+    """Bytes of a pass without gradients: of a block, or of the logits after all blocks."""
     blocks, after = tokens * passing_bytes(shape, seen, job.attention), tokens * 4 * shape.width + logit_bytes
     return {"passing": max(blocks, after), **weight_copies(job, shape, logit_bytes > 0, frozen)}
 
 
 def bounded(rows: float, tokens: int) -> float:
-    """Rows of `tokens` tokens that a pass without gradients takes at once."""
+    """Rows of `tokens` tokens in one pass without gradients."""
     return min(rows, max(1, PASS_TOKENS // tokens))
 
 
 def rows_of(job: Job, rows: float) -> float:
-    """Rows that one process gets of a batch."""
+    """Rows of a batch per process."""
     return max(1, math.ceil(rows / job.processes))
 
 
 def at_once(job: Job, rows: float) -> float:
-    """Rows of a batch in one forward pass of a process."""
+    """Rows per forward pass of a process."""
     return min(rows_of(job, rows), job.micro) if job.micro else rows_of(job, rows)
 
 
 def phases(job: Job) -> dict[str, dict[str, float]]:
-    """Bytes in one process at the widest moments of a stage: {moment: {what: bytes}}."""
+    """Bytes of one process at the memory peaks of a stage: {moment: {part: bytes}}."""
     if job.stage == "ppo":
         return _ppo_phases(job)
     shape = job.policy
@@ -206,7 +206,7 @@ def phases(job: Job) -> dict[str, dict[str, float]]:
         head = {"gradients": 6 * shape.width * shape.vocabulary / job.shards}
         return {"forward": state | update | head, "step": state | gradients, "valid loss": state | look}
     rows = at_once(job, job.batch)
-    tokens = rows * (job.longest_prompt + job.longest_k * job.longest_response)  # a prompt goes through once
+    tokens = rows * (job.longest_prompt + job.longest_k * job.longest_response)  # a prompt is computed once
     update = training_bytes(job, shape, tokens, job.longest, 0, 0)
     look = passing(job, shape, bounded(SCORE_ROWS, job.longest) * job.longest, job.longest, 0)
     return {"forward": state | update, "step": state | gradients, "scores": state | look}
@@ -224,7 +224,8 @@ def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
     if job.shards > 1:
         copy = copy / job.shards if job.lean else copy + 4 * policy  # gathered, then copied
     cache = rows * job.longest * 2 * job.policy.layers * job.policy.kv_width * job.cache_bytes
-    prefill = min(READ_TOKENS, rows * job.longest_prompt) * passing_bytes(job.policy, job.longest_prompt, job.attention)
+    prefill_tokens = min(PREFILL_TOKENS, rows * job.longest_prompt)
+    prefill = prefill_tokens * passing_bytes(job.policy, job.longest_prompt, job.attention)
     sample = {"sampling copy": copy, "KV cache": cache, "passing": prefill,
               "logits": 24 * rows * job.policy.vocabulary}
     tokens, places = (at_once(job, job.minibatch) * length for length in (job.longest, job.longest_response))
@@ -239,7 +240,7 @@ def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
 
 
 def peak(job: Job) -> tuple[str, float]:
-    """(widest moment, its bytes) of a process."""
+    """(moment of the memory peak, its bytes) of a process."""
     sums = {name: sum(parts.values()) for name, parts in phases(job).items()}
     widest = max(sums, key=lambda name: sums[name])
     return widest, sums[widest]
@@ -249,7 +250,7 @@ def peak(job: Job) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done: FLOPs, bytes of element-wise traffic, operations in a row, bytes between processes."""
+    """FLOPs, bytes of element-wise traffic, sequential operations, bytes sent between processes."""
 
     flops: float = 0.0
     traffic: float = 0.0
@@ -265,7 +266,7 @@ class Work:
 
 
 def pass_work(job: Job, shape: Shape, tokens: float, seen: float, places: float, trained: bool) -> Work:
-    """A forward pass, and a backward one where `trained` (twice the forward's work, once more where recomputed)."""
+    """A forward pass, and a backward pass if `trained` (2 times the forward's work, 3 with checkpointing)."""
     factor = (4 if job.checkpointing else 3) if trained else 1
     flops = forward_flops(shape, tokens, seen, places, job.attention)
     moved = MOVED * tokens * shape.layers * activation_bytes(shape, seen, job.attention, job.precision)
@@ -273,12 +274,12 @@ def pass_work(job: Job, shape: Shape, tokens: float, seen: float, places: float,
 
 
 def step_work(shape: Shape, head: bool = True) -> Work:
-    """AdamW and clipping read and write weights, gradients and moments, and bf16 copies are made anew."""
+    """AdamW and clipping read and write weights, gradients and moments; the bf16 casts are made again."""
     return Work(traffic=44.0 * parameters(shape, head))
 
 
 def decode_work(job: Job, rows: float, episodes: float) -> Work:
-    """Sampling `episodes` responses, `rows` at a time: a step reads the weights and the cache."""
+    """Sampling of `episodes` responses, `rows` at a time: each step reads the weights and the KV cache."""
     shape, steps = job.policy, episodes / rows * job.response
     seen = job.prompt + job.response / 2
     flops = forward_flops(shape, episodes * job.response, 2 * seen, episodes * job.response)
@@ -290,7 +291,7 @@ def decode_work(job: Job, rows: float, episodes: float) -> Work:
 
 
 def stage_work(job: Job) -> tuple[Work, float]:
-    """(the whole stage's work, how many processes can share it)."""
+    """(work of the whole stage, number of processes that can share it)."""
     rows = job.prompt + job.response
     if job.stage == "sft":
         steps = job.count * job.epochs / job.batch
@@ -313,7 +314,7 @@ def stage_work(job: Job) -> tuple[Work, float]:
 
 
 def exchange(job: Job) -> float:
-    """Bytes that a process sends in a run: gradients once a step, or FSDP's weights twice a pass and gradients once."""
+    """Bytes that a process sends: gradients once per step; with FSDP weights twice and gradients once per pass."""
     if job.processes == 1:
         return 0.0
     models = [parameters(job.policy)] + ([parameters(job.scorer, False)] if job.stage == "ppo" else [])
@@ -327,7 +328,7 @@ def exchange(job: Job) -> float:
 
 
 def seconds(work: Work, machine: Machine, processes: float = 1) -> float:
-    """Time of some work that `processes` share evenly; exchange is not hidden behind it (an upper bound)."""
+    """Seconds of work that `processes` share evenly; communication does not overlap with it (an upper bound)."""
     done = work.flops / machine.matmul + work.traffic / machine.traffic
     return (done / machine.efficiency + work.operations * machine.launch) / processes + work.sent / machine.link
 
@@ -339,12 +340,12 @@ def stage_seconds(job: Job, machine: Machine) -> float:
 
 
 def needed(job: Job, memory: float) -> Job | None:
-    """The job on the least power of two of processes that have `memory` bytes each; None where none is enough.
+    """The job on the smallest power of two of processes with `memory` bytes each; None if no number suffices.
 
-    A batch's rows are shared evenly, so that no more processes than rows are possible, but for a lean job.
+    The rows of a batch are divided evenly, so there can be no more processes than rows, except for a lean job.
     """
     for processes in (2**power for power in range(13) if job.lean or job.rows % 2**power == 0):
-        tried = dataclasses.replace(job, processes=processes, sharding="fsdp" if processes > 1 else "none")
-        if peak(tried)[1] <= memory:
-            return tried
+        sharded = dataclasses.replace(job, processes=processes, sharding="fsdp" if processes > 1 else "none")
+        if peak(sharded)[1] <= memory:
+            return sharded
     return None

@@ -1,8 +1,8 @@
-"""The data rules at size: a million prompts through `python -m tasks.ingest`, time and peak memory.
+"""Time and peak memory of the data rules: up to a million prompts through `python -m tasks.ingest`.
 
-    python bench/data_rules.py [PROMPTS ...]        default: 100000 1000000; writes only to a temporary folder
+    python bench/data_rules.py [PROMPTS ...]        # default: 100000 1000000; writes only to a temporary folder
 
-Prompts are of the length of real ones (about 25 words), a tenth near duplicates, some with personal data, 50,000 users.
+Prompts have realistic lengths (about 25 words); a tenth are near duplicates, some contain personal data; 50,000 users.
 """
 
 import json
@@ -20,19 +20,19 @@ COMMON = ["the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "wit
           "about", "how", "what", "write", "tell", "explain", "please", "could", "would", "story", "list", "why"]
 
 
-def prompts(count: int, seed: int, personal: bool = True) -> "list[str]":
-    """English-like prompts: common words and made-up ones; `personal`: an e-mail address in every fiftieth."""
+def prompts(count: int, seed: int, personal: bool = True) -> list[str]:
+    """English-like prompts of common and made-up words; `personal`: an e-mail address in every fiftieth."""
     rng = random.Random(seed)
-    made: list[str] = []
+    texts: list[str] = []
     for number in range(count):
         if number % 10 == 9:
-            made.append(made[-rng.randrange(1, 9)] + rng.choice([" please", "?", " now"]))
+            texts.append(texts[-rng.randrange(1, 9)] + rng.choice([" please", "?", " now"]))
             continue
         words = [rng.choice(COMMON if rng.random() < 0.6 else WORDS) for _ in range(rng.randrange(8, 45))]
         if personal and number % 50 == 7:
             words.insert(3, f"{rng.choice(WORDS)}@example.org")
-        made.append(" ".join(words).capitalize() + ".")
-    return made
+        texts.append(" ".join(words).capitalize() + ".")
+    return texts
 
 
 def measure(count: int) -> dict[str, float]:
@@ -56,7 +56,7 @@ def measure(count: int) -> dict[str, float]:
 
 
 def tree_rss(pid: int) -> int:
-    """Resident KiB of a process and its children."""
+    """Resident memory of a process and its children, KiB."""
     total = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:

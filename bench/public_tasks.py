@@ -1,10 +1,10 @@
-"""A real model on real dev sets through the harness: SQuAD 2.0, HellaSwag, SST-2, TruthfulQA. A line of JSON each.
+"""Evaluates a model with lm-eval on SQuAD 2.0, HellaSwag, SST-2 and TruthfulQA; prints a line of JSON per task.
 
     python bench/public_tasks.py MODEL DATA [ITEMS]
 
-MODEL: a Hugging Face folder. DATA: a folder with the sets' own files, dev-v2.0.json (SQuAD), hellaswag.json, test.tsv
-(SST-2) and mc_task.json (TruthfulQA), anywhere below it. They are rewritten in the form of their hub datasets, which
-lm-eval's tasks expect, and read as `evaluate.task_data` is. ITEMS of each (200), the same for every model.
+MODEL: a Hugging Face folder. DATA: a folder with dev-v2.0.json (SQuAD), hellaswag.json, test.tsv (SST-2) and
+mc_task.json (TruthfulQA) at any depth. They are converted to the format of their hub datasets, which lm-eval's tasks
+expect, and read like `evaluate.task_data`. The ITEMS per task (default 200) are the same for every model.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.schema import write_rows
-from rlhf.evaluation.lm_eval import Harness, measure
+from rlhf.evaluation.lm_eval import TaskSuite, measure
 
 Row = dict[str, Any]
 BENCHMARKS = Path(__file__).parents[1] / "profiles" / "benchmarks"
@@ -47,7 +47,7 @@ def sst2(path: Path) -> Iterator[Row]:
 
 def truthfulqa(path: Path) -> Iterator[Row]:
     for item in json.loads(path.read_text()):
-        choices = sorted(item["mc1_targets"].items(), key=lambda pair: -pair[1])  # the task wants the true one first
+        choices = sorted(item["mc1_targets"].items(), key=lambda pair: -pair[1])  # the task expects the true one first
         yield {"question": item["question"], "mc1_targets": {"choices": [text for text, _ in choices],
                                                              "labels": [label for _, label in choices]}}
 
@@ -58,12 +58,11 @@ SETS: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
 
 
 def prepare(data: Path, target: Path, items: int) -> dict[str, str]:
-    """{task: file} of a seeded sample of each set in its hub dataset's form."""
+    """{task: file}: a seeded sample of each set in the format of its hub dataset."""
     files = {}
     for task, (name, read) in SETS.items():
-        found = sorted(data.rglob(name))
-        if found:
-            rows = list(read(found[0]))
+        if paths := sorted(data.rglob(name)):
+            rows = list(read(paths[0]))
             write_rows(target / f"{task}.jsonl", random.Random(1).sample(rows, min(items, len(rows))))
             files[task] = str(target / f"{task}.jsonl")
     return files
@@ -74,7 +73,7 @@ if __name__ == "__main__":
         files = prepare(Path(sys.argv[2]), Path(scratch), int(sys.argv[3]) if len(sys.argv) > 3 else 200)
         for task in files:
             before = time.monotonic()
-            score = measure(Path(sys.argv[1]), Harness([task], [BENCHMARKS], files, batch_size=8))[task]
+            score = measure(Path(sys.argv[1]), TaskSuite([task], [BENCHMARKS], files, batch_size=8))[task]
             print(json.dumps({"task": task, "metric": score.metric, "score": round(score.value, 4),
                               "stderr": round(score.stderr, 4), "items": len(score.items),
                               "seconds": round(time.monotonic() - before)}), flush=True)

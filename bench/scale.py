@@ -1,13 +1,13 @@
-"""Datasets of 1, 10 and 100 times the paper's rows: time and memory of what SFT, reward model and PPO do with them.
+"""Time and memory of data preparation in SFT, reward model and PPO for datasets of 1, 10 or 100 times the paper's rows.
 
-    python bench/scale.py [TIMES ...] [--stages sft rm ppo corpus]   default: 1 10, the first three; writes only to a
-                                                                     temporary folder
+    python bench/scale.py [TIMES ...] [--stages sft rm ppo corpus]
 
-Each line is a process that runs the stage's own function on made-up rows and a tiny model up to the third step (PPO:
-two iterations of 8 rollouts): rows are read, tokenized, stored, put in order. `tokens_a_row`: prompt and completions;
-`peak_mb`: greatest resident memory over that of the same process before it read a row, model and libraries loaded.
-CPU time is that of all threads: on a busy machine it says more than seconds. Pretraining text is not mixed in: the
-corpus does not grow with the datasets. `corpus` reads and packs CORPUS_ROWS documents of it and takes three batches.
+Default: 1 10 for sft rm ppo. Writes only to a temporary folder. Each measurement is a process that runs the stage's own
+function on made-up rows and a tiny model up to the third step (PPO: two iterations of 8 rollouts): it reads, tokenizes,
+stores and orders the rows. `tokens_a_row`: prompt and completions. `peak_mb`: peak resident memory minus that of the
+same process before it read a row. `cpu_seconds`: CPU time of all threads, less disturbed on a busy machine than
+seconds. Pretraining text is not mixed in, since the corpus does not grow with the datasets; `corpus` reads and packs
+CORPUS_ROWS documents and takes three batches.
 """
 
 import argparse
@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rlhf.data.schema import PAPER_ROWS
 
 STEPS = 3
-CORPUS_ROWS = 60_000  # as many documents as the line's own corpus has
+CORPUS_ROWS = 60_000  # documents, as in the pipeline's own corpus
 WORDS = [f"{one}{other}{end}" for one in "bdfgklmnprst" for other in "aeiou" for end in ("", "n", "ra", "sting")]
 
 
 class Enough(Exception):
-    """The steps that are measured are over."""
+    """The measured steps are done."""
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -40,7 +40,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def rows(stage: str, times: int) -> Iterator[dict[str, Any]]:
-    """The paper's rows by split, `times` times; a text is two halves out of a few thousand, which costs little."""
+    """`times` as many rows as in the paper, by split; each text is joined from two of a few thousand halves."""
     rng, halves = random.Random(stage), texts(4000, 1)
     if stage == "corpus":
         yield from ({"text": f"{rng.choice(halves)} {rng.choice(halves)}"} for _ in range(times * CORPUS_ROWS))
@@ -52,12 +52,12 @@ def rows(stage: str, times: int) -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {"prompt_id": f"{split}-{number}", "labeler_id": f"l{number % 40}",
                                    "source": "labeler", "split": split, "use_case": "other"}
             size = rng.randint(5, 10) if stage == "rm" else 2
-            made = [f"{rng.choice(halves)} {rng.choice(halves)}" for _ in range(size)]
-            row["prompt"] = made[0]
+            row_texts = [f"{rng.choice(halves)} {rng.choice(halves)}" for _ in range(size)]
+            row["prompt"] = row_texts[0]
             if stage == "sft":
-                row["completion"] = made[1]
+                row["completion"] = row_texts[1]
             elif stage == "rm":
-                row |= {"completions": made[1:], "ranks": [rng.randint(1, len(made) - 1) for _ in made[1:]]}
+                row |= {"completions": row_texts[1:], "ranks": [rng.randint(1, size - 1) for _ in row_texts[1:]]}
             yield row
 
 
@@ -87,13 +87,13 @@ def make_models(folder: Path) -> None:
 
 
 def resident(which: str) -> float:
-    """VmRSS or VmHWM (the greatest so far) of this process, MB."""
+    """VmRSS or VmHWM (the peak so far) of this process, MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[which].split()[0]) / 1024
 
 
 def prepare(stage: str, folder: Path) -> dict[str, float]:
-    """In a process of its own: the stage's function up to its first steps."""
+    """In a separate process: runs the stage's function up to its first steps."""
     import rlhf.reward_model
     import rlhf.sft
     from rlhf.data.rows import Rows
@@ -111,7 +111,7 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
         raise Enough
 
     rlhf.sft.train_loop = rlhf.reward_model.train_loop = first_steps
-    rlhf.sft.valid_loss = lambda *arguments: 0.0  # it is a pass of the model over the valid rows, before and after
+    rlhf.sft.valid_loss = lambda *arguments: 0.0  # the model's pass over the valid rows is not measured
     data, policy, scorer = Rows(folder / f"{stage}.jsonl"), folder / "policy", folder / "rm"
     score_sequences(load_scorer(scorer), [[5] * 40] * 8, 0, "fp32")
     before, start, used = resident("VmRSS"), time.monotonic(), time.process_time()
@@ -136,15 +136,15 @@ def prepare(stage: str, folder: Path) -> dict[str, float]:
 
 
 def mean_tokens(stage: str, folder: Path) -> float:
-    """Of the first thousand rows."""
+    """Mean tokens of the first thousand rows."""
     from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 
     codec = PromptCodec(load_tokenizer(folder / "policy"))
-    some = list(islice(rows(stage, 1), 1000))
+    sample = list(islice(rows(stage, 1), 1000))
     if stage == "corpus":
-        return sum(map(len, codec.prompts([row["text"] for row in some]))) / len(some)
-    written = [text for row in some for text in [*row.get("completions", []), row.get("completion")] if text]
-    return sum(map(len, codec.prompts([row["prompt"] for row in some]) + codec.completions(written))) / len(some)
+        return sum(map(len, codec.prompts([row["text"] for row in sample]))) / len(sample)
+    written = [text for row in sample for text in [*row.get("completions", []), row.get("completion")] if text]
+    return sum(map(len, codec.prompts([row["prompt"] for row in sample]) + codec.completions(written))) / len(sample)
 
 
 def measure(stage: str, times: int) -> dict[str, Any]:
@@ -155,23 +155,23 @@ def measure(stage: str, times: int) -> dict[str, Any]:
         size = (folder / f"{stage}.jsonl").stat().st_size
         done = subprocess.run([sys.executable, __file__, "--prepare", stage, str(folder)], check=True, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        found = json.loads(done.stdout)
+        measured = json.loads(done.stdout)
         return {"stage": stage, "times": times, "rows": count, "file_mb": round(size / 2**20),
                 "tokens_a_row": round(mean_tokens(stage, folder)),
-                "seconds": round(found["seconds"], 1), "cpu_seconds": round(found["cpu"], 1),
-                "cpu_microseconds_a_row": round(1e6 * found["cpu"] / count),
-                "peak_mb": round(found["peak_mb"])}
+                "seconds": round(measured["seconds"], 1), "cpu_seconds": round(measured["cpu"], 1),
+                "cpu_microseconds_a_row": round(1e6 * measured["cpu"] / count),
+                "peak_mb": round(measured["peak_mb"])}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("times", nargs="*", type=int, default=[1, 10])
     parser.add_argument("--stages", nargs="+", default=["sft", "rm", "ppo"], choices=["sft", "rm", "ppo", "corpus"])
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.prepare:
-        print(json.dumps(prepare(given.prepare[0], Path(given.prepare[1]))))
+    options = parser.parse_args()
+    if options.prepare:
+        print(json.dumps(prepare(options.prepare[0], Path(options.prepare[1]))))
     else:
-        for stage in given.stages:
-            for times in given.times:
+        for stage in options.stages:
+            for times in options.times:
                 print(json.dumps(measure(stage, times)), flush=True)

@@ -1,9 +1,9 @@
-"""Validation at size: the three full embedded datasets, and time per row from 10,000 to 500,000 rows.
+"""Time of validation: the three full embedded datasets, and time per row from 10,000 to 500,000 rows.
 
-    python bench/validate.py full | rows [COUNT ...]      writes only to a temporary folder
+    python bench/validate.py full | rows [COUNT ...]      # writes only to a temporary folder
 
-`full`: `python -m tasks.validate --data`, imports and Data Docs included. `rows`: COUNT rows, a quarter rankings and
-the others prompts, through the same checks in one process after a warm-up, so that imports do not count.
+`full`: `python -m tasks.validate --data`, including imports and Data Docs. `rows`: COUNT rows, a quarter rankings and
+the rest prompts, through the same checks in one process after a warm-up, without imports.
 """
 
 import json
@@ -35,12 +35,12 @@ def full(folder: Path) -> None:
 
 
 def write(folder: Path, count: int) -> None:
-    """Clean rankings and prompts; 50 prompts a user, every fifth user valid."""
+    """Writes clean rankings and prompts: 50 prompts per user, every fifth user in valid."""
     rng = random.Random(2)
     texts = prompts(count, 2, personal=False)
-    for name, mine in (("rm", texts[:count // 4]), ("ppo", texts[count // 4:])):
+    for name, own in (("rm", texts[:count // 4]), ("ppo", texts[count // 4:])):
         with (folder / f"{name}.jsonl").open("w") as out:
-            for number, prompt in enumerate(mine):
+            for number, prompt in enumerate(own):
                 row: dict[str, Any] = {"prompt_id": f"{name}-{number}", "user_id": f"{name}-{number // 50}"}
                 row |= {"labeler_id": "l1"} if name == "rm" else {}
                 row |= {"source": "customer", "split": "valid" if number // 50 % 5 == 0 else "train",
@@ -50,7 +50,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def rows(folder: Path, count: int) -> float:
-    """Seconds that the checks of `count` rows take, reading included."""
+    """Seconds of the checks of `count` rows, including reading."""
     from mlops.validation.docs import make_context
     from mlops.validation.run import files_in, validate_files
     from rlhf.params import ValidateParams

@@ -1,9 +1,10 @@
-"""PPO's variants on a finished `cpu` line: β rules, KL goals over a decade, best-of-4, PPO-ptx. A line of JSON each.
+"""Variants of PPO after a finished `cpu` run: β rules, KL goals over a decade, best-of-4, PPO-ptx.
 
-    python bench/variants.py [NAME ...]     in the checkout of a finished line; writes only to a temporary folder
+    python bench/variants.py [NAME ...]     # in the checkout of a finished run; writes only to a temporary folder
 
-Each trains from models/sft and models/rm with the profile's other parameters, and is measured on as many held-out
-prompts as the profile's evaluation by the gold labeler, and on the tax tasks. About three minutes each on two cores.
+Prints a line of JSON per variant. Each trains from models/sft and models/rm with the profile's other parameters and is
+evaluated by the gold labeler on as many held-out prompts as the profile's evaluation, and on the alignment-tax tasks.
+About three minutes each on two cores.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import torch
 from mlops.config.loader import load_params
 from rlhf.data.schema import read_rows
 from rlhf.evaluation.generate import answer
-from rlhf.evaluation.lm_eval import Harness, measure
+from rlhf.evaluation.lm_eval import TaskSuite, measure
 from rlhf.evaluation.preference import gold_judge
 from rlhf.evaluation.statistics import with_interval
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer
@@ -44,18 +45,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "value from the policy": {"ppo": {"value_init": "policy"}},
     "LoRA, rank 16": {"ppo": {"lora_rank": 16, "lr": 1e-3, "value_lr": 1e-3}},
 }
-Folder = Path
 
 
-def tax(folder: Folder) -> float:
-    """Mean share right over the tax tasks."""
-    scores = measure(folder, Harness(folders=[Path("data/tax")], batch_size=128))
+def tax(folder: Path) -> float:
+    """Mean accuracy on the alignment-tax tasks."""
+    scores = measure(folder, TaskSuite(folders=[Path("data/tax")], batch_size=128))
     return sum(score.value for score in scores.values()) / len(scores)
 
 
-def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler) -> dict[str, Any]:
+def run(name: str, changes: dict[str, Any], folder: Path, labeler: GoldLabeler) -> dict[str, Any]:
     params = load_params().stages
-    seed, found = 1, {"variant": name}
+    seed, results = 1, {"variant": name}
     start, reward_model = Path("models/sft"), Path("models/rm")
     before = time.monotonic()
     if "sft" in changes:
@@ -63,7 +63,7 @@ def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler
         sft(dataclasses.replace(params.sft, **changes["sft"]), rows, Path("models/pretrain"), seed, folder / "sft",
             Path("data/corpus.jsonl"))
         start = folder / "sft" / "model"
-        found["tax_sft"] = round(tax(Path("models/pretrain")) - tax(start), 3)
+        results["tax_sft"] = round(tax(Path("models/pretrain")) - tax(start), 3)
     if "rm" in changes:
         rows = list(read_rows(Path("data/rm.jsonl")))
         shown = [row for row in read_rows(Path("data/sft.jsonl")) if row["split"] == "valid"
@@ -75,7 +75,7 @@ def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler
         scored = score_rows(model, PromptCodec(load_tokenizer(start)), valid, rm)
         gold = [Scored({**item.row, "ranks": labeler.rank(item.row["prompt"], item.row["completions"])}, item.scores)
                 for item in scored]
-        found |= {"rm_accuracy": round(accuracy(scored), 3), "rm_accuracy_gold": round(accuracy(gold), 3)}
+        results |= {"rm_accuracy": round(accuracy(scored), 3), "rm_accuracy_gold": round(accuracy(gold), 3)}
     ppo = dataclasses.replace(params.ppo, **changes.get("ppo", {}))
     rows = list(read_rows(Path("data/ppo.jsonl")))
     train_ppo(ppo, [row["prompt"] for row in rows if row["split"] == "train"], start, reward_model, seed,
@@ -89,13 +89,13 @@ def run(name: str, changes: dict[str, Any], folder: Folder, labeler: GoldLabeler
     wins = gold_judge(labeler)(prompts, *texts)
     ours, theirs = (labeler.scores(prompts, item) for item in texts)
     gain = [a - b for a, b in zip(ours, theirs, strict=True)]
-    found |= {"kl": round(kl, 3), "kl_over_goal": round(kl / ppo.kl_goal, 2),
+    results |= {"kl": round(kl, 3), "kl_over_goal": round(kl / ppo.kl_goal, 2),
               "kl_max_over_goal": round(max(row["ppo/kl"] for row in journal) / ppo.kl_goal, 2),
               "beta_last": round(journal[-1]["ppo/beta"], 4)}
-    found |= {key: round(value, 3) for key, value in with_interval("win_rate_vs_sft", wins, 2000, seed).items()}
-    found |= {key: round(value, 3) for key, value in with_interval("gold_gain", gain, 2000, seed).items()}
-    found["tax_ppo"] = round(tax(Path("models/pretrain")) - tax(folder / "ppo" / "model"), 3)
-    return found | {"seconds": round(time.monotonic() - before)}
+    results |= {key: round(value, 3) for key, value in with_interval("win_rate_vs_sft", wins, 2000, seed).items()}
+    results |= {key: round(value, 3) for key, value in with_interval("gold_gain", gain, 2000, seed).items()}
+    results["tax_ppo"] = round(tax(Path("models/pretrain")) - tax(folder / "ppo" / "model"), 3)
+    return results | {"seconds": round(time.monotonic() - before)}
 
 
 if __name__ == "__main__":

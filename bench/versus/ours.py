@@ -1,6 +1,6 @@
-"""instructflow on the work of a folder, beside bench/versus/theirs.py; also makes the folder.
+"""instructflow's side of the comparison, like bench/versus/theirs.py; also makes the folder with the work.
 
-    python bench/versus/ours.py [PROCESSES]        answers the driver (bench/versus/__main__.py)
+    python bench/versus/ours.py [PROCESSES]        answers the jobs of bench/versus/__main__.py
 """
 
 import os
@@ -34,7 +34,8 @@ from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_groups
 from rlhf.model.tokenizer import train_tokenizer
 from rlhf.params import PpoParams
-from rlhf.ppo import trainer as ppo_module
+from rlhf.ppo import rollouts as ppo_rollouts
+from rlhf.ppo.trainer import Trainer
 from rlhf.reward_model import Rankings
 from rlhf.sft import Demonstrations, batch_loss
 from rlhf.training import distributed
@@ -54,7 +55,7 @@ def new_policy(shape: Shape, eos: int, pad: int) -> Any:
 
 
 def make(folder: str, shape: str) -> dict[str, Any]:
-    """Models with random weights and the work itself. EOS is made as likely as work.EOS_SHARE where a bias allows."""
+    """Makes models with random weights and the work. Where the final norm has a bias, EOS gets the chance EOS_SHARE."""
     root, form = Path(folder), SHAPES[shape]
     seed_everything(1)
     words = [f"{one}{other}" for one in "bdfgklmnprst" for other in "aeiou"]
@@ -80,7 +81,7 @@ def make(folder: str, shape: str) -> dict[str, Any]:
 
 def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: list[list[int]] | None = None,
         order: list[list[int]] | None = None, compiled: bool = False, micro: int = 0) -> dict[str, Any]:
-    """As theirs.ppo. `order`: the prompts in the order that the other side had them in. `compiled`: the sampler."""
+    """Like theirs.ppo. `order`: the prompts in the other side's order. `compiled`: torch.compile for sampling."""
     root = Path(folder)
     work = load_work(root)
     batch, usual = PPO_SIZES[work.shape]
@@ -91,35 +92,35 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
                        adam_eps=1e-5, beta_rule="fixed", beta=0.05, no_eos_score=1e9, precision=precision,
                        max_grad_norm=1e9, compile_rollouts=compiled)
     seed_everything(1)
-    trainer = ppo_module.Trainer(params, root / "policy", root / "rm", 1)
-    trainer.value.load_state_dict(load_scorer(root / "value").state_dict())
+    trainer = Trainer(params, root / "policy", root / "rm", 1)
+    trainer.models.value.load_state_dict(load_scorer(root / "value").state_dict())
     if not mixed:
         trainer.sampling = replace(trainer.sampling, stop_ids=(-1,))
     prompts = (work.mixed if mixed else work.prompts)[:batch * iterations]
     prompts = order or prompts
-    own = ppo_module.sample_responses
+    sample_responses = ppo_rollouts.sample_responses
     if responses is not None:
-        place = {tuple(prompt): response for prompt, response in zip(work.prompts, responses, strict=False)}
-        ppo_module.sample_responses = lambda model, some, sampling, noise, rows: [
-            place[tuple(some[row])] for row in rows]
-    seen, lengths = [], []
+        by_prompt = {tuple(prompt): response for prompt, response in zip(work.prompts, responses, strict=False)}
+        ppo_rollouts.sample_responses = lambda model, batch, sampling, noise, rows: [
+            by_prompt[tuple(batch[row])] for row in rows]
+    journal, lengths = [], []
     try:
         start = time.perf_counter()
         for iteration in range(iterations):
-            rollouts = trainer.collect_rollouts(prompts[iteration * batch:(iteration + 1) * batch], iteration)
-            seen.append({**trainer.step(rollouts, iteration), "score": rollouts.scores.mean().item()})
+            rollouts, values = trainer.step(prompts[iteration * batch:(iteration + 1) * batch], iteration)
+            journal.append(values)
             lengths += list(map(len, rollouts.responses))
         seconds = time.perf_counter() - start
     finally:
-        ppo_module.sample_responses = own
+        ppo_rollouts.sample_responses = sample_responses
     return {"seconds": seconds, "episodes": batch * iterations, "response_tokens": sum(lengths) / len(lengths),
-            "loss/policy": seen[0]["ppo/policy_loss"], "loss/value": seen[0]["ppo/value_loss"],
-            "kl": seen[-1]["ppo/kl"], "score": seen[0]["score"], "memory": memory(),
-            "weight": sum(float(item.detach().double().abs().sum()) for item in trainer.policy.parameters())}
+            "loss/policy": journal[0]["ppo/policy_loss"], "loss/value": journal[0]["ppo/value_loss"],
+            "kl": journal[-1]["ppo/kl"], "score": journal[0]["ppo/rm_score"], "memory": memory(),
+            "weight": sum(float(item.detach().double().abs().sum()) for item in trainer.models.policy.parameters())}
 
 
 def sampled(folder: str, mixed: bool, iterations: int) -> dict[str, Any]:
-    """Responses of 32 tokens to the prompts, which both sides can be given."""
+    """Random responses of 32 tokens to the prompts, for both sides."""
     work = load_work(Path(folder))
     draw = torch.Generator().manual_seed(2)
     count = PPO_SIZES[work.shape][0] * iterations
@@ -128,7 +129,7 @@ def sampled(folder: str, mixed: bool, iterations: int) -> dict[str, Any]:
 
 def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int, compiled: bool = False
             ) -> dict[str, Any]:
-    """As theirs.rollout."""
+    """Like theirs.rollout."""
     root = Path(folder)
     work = load_work(root)
     model = load_policy(root / "policy")
@@ -138,13 +139,13 @@ def rollout(folder: str, precision: str, mixed: bool, batch: int, prompts: int, 
     start = time.perf_counter()
     sampling = replace(sampling, batch_size=batch // distributed.size())
     mine = list(distributed.share(range(len(rows))))
-    found = sample_responses(model, rows, sampling, generator(1, "rollout"), mine)
-    tokens = distributed.all_reduce({"tokens": sum(map(len, found))})["tokens"]
+    responses = sample_responses(model, rows, sampling, generator(1, "rollout"), mine)
+    tokens = distributed.all_reduce({"tokens": sum(map(len, responses))})["tokens"]
     return {"seconds": time.perf_counter() - start, "tokens": tokens, "memory": memory()}
 
 
 def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
-    """As theirs.rm: the K-way ranking loss, in the order of the work."""
+    """Like theirs.rm: the K-way ranking loss, in the order of the work."""
     root = Path(folder)
     work = load_work(root)
     seed_everything(1)
@@ -165,19 +166,20 @@ def rm(folder: str, precision: str, prompts: int) -> dict[str, Any]:
 
 
 def sft(folder: str, precision: str, rows: int) -> dict[str, Any]:
-    """As theirs.sft, in batches of demonstrations of like length."""
+    """Like theirs.sft, in batches of demonstrations of similar length."""
     root = Path(folder)
     work = load_work(root)
     seed_everything(1)
-    some = work.demonstrations[:rows]
-    data = Demonstrations([row["prompt"] + row["completion"] for row in some], [len(row["prompt"]) for row in some], 0)
+    used = work.demonstrations[:rows]
+    data = Demonstrations([row["prompt"] + row["completion"] for row in used], [len(row["prompt"]) for row in used], 0)
     model = load_policy(root / "policy")
     batches = length_batches([len(ids) for ids in data.ids], SFT_BATCH, generator(1, "sft"))
     losses = []
 
     def loss_of_step(step: int) -> Any:
         tokens = sum(len(data.ids[row]) - data.prompt_lengths[row] for row in batches[step])
-        loss = batch_loss(model, *data.batch(model, list(distributed.share(batches[step])), work.pad), precision, tokens)
+        own = list(distributed.share(batches[step]))
+        loss = batch_loss(model, *data.batch(model, own, work.pad), precision, tokens)
         losses.append(loss.item())
         return [(loss, {})]
 
@@ -196,7 +198,7 @@ def timed(root: Path, model: Any, loss_of_step: Any, steps: int, losses: list[fl
 
 
 if __name__ == "__main__":
-    os.environ["INSTRUCTFLOW_CHECKPOINT_SECONDS"] = "1000000"  # theirs saves nothing either
+    os.environ["INSTRUCTFLOW_CHECKPOINT_SECONDS"] = "1000000"  # theirs saves no checkpoints either
     if len(sys.argv) > 1 and int(sys.argv[1]) > 1:
         distributed.fork(int(sys.argv[1]))
     serve({"make": make, "ppo": ppo, "sampled": sampled, "rollout": rollout, "rm": rm, "sft": sft},

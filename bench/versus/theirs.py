@@ -1,9 +1,9 @@
-"""TRL's trainers and transformers' generation on the work of a folder; runs in an environment of its own.
+"""The other side of the comparison: TRL's trainers and transformers' generation, in their own environment.
 
-    .venv-trl/bin/python bench/versus/theirs.py [PROCESSES]        answers the driver (bench/versus/__main__.py)
+    .venv-trl/bin/python bench/versus/theirs.py [PROCESSES]        answers the jobs of bench/versus/__main__.py
 
-Their settings: the attention that is faster here, no gradient checkpointing, no logging, no saving; bf16 through
-accelerate's mixed precision where asked for.
+Settings: the faster attention, no gradient checkpointing, no logging, no saving; bf16 through accelerate's mixed
+precision.
 """
 
 import functools
@@ -52,15 +52,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def tell(line: str) -> str:
-    """The first process's line, to all."""
+def broadcast(line: str) -> str:
+    """The first process's line, for all processes."""
     box = [line]
     if size() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
 
 
-def add_up(number: int) -> int:
+def all_reduce(number: int) -> int:
     total = torch.tensor(number)
     if size() > 1:
         dist.all_reduce(total)
@@ -72,7 +72,7 @@ def load(kind: Any, folder: Path, attention: str, **more: Any) -> Any:
 
 
 def set_precision(precision: str) -> dict[str, Any]:
-    """accelerate reads the environment, and keeps what it read."""
+    """Sets accelerate's precision, which it reads from the environment once and then caches."""
     from accelerate.state import AcceleratorState
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision == "bf16" else "no"
     AcceleratorState._reset_state(True)
@@ -81,15 +81,15 @@ def set_precision(precision: str) -> dict[str, Any]:
 
 def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: int,
         responses: list[list[int]] | None = None, micro: int = 0) -> dict[str, Any]:
-    """PPOTrainer on `iterations` batches, `micro` episodes a forward pass of the update. With `responses` it learns
-    from those instead of its own samples."""
+    """PPOTrainer on `iterations` batches, with `micro` episodes per forward pass of the update. With `responses` it
+    learns from these instead of its own samples."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
     root = Path(folder)
     work = load_work(root)
     set_seed(1)
     batch, usual = PPO_SIZES[work.shape]
     micro = min(micro or usual, batch // size())
-    # a batch more than is asked for: at the end of its data accelerate steps after every forward pass
+    # one batch more than needed: at the end of the data accelerate steps after every forward pass
     prompts = (work.mixed if mixed else work.prompts)[:batch * (iterations + 1)]
     config = PPOConfig(**{**COMMON, "output_dir": str(root / "trl")}, **set_precision(precision),
                        per_device_train_batch_size=micro,
@@ -106,25 +106,25 @@ def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: in
     data = Dataset.from_dict({"input_ids": prompts})
     trainer = PPOTrainer(args=config, processing_class=tokenizer, train_dataset=data, eval_dataset=data.select([0]),
                          **models, **scorers)
-    seen: list[dict[str, float]] = []
-    trainer.log = lambda metrics, *rest: seen.append(dict(metrics))
-    own = ppo_trainer.batch_generation
+    log: list[dict[str, float]] = []
+    trainer.log = lambda metrics, *rest: log.append(dict(metrics))
+    batch_generation = ppo_trainer.batch_generation
     lengths: list[int] = []
     order: list[list[int]] = []
 
     def generation(model: Any, queries: Any, *rest: Any) -> Any:
         order.extend(queries.tolist())
         if responses is None:
-            found, logits = own(model, queries, *rest)
+            sequences, logits = batch_generation(model, queries, *rest)
         else:
-            place = {tuple(prompt): response for prompt, response in zip(prompts, responses, strict=True)}
-            given = torch.tensor([place[tuple(query)] for query in queries.tolist()], device=queries.device)
-            found = torch.cat([queries, given], dim=1)
+            by_prompt = {tuple(prompt): response for prompt, response in zip(prompts, responses, strict=True)}
+            answers = torch.tensor([by_prompt[tuple(query)] for query in queries.tolist()], device=queries.device)
+            sequences = torch.cat([queries, answers], dim=1)
             with torch.no_grad():
-                logits = model(found).logits[:, queries.shape[1] - 1:-1].float()
-        ends = (found[:, queries.shape[1]:] == (work.eos if mixed else -1)).int()
+                logits = model(sequences).logits[:, queries.shape[1] - 1:-1].float()
+        ends = (sequences[:, queries.shape[1]:] == (work.eos if mixed else -1)).int()
         lengths.extend(torch.where(ends.any(1), ends.argmax(1) + 1, ends.shape[1]).tolist())
-        return found, logits
+        return sequences, logits
 
     ppo_trainer.batch_generation = generation
     try:
@@ -132,27 +132,27 @@ def ppo(folder: str, precision: str, attention: str, mixed: bool, iterations: in
         trainer.train()
         seconds = time.perf_counter() - start
     finally:
-        ppo_trainer.batch_generation = own
+        ppo_trainer.batch_generation = batch_generation
     model = getattr(trainer.model, "module", trainer.model).policy
     return {"seconds": seconds, "episodes": batch * iterations, "response_tokens": sum(lengths) / len(lengths),
-            "loss/policy": seen[0]["loss/policy_avg"], "loss/value": seen[0]["loss/value_avg"],
-            "kl": seen[-1]["objective/kl"], "score": seen[0]["objective/scores"], "memory": memory(),
+            "loss/policy": log[0]["loss/policy_avg"], "loss/value": log[0]["loss/value_avg"],
+            "kl": log[-1]["objective/kl"], "score": log[0]["objective/scores"], "memory": memory(),
             "order": order if responses else [],
             "weight": sum(float(item.detach().double().abs().sum()) for item in model.parameters())}
 
 
 @functools.cache
 def sampler(folder: Path, precision: str, attention: str) -> Any:
-    """A policy that stays: what is compiled belongs to it."""
+    """A cached policy, since compiled code belongs to one model object."""
     return load(AutoModelForCausalLM, folder, attention).eval().to(
         torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int, prompts: int,
             continuous: bool = False, compiled: bool = False) -> dict[str, Any]:
-    """transformers' generate (or its continuous batching) on the first prompts, `batch` at a time, sampling.
+    """Sampling with transformers' generate (or its continuous batching) on the first prompts, `batch` at a time.
 
-    `compiled`: its static cache, the passes after the first compiled.
+    `compiled`: with a static cache and torch.compile after the prefill.
     """
     root = Path(folder)
     work = load_work(root)
@@ -174,23 +174,23 @@ def rollout(folder: str, precision: str, attention: str, mixed: bool, batch: int
     start = time.perf_counter()
     with torch.no_grad():
         if continuous:
-            found = model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
-            tokens = sum(len(item.generated_tokens) for item in found.values())
+            outputs = model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
+            tokens = sum(len(item.generated_tokens) for item in outputs.values())
         else:
             for begin in range(0, len(rows), batch):
-                some = rows[begin:begin + batch]
-                longest = max(map(len, some))
-                ids = torch.tensor([[work.pad] * (longest - len(row)) + row for row in some])
-                mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in some])
+                prompt_ids = rows[begin:begin + batch]
+                longest = max(map(len, prompt_ids))
+                ids = torch.tensor([[work.pad] * (longest - len(row)) + row for row in prompt_ids])
+                mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompt_ids])
                 answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, longest:]
                 ends = (answers == (work.eos if mixed else -1)).int()
                 tokens += int(torch.where(ends.any(1), ends.argmax(1) + 1, answers.shape[1]).sum())
-    tokens = add_up(tokens)
+    tokens = all_reduce(tokens)
     return {"seconds": time.perf_counter() - start, "tokens": tokens, "memory": memory()}
 
 
 def rm(folder: str, precision: str, attention: str, prompts: int, micro: int) -> dict[str, Any]:
-    """RewardTrainer on all 15 pairs of each ranking of 6, RM_BATCH prompts a step, in the order of the work."""
+    """RewardTrainer on all 15 pairs of each ranking of 6, RM_BATCH prompts per step, in the order of the work."""
     from trl import RewardConfig, RewardTrainer
     root = Path(folder)
     work = load_work(root)
@@ -210,21 +210,21 @@ def rm(folder: str, precision: str, attention: str, prompts: int, micro: int) ->
 
 
 def sft(folder: str, precision: str, attention: str, rows: int, packing: bool, micro: int) -> dict[str, Any]:
-    """SFTTrainer, loss on the completions: packed to 128 tokens, or padded batches of 32 demonstrations."""
+    """SFTTrainer with the loss on completions: packed to 128 tokens, or padded batches of 32 demonstrations."""
     from trl import SFTConfig, SFTTrainer
     root = Path(folder)
     work = load_work(root)
     set_seed(1)
-    some = work.demonstrations[:rows]
-    data = Dataset.from_dict({"input_ids": [row["prompt"] + row["completion"] for row in some],
+    used = work.demonstrations[:rows]
+    data = Dataset.from_dict({"input_ids": [row["prompt"] + row["completion"] for row in used],
                               "completion_mask": [[0] * len(row["prompt"]) + [1] * len(row["completion"])
-                                                  for row in some]})
+                                                  for row in used]})
     config = SFTConfig(**{**COMMON, **logged(root)}, **set_precision(precision), num_train_epochs=1, max_length=128,
                        per_device_train_batch_size=micro // size(), packing=packing, completion_only_loss=True)
     model = load(AutoModelForCausalLM, root / "policy", attention)
     tokenizer = AutoTokenizer.from_pretrained(str(root / "policy"))
     return timed(SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)) | {
-        "tokens": sum(len(row["prompt"]) + len(row["completion"]) for row in some)}
+        "tokens": sum(len(row["prompt"]) + len(row["completion"]) for row in used)}
 
 
 def logged(root: Path) -> dict[str, Any]:
@@ -243,4 +243,4 @@ def timed(trainer: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) > 1 and int(sys.argv[1]) > 1:
         fork(int(sys.argv[1]))
-    serve({"ppo": ppo, "rollout": rollout, "rm": rm, "sft": sft}, rank() == 0, tell)
+    serve({"ppo": ppo, "rollout": rollout, "rm": rm, "sft": sft}, rank() == 0, broadcast)
