@@ -39,6 +39,7 @@ from flows.summary import StageResult
 from flows.terminal import show_bars
 from flows.workspaces import Changes
 from mlops import imports_done
+from mlops.config.inputs import link_all
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 from mlops.config.stage_graph import pipeline_stages
 from mlops.tracking.uploader import check_variables, wait_until_uploaded
@@ -127,6 +128,7 @@ async def run_stages(root: Path, run_name: str, stage_hours: float | None = None
                      last: str = "") -> list[StageResult]:
     """Runs the stages up to `last`, all without it. Raises the error of the stage that failed."""
     results = []
+    link_all(load_params(root), root)  # a missing file is better said now than after hours
     stages = pipeline_stages(root)
     for stage in stages[: stages.index(last) + 1 if last else None]:
         before = findings_of(root)
