@@ -1,0 +1,120 @@
+"""What lies outside the checkout is linked, file by file, where a stage's record can hold it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import yaml
+
+from mlops.config import versions
+from mlops.config.inputs import link_all, link_inputs
+from mlops.config.loader import load_params
+from rlhf.errors import UserError
+from tests.closure import REPO
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout"
+    (folder / "profiles" / "sources").mkdir(parents=True)
+    (folder / "params.yaml").write_text("seed: 1\nprofile: mine\n")
+    shutil.copytree(REPO / "inputs", folder / "inputs", ignore=lambda *_: set(), symlinks=True)
+    return folder
+
+
+def use(root: Path, **sections: Any) -> None:
+    (root / "profiles" / "mine.yaml").write_text(yaml.safe_dump(sections or {"ppo": {}}))
+
+
+def links(root: Path) -> dict[str, str]:
+    """Path below inputs/: what the link leads to, by content."""
+    return {str(path.relative_to(root / "inputs")): path.read_text() for path in sorted((root / "inputs").rglob("*"))
+            if path.is_symlink()}
+
+
+def model(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_profile_that_names_nothing_outside_has_no_links(root: Path) -> None:
+    use(root)
+    assert link_all(load_params(root), root) == []
+    assert links(root) == {}
+    folders = sorted(path.name for path in (root / "inputs").iterdir())
+    assert folders == ["evaluate", "ingest", "pretrain", "sft", "validate"]
+
+
+def test_each_file_of_a_model_is_linked_and_links_follow_the_profile(root: Path, tmp_path: Path) -> None:
+    one = model(tmp_path / "one", weights="1", config="1")
+    (one / "__pycache__").mkdir()
+    (one / "__pycache__" / "code.pyc").write_text("no")
+    use(root, pretrain={"base_model": str(one)})
+    link_all(load_params(root), root)
+    linked = {f"{stage}/pretrain.base_model/{name}": "1" for stage in ("pretrain", "validate")
+              for name in ("weights", "config")}
+    assert links(root) == linked
+    (one / "weights").write_text("2")  # read through the link
+    (one / "added").write_text("2")
+    (one / "config").unlink()
+    link_all(load_params(root), root)
+    assert links(root) == {f"{stage}/pretrain.base_model/{name}": "2" for stage in ("pretrain", "validate")
+                           for name in ("weights", "added")}
+    other = model(tmp_path / "other", weights="3")
+    use(root, pretrain={"base_model": f"../{other.name}"})  # relative to the checkout
+    link_inputs("pretrain", load_params(root), root)
+    assert links(root)["pretrain/pretrain.base_model/weights"] == "3"
+    assert "pretrain/pretrain.base_model/added" not in links(root)
+    assert link_inputs("round_ppo@r1", load_params(root), root) == []
+
+
+def test_judges_further_models_and_task_rows_are_linked_by_their_names(root: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("rows")
+    use(root, sft={"reward_model": str(model(tmp_path / "rm", weights="rm"))}, evaluate={
+        "judge": "reward_model", "judge_model": str(model(tmp_path / "judge", weights="judge")),
+        "others": {"earlier": str(model(tmp_path / "earlier", weights="earlier"))}, "task_data": {"squad": str(rows)}})
+    link_all(load_params(root), root)
+    assert links(root) == {
+        "sft/sft.reward_model/weights": "rm", "evaluate/evaluate.judge_model/weights": "judge",
+        "evaluate/evaluate.others.earlier/weights": "earlier", "evaluate/evaluate.task_data.squad/rows.jsonl": "rows"}
+
+
+def test_a_sources_files_are_linked_unless_dvc_yaml_declares_their_folder(root: Path, tmp_path: Path) -> None:
+    (root / "raw").mkdir()
+    (root / "raw" / "own.jsonl").write_text("own")
+    (tmp_path / "theirs.jsonl").write_text("theirs")
+    (root / "profiles" / "sources" / "team.yaml").write_text(yaml.safe_dump({
+        "sft": [{"files": "../../raw/*.jsonl"}, {"files": str(tmp_path / "*.jsonl")}]}))
+    use(root, ingest={"source": "files", "spec": "team"}, validate={"counts": "none"})
+    link_all(load_params(root), root)
+    assert links(root) == {"ingest/sft[2].files/theirs.jsonl": "theirs"}
+
+
+def test_a_path_that_does_not_exist_is_one_line(root: Path) -> None:
+    use(root, pretrain={"base_model": "/nowhere/model"})
+    with pytest.raises(UserError, match=r"pretrain\.base_model = '/nowhere/model': no such file or folder"):
+        link_all(load_params(root), root)
+
+
+def test_a_hub_models_commit_is_the_input(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    refs = model(tmp_path / "hub" / "models--org--name" / "refs", main="0" * 40)
+    use(root, pretrain={"base_model": "org/name"})
+    link_inputs("pretrain", load_params(root), root)
+    assert links(root) == {"pretrain/pretrain.base_model/commit": "0" * 40}
+    (refs / "main").write_text("1" * 40)  # the name stands for another commit now
+    assert links(root) == {"pretrain/pretrain.base_model/commit": "1" * 40}
+
+
+def test_other_versions_than_those_that_made_a_model_are_found(tmp_path: Path) -> None:
+    assert versions.other_versions(tmp_path) == []
+    current = versions.installed()
+    assert set(current) == {"torch", "transformers", "tokenizers"}
+    record = tmp_path / versions.RECORD
+    record.write_text('{"torch": "1.0", "transformers": "' + current["transformers"] + '"}')
+    assert versions.other_versions(tmp_path) == [f"torch 1.0 (installed: {current['torch']})"]

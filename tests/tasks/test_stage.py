@@ -1,0 +1,84 @@
+"""The key of a stage's checkpoints covers code, outside inputs, library versions; other versions are said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlops.config import versions
+from mlops.config.inputs import link_inputs
+from mlops.config.loader import load_params
+from rlhf.errors import UserError
+from tasks.stage import Stage, code_hash, config_hash, warn_of_other_versions
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    base = tmp_path / "base"
+    files = {
+        root / "params.yaml": "seed: 1\nprofile: mine\n",
+        root / "profiles" / "mine.yaml": f"sft: {{reward_model: {base}}}\n",
+        root / "dvc.yaml": "stages:\n  sft:\n    cmd: python -m tasks.sft\n"
+                           "    deps: [rlhf/code.py, models/pretrain, inputs/sft]\n"
+                           '    params: [seed, {"profiles/mine.yaml": [sft]}]\n',
+        root / "rlhf" / "code.py": "1\n", root / "models" / "pretrain" / "config.json": "{}",
+        base / "weights": "1"}
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def key(root: Path) -> str:
+    params = load_params(root)
+    link_inputs("sft", params, root)
+    return config_hash("sft", params, root)
+
+
+def test_a_change_of_code_outside_input_versions_or_fast_paths_is_another_key(
+        root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [key(root), key(root)]
+    assert len(set(keys)) == 1
+    (root / "rlhf" / "code.py").write_text("2\n")
+    keys.append(key(root))
+    (root.parent / "base" / "weights").write_text("2")
+    keys.append(key(root))
+    (root.parent / "base" / "added").write_text("2")
+    keys.append(key(root))
+    monkeypatch.setenv("INSTRUCTFLOW_FAST", "off")
+    keys.append(key(root))
+    monkeypatch.setattr(versions, "installed", lambda: {"torch": "9", "transformers": "9", "tokenizers": "9"})
+    keys.append(key(root))
+    assert len(set(keys)) == len(keys) - 1
+
+
+def test_kept_results_belong_to_the_code_and_not_to_the_data(root: Path) -> None:
+    before = code_hash("sft", root)
+    (root / "models" / "pretrain" / "config.json").write_text("[]")
+    assert code_hash("sft", root) == before
+    (root / "rlhf" / "code.py").write_text("2\n")
+    assert code_hash("sft", root) != before
+
+
+def test_a_model_of_other_versions_is_said_and_each_model_records_its_own(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Stage("sft", load_params(root), root, root / "scratch")
+    (root / "scratch" / "model").mkdir(parents=True)
+    (root / "scratch" / "model" / "config.json").write_text("{}")
+    stage.publish("model", "models/pretrain")
+    assert json.loads((root / "models" / "pretrain" / versions.RECORD).read_text()) == versions.installed()
+    warn_of_other_versions(stage)
+    assert capsys.readouterr().err == ""
+    (root / "models" / "pretrain" / versions.RECORD).write_text('{"torch": "1.0"}')
+    warn_of_other_versions(stage)
+    said = capsys.readouterr().err
+    assert said.startswith("sft: warning: models/pretrain was made with torch 1.0 (installed: ")
+    assert said.count("\n") == 1
+
+
+def test_a_missing_input_names_what_makes_it(root: Path) -> None:
+    (root / "models" / "pretrain" / "config.json").unlink()
+    (root / "models" / "pretrain").rmdir()
+    with pytest.raises(UserError, match="models/pretrain: missing, and stage sft needs it"):
+        key(root)
