@@ -11,6 +11,9 @@ TIMES ?= 3
 JOBS ?= 2
 SIZES ?= 1M 10M 135M
 BIN := $(CURDIR)/.venv/bin
+# The trainers' tests run twice: with rlhf/fast and without.
+TRAINERS := tests/rlhf/ppo/test_trainer.py tests/rlhf/ppo/test_options.py tests/rlhf/test_sft.py \
+	tests/rlhf/test_reward_model.py tests/rlhf/test_pretrain.py tests/rlhf/training/test_resume.py
 
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := true
@@ -68,6 +71,7 @@ test: .venv/.installed  ## ruff, mypy, import-linter, pytest in JOBS=2 processes
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	INSTRUCTFLOW_FAST=off OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TRAINERS)
 
 setup: .venv/.installed  ## the environment in .venv; TORCH="torch==2.13.0 --index-url ..." for another build of torch
 .venv/.installed: requirements.lock pyproject.toml

@@ -27,6 +27,9 @@ from rlhf.model.tokenizer import train_tokenizer
 from rlhf.params import PpoParams
 from rlhf.ppo.trainer import Trainer
 from rlhf.training.checkpoint import StopSignal
+from rlhf.training.settings import fast_enabled
+
+needs_fast = pytest.mark.skipif(not fast_enabled(), reason="tests what INSTRUCTFLOW_FAST=off switches off")
 
 WITH_DROPOUT = ("gpt_neox", "gpt2")  # residual dropout, a bias in the final norm
 ARCHITECTURES = (*WITH_DROPOUT, "llama", "qwen2")

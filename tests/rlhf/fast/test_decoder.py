@@ -12,6 +12,9 @@ from rlhf.model.device import autocast
 from rlhf.model.load import load_policy
 from rlhf.model.lora import add_adapter
 from rlhf.params import PpoParams
+from tests.rlhf.conftest import needs_fast
+
+pytestmark = needs_fast
 
 
 @pytest.fixture

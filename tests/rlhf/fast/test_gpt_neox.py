@@ -15,8 +15,11 @@ from rlhf.model.forward import head_at, hidden_states, hidden_states_at, pack
 from rlhf.model.load import no_dropout, save_memory
 from rlhf.model.lora import add_adapter
 from rlhf.params import PpoParams
+from tests.rlhf.conftest import needs_fast
 from tests.rlhf.model.test_forward import compare_gradients, mlps_of, plainly
 from tests.rlhf.model.test_load import head_seed
+
+pytestmark = needs_fast
 
 
 def repeated(count: int, different: int) -> list[list[int]]:

@@ -17,6 +17,9 @@ from rlhf.fast.packed_attention import NAME, attend, enable_packed_attention, si
 from rlhf.model.device import autocast
 from rlhf.model.forward import head_at, hidden_states, hidden_states_at, pack
 from rlhf.model.load import load_policy, no_dropout, save_memory
+from tests.rlhf.conftest import needs_fast
+
+pytestmark = needs_fast
 
 PROMPTS = [[7, 9, 30, 41, 8, 11, 60], [5], [], [99, 100, 101, 102, 103, 104, 105, 106, 12, 13, 14]]
 OWNER = [0, 0, 1, 2, 3, 3, 3, 1, 2, 0]

@@ -1,4 +1,4 @@
-"""Passes that leave out what nobody reads: states and gradients of whole ones."""
+"""Forward passes that leave out what nobody reads give the same states and gradients; all of it can be switched off."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import rlhf.fast.packed_attention
+import rlhf.model.forward
+import rlhf.model.sampling
 from rlhf.data.packing import PackedBatch
 from rlhf.fast.blocks import blocks_of
 from rlhf.model.forward import hidden_states, hidden_states_at
 from rlhf.model.load import load_policy, no_dropout, save_memory
+from rlhf.model.responses import response_log_probs
+from rlhf.model.sampling import Sampling, sample_responses
+from tests.rlhf.conftest import needs_fast
 from tests.rlhf.model.test_load import head_seed, padded
 
 
@@ -34,6 +40,7 @@ def compare_gradients(model: Any, found: Tensor, expected: Tensor, tolerance: fl
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
+@needs_fast
 @pytest.mark.parametrize("places", [[4, 9, 23], [5, 6], []])
 def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer: PreTrainedTokenizerFast,
                                                  places: list[int], tokens_of: Callable[[Any], list[int]]) -> None:
@@ -52,3 +59,26 @@ def test_the_last_mlp_runs_only_where_it_is_read(policy_folder: Path, tokenizer:
     no_dropout(policy)
     hidden_states_at(policy, PackedBatch(ids), chosen)
     assert seen[-1] == ids.numel()
+
+
+def test_fast_passes_are_switched_off_whole_and_change_nothing(
+        policy_folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INSTRUCTFLOW_FAST=off: transformers' own forward passes and sampling, the same results up to rounding."""
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 6, 7]]
+    stops = (tokenizer.eos_token_id,)
+    found = []
+    for switch in ("on", "off"):
+        monkeypatch.setenv("INSTRUCTFLOW_FAST", switch)
+        if switch == "off":
+            for name in ("last_mlp_at", "first_block_per_unique_token", "fused_rope", "last_block_at", "round_up"):
+                monkeypatch.setattr(rlhf.model.forward, name, None)
+            for name in ("pack", "enable_packed_attention"):
+                monkeypatch.setattr(rlhf.fast.packed_attention, name, None)
+            monkeypatch.setattr(rlhf.model.sampling, "decoder_for", None)
+        model = load_policy(policy_folder)
+        responses = sample_responses(model, prompts, Sampling(9, stops, tokenizer.pad_token_id), head_seed(4))
+        log_probs, _ = response_log_probs(model, prompts, responses, 9, pad_id=tokenizer.pad_token_id, temperature=0.7,
+                                          precision="fp32")
+        found.append((responses, log_probs))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)

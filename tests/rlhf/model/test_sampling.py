@@ -14,6 +14,7 @@ from rlhf.fast.decoder import Cache, Decoder
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, pick, sample_responses
 from rlhf.ppo.trainer import Trainer
+from tests.rlhf.conftest import needs_fast
 
 LAST = 1 - 2**-24  # the largest uniform that torch.rand returns
 
@@ -118,6 +119,7 @@ def test_rows_that_leave_do_not_disturb_the_others(policy: Any, prompts: list[li
     assert len(cuts) > 3
 
 
+@needs_fast
 def test_the_decoder_samples_what_the_models_own_pass_does(policy: Any, prompts: list[list[int]],
                                                            tokenizer: PreTrainedTokenizerFast,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +140,7 @@ def test_the_decoder_samples_what_the_models_own_pass_does(policy: Any, prompts:
     assert sample_responses(policy, many, sampling, noise()) == found
 
 
+@needs_fast
 def test_a_prompt_that_stands_several_times_is_read_once(policy: Any, prompts: list[list[int]],
                                                          tokenizer: PreTrainedTokenizerFast,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
