@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 import yaml
 
-from mlops.config.loader import load_params
+from mlops.config.loader import load_params, read_yaml
 from mlops.reporting import plots
 from mlops.reporting.comparison import (
     SLICES,
@@ -265,18 +265,24 @@ def data_versions(root: Path) -> list[dict[str, Any]]:
 
 
 def parameters(root: Path) -> list[tuple[str, str]]:
-    """(title, text): params.yaml, the profile's file, and all parameters including defaults."""
+    """(title, YAML): seed and profile, what the profile's file says, all parameters including defaults.
+
+    Only of the stages that the report is about: those of promotion and of rounds change without it.
+    """
     texts = []
     try:
-        text = (root / "params.yaml").read_text(encoding="utf-8")
-        texts.append(("params.yaml", text))
-        profile = f"profiles/{yaml.safe_load(text)['profile']}.yaml"
-        texts.append((profile, (root / profile).read_text(encoding="utf-8")))
-        stages = dataclasses.asdict(load_params(root).stages)
-        texts.append(("all parameters, including defaults", yaml.safe_dump(stages, sort_keys=False)))
-    except (OSError, yaml.YAMLError, TypeError, KeyError, UserError):
+        loaded = load_params(root)
+        profile = f"profiles/{loaded.profile}.yaml"
+        texts.append(("params.yaml", {"seed": loaded.seed, "profile": loaded.profile}))
+        texts.append((profile, _reported(read_yaml(root / profile))))
+        texts.append(("all parameters, including defaults", _reported(dataclasses.asdict(loaded.stages))))
+    except (OSError, UserError):
         pass
-    return texts
+    return [(title, yaml.safe_dump(content, sort_keys=False)) for title, content in texts]
+
+
+def _reported(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values for name, values in sections.items() if name not in ("promote", "rounds")}
 
 
 def final_metrics(root: Path, evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

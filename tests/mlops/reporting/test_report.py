@@ -52,7 +52,7 @@ def make_run(root: Path, iterations: int = 30) -> None:
     (root / "metrics/rm.json").write_text(json.dumps({"rm/accuracy": 0.7212}))
     (root / "params.yaml").write_text("seed: 7\nprofile: tiny\n")
     (root / "profiles").mkdir()
-    (root / "profiles/tiny.yaml").write_text("ppo: {kl_goal: 2.0}  # <tiny>\n")
+    (root / "profiles/tiny.yaml").write_text("ppo: {kl_goal: 2.0}\nevaluate: {prompt_form: '<{prompt}>'}\n")
     (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  size: 1234567\n  nfiles: 9\n  path: data\n")
 
 
@@ -110,7 +110,7 @@ def test_headline_and_key_figures(page: str) -> None:
     assert "Yes: PPO is better than SFT." in text
     assert "stand-in world" in text
     for figure in ("61.2 %", "58.3 % to 64.1 %", "+0.092", "+0.061 to +0.123", "2.31 nats", "1.33 to 3.00",
-                   "2.0 points", "0123abcd.dir", "1,234,567", "0.7212", "seed: 7", "# &lt;tiny&gt;", "closed QA (26)",
+                   "2.0 points", "0123abcd.dir", "1,234,567", "0.7212", "seed: 7", "&lt;{prompt}&gt;", "closed QA (26)",
                    "70.3 %"):
         assert figure in text, figure
 
