@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from mlops.config import inputs
+
 Undisturbed = dict[str, dict[str, str]]  # stage: {output: MD5} of a run that nothing interrupts
 REPO = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "sft", "rm", "ppo")
@@ -30,8 +32,9 @@ class SmallPipeline:
         self.root = root
         for name in ("rlhf", "mlops", "tasks", "dvc.yaml", "raw"):
             (root / name).symlink_to(REPO / name)
-        (root / "profiles").mkdir()
-        (root / "profiles" / "sources").mkdir()
+        for stage in inputs.STAGES:
+            (root / inputs.FOLDER / stage).mkdir(parents=True)
+        (root / "profiles" / "sources").mkdir(parents=True)
         (root / "profiles" / "benchmarks").symlink_to(REPO / "profiles" / "benchmarks")
         (root / "profiles" / "mini.yaml").write_text(PROFILE)
         (root / "params.yaml").write_text("seed: 1\nprofile: mini\n")
@@ -45,7 +48,7 @@ class SmallPipeline:
 
     def finish(self, stage: str) -> str:
         process = self.start(stage)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         return out
 

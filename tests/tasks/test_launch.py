@@ -43,7 +43,7 @@ def test_two_machines_give_the_bytes_of_two_processes(small_pipeline: SmallPipel
     (small_pipeline.root / "profiles" / "mini.yaml").write_text(PROFILE.replace("sft: {epochs: 8, batch_size: 8",
                                                                       "sft: {epochs: 8, batch_size: 7"))
     process = small_pipeline.start("sft")
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 2
     assert said.count("sft: sft.batch_size = 7: must be a multiple of 2, the number of processes\n") == 1
 
@@ -54,7 +54,7 @@ def test_arguments_that_torchrun_refuses_are_a_clear_error(small_pipeline: Small
     small_pipeline.environment["INSTRUCTFLOW_TORCHRUN"] = "--machines 2"
     try:
         process = small_pipeline.start("sft", "--fresh")
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     finally:
         del small_pipeline.environment["INSTRUCTFLOW_TORCHRUN"]
     assert process.returncode == 2

@@ -70,7 +70,7 @@ def test_a_folder_that_is_no_version_is_refused(tmp_path: Path) -> None:
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DVC_NO_ANALYTICS": "true", "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t.t",
                    "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t.t", "HOME": str(cwd)}
-    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=600)
 
 
 def good(*command: str, cwd: Path) -> None:
