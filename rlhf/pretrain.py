@@ -63,7 +63,7 @@ def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Pa
 
 
 def stored_texts(texts: Iterable[str], folder: Path) -> Column[str]:
-    """Texts in a file in `folder`, read when they are asked for (rlhf/data/token_store.py)."""
+    """Texts in a file in `folder`, read on access (rlhf/data/token_store.py)."""
     store = TokenStore(folder)
     for text in texts:
         store.append([text.encode()], len(text))
@@ -86,8 +86,8 @@ def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, 
     """
     rows = packed_rows((row["text"] for row in read_rows(path)), tokenizer, min(CORPUS_ROW, positions), folder)
     if len(rows) < LEAST_ROWS:
-        raise UserError(f"{path}: next to empty, and pretraining text is asked for; give the source a corpus, or set "
-                        "sft.pretrain_mix and ppo.ptx_coef to 0")
+        raise UserError(f"{path}: nearly empty, but the profile mixes pretraining text in; give the source a corpus, or "
+                        "set sft.pretrain_mix and ppo.ptx_coef to 0")
     return rows
 
 
@@ -97,7 +97,7 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def corpus_batch(rows: Sequence[list[int]], batch_size: int, step: int, seed: int) -> Tensor:
-    """Rows of the packed corpus for a step: shuffled anew in every pass over it. [batch_size, context]."""
+    """Rows of the packed corpus for a step: every pass over it shuffled. [batch_size, context]."""
     epoch, place = divmod(step, max(1, len(rows) // batch_size))
     chosen = _order(len(rows), seed, epoch)[place * batch_size:(place + 1) * batch_size]
     return torch.tensor([rows[row] for row in chosen.tolist()], device=device())

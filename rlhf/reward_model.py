@@ -192,7 +192,7 @@ def best_of_groups(rows: Iterable[dict[str, Any]], count: int, seed: int) -> Ite
 
 
 def sample_rows(rows: Iterable[dict[str, Any]], count: int, seed: int) -> Iterable[dict[str, Any]]:
-    """`count` rows drawn without replacement (0: all), in their order; they are drawn anew in each pass over them."""
+    """`count` rows drawn without replacement (0: all), in their order; every pass over them draws the same."""
     def numbers(total: int) -> list[int]:
         return sorted(torch.randperm(total, generator=generator(seed, "rm", "sample"))[:count].tolist())
     return Drawn(rows, numbers) if count else rows

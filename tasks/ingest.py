@@ -92,7 +92,7 @@ def ingest(stage: Stage) -> None:
                     raise UserError(f"{spec}: {role} reads {entry.dataset} of the hub; set ingest.source to hub")
         missing = [role for role in KEYS if not getattr(source, role)]
         if missing:
-            raise UserError(f"{spec}: nothing for {', '.join(missing)}; the line needs all three datasets")
+            raise UserError(f"{spec}: nothing for {', '.join(missing)}; the pipeline needs all three datasets")
         metrics = write_described(source, spec.parent, stage.params.seed, made)
         write_json(made / SOURCE, {"source": "described"})
         (made / "corpus.jsonl").touch()

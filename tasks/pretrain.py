@@ -19,7 +19,7 @@ JOURNAL = ["pretrain/loss", "pretrain/lr", "pretrain/grad_norm"]
 
 
 def make_base(stage: Stage) -> None:
-    """Trains or takes the base model; a small one is asked for the world's facts before the line goes on."""
+    """Trains the base model, or takes one as it is; measures whether a small one knows the world's facts."""
     params = stage.params.stages.pretrain
     if params.base_model:
         metrics = take_base_model(params, stage.scratch)

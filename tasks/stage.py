@@ -2,7 +2,7 @@
 
 A stage reads its declared deps, works in scratch/<stage>/<config-hash>/ and publishes its outputs at the end.
 The config hash covers its deps (code included), its parameters and the seed, as dvc.yaml declares them, and the
-versions of torch, transformers and tokenizers: a stage run again with the same inputs goes on from its checkpoint, with
+versions of torch, transformers and tokenizers: a stage run again with the same inputs resumes from its checkpoint, with
 other inputs it starts afresh.
 """
 
@@ -145,7 +145,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fail(name, f"no space left on the disk of {root}; free some and run the same command again", 3)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            fail(name, f"{error.filename}: cannot be written ({error.strerror}); mend its permissions", 3)
+            fail(name, f"{error.filename}: cannot be written ({error.strerror}); correct its permissions", 3)
         raise
 
 
@@ -161,8 +161,8 @@ def warn_of_other_versions(stage: Stage) -> None:
     """Says which models that the stage reads other library versions have made."""
     for dep in declared_stages(stage.root)[stage.name].get("deps", []):
         if differences := versions.other_versions(stage.root / dep):
-            print(f"{stage.name}: warning: {dep} was made with {', '.join(differences)}: what is made of it now mixes "
-                  "versions; `dvc repro --force` remakes all with those installed", file=sys.stderr, flush=True)
+            print(f"{stage.name}: warning: {dep} was made with {', '.join(differences)}: the outputs now "
+                  "mix versions; `dvc repro --force` remakes all with those installed", file=sys.stderr, flush=True)
 
 
 def together(stage: Stage, module: str) -> bool:
@@ -194,7 +194,7 @@ def status(name: str, scratch: Path) -> str:
     lines = [f"{name}: inputs {scratch.name}"]
     if steps:
         age = time.time() - (scratch / "checkpoints" / f"step-{steps[-1]:08d}.pt").stat().st_mtime
-        lines.append(f"  goes on after step {steps[-1]:,} (saved {age / 60:.0f} min ago"
+        lines.append(f"  resumes after step {steps[-1]:,} (saved {age / 60:.0f} min ago"
                      + (f"; before it: {', '.join(map(str, steps[:-1]))})" if steps[1:] else ")"))
     else:
         lines.append("  starts from the beginning: nothing is saved for these inputs")

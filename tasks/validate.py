@@ -34,7 +34,7 @@ CLEAN, FOUND, UNUSABLE = 0, 1, 2
 
 
 def report(findings: list[Finding]) -> None:
-    """Prints warnings; raises UserError where a rule failed that stops the line, after a line for each if several."""
+    """Prints warnings; raises UserError where a rule failed that stops the run, after one line for each if several."""
     stops = [finding for finding in findings if finding.stops]
     for finding in findings:
         if not finding.stops:

@@ -15,22 +15,22 @@ PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
 
 
 def declared_stages(root: Path) -> dict[str, dict[str, Any]]:
-    """The line's stages in their order, then those of each round, named stage@round. Raises UserError."""
+    """The pipeline's stages in their order, then those of each round, named stage@round. Raises UserError."""
     path = root / "dvc.yaml"
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-        line = {name: stage for name, stage in declared.items() if "foreach" not in stage}
+        pipeline = {name: stage for name, stage in declared.items() if "foreach" not in stage}
         templates = {name: stage["do"] for name, stage in declared.items() if "foreach" in stage}
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no stages found: {' '.join(str(error).split())}") from None
     rounds = (read_yaml(root / PARAMS_FILE).get("rounds") or {}) if templates else {}
-    return line | {f"{name}@{key}": _filled(stage, {"key": key, **{f"item.{field}": value
+    return pipeline | {f"{name}@{key}": _filled(stage, {"key": key, **{f"item.{field}": value
                                                                   for field, value in item.items()}})
                    for key, item in rounds.items() for name, stage in templates.items()}
 
 
 def pipeline_stages(root: Path) -> list[str]:
-    """The stages of the line in order, and data.dvc after ingest, whose output it pins."""
+    """The stages of the pipeline in order, and data.dvc after ingest, whose output it pins."""
     stages = [name for name in declared_stages(root) if "@" not in name]
     if "ingest" in stages:
         stages.insert(stages.index("ingest") + 1, PIN)

@@ -24,7 +24,7 @@ def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList | None:
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether the backbone goes through torch.compile, which would compile anew for every set of lengths."""
+    """Whether the backbone goes through torch.compile, which would compile for every new set of lengths."""
     return getattr(model.base_model, "_compiled_call_impl", None) is not None
 
 

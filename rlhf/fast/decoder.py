@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass
-class Cache:
+class KVCache:
     """Keys and values of every block: [rows, kv heads, columns, head width] each; a token's column is its position."""
 
     keys: list[Tensor]
@@ -65,7 +65,7 @@ class Decoder:
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         base = model.base_model
         self.embed, self.rotary = model.get_input_embeddings(), getattr(base, "rotary_emb", None)
-        self.places = None if self.rotary else base.wpe
+        self.position_embeddings = None if self.rotary else base.wpe
         read = {"gpt_neox": self._neox, "gpt2": self._gpt2}.get(config.model_type, self._llama)
         self.blocks = [read(layer) for layer in (base.h if config.model_type == "gpt2" else base.layers)]
         self.final = getattr(base, {"gpt_neox": "final_layer_norm", "gpt2": "ln_f"}.get(config.model_type, "norm"))
@@ -105,21 +105,21 @@ class Decoder:
 
     # --- passes ----------------------------------------------------------------------------------------------
 
-    def new_cache(self, rows: int, columns: int) -> Cache:
+    def new_cache(self, rows: int, columns: int) -> KVCache:
         shape = (rows, self.kv_heads, columns, self.head_width)
         device = self.head[0].device
         empty = [torch.zeros(shape, dtype=self.kept, device=device) for _ in range(2 * len(self.blocks))]
-        return Cache(empty[::2], empty[1::2])
+        return KVCache(empty[::2], empty[1::2])
 
     def rope(self, columns: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of the positions 0 .. columns-1: [columns, width] each; None with learned positions."""
         if self.rotary is None:
             return None
-        places = torch.arange(columns, device=self.head[0].device).unsqueeze(0)
-        cos, sin = self.rotary(torch.zeros((), device=places.device), places)
+        positions = torch.arange(columns, device=self.head[0].device).unsqueeze(0)
+        cos, sin = self.rotary(torch.zeros((), device=positions.device), positions)
         return cos[0], sin[0]
 
-    def hidden(self, ids: Tensor, positions: Tensor, cache: Cache, rows: Tensor | None,
+    def hidden(self, ids: Tensor, positions: Tensor, cache: KVCache, rows: Tensor | None,
                rope: tuple[Tensor, Tensor] | None, columns: Tensor | None, last: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [n, T, d], of tokens that go into `rows` of the cache at `positions`.
 
@@ -129,8 +129,8 @@ class Decoder:
         """
         state = self.embed(ids).float()
         if rope is None:
-            assert self.places is not None
-            state = state + self.places(positions)
+            assert self.position_embeddings is not None
+            state = state + self.position_embeddings(positions)
             turn = None
         else:
             turn = tuple(part[positions].unsqueeze(1) for part in rope)
@@ -151,14 +151,14 @@ class Decoder:
                 state = state + self._mlp(block, block.mlp_norm(state))
         return self.final(state)
 
-    def _attend(self, block: Block, number: int, state: Tensor, positions: Tensor, cache: Cache, rows: Tensor | None,
+    def _attend(self, block: Block, number: int, state: Tensor, positions: Tensor, cache: KVCache, rows: Tensor | None,
                 turn: Any, bias: Tensor | None) -> Tensor:
         count, length = positions.shape
         mixed = F.linear(state.to(self.dtype), *block.qkv).view(count, length, -1, self.head_width).transpose(1, 2)
-        turned, value = mixed.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        query_key, value = mixed.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if turn is not None:
-            turned = rotate(turned, *turn)
-        query, key = turned.split((self.heads, self.kv_heads), dim=1)
+            query_key = rotate(query_key, *turn)
+        query, key = query_key.split((self.heads, self.kv_heads), dim=1)
         keys, values = cache.keys[number], cache.values[number]
         place = (torch.arange(count, device=positions.device) if rows is None else rows).unsqueeze(1)
         keys[place, :, positions] = key.transpose(1, 2).to(self.kept)
@@ -204,10 +204,10 @@ class Decoder:
 def rotate(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on the first cos.shape[-1] entries of each head [Su et al. 2021], in float32."""
     width = cos.shape[-1]
-    turned = state[..., :width].float()
-    one, other = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-other, one), dim=-1) * sin
-    return turned if width == state.shape[-1] else torch.cat((turned, state[..., width:].float()), dim=-1)
+    rotated = state[..., :width].float()
+    one, other = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-other, one), dim=-1) * sin
+    return rotated if width == state.shape[-1] else torch.cat((rotated, state[..., width:].float()), dim=-1)
 
 
 def weight_of(module: Any) -> Tensor:

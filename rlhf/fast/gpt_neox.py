@@ -131,8 +131,8 @@ def last_block_at(model: PreTrainedModel, batch: PackedBatch, token_indices: Ten
             assert weight is not None
             return F.linear(some, weight, bias)
 
-        asked = project(states.index_select(1, queries.tokens), slice(1))
-        query, = _FusedRope.apply(asked, width, 1, 1, *_rope_factors(*(
+        projected = project(states.index_select(1, queries.tokens), slice(1))
+        query, = _FusedRope.apply(projected, width, 1, 1, *_rope_factors(*(
             item.index_select(1, queries.tokens) for item in positions)))
         key, value = _FusedRope.apply(project(states, slice(1, 3)), width, 2, 1, *_rope_factors(*positions))
         mixed = attend_packed(query, key, value, layout, module.scaling, _dropout(module), queries)

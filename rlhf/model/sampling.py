@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.data.batching import length_batches, pad_left, pad_right
-from rlhf.fast.decoder import Cache, Decoder, decoder_for
+from rlhf.fast.decoder import Decoder, KVCache, decoder_for
 from rlhf.model.device import autocast, device
 from rlhf.training.settings import fast_enabled
 
@@ -108,12 +108,12 @@ class _ContinuousBatch:
         at_once = max(1, PREFILL_TOKENS // longest)
         states = []
         for start in range(0, len(firsts), at_once):
-            places = firsts[start:start + at_once]
-            texts = [self.prompts[chosen[place]] for place in places]
+            some = firsts[start:start + at_once]
+            texts = [self.prompts[chosen[index]] for index in some]
             ids = pad_right(texts, self.sampling.pad_id).to(rows.device)
             positions = torch.arange(ids.shape[1], device=rows.device).expand(ids.shape)
             last = torch.tensor([len(text) - 1 for text in texts], device=rows.device)
-            states.append(self._run(prefill, ids, positions, rows[places], last))
+            states.append(self._run(prefill, ids, positions, rows[some], last))
         source = torch.repeat_interleave(torch.arange(len(firsts)), same).to(rows.device)
         if len(firsts) < len(chosen):
             self.cache.copy(rows[torch.tensor(firsts, device=rows.device)][source], rows, longest)
@@ -145,14 +145,14 @@ class _ContinuousBatch:
         self.prompt[rows[finished(tokens, place + 1, self.stops, self.sampling.max_new_tokens)]] = -1
 
 
-def prefill(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, ids: Tensor, positions: Tensor,
+def prefill(decoder: Decoder, cache: KVCache, rope: tuple[Tensor, Tensor] | None, ids: Tensor, positions: Tensor,
                  rows: Tensor, last: Tensor) -> Tensor:
     """Puts prompts [n, T] into some rows [n] of the KV cache; returns the states at their last tokens, which stand at
     `last` [n]: [n, d]."""
     return decoder.hidden(ids, positions, cache, rows, rope, None, last)[:, 0]
 
 
-def next_tokens(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, last: Tensor, position: Tensor,
+def next_tokens(decoder: Decoder, cache: KVCache, rope: tuple[Tensor, Tensor] | None, last: Tensor, position: Tensor,
                 uniforms: Tensor, columns: Tensor, temperature: float) -> Tensor:
     """The token after `last` at `position` in every row of the KV cache: [n] each -> [n]; meaningless in finished rows.
     `columns`: 0 up to the greatest position."""
@@ -166,7 +166,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     become a few."""
     made = torch.compile(function)
 
-    def call(decoder: Decoder, cache: Cache, rope: tuple[Tensor, Tensor] | None, *rest: Any) -> Tensor:
+    def call(decoder: Decoder, cache: KVCache, rope: tuple[Tensor, Tensor] | None, *rest: Any) -> Tensor:
         for item in (*cache.keys, *cache.values):
             torch._dynamo.maybe_mark_dynamic(item, (0, 2))
         for item in rope or ():

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
-# A prompt is a line, a completion is what follows it up to EOS.
+# A prompt ends with a line break; a completion is what follows it up to EOS.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.content }}"
     "{{ '\\n' if message.role == 'user' else eos_token }}{% endfor %}"
@@ -116,12 +115,6 @@ def _conversation_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     except TemplateError:
         rendered = tokenizer.apply_chat_template(turns[1:], tokenize=False, add_generation_prompt=True)
     return set(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
-@lru_cache(maxsize=8)
-def cached_codec(folder: str) -> PromptCodec:
-    """The codec of a model folder."""
-    return PromptCodec(load_tokenizer(folder))
 
 
 def newline_ids(tokenizer: Any) -> list[int]:

@@ -113,8 +113,8 @@ def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[li
     The first `first` rows are this process's share of the first update: up to params.reuse_forward_passes of their
     micro-batches keep what their gradients need.
     """
-    asked = [prompts[row] for row in rows]
-    sequences = [prompt + response for prompt, response in zip(asked, responses, strict=True)]
+    own_prompts = [prompts[row] for row in rows]
+    sequences = [prompt + response for prompt, response in zip(own_prompts, responses, strict=True)]
     lengths = list(map(len, sequences))
     mask = response_mask(responses, max(map(len, responses)))
     width = mask.shape[1]
@@ -126,7 +126,7 @@ def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[li
     batches = length_batches([lengths[index] for index in others], 4 * params.micro_batch_size, None)
     for batch, keep in [(batch, True) for batch in to_keep] + [([others[index] for index in picked], False)
                                                                for picked in batches]:
-        some, answers = [asked[index] for index in batch], [responses[index] for index in batch]
+        some, answers = [own_prompts[index] for index in batch], [responses[index] for index in batch]
         with torch.set_grad_enabled(keep):
             models.train_mode(keep)
             log_probs, logits = models.log_probs(models.policy, some, answers, width)

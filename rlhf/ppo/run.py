@@ -32,7 +32,7 @@ GoldScorer = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) -> list[int]:
-    """Indices of an iteration's prompts: every prompt once per pass, shuffled anew, each samples_per_prompt times."""
+    """Indices of an iteration's prompts: every prompt once per pass, each pass shuffled, samples_per_prompt times."""
     needed = params.batch_size // params.samples_per_prompt
     first = iteration * needed
     chosen: list[int] = []

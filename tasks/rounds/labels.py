@@ -53,7 +53,7 @@ def ingest(stage: Stage) -> None:
 
 
 def validate_rows(file: Path, stages: Profile, scratch: Path) -> None:
-    """The suites over the rows that people have just made. Raises UserError where a rule fails that stops the line."""
+    """The suites over the rows that people have just made. Raises UserError where a rule fails that stops the run."""
     given = stages.validate
     limits = replace(given, counts="none", min_k=MIN_CHOICES, warn=[*given.warn, *EXPECTED])
     outcome = validate_files(make_context(scratch / "docs"), {"rm": Path(os.path.relpath(file))}, 1.0, limits)

@@ -2,7 +2,7 @@
 
     python -m tasks.rounds.ppo --round r2
 
-It goes on from the last round's policy and its beta, or with `rounds.restart` from SFT; the KL is to the SFT policy in
+It starts from the last round's policy and its beta, or with `rounds.restart` from SFT; the KL is to the SFT policy in
 every round. The warm-up has the same share of the rollouts as in stage ppo: a whole one would be most of a round.
 """
 

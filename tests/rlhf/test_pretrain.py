@@ -36,7 +36,7 @@ def test_a_corpus_that_is_next_to_empty(texts: list[str], tokenizer: PreTrainedT
     for count, lacks in ((enough, False), (enough - 2, True)):
         path.write_text(f"{json.dumps({'text': texts[0]})}\n" * count)
         if lacks:
-            with pytest.raises(UserError, match="next to empty"):
+            with pytest.raises(UserError, match="nearly empty"):
                 read_corpus(path, tokenizer, 16, tmp_path)
         else:
             assert len(read_corpus(path, tokenizer, 16, tmp_path)) == LEAST_ROWS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from rlhf.fast.decoder import Cache, Decoder
+from rlhf.fast.decoder import Decoder, KVCache
 from rlhf.model.forward import next_token_logits
 from rlhf.model.load import compile_model, load_policy
 from rlhf.model.sampling import Sampling, compiled, prefill, sample_responses
@@ -61,7 +61,7 @@ def test_a_compiled_sampler_draws_the_same_and_is_compiled_once(policy_folder: P
     assert 0 < graphs[-1] <= 4  # of reading and of a step; of a single row too, a case of its own to the compiler
 
 
-def step_states(decoder: Decoder, cache: Cache, rope: tuple[torch.Tensor, torch.Tensor] | None, ids: torch.Tensor,
+def step_states(decoder: Decoder, cache: KVCache, rope: tuple[torch.Tensor, torch.Tensor] | None, ids: torch.Tensor,
                 positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return decoder.hidden(ids.unsqueeze(1), positions.unsqueeze(1), cache, None, rope, columns)[:, 0]
 
