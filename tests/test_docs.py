@@ -35,6 +35,21 @@ def test_the_table_of_details_names_code_and_a_test_in_each_row() -> None:
         assert any(file.startswith("tests/") for file in places), row
 
 
+@pytest.mark.parametrize("package", ["infra", "flows", "tasks", "mlops", "rlhf", "bench"])
+def test_the_readme_tree_shows_each_python_file_and_no_other(package: str) -> None:
+    """A line without indentation names a folder, an indented one names files or folders in it."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    tree = text[text.index("## The tree"):].split("```")[1]
+    shown, folder = set(), ""
+    for line in filter(None, tree.splitlines()):
+        if not line.startswith(" "):
+            folder = line.split()[0]
+        shown |= {f"{folder}{name}" for name in re.split(r" {4,}", line.strip())[0].split() if name.endswith(".py")}
+    files = {file.relative_to(REPO).as_posix() for file in (REPO / package).rglob("*.py")
+             if file.name != "__init__.py" and "versus" not in file.parts}
+    assert {file for file in shown if file.startswith(f"{package}/")} == files
+
+
 FORMULAS = {
     "PPO loss": "rlhf/ppo/trainer.py:policy_loss", "GAE": "rlhf/ppo/trainer.py:advantages_and_returns",
     "K-way loss": "rlhf/losses.py:ranking_loss", "β rule": "rlhf/ppo/kl_controller.py:StepBeta",
