@@ -86,8 +86,8 @@ def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, 
     """
     rows = packed_rows((row["text"] for row in read_rows(path)), tokenizer, min(CORPUS_ROW, positions), folder)
     if len(rows) < LEAST_ROWS:
-        raise UserError(f"{path}: nearly empty, but the profile mixes pretraining text in; give the source a corpus, or "
-                        "set sft.pretrain_mix and ppo.ptx_coef to 0")
+        raise UserError(f"{path}: nearly empty, but the profile mixes pretraining text in; give the source a corpus, "
+                        "or set sft.pretrain_mix and ppo.ptx_coef to 0")
     return rows
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import rlhf.model.sampling
-from rlhf.fast.decoder import Cache, Decoder
+from rlhf.fast.decoder import KVCache, Decoder
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, pick, sample_responses
 from rlhf.ppo.trainer import Trainer
@@ -105,7 +105,7 @@ def test_rows_that_leave_do_not_disturb_the_others(policy: Any, prompts: list[li
         monkeypatch.setattr(kind, name, watched)
 
     watch(DynamicCache, "batch_select_indices")
-    watch(Cache, "keep")
+    watch(KVCache, "keep")
     if own_pass:
         monkeypatch.setattr(rlhf.model.sampling, "decoder_for", lambda *arguments: None)
     usual = sample_responses(policy, prompts, sampling, noise())
