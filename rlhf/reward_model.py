@@ -19,10 +19,9 @@ from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
 from rlhf.model.device import device
 from rlhf.model.load import (
     check_length,
-    compile_model,
     load_policy,
     new_scorer,
-    save_memory,
+    prepare_training,
     save_model,
     scale_scores,
     shift_scores,
@@ -116,11 +115,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
     check_length(model, params.max_tokens, "rm.max_tokens")
     distributed.check_divides(params.batch_size, "rm.batch_size")
-    save_memory(model, params.gradient_checkpointing)
-    compile_model(model, params.compile)
-    if params.shard:
-        distributed.shard(model)
-    model.train()
+    prepare_training(model, params)
     lengths = data.lengths()
     epochs = ShuffledEpochs(lambda epoch: length_batches(lengths, params.batch_size, generator(seed, "rm", epoch)))
     loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]

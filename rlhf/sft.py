@@ -18,7 +18,7 @@ from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.model.device import device
 from rlhf.model.forward import log_probs_at, pack
-from rlhf.model.load import check_length, compile_model, load_policy, load_scorer, save_memory, save_model, set_dropout
+from rlhf.model.load import check_length, load_policy, load_scorer, prepare_training, save_model, set_dropout
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer
@@ -107,11 +107,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
     distributed.check_divides(params.batch_size, "sft.batch_size")
-    save_memory(model, params.gradient_checkpointing)
-    compile_model(model, params.compile)
-    if params.shard:
-        distributed.shard(model)
-    model.train()
+    prepare_training(model, params)
     lengths = lengths_of(train.ids)
     batches = shuffled_batches if params.packing else length_batches
     epochs = ShuffledEpochs(lambda epoch: batches(lengths, params.batch_size, generator(seed, "sft", epoch)))

@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.files import is_writer
 from rlhf.model.device import device
 from rlhf.model.forward import prepare
-from rlhf.params import PretrainParams
+from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
@@ -154,6 +154,15 @@ def save_memory(model: PreTrainedModel, on: bool) -> None:
     if on:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+def prepare_training(model: PreTrainedModel, params: SftParams | RmParams) -> None:
+    """Training mode, with gradient checkpointing, torch.compile and sharding as the parameters say."""
+    save_memory(model, params.gradient_checkpointing)
+    compile_model(model, params.compile)
+    if params.shard:
+        distributed.shard(model)
+    model.train()
 
 
 def no_dropout(model: PreTrainedModel) -> None:

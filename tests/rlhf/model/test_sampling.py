@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import rlhf.model.sampling
-from rlhf.fast.decoder import KVCache, Decoder
+from rlhf.fast.decoder import Decoder, KVCache
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, pick, sample_responses
 from rlhf.ppo.trainer import Trainer
