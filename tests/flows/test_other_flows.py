@@ -109,10 +109,12 @@ CHAMPION = """stages:
 
 def test_the_champion_is_measured_in_a_workspace(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout.write("dvc.yaml", CHAMPION)
-    checkout.write("evaluate.sh", "mkdir -p metrics\ngrep -q 'champion: /the/folder' profiles/small.yaml && "
+    champion = checkout.root / "champion"
+    champion.mkdir()
+    checkout.write("evaluate.sh", f"mkdir -p metrics\ngrep -q 'champion: {champion}' profiles/small.yaml && "
                    "echo '{\"eval/gold_champion\": 5.5, \"eval/gold_ppo\": 6}' > metrics/evaluate.json\n")
     checkout.git()
-    monkeypatch.setattr(flows.champion, "fetch", lambda checkout, params: ("3", Path("/the/folder")))
+    monkeypatch.setattr(flows.champion, "fetch", lambda checkout, params: ("3", champion))
     state = ended(evaluate_champion, root=checkout.root)
     assert state.is_completed(), state
     assert artifact("champion") == [{"metric": "eval/gold_champion", "value": "5.5"}]
