@@ -165,11 +165,6 @@ def decided_pairs(ranks: Sequence[int]) -> int:
     return sum(one != other for one, other in itertools.combinations(ranks, 2))
 
 
-def best_of_rows(rows: Iterable[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """All of `best_of_groups`."""
-    return list(best_of_groups(rows, count, seed))
-
-
 def best_of_groups(rows: Iterable[dict[str, Any]], count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Groups of `count` completions of each row (one of all where it has fewer), the best with rank 1, others 2.
 

@@ -25,7 +25,7 @@ from rlhf.params import RmParams
 from rlhf.reward_model import (
     Scored,
     accuracy,
-    best_of_rows,
+    best_of_groups,
     calibration,
     calibration_error,
     reference_samples,
@@ -115,24 +115,24 @@ def test_order_and_a_common_constant_do_not_matter_to_best_of() -> None:
     torch.testing.assert_close(best_of_loss(scores[:, order] + 7, ranks[:, order], present), loss)
 
 
-def test_best_of_rows_takes_groups_that_share_nothing() -> None:
-    found = best_of_rows([{"completions": list("abcdefghi"), "ranks": list(range(1, 10))}], 4, seed=1)
+def test_best_of_groups_takes_groups_that_share_nothing() -> None:
+    found = list(best_of_groups([{"completions": list("abcdefghi")), "ranks": list(range(1, 10))}], 4, seed=1)
     assert [len(row["completions"]) for row in found] == [4, 4]
     assert not set(found[0]["completions"]) & set(found[1]["completions"])
     assert all(row["ranks"].index(1) == row["completions"].index(min(row["completions"])) for row in found)
 
 
-def test_best_of_rows_draws_completions_and_leaves_ties_out() -> None:
+def test_best_of_groups_draws_completions_and_leaves_ties_out() -> None:
     rows: list[Row] = [{"completions": list("abcdef"), "ranks": [3, 1, 2, 4, 5, 6]},
                        {"completions": list("xy"), "ranks": [1, 1]}, {"completions": list("pqr"), "ranks": [2, 2, 1]}]
-    found = best_of_rows(rows, 4, seed=1)
+    found = list(best_of_groups(rows, 4, seed=1))
     assert len(found) == 2
     assert len(found[0]["completions"]) == 4
     best = min(found[0]["completions"], key=lambda text: rows[0]["ranks"][list("abcdef").index(text)])
     assert found[0]["ranks"] == [1 if text == best else 2 for text in found[0]["completions"]]
     assert (found[1]["completions"], found[1]["ranks"]) == (list("pqr"), [2, 2, 1])
-    assert best_of_rows(rows, 4, seed=1) == found
-    assert any(best_of_rows(rows, 4, seed)[0] != found[0] for seed in range(2, 6))
+    assert list(best_of_groups(rows, 4, seed=1)) == found
+    assert any(list(best_of_groups(rows, 4, seed)[0] != found[0] for seed in range(2, 6)))
 
 
 @pytest.mark.parametrize("loss", ["ranking", "best_of"])
