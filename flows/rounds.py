@@ -145,7 +145,7 @@ async def run_round(key: str, workdir: Path, run_name: str, labelers: Labelers, 
     folder = Path("feedback") / key
     if labelers == "simulated":
         command = [sys.executable, "-m", "mlops.labeling.terminal", str(folder), "--simulate"]
-        await run_program("label", command, workdir, child_env(run_name))
+        await run_program("terminal", command, workdir, child_env(run_name))
     else:
         if server_is_named():
             choose = ["--choose"] if load_params(workdir).stages.rounds.task == "choose" else []
