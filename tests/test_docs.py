@@ -50,6 +50,28 @@ def test_the_readme_tree_shows_each_python_file_and_no_other(package: str) -> No
     assert {file for file in shown if file.startswith(f"{package}/")} == files
 
 
+def test_the_table_of_rules_says_what_the_suites_check() -> None:
+    from mlops.validation.suites import RULES, WARNINGS, cross_rules, fits_model, name_of
+    from rlhf.params import ValidateParams
+
+    limits = ValidateParams()
+    rules = [item for name in ("ppo", "rm", "sft") for item in RULES[name](1.0, limits)]
+    rows = {name_of(item): item for item in [*rules, *cross_rules(limits), fits_model(2048)]}
+    text = (REPO / "docs" / "validation.md").read_text(encoding="utf-8")
+    table = {}
+    for line in text.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if len(cells) == 5 and cells[0].startswith("`"):
+            table[cells[0].strip("`")] = cells[2:]
+    assert table.keys() == rows.keys()
+    for name, item in rows.items():
+        assert item.description is not None
+        assert item.meta is not None
+        _, sentence = item.description.split(": ", 1)
+        severity = "warn" if name in WARNINGS else "stop"
+        assert table[name] == [sentence, severity, item.meta["fix"]], name
+
+
 FORMULAS = {
     "PPO loss": "rlhf/ppo/trainer.py:policy_loss", "GAE": "rlhf/ppo/trainer.py:advantages_and_returns",
     "K-way loss": "rlhf/losses.py:ranking_loss", "β rule": "rlhf/ppo/kl_controller.py:StepBeta",
