@@ -26,6 +26,20 @@ def test_every_place_that_a_page_names_exists(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_and_variable_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:infra|flows|tasks|mlops)[.\w]*[a-z])", text):
+        assert (REPO / f"{module.replace('.', '/')}.py").is_file(), module
+    for script in re.findall(r"(?:python |`)(bench/[\w/]+)", text):
+        assert (REPO / script).exists() or (REPO / f"{script}.py").is_file(), script
+    folders = ("infra", "flows", "tasks", "mlops", "rlhf", "tests/rlhf")
+    code = "".join(file.read_text(encoding="utf-8") for folder in folders for file in (REPO / folder).rglob("*.py"))
+    for variable in re.findall(r"INSTRUCTFLOW_[A-Z_]+[A-Z]", text):
+        assert re.search(f"[\"']{variable}[\"']", code), variable
+        assert not re.search("MIRROR|_LINE$", variable), f"{variable}: an old name"
+
+
 def test_the_table_of_details_names_code_and_a_test_in_each_row() -> None:
     rows = [line for line in (REPO / "docs" / "details.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 12
