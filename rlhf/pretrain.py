@@ -141,6 +141,8 @@ def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"pretrain.base_model = {params.base_model!r}: cannot be loaded: {first}") from None
+    except UserError as error:
+        raise UserError(f"pretrain.base_model: {error}") from None
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

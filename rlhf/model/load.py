@@ -1,11 +1,15 @@
 """Policies, reward and value models as plain Hugging Face classes: build, load, save, and what is set on them."""
 
 import copy
+import logging
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +25,8 @@ from rlhf.model.device import device
 from rlhf.model.forward import prepare
 from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
+
+log = logging.getLogger(__name__)
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
 
@@ -42,22 +48,60 @@ def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> Pre
 
 
 def _loading() -> dict[str, Any]:
-    """Arguments of every from_pretrained: float32 weights, no remote code.
+    """Arguments of every from_pretrained: float32 weights, no remote code, no pickle files (loading one can run code).
 
     On a CPU plain attention: at these lengths its backward pass is one and a half times as fast as the fused one.
     """
     attention = {} if device().type == "cuda" else {"attn_implementation": "eager"}
-    return {"dtype": torch.float32, "trust_remote_code": False, **attention}
+    return {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True,
+            **attention}
+
+
+def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), **more: Any) -> PreTrainedModel:
+    """A model whose every tensor comes from the folder (or hub name), but for the `new` ones.
+
+    transformers fills what is missing with random numbers and drops what is too much, with a warning. Raises UserError
+    for tensors that are missing, of another shape, not finite, or of blocks that config.json does not count, and for a
+    folder that cannot be read.
+    """
+    try:
+        model, report = kind.from_pretrained(str(folder), **_loading(), **more)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{folder}: cannot be loaded: {lines[0] if lines else type(error).__name__}") from None
+    missing = sorted(set(report["missing_keys"]) - new)
+    if missing:
+        hint = "; it is no reward model" if missing == ["score.weight"] else ""
+        raise UserError(f"{folder}: {_named(missing)} missing: they would be random numbers{hint}")
+    shapes = {re.sub(r"\d+", "0", name) for name in model.state_dict()}
+    dropped = sorted(report["unexpected_keys"])
+    if beyond := [name for name in dropped if re.sub(r"\d+", "0", name) in shapes]:
+        raise UserError(f"{folder}: {_named(beyond)} of blocks that config.json does not count: they would be dropped")
+    if broken := [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]:
+        raise UserError(f"{folder}: {_named(broken)} not finite (NaN or infinity)")
+    if dropped and kind is AutoModelForCausalLM:
+        log.warning("%s: %s not used by %s", folder, _named(dropped), type(model).__name__)
+    return model
+
+
+def _named(tensors: Sequence[str]) -> str:
+    """Count and the first names, as the subject of a sentence."""
+    more = ", ..." if len(tensors) > 3 else ""
+    return f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''} ({', '.join(tensors[:3])}{more})"
 
 
 def load_policy(folder: str | Path) -> PreTrainedModel:
-    """A causal language model in float32, dropout off."""
-    return prepare(AutoModelForCausalLM.from_pretrained(str(folder), **_loading())).to(device()).eval()
+    """A causal language model in float32, dropout off. Raises UserError for a model that is not whole (`_load`)."""
+    return prepare(_load(AutoModelForCausalLM, folder)).to(device()).eval()
 
 
-def load_scorer(folder: str | Path) -> PreTrainedModel:
-    """A reward or value model: backbone and one linear head, in float32, dropout off."""
-    model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **_loading())
+def load_scorer(folder: str | Path, new_head: bool = False) -> PreTrainedModel:
+    """A reward or value model: backbone and one linear head, in float32, dropout off.
+
+    Raises UserError for a model that is not whole (`_load`); with `new_head` the head may be missing.
+    """
+    model = _load(AutoModelForSequenceClassification, folder, frozenset({"score.weight"} if new_head else ()),
+                  num_labels=1)
     if getattr(model.config, "score_shift", 0.0):
         _add_bias(model, model.config.score_shift)
     return prepare(model).to(device()).eval()
@@ -65,7 +109,7 @@ def load_scorer(folder: str | Path) -> PreTrainedModel:
 
 def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
     """A reward model on a policy's backbone; the head starts at N(0, 1/(d+1)), without bias [Ziegler]."""
-    model = load_scorer(policy_folder)
+    model = load_scorer(policy_folder, new_head=True)
     model.config.pad_token_id = pad_id
     width = model.score.weight.shape[1]
     fresh = torch.randn(model.score.weight.shape, generator=seed) / math.sqrt(width + 1)
