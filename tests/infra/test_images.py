@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from docker.utils.build import exclude_paths
 
 from infra.serve_mlflow import REQUIRED, command
 from tests.flows.checkout import REPOSITORY
@@ -87,3 +88,27 @@ def test_mlflow_without_a_secret_does_not_start(missing: str, tmp_path: Path) ->
     environment = {name: "x" for name in REQUIRED if name != missing}
     with pytest.raises(SystemExit, match=f"serve_mlflow: {missing} is not set"):
         command(environment, [], tmp_path)
+
+
+KEPT_OUT = (
+    "infra/.env", "infra/.env.local", ".env", ".dvc/config.local", ".git/config", ".venv/bin/python", "mlflow.db",
+    "scratch/servers/password", "data/sft.jsonl", "raw/feedback/a.jsonl", "models/sft/model.safetensors",
+    "rlhf/__pycache__/a.pyc", "instructflow.egg-info/PKG-INFO", "feedback/r1/labels.jsonl", "notes.txt")
+
+
+def test_the_image_s_context_holds_code_and_nothing_else(tmp_path: Path) -> None:
+    """Docker's own reading of .dockerignore, over a checkout with everything in it that must stay out."""
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, text=True,
+                             capture_output=True, check=True).stdout.splitlines()
+    for name in (*tracked, *KEPT_OUT):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret" if name in KEPT_OUT else "")
+    patterns = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    context = {name for name in exclude_paths(str(tmp_path), [line for line in patterns if line and line[0] != "#"],
+                                              "infra/Dockerfile") if (tmp_path / name).is_file()}
+    copied = re.findall(r"(?m)^COPY (.+) \S+$", (REPOSITORY / "infra" / "Dockerfile").read_text())
+    sources = {source for line in copied for source in line.split()}
+    wanted = {name for name in tracked if name in sources or name.split("/")[0] in sources}
+    assert context >= {"rlhf/files.py", "mlops/reporting/report.html.j2", "requirements.lock", "infra/start-worker.sh"}
+    assert context - {".dockerignore", "infra/Dockerfile"} == wanted - {"infra/Dockerfile"}
