@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops import imports_done
-from mlops.config import versions
+from mlops.config import record, versions
 from mlops.config.inputs import link_inputs
 from mlops.config.loader import PARAMS_FILE, Params, Round, load_params
 from mlops.config.stage_graph import declared_stages
@@ -119,6 +119,8 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
             name = f"{name}@{args.round}"
         if is_writer():
             link_inputs(name, params, root)
+        if os.environ.get("DVC_STAGE"):  # set by DVC, which has just recorded or restored what this stage reads
+            record.check(root, declared_stages(root)[name].get("deps", []))
         scratch = root / "scratch" / name / config_hash(name, params, root)
         if args.status:
             print(status(name, scratch), flush=True)
