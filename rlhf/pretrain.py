@@ -138,8 +138,8 @@ def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
     try:
         tokenizer: PreTrainedTokenizerBase = load_with_pad(params.base_model)
         model = load_policy(params.base_model)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"pretrain.base_model = {params.base_model!r}: cannot be loaded: {first}") from None
     except UserError as error:
         raise UserError(f"pretrain.base_model: {error}") from None

@@ -135,6 +135,8 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
             _start_uploader(stage)
         if together(stage, module):
             body(stage)
+            if is_writer():
+                link_inputs(name, params, root)  # the commit of a hub's model that the stage has fetched
             if "rlhf.training.distributed" in sys.modules:
                 sys.modules["rlhf.training.distributed"].leave()
     except UserError as error:
@@ -204,7 +206,8 @@ def status(name: str, scratch: Path) -> str:
         lines.append("  a run with these inputs has finished")
     others = [path for path in sorted(scratch.parent.glob("*")) if path != scratch and path.is_dir()]
     if others:
-        lines.append(f"  checkpoints of {len(others)} other inputs are not used (other code, data, parameters or seed)")
+        lines.append(f"  checkpoints of {len(others)} other inputs are not used (other code, data, parameters, seed or "
+                     "library versions)")
     return "\n".join(lines)
 
 

@@ -89,7 +89,7 @@ def test_the_table_of_rules_says_what_the_suites_check() -> None:
 FORMULAS = {
     "PPO loss": "rlhf/ppo/trainer.py:policy_loss", "GAE": "rlhf/ppo/trainer.py:advantages_and_returns",
     "K-way loss": "rlhf/losses.py:ranking_loss", "β rule": "rlhf/ppo/kl_controller.py:StepBeta",
-    "ptx": "rlhf/ppo/trainer.py:add_ptx", "EMA": "rlhf/ppo/trainer.py:take_optimizer_step",
+    "ptx": "rlhf/ppo/trainer.py:add_ptx", "EMA": "rlhf/ppo/trainer.py:update_average",
     "stop rule of sampling": "rlhf/model/sampling.py:finished",
     "alignment tax": "rlhf/evaluation/metrics.py:tax_metrics"}
 

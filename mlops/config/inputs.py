@@ -5,47 +5,60 @@
 dvc.yaml declares inputs/<stage>, so DVC and the key of a checkpoint know these files by their content: another base
 model, judge or benchmark file at the same path reruns what reads it. A stage makes its links when it starts, a flow
 before its first stage; by hand they are needed after a file was added or removed outside. Of a hub's model the link is
-the cache's note of the commit that its name stands for.
+the cache's note of the commit that its name stands for; it is made when the cache has the model.
+
+The links stand two folders deep, inputs/<stage>/<parameter>/<file>. Nothing else is ever removed.
 """
 
+import argparse
 import os
-import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from urllib.parse import quote
 
 from mlops.config.loader import Params, load_params, read_yaml
 from rlhf.errors import UserError
+from rlhf.files import write_atomic
 
 FOLDER = Path("inputs")
+STAGES = ("ingest", "validate", "pretrain", "sft", "evaluate")
 KEEP = ".gitignore"  # the one file of a folder that git knows
+IGNORE = "# Links to files outside the checkout, made by mlops/config/inputs.py.\n*\n!.gitignore\n"
 IGNORED = ("__pycache__", ".git", ".cache")
-IN_TREE = ("raw", "profiles", "data")  # dvc.yaml declares these themselves
+INGEST_DECLARES = ("raw", "profiles/sources")  # in dvc.yaml, so their files need no links
 
 Linked = tuple[str, Path]  # name below inputs/<stage>/, file
 
 
-def outside_paths(stage: str, params: Params, root: Path) -> Iterator[tuple[str, str]]:
-    """(parameter, path or hub name) of all that a stage reads and no stage makes."""
+@dataclass(frozen=True)
+class Outside:
+    """What a parameter names: a path, or where `hub` is set perhaps a model of the hub."""
+
+    parameter: str
+    path: str
+    hub: bool = False
+
+
+def outside(stage: str, params: Params, root: Path) -> Iterator[Outside]:
+    """All that a stage reads and no stage makes."""
     profile = params.stages
     if stage == "ingest":
         yield from _source_files(params, root)
     elif stage in ("validate", "pretrain"):
-        yield "pretrain.base_model", profile.pretrain.base_model
+        yield Outside("pretrain.base_model", profile.pretrain.base_model, hub=True)
     elif stage == "sft":
-        yield "sft.reward_model", profile.sft.reward_model
+        yield Outside("sft.reward_model", profile.sft.reward_model)
     elif stage == "evaluate":
-        yield "evaluate.judge_model", profile.evaluate.judge_model
+        yield Outside("evaluate.judge_model", profile.evaluate.judge_model, hub=True)
         for section, paths in (("others", profile.evaluate.others), ("task_data", profile.evaluate.task_data)):
             for name, path in sorted(paths.items()):
-                yield f"evaluate.{section}.{name}", path
+                yield Outside(f"evaluate.{section}.{quote(name, safe='')}", path)
 
 
-STAGES = ("ingest", "validate", "pretrain", "sft", "evaluate")
-
-
-def _source_files(params: Params, root: Path) -> Iterator[tuple[str, str]]:
+def _source_files(params: Params, root: Path) -> Iterator[Outside]:
     """Files, folders and the tokenizer that the profile's source description names; what is wrong with the description
     is said by the stage."""
     spec = root / "profiles" / "sources" / f"{params.stages.ingest.spec}.yaml"
@@ -54,64 +67,70 @@ def _source_files(params: Params, root: Path) -> Iterator[tuple[str, str]]:
     content = read_yaml(spec)
     for role, entries in sorted(content.items()):
         for number, entry in enumerate(entries if isinstance(entries, list) else [], start=1):
-            files = str(entry.get("files") or "") if isinstance(entry, dict) else ""
+            pattern = str(entry.get("files") or "") if isinstance(entry, dict) else ""
             dataset = str(entry.get("dataset") or "") if isinstance(entry, dict) else ""
-            for file in sorted(glob(str(spec.parent / files), recursive=True)) if files else []:
-                yield f"{role}[{number}].files", file
+            files = sorted(glob(str(spec.parent / pattern), recursive=True)) if pattern else []
+            common = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
+            for file in files:  # files of one name lie in different folders
+                below = os.path.relpath(os.path.dirname(file), common)
+                yield Outside(os.path.normpath(f"{role}[{number}].files/{below}"), file)
             if dataset and (spec.parent / dataset).is_dir():
-                yield f"{role}[{number}].dataset", str(spec.parent / dataset)
+                yield Outside(f"{role}[{number}].dataset", str(spec.parent / dataset))
     rules = content.get("rules")
-    yield "rules.tokenizer", str(rules.get("tokenizer") or "") if isinstance(rules, dict) else ""
+    yield Outside("rules.tokenizer", str(rules.get("tokenizer") or "") if isinstance(rules, dict) else "", hub=True)
 
 
 def linked_files(stage: str, params: Params, root: Path) -> list[Linked]:
-    """The links that a stage's folder must hold. Raises UserError for a folder that does not exist."""
+    """The links that a stage's folder must hold. Raises UserError for a path that does not exist."""
     links: list[Linked] = []
-    for parameter, path in outside_paths(stage, params, root):
-        if not path:
+    for item in outside(stage, params, root):
+        if not item.path:
             continue
-        target = root / path  # an absolute path stays one
-        if any(target.resolve().is_relative_to((root / folder).resolve()) for folder in IN_TREE):
+        target = Path(os.path.abspath(root / item.path))  # an absolute path stays one
+        if stage == "ingest" and any(target.is_relative_to(root / folder) for folder in INGEST_DECLARES):
             continue
         if target.is_dir():
             files = (file for file in sorted(target.rglob("*")) if file.is_file())
-            links += [(f"{parameter}/{name}", file) for file in files
+            links += [(f"{item.parameter}/{name}", file) for file in files
                       if not set((name := file.relative_to(target)).parts) & set(IGNORED)]
         elif target.is_file():
-            links.append((f"{parameter}/{target.name}", target))
-        elif (commit := hub_commit(path)) is not None:
-            links.append((f"{parameter}/commit", commit))
-        elif Path(path).is_absolute() or path.startswith((".", "~")):
-            raise UserError(f"{parameter} = {path!r}: no such file or folder")
+            links.append((f"{item.parameter}/{target.name}", target))
+        elif not _may_be_hub_name(item, root):
+            hint = " (~ is not expanded)" if item.path.startswith("~") else ""
+            raise UserError(f"{item.parameter} = {item.path!r}: no such file or folder{hint}")
+        elif (commit := hub_commit(item.path)).is_file():
+            links.append((f"{item.parameter}/commit", commit))
     return links
 
 
-def hub_commit(name: str) -> Path | None:
-    """The file in the Hugging Face cache that holds the commit of a hub name's main branch; None where it is not cached
-    and cannot be fetched."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _may_be_hub_name(item: Outside, root: Path) -> bool:
+    """NAME or OWNER/NAME where no folder of the checkout has the owner's name."""
+    parts = item.path.split("/")
+    return (item.hub and len(parts) < 3 and not item.path.startswith((".", "~", "/"))
+            and not (len(parts) == 2 and (root / parts[0]).is_dir()))
 
-    if name.count("/") > 1:
-        return None
-    ref = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / "main"
-    if not ref.is_file():
-        try:
-            hf_hub_download(name, "config.json")
-        except (OSError, HfHubHTTPError, HFValidationError, ValueError):
-            return None
-    return ref if ref.is_file() else None
+
+def hub_commit(name: str) -> Path:
+    """The file in the Hugging Face cache that holds the commit of a hub name's main branch; it may not be there yet."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / "main"
 
 
 def link_inputs(stage: str, params: Params, root: Path) -> list[Linked]:
-    """Makes inputs/<stage>/ hold exactly the links that the parameters ask for; returns them. Raises UserError."""
+    """Makes inputs/<stage>/ hold exactly the links that the parameters ask for; returns them.
+
+    Raises UserError for a path that does not exist, and for anything in the folder that is no link of this kind: it is
+    somebody's, and stays.
+    """
     stage = stage.partition("@")[0]
     if stage not in STAGES:
         return []
     folder = root / FOLDER / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {folder / name: Path(os.path.abspath(file)) for name, file in linked_files(stage, params, root)}
-    present = {path for path in folder.rglob("*") if path.is_symlink() or path.is_file()} - {folder / KEEP}
+    wanted = {folder / name: file for name, file in linked_files(stage, params, root)}
+    present = _own_links(root, folder)
+    if not (folder / KEEP).is_file():
+        write_atomic(folder / KEEP, IGNORE.encode())
     for path in sorted(present - wanted.keys()):
         path.unlink()
     for path, file in wanted.items():
@@ -120,10 +139,26 @@ def link_inputs(stage: str, params: Params, root: Path) -> list[Linked]:
         path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(file)
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not any(item.is_symlink() for item in path.rglob("*")):
-            shutil.rmtree(path)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
     return sorted((str(path.relative_to(root)), file) for path, file in wanted.items())
+
+
+def _own_links(root: Path, folder: Path) -> set[Path]:
+    """The links of earlier calls. Raises UserError where the folder is a link or holds something else."""
+    for path in (folder.parent, folder):
+        if path.is_symlink():
+            raise UserError(f"{path.relative_to(root)}: is a link, not a folder of the checkout: remove the link")
+    links = set()
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder).parts
+        if path.is_symlink() and len(below) > 1:
+            links.add(path)
+        elif path.is_symlink() or (not path.is_dir() and below != (KEEP,)):
+            raise UserError(f"{path.relative_to(root)}: is no link of mlops.config.inputs; move it: your own files "
+                            "belong into raw/")
+    return links
 
 
 def link_all(params: Params, root: Path) -> list[Linked]:
@@ -131,15 +166,30 @@ def link_all(params: Params, root: Path) -> list[Linked]:
     return [link for stage in STAGES for link in link_inputs(stage, params, root)]
 
 
+def not_cached(params: Params, root: Path) -> list[Outside]:
+    """Models of the hub whose commit is not known yet."""
+    named = {item for stage in STAGES for item in outside(stage, params, root)
+             if item.path and not (root / item.path).exists() and _may_be_hub_name(item, root)}
+    return sorted((item for item in named if not hub_commit(item.path).is_file()), key=lambda item: item.parameter)
+
+
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m mlops.config.inputs", description=(
+        "Links what params.yaml and its profile name outside the checkout into inputs/<stage>/.")).parse_args()
+    root = Path.cwd()
     try:
-        links = link_all(load_params(), Path.cwd())
+        params = load_params()
+        links = link_all(params, root)
     except UserError as error:
         print(f"inputs: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     for name, file in links:
         print(f"{name} -> {file}")
-    if not links:
+    waiting = not_cached(params, root)
+    for item in waiting:
+        print(f"{item.parameter} = {item.path!r}: no such path; taken for a model of the hub that is not cached yet; "
+              "the stage that loads it records its commit")
+    if not links and not waiting:
         print("inputs: params.yaml and its profile name nothing outside the checkout")
 
 

@@ -16,9 +16,13 @@ def installed() -> dict[str, str]:
 def other_versions(folder: Path) -> list[str]:
     """How the versions that made the model in `folder` differ from those installed, one text each; none where the
     folder says nothing."""
+    if not (folder / RECORD).is_file():
+        return []
     try:
         recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []
+        recorded = None
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+        return [f"unknown versions ({RECORD} is damaged)"]
     return [f"{library} {recorded[library]} (installed: {ours})" for library, ours in installed().items()
             if recorded.get(library, ours) != ours]

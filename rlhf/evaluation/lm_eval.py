@@ -94,7 +94,9 @@ def _read(file: Path) -> dict[str, TaskScore]:
 def _cache_key(name: str, model_hash: str, suite: TaskSuite) -> str:
     """Hash of all that a task's result depends on: weights, task, data, limit, few-shot, precision, lm-eval version."""
     homes = [folder for folder in suite.folders if (folder / f"{name}.yaml").is_file()]
-    inputs = [path for folder in homes for form in (f"{name}.*", "*.py") for path in sorted(folder.glob(form))]
+    # Other tasks' rows aside, whatever lies beside a task may be included by it.
+    inputs = [path for folder in homes for path in sorted(folder.rglob("*"))
+              if "__pycache__" not in path.parts and (path.stem == name or path.suffix != ".jsonl")]
     if name in suite.data:
         inputs.append(Path(suite.data[name]))
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs if path.is_file()]

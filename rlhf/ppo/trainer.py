@@ -171,6 +171,8 @@ class Trainer:
         tokens = rollouts.mask[rows].sum()
         lengths = [len(prompt) + len(response) for prompt, response in zip(rollouts.prompts, rollouts.responses,
                                                                            strict=True)]
+        # The first update's rows are shared out as they were for sampling, so that each process finds the forward
+        # passes that it may reuse; later ones by length, so that all processes have about as many tokens.
         mine = (share_of_unsampled(rollouts.prompts, rows) if place[1:] == (0, 0) else
                 distributed.share(sorted(rows, key=lambda row: lengths[row])))
         sums: dict[str, Any] = {name: torch.zeros((), dtype=torch.float64, device=device())
@@ -180,7 +182,7 @@ class Trainer:
             prompts, responses = [rollouts.prompts[row] for row in batch], [rollouts.responses[row] for row in batch]
             width = max(map(len, responses))
             mask, old = rollouts.mask[batch, :width], rollouts.log_probs[batch, :width]
-            reusable = rollouts.reusable.take(batch, width)
+            reusable = rollouts.reusable.take(batch, width)  # log-probs and values, or None
             log_probs = reusable[0] if reusable else models.log_probs(models.policy, prompts, responses, width)[0]
             losses, ratio = policy_loss(log_probs, old, advantages[batch, :width], params.clip)
             loss = (losses * mask).sum() / tokens
@@ -212,7 +214,7 @@ class Trainer:
         return loss.item()
 
     def take_optimizer_step(self, rollouts: Rollouts, sums: dict[str, float], iteration: int) -> dict[str, float]:
-        """Sums gradients and `sums` over the processes, clips, steps both optimizers and the moving average (EMA).
+        """Sums gradients and `sums` over the processes, clips, steps both optimizers.
 
         Raises TrainingFailed where a loss or a gradient is not finite; the weights are then as before.
         """
@@ -223,15 +225,20 @@ class Trainer:
         if not all(map(math.isfinite, (*totals.values(), value_norm))):
             raise TrainingFailed(f"iteration {iteration + 1}: not finite: policy loss {totals['policy_loss']}, value "
                                  f"loss {totals['value_loss']}, gradient norms {totals['grad_norm']}, {value_norm}")
-        rollouts.reusable.drop()
+        rollouts.reusable.drop()  # forward passes of the weights before this step
         for optimizer in (self.optimizer, self.value_optimizer):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, value in models.policy.named_parameters():
-                if name in self.average:
-                    self.average[name].lerp_(value, 1 - params.ema_decay)
+        self.update_average()
         return totals
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """EMA of the policy's weights [InstructGPT App. C.4], which is what is saved: average · decay + weight ·
+        (1 - decay). Nothing with ema_decay 0."""
+        for name, value in self.models.policy.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(value, 1 - self.params.ema_decay)
 
     # --- what a checkpoint holds -----------------------------------------------------------------------------
 

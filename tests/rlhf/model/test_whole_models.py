@@ -100,3 +100,12 @@ def test_a_models_own_code_is_not_run(policy_folder: Path, copy_folder: Callable
     with pytest.raises(UserError, match="cannot be loaded"):
         load_policy(folder)
     assert not (folder / "ran").exists()
+
+
+def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "README.md").write_text("nothing")
+    with pytest.raises(UserError, match=r"pretrain\.base_model = .*: cannot be loaded: ") as refused:
+        take_base_model(PretrainParams(base_model=str(folder)), tmp_path / "scratch")
+    assert "\n" not in str(refused.value)
