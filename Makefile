@@ -87,5 +87,6 @@ lock:  ## requirements.lock from pyproject.toml; needs uv
 	rm -f uv.lock
 
 clean:  ## removes what the pipeline made; keeps .venv, DVC's cache and MLflow's history
-	rm -rf build data models metrics/*.csv reports scratch inputs/*/*/
+	rm -rf build data models metrics/*.csv reports scratch
+	find -P inputs -mindepth 3 -type l -delete    # links of outside inputs; never what a link leads to
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
