@@ -24,7 +24,7 @@ from typing import Any
 
 from mlops import imports_done
 from mlops.config import record, versions
-from mlops.config.inputs import link_inputs
+from mlops.config.inputs import link_fetched, link_inputs
 from mlops.config.loader import PARAMS_FILE, Params, Round, load_params
 from mlops.config.stage_graph import declared_stages
 from mlops.processes import die_with_parent
@@ -136,7 +136,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if together(stage, module):
             body(stage)
             if is_writer():
-                link_inputs(name, params, root)  # the commit of a hub's model that the stage has fetched
+                link_fetched(name, params, root)
             if "rlhf.training.distributed" in sys.modules:
                 sys.modules["rlhf.training.distributed"].leave()
     except UserError as error:

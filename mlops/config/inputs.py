@@ -145,6 +145,18 @@ def link_inputs(stage: str, params: Params, root: Path) -> list[Linked]:
     return sorted((str(path.relative_to(root)), file) for path, file in wanted.items())
 
 
+def link_fetched(stage: str, params: Params, root: Path) -> None:
+    """Adds the commits of the hub's models that the stage has fetched. Its work is done and published: what happened to
+    other files outside meanwhile does not fail it now."""
+    stage = stage.partition("@")[0]
+    for item in outside(stage, params, root) if stage in STAGES else ():
+        path = root / FOLDER / stage / item.parameter / "commit"
+        if (item.path and not (root / item.path).exists() and _may_be_hub_name(item, root)
+                and hub_commit(item.path).is_file() and not path.is_symlink()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(hub_commit(item.path))
+
+
 def _own_links(root: Path, folder: Path) -> set[Path]:
     """The links of earlier calls. Raises UserError where the folder is a link or holds something else."""
     for path in (folder.parent, folder):

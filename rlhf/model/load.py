@@ -77,7 +77,7 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), **mo
     dropped = sorted(report["unexpected_keys"])
     if beyond := [name for name in dropped if re.sub(r"\d+", "0", name) in shapes]:
         raise UserError(f"{folder}: {_named(beyond)} of blocks that config.json does not count: they would be dropped")
-    if broken := [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]:
+    if broken := [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]:
         raise UserError(f"{folder}: {_named(broken)} not finite (NaN or infinity)")
     if dropped and kind is AutoModelForCausalLM:
         log.warning("%s: %s not used by %s", folder, _named(dropped), type(model).__name__)

@@ -1,4 +1,4 @@
-"""Settings from the environment: they change speed or frequency, never a result."""
+"""Settings from the environment: they change speed or frequency; results at most by rounding."""
 
 import math
 import os

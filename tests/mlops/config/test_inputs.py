@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mlops.config import inputs, versions
-from mlops.config.inputs import link_all, link_inputs
+from mlops.config.inputs import link_all, link_fetched, link_inputs
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
 from tests.closure import REPO
@@ -190,6 +190,22 @@ def test_a_hub_model_that_is_not_cached_is_said_and_nothing_is_fetched(
     inputs.main()
     said = capsys.readouterr().out
     assert said.startswith("pretrain.base_model = 'org/name': no such path; taken for a model of the hub")
+
+
+def test_after_its_work_a_stage_only_adds_the_commit_of_what_it_fetched(
+        root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    use(root, pretrain={"base_model": "org/name"})
+    link_inputs("pretrain", load_params(root), root)
+    link_fetched("pretrain", load_params(root), root)
+    assert links(root) == {}
+    model(tmp_path / "hub" / "models--org--name" / "refs", main="0" * 40)
+    link_fetched("pretrain", load_params(root), root)
+    link_fetched("pretrain", load_params(root), root)
+    assert links(root) == {"pretrain/pretrain.base_model/commit": "0" * 40}
+    assert link_inputs("pretrain", load_params(root), root)  # the same link
+    use(root, sft={"reward_model": "/gone/meanwhile"})
+    link_fetched("sft", load_params(root), root)  # says nothing: the next start does
 
 
 def test_other_versions_than_those_that_made_a_model_are_found(tmp_path: Path) -> None:

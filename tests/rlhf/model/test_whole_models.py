@@ -109,3 +109,20 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pretrain\.base_model = .*: cannot be loaded: ") as refused:
         take_base_model(PretrainParams(base_model=str(folder)), tmp_path / "scratch")
     assert "\n" not in str(refused.value)
+
+
+def test_a_buffer_may_hold_minus_infinity(policy_folder: Path, copy_folder: Callable[[Path], Path],
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal masks do in some architectures: only weights must be finite."""
+    folder = copy_folder(policy_folder)
+    mask = torch.full((2,), float("-inf"))
+    kind = type(load_policy(folder))
+    build = kind.__init__
+
+    def with_mask(self: Any, *arguments: Any, **more: Any) -> None:
+        build(self, *arguments, **more)
+        self.register_buffer("mask", mask)
+
+    monkeypatch.setattr(kind, "__init__", with_mask)
+    rewrite(folder, lambda tensors: tensors.update(mask=mask.clone()))
+    assert "mask" in load_policy(folder).state_dict()
