@@ -51,6 +51,10 @@ def max_tokens(help: str = "longest prompt + completion, tokens") -> Any:
     return param(96, help, ge=2)
 
 
+def pretrain_row_tokens() -> Any:
+    return param(0, "tokens per row of pretraining text; 0: the model's context, at most 2,048", ge=0)
+
+
 def peak_lr(default: float) -> Any:
     return param(default, "peak learning rate, cosine decay to 10 %", gt=0, le=1)
 
@@ -117,11 +121,12 @@ class PretrainParams:
 class SftParams:
     """Supervised fine-tuning on demonstrations [InstructGPT App. C.1]."""
 
-    epochs: int = param(2, "passes over the train split", ge=1, le=1000)
+    epochs: int = param(2, "passes over the train split; 0: the base model as it is", ge=0, le=1000)
     batch_size: int = param(32, "demonstrations per step", ge=1)
     lr: float = peak_lr(1e-3)
     pretrain_mix: float = param(0.1, "share of pretraining text in each batch [InstructGPT App. C.3: 0.1]",
                                 ge=0, lt=1)
+    pretrain_row_tokens: int = pretrain_row_tokens()
     dropout: float = param(0.0, "residual dropout [InstructGPT: 0.2]", ge=0, lt=1)
     max_tokens: int = max_tokens("longest prompt + completion, tokens; longer rows are dropped and counted")
     packing: bool = param(False, "pack demonstrations into rows of at most max_tokens; attention stays within each")
@@ -185,6 +190,8 @@ class PpoParams:
     lr: float = param(1e-4, "policy learning rate, constant after the warm-up", gt=0, le=1)
     value_lr: float = param(3e-4, "value model learning rate", gt=0, le=1)
     warmup_iterations: int = param(5, "linear warm-up of the policy learning rate, from a tenth of it [10]", ge=0)
+    value_warmup_iterations: int = param(0, "iterations at the start, at most, that train the value model alone while "
+                                         "its explained variance is below zero", ge=0)
     adam_eps: float = param(1e-5, "Adam epsilon", gt=0, le=1)
     max_grad_norm: float = param(1.0, "gradient norm is clipped to this", gt=0)
     gamma: float = param(1.0, "discount", gt=0, le=1)
@@ -194,15 +201,23 @@ class PpoParams:
     whiten_rewards: bool = param(False, "divide rewards by their standard deviation, without shifting the mean")
     whiten_advantages: bool = param(True, "normalise advantages over the batch")
     no_eos_score: float = param(-1.0, "score of a response without EOS, if its own is not lower")
-    beta_rule: Literal["step", "proportional", "fixed"] = param(
-        "step", "how beta adapts: step doubles or halves it [seed], proportional [Ziegler], fixed [InstructGPT]")
+    beta_rule: Literal["step", "step_ahead", "proportional", "fixed"] = param(
+        "step_ahead", "how beta adapts: step doubles or halves it [seed], step_ahead does so for where KL is heading, "
+        "proportional [Ziegler], fixed [InstructGPT]")
     beta: float = param(0.05, "initial KL coefficient", gt=0, le=1000)
     beta_min: float = param(1e-3, "lower bound of beta", gt=0)
     beta_max: float = param(10.0, "upper bound of beta", gt=0)
     kl_goal: float = param(2.0, "target of the mean KL(policy || reference) per response, nats", gt=0, le=1000)
-    beta_interval: int = param(2, "iterations between adjustments of beta", ge=1)
-    beta_smoothing: float = param(0.4, "weight of the newest KL in its moving average", gt=0, le=1)
-    beta_gain: float = param(0.1, "gain on the relative KL error, for beta_rule proportional [Ziegler 0.1]", gt=0, le=5)
+    beta_band: float = param(1.5, "step, step_ahead: KL may be this many times its goal, or its goal KL", gt=1)
+    beta_factor: float = param(2.0, "step, step_ahead: beta is multiplied or divided by this", gt=1, le=100)
+    beta_interval: int = param(2, "step_ahead: iterations between adjustments", ge=1)
+    beta_smoothing: float = param(0.4, "step_ahead: weight of the newest KL in its moving average", gt=0, le=1)
+    beta_brake: int = param(8, "step_ahead: iterations that it looks ahead before it raises beta", ge=0, le=1000)
+    beta_patience: int = param(25, "step_ahead: iterations that it looks ahead before it lowers beta", ge=0, le=1000)
+    beta_window: int = param(6, "step_ahead: iterations whose KL gives the direction", ge=2, le=1000)
+    beta_start: float = param(0.25, "step_ahead: beta is not raised below this share of the goal", ge=0, le=1)
+    beta_gain: float = param(0.1, "proportional: gain on the relative KL error [Ziegler 0.1]", gt=0, le=5)
+    beta_limit: float = param(0.2, "proportional: the relative KL error is clipped to this [Ziegler 0.2]", gt=0, le=10)
     ema_decay: float = param(0.0, "decay of the moving average that is saved as the policy; 0: off [InstructGPT 0.992]",
                              ge=0, lt=1)
     value_init: Literal["reward_model", "policy"] = param("reward_model", "initial weights of the value model")
@@ -214,7 +229,9 @@ class PpoParams:
     entropy_floor: float = param(0.02, "stop when entropy falls below this share of the first iteration's; 0: never",
                                  ge=0, lt=1)
     ptx_coef: float = param(0.0, "weight of the pretraining loss [InstructGPT 27.8; 0 is plain PPO]", ge=0)
-    ptx_batch_size: int = param(32, "pretraining sequences per minibatch, if ptx_coef > 0", ge=1)
+    ptx_batch_size: int = param(0, "pretraining rows per minibatch where ptx_coef > 0; 0: 8 per episode [InstructGPT]",
+                                ge=0)
+    ptx_row_tokens: int = pretrain_row_tokens()
     processes: int = processes()
     shard: bool = shard()
     precision: Precision = precision("bf16")

@@ -1,7 +1,8 @@
 """The base model: a small GPT trained on a corpus, or a Hugging Face model taken as it is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,21 +26,23 @@ from rlhf.training.loop import Part, train_loop
 from rlhf.training.optim import muon_and_adamw
 from rlhf.training.seeding import generator, seed_everything
 
-VALID_DOCUMENTS = 500
-CORPUS_ROW = 128
+VALID_DOCUMENTS, VALID_SHARE = 500, 0.05  # the end of a corpus that no stage trains on: so many documents, if fewer
+LEAST_DOCUMENTS = 100
+LONGEST_ROW = 2048  # tokens of a pretraining row where the parameters ask for the model's context [InstructGPT App. C]
 LEAST_ROWS = 16
 
 
 def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Path) -> dict[str, float]:
     """Trains tokenizer and model on `texts` and saves them in `folder`/model. Returns metrics.
 
-    `texts` are passed over twice: `stored_texts` keeps a large corpus out of memory. The last 500 are held out for
-    `pretrain/valid_loss` (nats per token). Raises UserError where the corpus is too small.
+    `texts` are passed over twice: `stored_texts` keeps a large corpus out of memory. The last `held_out_count` are held
+    out for `pretrain/valid_loss` (nats per token). Raises UserError where the corpus is too small.
     """
     seed_everything(seed)
-    if len(texts) < 2 * VALID_DOCUMENTS:
-        raise UserError(f"data/corpus.jsonl: {len(texts)} documents; at least {2 * VALID_DOCUMENTS} are needed")
-    train_texts, valid_texts = texts[:-VALID_DOCUMENTS], texts[-VALID_DOCUMENTS:]
+    if len(texts) < LEAST_DOCUMENTS:
+        raise UserError(f"data/corpus.jsonl: {len(texts)} documents; at least {LEAST_DOCUMENTS} are needed")
+    cut = len(texts) - held_out_count(len(texts))
+    train_texts, valid_texts = texts[:cut], texts[cut:]
     tokenizer = train_tokenizer(train_texts, params.vocab_size)
     eos_id = tokenizer.eos_token_id
     rows, valid_rows = (packed_rows(some, tokenizer, params.context, folder) for some in (train_texts, valid_texts))
@@ -51,7 +54,9 @@ def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Pa
 
     def loss_of_step(step: int) -> list[Part]:
         ids = corpus_batch(rows, params.batch_size, step, seed)
-        return [(corpus_loss(model, ids, params.precision, positions_of(ids, params, eos_id)), {})]
+        mine = list(distributed.share(range(len(ids))))  # batch_size is a multiple of the processes
+        loss = lm_loss(model, ids[mine], params.precision, positions_of(ids[mine], params, eos_id))
+        return [(loss * (len(mine) / len(ids)), {})]
 
     optimizers = muon_and_adamw(model, params.lr, params.muon_lr, params.weight_decay)
     train_loop("pretrain", folder, model, optimizers, steps=params.steps, warmup=params.warmup_steps,
@@ -80,11 +85,34 @@ def packed_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
     return Column(store, only)
 
 
-def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, folder: Path) -> Column[list[int]]:
-    """The pretraining corpus in packed rows, for the stages that mix it in: of 128 tokens, or less if the model's
-    `positions` are fewer; they lie in a file in `folder`. Raises UserError where there are fewer than LEAST_ROWS.
+def held_out_count(documents: int) -> int:
+    """How many documents at the end of a corpus no stage trains on: 500, or a twentieth of a small corpus."""
+    return min(VALID_DOCUMENTS, int(VALID_SHARE * documents))
+
+
+def corpus_texts(path: Path, held_out: bool = False) -> Iterator[str]:
+    """The documents of a corpus file that stages train on, or with `held_out` the others, which measure perplexity."""
+    count = sum(1 for _ in read_rows(path))
+    cut = count - held_out_count(count)
+    texts = (row["text"] for row in read_rows(path))
+    return islice(texts, cut, None) if held_out else islice(texts, cut)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the model attends to."""
+    return int(getattr(model.config, "max_position_embeddings", LONGEST_ROW))
+
+
+def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, folder: Path, row_tokens: int = 0
+                ) -> Column[list[int]]:
+    """The pretraining corpus in packed rows, for the stages that mix it in; they lie in a file in `folder`.
+
+    A row has `row_tokens` tokens; 0: the model's context (`positions`), at most LONGEST_ROW. Raises UserError where
+    there are fewer than LEAST_ROWS rows, or where a row would be longer than the context.
     """
-    rows = packed_rows((row["text"] for row in read_rows(path)), tokenizer, min(CORPUS_ROW, positions), folder)
+    if row_tokens > positions:
+        raise UserError(f"pretraining rows of {row_tokens} tokens: the model's context is {positions}")
+    rows = packed_rows(corpus_texts(path), tokenizer, row_tokens or min(LONGEST_ROW, positions), folder)
     if len(rows) < LEAST_ROWS:
         raise UserError(f"{path}: nearly empty, but the profile mixes pretraining text in; give the source a corpus, "
                         "or set sft.pretrain_mix and ppo.ptx_coef to 0")
@@ -116,11 +144,14 @@ def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tens
     return completion_loss(log_probs, torch.ones_like(log_probs))
 
 
-def corpus_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None) -> Tensor:
-    """This process's part of the mean loss over a step's packed rows; the processes' parts add up to it."""
+def corpus_losses(model: PreTrainedModel, ids: Tensor, precision: str, at_once: int = 0) -> Iterator[Tensor]:
+    """This process's part of the mean loss over a step's packed rows, `at_once` rows at a time (0: all); the parts of
+    all processes add up to it."""
     mine = list(distributed.share(range(len(ids))))
-    rows = mine or [0]  # one with nothing to do makes the pass too, at no weight
-    return lm_loss(model, ids[rows], precision, None if positions is None else positions[rows]) * (len(mine) / len(ids))
+    most = -(-len(ids) // distributed.size())  # rows of the process that has most: all make as many passes
+    for start in range(0, most, at_once or most):
+        rows = mine[start:start + (at_once or most)]
+        yield lm_loss(model, ids[rows or [0]], precision) * (len(rows) / len(ids))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import SftParams
-from rlhf.pretrain import corpus_batch, corpus_loss, read_corpus
+from rlhf.pretrain import context_of, corpus_batch, corpus_losses, read_corpus
 from rlhf.training import distributed
 from rlhf.training.loop import BestCheckpoint, Part, train_loop
 from rlhf.training.optim import adamw
@@ -102,7 +102,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         check_packing(model)
     corpus_rows = None
     if corpus and params.pretrain_mix:
-        corpus_rows = read_corpus(corpus, tokenizer, model.config.max_position_embeddings, folder)
+        corpus_rows = read_corpus(corpus, tokenizer, context_of(model), folder, params.pretrain_row_tokens)
     mixed_rows = max(1, round(params.batch_size * params.pretrain_mix / (1 - params.pretrain_mix)))
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
@@ -122,8 +122,9 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             loss = batch_loss(model, *packed, params.precision, tokens)
             yield share * loss, {"sft/completion_loss": loss.detach(), "sft/pretrain_loss": 0.0}
         if corpus_rows is not None:
-            other = corpus_loss(model, corpus_batch(corpus_rows, mixed_rows, step, seed), params.precision)
-            yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.detach()}
+            rows = corpus_batch(corpus_rows, mixed_rows, step, seed)
+            for other in corpus_losses(model, rows, params.precision, params.micro_batch_size):
+                yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.detach()}
 
     measure = {"valid_loss": lambda: -valid_loss(model, valid, params, codec.pad_id),
                "rm_score": lambda: rm_score(model, valid, params, codec, seed)}.get(params.checkpoint)

@@ -21,9 +21,12 @@ def f1(answer: str, reference: str) -> float:
     return 2 * shared / (len(ours) + len(theirs))
 
 
+NO_ANSWER = (["unanswerable"], ["not", "in", "background"], ["no", "answer"])
+
+
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """f1 and exact match of one answer; "unanswerable" means no answer."""
-    answer = "" if normal(results[0]) == ["unanswerable"] else results[0]
+    """f1 and exact match of one answer; the texts of NO_ANSWER mean that there is none."""
+    answer = "" if normal(results[0]) in NO_ANSWER else results[0]
     references = doc["answers"]["text"] or [""]
     return {"f1": max(f1(answer, reference) for reference in references),
             "exact": max(float(normal(answer) == normal(reference)) for reference in references)}

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rlhf.training import distributed
 METRICS = ("f1", "best_f1", "bleu", "acc_norm", "acc", "exact_match", "mc2", "em", "score", "rougeL_acc", "bleu_acc",
            "likelihood_diff", "pct_stereotype", "toxicity", "perplexity")  # first reported one is used
 PERCENT = ("bleu", "chrf", "ter", "rouge", "squadv2/")  # prefixes of metric or task/metric with a maximum of 100, not 1
+ANSWER = "/answer"
 BOOTSTRAP = 200  # lm-eval's resamples, for metrics that are not a mean over items
 
 
@@ -39,7 +41,8 @@ class TaskScore:
     """One model's score on one task, in the task's unit.
 
     `unit` is a perfect score (1 or 100), `chance` the score of guessing if the task states it, `items` the value of
-    each item if the metric is their mean, else empty.
+    each item if the metric is their mean, else empty. `bits`: -log2 p(right answer | prompt) of each item, which has no
+    ceiling; empty where a task has no single right answer.
     """
 
     metric: str
@@ -49,6 +52,7 @@ class TaskScore:
     unit: float
     chance: float | None
     items: list[float]
+    bits: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def _run(model_folder: Path, names: Sequence[str], suite: TaskSuite) -> dict[str
                      mixed_precision_dtype="bfloat16" if suite.precision == "bf16" else None)
         _share_items(model)
         tasks = {task: content for group in loaded.values() for task, content in group.items()}
+        tasks |= _answers_as_tasks(tasks)
         try:
             results = evaluator.simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=suite.few_shot or None,
                                                 limit=suite.limit or None, bootstrap_iters=BOOTSTRAP,
@@ -137,6 +142,30 @@ def _run(model_folder: Path, names: Sequence[str], suite: TaskSuite) -> dict[str
             raise UserError(message) from error
     return distributed.broadcast({} if results is None else {  # None in all processes but the main one
         name: {task: _score(task, results, group[task]) for task in group} for name, group in loaded.items()})
+
+
+def _answers_as_tasks(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """For each task whose answer is generated: a second one that asks for the probability of its right answer, named
+    `<task>/answer`. Without those whose right answer is no single text."""
+    from lm_eval.api.task import ConfigurableTask
+
+    answers = {}
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until" or not isinstance(task, ConfigurableTask):
+            continue
+        config = task.config.to_dict(keep_callable=True) | {
+            "task": f"{name}{ANSWER}", "doc_to_target": partial(_target, task), "target_delimiter": "",
+            "output_type": "loglikelihood", "generation_kwargs": None, "filter_list": None, "process_results": None,
+            "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+        documents = task.eval_docs
+        if len(documents) and isinstance(task.doc_to_target(documents[0]), str):
+            answers[f"{name}{ANSWER}"] = ConfigurableTask(config=config)
+    return answers
+
+
+def _target(task: Any, document: dict[str, Any]) -> str:
+    """The right answer as it follows the prompt."""
+    return f"{task.config.target_delimiter}{task.doc_to_target(document)}"
 
 
 def _share_items(model: Any) -> None:
@@ -229,7 +258,20 @@ def _score(task: str, results: Mapping[str, Any], loaded: Any) -> TaskScore:
     percent = metric.startswith(PERCENT) or f"{task}/{metric}".startswith(PERCENT)
     chance = (loaded.config.metadata or {}).get("chance")
     better = results["higher_is_better"].get(task, {}).get(metric)
-    return TaskScore(metric, value, stderr, better is not False, 100.0 if percent else 1.0, chance, items)
+    return TaskScore(metric, value, stderr, better is not False, 100.0 if percent else 1.0, chance, items,
+                     _answer_bits(task, results["samples"], loaded))
+
+
+def _answer_bits(task: str, samples: Mapping[str, Any], loaded: Any) -> list[float]:
+    """-log2 p(right answer | prompt) of each item: of a choice, or of the text that `_answers_as_tasks` asked for."""
+    if loaded.OUTPUT_TYPE == "multiple_choice" and not loaded.multiple_input:
+        of_choices = {sample["doc_id"]: (sample["resps"], sample["target"]) for sample in samples[task]}
+        if all(isinstance(target, int) and target >= 0 for _, target in of_choices.values()):
+            return [-resps[target][0][0] / math.log(2) for _, (resps, target) in sorted(of_choices.items())]
+    if f"{task}{ANSWER}" in samples:
+        of_texts = {sample["doc_id"]: sample["resps"] for sample in samples[f"{task}{ANSWER}"]}
+        return [-resps[0][0][0] / math.log(2) for _, resps in sorted(of_texts.items())]
+    return []
 
 
 def resampled_error(score: Callable[[list[Any]], float], values: Sequence[Any], resamples: int = 50) -> float:

@@ -14,7 +14,7 @@ from rlhf.params import PpoParams
 from rlhf.ppo.health import check_bounds, hacking_alarm, length_controlled
 from rlhf.ppo.rollouts import Rollouts
 from rlhf.ppo.trainer import Trainer
-from rlhf.pretrain import read_corpus
+from rlhf.pretrain import context_of, read_corpus
 from rlhf.training import distributed
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.journal import Journal, read_journal
@@ -72,8 +72,8 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
     if not encoded:
         raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
     if params.ptx_coef > 0 and corpus is not None:
-        positions = trainer.models.policy.config.max_position_embeddings
-        trainer.corpus_rows = read_corpus(corpus, trainer.models.tokenizer, positions, folder)
+        trainer.corpus_rows = read_corpus(corpus, trainer.models.tokenizer, context_of(trainer.models.policy), folder,
+                                          params.ptx_row_tokens)
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoint = checkpoints.latest()
     start = 0

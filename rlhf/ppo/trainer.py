@@ -10,6 +10,7 @@ is the loop around `step`. Several processes: rlhf/training/distributed.py.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from rlhf.ppo.kl_controller import beta_rule
 from rlhf.ppo.models import PpoModels
 from rlhf.ppo.rollouts import Rollouts, collect_rollouts, share_of_unsampled
 from rlhf.ppo.vllm_sampler import VllmServer
-from rlhf.pretrain import corpus_batch, corpus_loss
+from rlhf.pretrain import corpus_batch, corpus_losses
 from rlhf.training import distributed
 from rlhf.training.optim import adamw, scale_lr
 from rlhf.training.seeding import generator, restore_rng, rng_state
+
+PTX_ROWS_PER_EPISODE = 8  # [InstructGPT App. C.4]
 
 # --- the maths -----------------------------------------------------------------------------------------------
 
@@ -81,6 +84,17 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What an iteration's updates aim at: advantages and returns [B, T]; beside them the mean reward of an episode and
+    the share of the returns' variance that the value model explains."""
+
+    advantages: Tensor
+    returns: Tensor
+    episode_reward: float
+    explained_variance: float
+
+
 # --- one iteration -------------------------------------------------------------------------------------------
 
 class Trainer:
@@ -122,7 +136,37 @@ class Trainer:
         params, mask = self.params, rollouts.mask
         self.models.train_mode(True)
         kl = response_kl(rollouts.log_probs, rollouts.ref_log_probs, mask).mean().item()
-        beta = self.beta.update(kl)
+        targets = self.targets(rollouts, self.beta.beta)
+        train_policy = targets.explained_variance >= 0 or iteration >= params.value_warmup_iterations
+        if train_policy:
+            targets = self.targets(rollouts, self.beta.update(kl))
+        beta = self.beta.beta
+        lr_factor = min(1.0, 0.1 + 0.9 * iteration / params.warmup_iterations) if params.warmup_iterations else 1.0
+        scale_lr(self.optimizer, lr_factor)
+        updates: list[dict[str, float]] = []
+        for epoch in range(params.inner_epochs):
+            order = self.order(iteration, epoch, len(rollouts.prompts))
+            for start in range(0, len(order), params.minibatch_size):
+                updates.append(self.update(rollouts, order[start:start + params.minibatch_size], targets.advantages,
+                                           targets.returns, (iteration, epoch, len(updates)), train_policy))
+        means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        lengths, eos = mask.sum(dim=1), self.models.codec.eos_id
+        return {
+            "ppo/kl": kl,
+            "ppo/kl_k3": response_kl_k3(rollouts.log_probs, rollouts.ref_log_probs, mask).mean().item(),
+            "ppo/kl_goal": params.kl_goal, "ppo/kl_smoothed": self.beta.smoothed, "ppo/beta": beta,
+            "ppo/reward": targets.episode_reward, "ppo/rm_score": rollouts.scores.mean().item(),
+            "ppo/entropy": rollouts.entropy, "ppo/clip_fraction": means["clipped"],
+            "ppo/value_loss": means["value_loss"], "ppo/policy_loss": means["policy_loss"],
+            "ppo/ptx_loss": means["ptx_loss"], "ppo/explained_variance": targets.explained_variance,
+            "ppo/grad_norm": means["grad_norm"], "ppo/response_length": lengths.mean().item(),
+            "ppo/eos_rate": sum(response[-1] == eos for response in rollouts.responses) / len(lengths),
+            "ppo/ratio_first": updates[0]["ratio"], "ppo/lr": params.lr * lr_factor * train_policy,
+        } | ({} if rollouts.sampler_gap is None else {"ppo/sampler_gap": rollouts.sampler_gap})
+
+    def targets(self, rollouts: Rollouts, beta: float) -> Targets:
+        """What the updates aim at, from an iteration's rollouts and its β."""
+        params, mask = self.params, rollouts.mask
         rewards = token_rewards(rollouts.scores, rollouts.log_probs, rollouts.ref_log_probs, mask, beta)
         episode_reward = rewards.sum(dim=1).mean().item()
         if params.whiten_rewards:
@@ -132,28 +176,7 @@ class Trainer:
         variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
         if params.whiten_advantages:
             advantages = whiten(advantages, mask)
-        lr_factor = min(1.0, 0.1 + 0.9 * iteration / params.warmup_iterations) if params.warmup_iterations else 1.0
-        scale_lr(self.optimizer, lr_factor)
-        updates: list[dict[str, float]] = []
-        for epoch in range(params.inner_epochs):
-            order = self.order(iteration, epoch, len(rollouts.prompts))
-            for start in range(0, len(order), params.minibatch_size):
-                updates.append(self.update(rollouts, order[start:start + params.minibatch_size], advantages, returns,
-                                           (iteration, epoch, len(updates))))
-        means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-        lengths, eos = mask.sum(dim=1), self.models.codec.eos_id
-        return {
-            "ppo/kl": kl,
-            "ppo/kl_k3": response_kl_k3(rollouts.log_probs, rollouts.ref_log_probs, mask).mean().item(),
-            "ppo/kl_goal": params.kl_goal, "ppo/kl_smoothed": self.beta.smoothed, "ppo/beta": beta,
-            "ppo/reward": episode_reward, "ppo/rm_score": rollouts.scores.mean().item(),
-            "ppo/entropy": rollouts.entropy, "ppo/clip_fraction": means["clipped"],
-            "ppo/value_loss": means["value_loss"], "ppo/policy_loss": means["policy_loss"],
-            "ppo/ptx_loss": means["ptx_loss"], "ppo/explained_variance": (1 - residual / (variance + 1e-8)).item(),
-            "ppo/grad_norm": means["grad_norm"], "ppo/response_length": lengths.mean().item(),
-            "ppo/eos_rate": sum(response[-1] == eos for response in rollouts.responses) / len(lengths),
-            "ppo/ratio_first": updates[0]["ratio"], "ppo/lr": params.lr * lr_factor,
-        } | ({} if rollouts.sampler_gap is None else {"ppo/sampler_gap": rollouts.sampler_gap})
+        return Targets(advantages, returns, episode_reward, (1 - residual / (variance + 1e-8)).item())
 
     def order(self, iteration: int, epoch: int, count: int) -> list[int]:
         """The rollouts in the order in which an epoch's minibatches take them."""
@@ -161,8 +184,9 @@ class Trainer:
         return order
 
     def update(self, rollouts: Rollouts, rows: list[int], advantages: Tensor, returns: Tensor,
-               place: tuple[int, int, int]) -> dict[str, float]:
-        """One optimizer step of policy and value model on a minibatch, accumulated over micro-batches and processes.
+               place: tuple[int, int, int], train_policy: bool = True) -> dict[str, float]:
+        """One optimizer step of policy and value model (or of the latter alone) on a minibatch, accumulated over
+        micro-batches and processes.
 
         Sums are divided by the minibatch's token count, so the update is the same for any micro-batch size and any
         number of processes, up to rounding. `place`: iteration, epoch, number of the update in the iteration.
@@ -183,10 +207,12 @@ class Trainer:
             width = max(map(len, responses))
             mask, old = rollouts.mask[batch, :width], rollouts.log_probs[batch, :width]
             reusable = rollouts.reusable.take(batch, width)  # log-probs and values, or None
-            log_probs = reusable[0] if reusable else models.log_probs(models.policy, prompts, responses, width)[0]
-            losses, ratio = policy_loss(log_probs, old, advantages[batch, :width], params.clip)
-            loss = (losses * mask).sum() / tokens
-            distributed.backward(models.policy, loss)
+            loss, ratio = torch.zeros_like(tokens), torch.ones_like(mask)
+            if train_policy:
+                log_probs = reusable[0] if reusable else models.log_probs(models.policy, prompts, responses, width)[0]
+                losses, ratio = policy_loss(log_probs, old, advantages[batch, :width], params.clip)
+                loss = (losses * mask).sum() / tokens
+                distributed.backward(models.policy, loss)
             values = reusable[1] if reusable else models.values(prompts, responses, width)
             errors = value_loss(values, rollouts.values[batch, :width], returns[batch, :width], params.value_clip)
             error = (errors * mask).sum() / tokens
@@ -195,38 +221,44 @@ class Trainer:
             for name, value in (("policy_loss", loss), ("value_loss", error),
                                 ("clipped", (clipped * mask).sum() / tokens), ("ratio", (ratio * mask).sum() / tokens)):
                 sums[name] += value.detach()
-        sums["ptx_loss"] = self.add_ptx(place)
-        return self.take_optimizer_step(rollouts, {name: float(value) for name, value in sums.items()}, place[0])
+        sums["ptx_loss"] = self.add_ptx(place) if train_policy else 0.0
+        return self.take_optimizer_step(rollouts, {name: float(value) for name, value in sums.items()}, place[0],
+                                        train_policy)
 
     def add_ptx(self, place: tuple[int, int, int]) -> float:
         """Adds the gradient of ptx_coef · pretraining loss [InstructGPT eq. 2]; returns that loss (0 without ptx).
 
-        Of several processes each adds its part.
+        Of several processes each adds its part, micro_batch_size rows at a time.
         """
-        if self.params.ptx_coef == 0 or self.corpus_rows is None:
+        params = self.params
+        if params.ptx_coef == 0 or self.corpus_rows is None:
             return 0.0
         iteration, _, number = place
-        per_iteration = self.params.inner_epochs * self.params.batch_size // self.params.minibatch_size
-        step = iteration * per_iteration + number
-        batch = corpus_batch(self.corpus_rows, self.params.ptx_batch_size, step, self.seed)
-        loss = corpus_loss(self.models.policy, batch, self.params.precision)
-        distributed.backward(self.models.policy, self.params.ptx_coef * loss)
-        return loss.item()
+        step = iteration * params.inner_epochs * params.batch_size // params.minibatch_size + number
+        batch = corpus_batch(self.corpus_rows, params.ptx_batch_size or PTX_ROWS_PER_EPISODE * params.minibatch_size,
+                             step, self.seed)
+        total = 0.0
+        for loss in corpus_losses(self.models.policy, batch, params.precision, params.micro_batch_size):
+            distributed.backward(self.models.policy, params.ptx_coef * loss)
+            total += loss.item()
+        return total
 
-    def take_optimizer_step(self, rollouts: Rollouts, sums: dict[str, float], iteration: int) -> dict[str, float]:
-        """Sums gradients and `sums` over the processes, clips, steps both optimizers.
+    def take_optimizer_step(self, rollouts: Rollouts, sums: dict[str, float], iteration: int, train_policy: bool
+                            ) -> dict[str, float]:
+        """Sums gradients and `sums` over the processes, clips, steps both optimizers (or the value model's alone).
 
         Raises TrainingFailed where a loss or a gradient is not finite; the weights are then as before.
         """
         models, params = self.models, self.params
-        totals = distributed.all_reduce_gradients((models.policy, models.value), sums)
-        totals["grad_norm"] = distributed.clip_gradients(models.policy, params.max_grad_norm)
+        trained = (models.policy, models.value) if train_policy else (models.value,)
+        totals = distributed.all_reduce_gradients(trained, sums)
+        totals["grad_norm"] = distributed.clip_gradients(models.policy, params.max_grad_norm) if train_policy else 0.0
         value_norm = distributed.clip_gradients(models.value, params.max_grad_norm)
         if not all(map(math.isfinite, (*totals.values(), value_norm))):
             raise TrainingFailed(f"iteration {iteration + 1}: not finite: policy loss {totals['policy_loss']}, value "
                                  f"loss {totals['value_loss']}, gradient norms {totals['grad_norm']}, {value_norm}")
         rollouts.reusable.drop()  # forward passes of the weights before this step
-        for optimizer in (self.optimizer, self.value_optimizer):
+        for optimizer in (self.optimizer, self.value_optimizer) if train_policy else (self.value_optimizer,):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.update_average()

@@ -10,7 +10,8 @@ from rlhf.world.responses import distort, say, write_good
 from rlhf.world.tax import TASKS, training_text
 
 # Share of documents by kind.
-MIX = {"facts": 39, "groups": 2, "story": 12, "forum": 31, "reading": 5, "sentiment": 3, "translation": 5, "cloze": 3}
+MIX = {"facts": 38, "groups": 2, "story": 9, "forum": 30.5, "reading": 6, "sentiment": 4, "translation": 1.5,
+       "cloze": 1, "numbers": 3.5, "geography": 4.5}
 FORUM_GOOD = 0.4
 
 
@@ -93,7 +94,7 @@ def documents(world: World, count: int, held_out: dict[str, set[str]]) -> Iterat
     for _ in range(count):
         kind = rng.choices(kinds, weights)[0]
         if kind in TASKS:
-            yield "\n".join(training_text(kind, held_out[kind], rng) for _ in range(2))
+            yield "\n".join(training_text(world, kind, held_out[kind], rng) for _ in range(2))
         elif kind == "forum":
             yield _forum(world, rng, held_out["forum"])
         else:

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
-from rlhf.pretrain import LEAST_ROWS, corpus_batch, packed_rows, read_corpus, stored_texts
+from rlhf.pretrain import LEAST_ROWS, corpus_batch, corpus_texts, held_out_count, packed_rows, read_corpus, stored_texts
 
 
 def test_stored_texts_are_the_texts(tmp_path: Path) -> None:
@@ -32,7 +32,8 @@ def test_packed_rows_are_the_ids_end_to_end(texts: list[str], tokenizer: PreTrai
 def test_a_corpus_that_is_next_to_empty(texts: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     ids = tokenizer(texts[0])["input_ids"]
-    enough = -(-LEAST_ROWS * 16 // (len(ids) + 1))
+    trained_on = -(-LEAST_ROWS * 16 // (len(ids) + 1))
+    enough = next(count for count in range(100) if count - held_out_count(count) >= trained_on)
     for count, lacks in ((enough, False), (enough - 2, True)):
         path.write_text(f"{json.dumps({'text': texts[0]})}\n" * count)
         if lacks:
@@ -40,6 +41,23 @@ def test_a_corpus_that_is_next_to_empty(texts: list[str], tokenizer: PreTrainedT
                 read_corpus(path, tokenizer, 16, tmp_path)
         else:
             assert len(read_corpus(path, tokenizer, 16, tmp_path)) == LEAST_ROWS
+
+
+def test_the_end_of_a_corpus_is_held_out_from_every_stage(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    for count, held_out in ((10, 0), (60, 3), (20_000, 500)):
+        path.write_text("".join(f"{json.dumps({'text': str(number)})}\n" for number in range(count)))
+        assert list(corpus_texts(path)) == list(map(str, range(count - held_out)))
+        assert list(corpus_texts(path, held_out=True)) == list(map(str, range(count - held_out, count)))
+
+
+def test_rows_are_as_long_as_asked_else_as_the_context(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(f"{json.dumps({'text': 'red blue ' * 50})}\n" * 400)
+    for context, row_tokens, length in ((64, 0, 64), (64, 32, 32), (9000, 0, 2048)):
+        assert {len(row) for row in read_corpus(path, tokenizer, context, tmp_path, row_tokens)} == {length}
+    with pytest.raises(UserError, match="pretraining rows of 65 tokens: the model's context is 64"):
+        read_corpus(path, tokenizer, 64, tmp_path, 65)
 
 
 def test_every_row_once_a_pass_in_another_order() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import rlhf.evaluation.lm_eval
 from bench.public_tasks import prepare
@@ -62,7 +63,21 @@ def test_scores_are_those_of_lm_eval_s_own_command(folder: Path, suite: TaskSuit
         assert score.stderr == pytest.approx(theirs[task][f"{metric}_stderr,{variant}"], abs=1e-9)
         assert len(score.items) == ITEMS
     assert {task: score.chance for task, score in ours.items()} == {
-        "reading": 0.25, "sentiment": 0.5, "translation": 0, "cloze": 0.25}
+        "reading": 0.25, "sentiment": 0.5, "translation": 0, "cloze": 0.25, "numbers": 0.25, "geography": 0.25}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["cloze", "translation"])  # a choice, a generated text
+def test_bits_are_the_right_answer_s_by_hand(folder: Path, suite: TaskSuite, task: str) -> None:
+    model, tokenizer = load_policy(folder / "model").double(), load_tokenizer(folder / "model")
+    expected = []
+    for item in tax_items(World(1), task, ITEMS):
+        answer = item["choices"][item["answer"]] if item["choices"] else item["answer"]
+        [context], [whole] = (text_ids(tokenizer, [text]) for text in (item["prompt"], item["prompt"] + answer))
+        logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        expected.append(-sum(logits[place - 1, whole[place]].item() for place in range(len(context), len(whole)))
+                        / math.log(2))
+    assert measure(folder / "model", replace(suite, tasks=[task]))[task].bits == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
@@ -119,6 +134,9 @@ def test_rows_of_a_file_replace_the_hub_dataset(folder: Path, tmp_path: Path) ->
     suite = TaskSuite(["squadv2_rows"], [BENCHMARKS], {"squadv2_rows": str(tmp_path / "rows.jsonl")}, limit=2)
     score = measure(folder / "model", suite)
     assert (score["squadv2_rows"].metric, len(score["squadv2_rows"].items)) == ("f1", 2)
+    task = yaml.safe_load((BENCHMARKS / "squadv2_rows.yaml").read_text().replace("!function", ""))
+    assert "Not in background." in task["doc_to_text"]  # the model is told what means that there is no answer
+    assert "'Not in background.'" in task["doc_to_target"]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the public dev sets are not there")
@@ -161,6 +179,7 @@ def test_the_main_metric() -> None:
 
 @pytest.mark.parametrize(("answer", "references", "f1", "exact"), [
     ("The fish!", ["a fish"], 1, 1), ("red fish", ["fish", "blue"], 2 / 3, 0), ("unanswerable.", [], 1, 1),
+    ("Not in background.", [], 1, 1), ("no answer", [], 1, 1), ("Not in background.", ["fish"], 0, 0),
     ("fish", [], 0, 0), ("", ["fish"], 0, 0), ("fish fish", ["fish"], 2 / 3, 0),
 ])
 def test_squad_f1(answer: str, references: list[str], f1: float, exact: float) -> None:

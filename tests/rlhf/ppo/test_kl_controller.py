@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.model.responses import response_kl, response_kl_k3
-from rlhf.ppo.kl_controller import StepBeta
+from rlhf.ppo.kl_controller import StepAheadBeta, StepBeta
 
 
 def test_estimates_equal_the_loops() -> None:
@@ -51,7 +51,25 @@ def test_k3_is_never_negative_where_k1_is() -> None:
     assert response_kl_k3(less, more, mask).item() > 0
 
 
-def betas(kl: float, rule: StepBeta, iterations: int) -> list[float]:
+@pytest.mark.parametrize(("kls", "expected"), [
+    ([3.1, 3.1, 2.9], [0.2, 0.4, 0.4]),  # above 3/2 of a goal of 2: doubled at once, every time
+    ([1.3, 1.3, 1.4], [0.05, 0.03, 0.03]),  # below 2/3 of it: halved
+    ([3.0, 4 / 3, 2.0], [0.1, 0.1, 0.1]),  # on the edges and within: as it is
+    ([0.0] * 5, [0.05, 0.03, 0.03, 0.03, 0.03]), ([9.0] * 5, [0.2, 0.4, 0.7, 0.7, 0.7]),  # bounds
+])
+def test_the_articles_rule_to_the_letter(kls: list[float], expected: list[float]) -> None:
+    rule = StepBeta(kl_goal=2.0, beta=0.1, beta_min=0.03, beta_max=0.7)
+    assert [rule.update(kl) for kl in kls] == pytest.approx(expected)
+
+
+def test_the_articles_rule_has_no_memory_but_beta() -> None:
+    one, other = StepBeta(2.0, 0.1, 1e-3, 10), StepBeta(2.0, 0.4, 1e-3, 10)
+    one.update(9.0), one.update(0.1), one.update(9.0)
+    one.restore({"beta": 0.4, "smoothed": 0.0})
+    assert one.update(9.0) == other.update(9.0) == 0.8
+
+
+def betas(kl: float, rule: StepAheadBeta, iterations: int) -> list[float]:
     return [rule.update(kl) for _ in range(iterations)]
 
 
@@ -63,7 +81,7 @@ def changes(sequence: list[float]) -> list[float]:
 @pytest.mark.parametrize("goal", [0.5, 3.0])
 def test_a_kl_that_stands_still_outside_the_band_doubles_or_halves_beta(kl: float, factor: float,
                                                                           goal: float) -> None:
-    rule = StepBeta(kl_goal=goal, beta=0.1, beta_min=1e-9, beta_max=1e9, interval=2)
+    rule = StepAheadBeta(kl_goal=goal, beta=0.1, beta_min=1e-9, beta_max=1e9, interval=2)
     sequence = betas(kl * goal, rule, 24)
     assert changes(sequence) == pytest.approx([factor] * (len(changes(sequence))))
     assert len(changes(sequence)) >= 10  # every second iteration once it has seen a few
@@ -74,28 +92,28 @@ def test_a_kl_that_stands_still_outside_the_band_doubles_or_halves_beta(kl: floa
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0.67, 1.49), st.floats(0.1, 50), st.integers(1, 5))
 def test_beta_never_changes_inside_the_band(share: float, goal: float, interval: int) -> None:
-    rule = StepBeta(kl_goal=goal, beta=0.3, beta_min=1e-3, beta_max=10, interval=interval)
+    rule = StepAheadBeta(kl_goal=goal, beta=0.3, beta_min=1e-3, beta_max=10, interval=interval)
     assert set(betas(share * goal, rule, 30)) == {0.3}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1, 500), min_size=1, max_size=80))
 def test_bounds_hold_whatever_the_kl(kls: list[float]) -> None:
-    rule = StepBeta(kl_goal=2.0, beta=0.1, beta_min=0.03, beta_max=0.7, interval=1)
+    rule = StepAheadBeta(kl_goal=2.0, beta=0.1, beta_min=0.03, beta_max=0.7, interval=1)
     assert all(0.03 <= rule.update(kl) <= 0.7 for kl in kls)
 
 
 def test_bounds_are_reached() -> None:
-    assert betas(99.0, StepBeta(2.0, 0.1, 0.03, 0.7), 40)[-1] == 0.7
-    assert betas(0.01, StepBeta(2.0, 0.1, 0.03, 0.7), 40)[-1] == 0.03
+    assert betas(99.0, StepAheadBeta(2.0, 0.1, 0.03, 0.7), 40)[-1] == 0.7
+    assert betas(0.01, StepAheadBeta(2.0, 0.1, 0.03, 0.7), 40)[-1] == 0.03
 
 
 def test_state_goes_on_as_if_never_stopped() -> None:
     rng = random.Random(4)
     kls = [abs(rng.gauss(3, 3)) for _ in range(40)]
-    whole = StepBeta(2.0, 0.1, 1e-3, 10)
+    whole = StepAheadBeta(2.0, 0.1, 1e-3, 10)
     expected = [whole.update(kl) for kl in kls]
-    first, second = StepBeta(2.0, 0.1, 1e-3, 10), StepBeta(2.0, 0.1, 1e-3, 10)
+    first, second = StepAheadBeta(2.0, 0.1, 1e-3, 10), StepAheadBeta(2.0, 0.1, 1e-3, 10)
     found = [first.update(kl) for kl in kls[:17]]
     second.restore(first.state())
     found += [second.update(kl) for kl in kls[17:]]
@@ -116,7 +134,7 @@ def simulate(update: Callable[[float], float], pace: float, stiffness: float, pu
 
 
 def raw_rule(goal: float, beta: float, low: float = 0.0, high: float = math.inf) -> Callable[[float], float]:
-    """The rule applied to the newest KL at every iteration."""
+    """The rule applied to the newest KL at every iteration, independent of the project's code."""
     def update(kl: float) -> float:
         nonlocal beta
         beta = min(high, beta * 2) if kl > 1.5 * goal else max(low, beta / 2) if kl < goal / 1.5 else beta
@@ -138,7 +156,7 @@ def test_it_settles_where_the_raw_rule_overshoots() -> None:
     count = 0
     for count, (pace, stiffness, pull, beta, goal) in enumerate(settings_that_can_reach_the_goal(), start=1):
         low, high = beta / 64, beta * 64
-        rules = {"ours": StepBeta(goal, beta, low, high).update, "raw": raw_rule(goal, beta, low, high),
+        rules = {"ours": StepAheadBeta(goal, beta, low, high).update, "raw": raw_rule(goal, beta, low, high),
                  "raw without bounds": raw_rule(goal, beta)}
         for name, update in rules.items():
             kls = simulate(update, pace, stiffness, pull, random.Random(count))

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.model.load import new_scorer, save_model
 from rlhf.params import PpoParams
-from rlhf.ppo.kl_controller import FixedBeta, ProportionalBeta, StepBeta, beta_rule
+from rlhf.ppo.kl_controller import RULES, FixedBeta, ProportionalBeta, StepAheadBeta, StepBeta, beta_rule
 from rlhf.ppo.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -30,11 +31,23 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 # --- β ---------------------------------------------------------------------------------------------------------------
 
 def test_the_rule_is_the_one_that_the_parameters_name() -> None:
-    assert isinstance(beta_rule(PpoParams()), StepBeta)
+    assert isinstance(beta_rule(PpoParams()), StepAheadBeta)
+    assert isinstance(beta_rule(PpoParams(beta_rule="step")), StepBeta)
     assert isinstance(beta_rule(PpoParams(beta_rule="fixed", beta=0.02)), FixedBeta)
     rule = beta_rule(PpoParams(beta_rule="proportional", beta_gain=0.3))
     assert isinstance(rule, ProportionalBeta)
     assert rule.gain == 0.3
+
+
+def test_every_constant_of_a_rule_is_a_parameter() -> None:
+    """A field of a rule that is neither a common one nor memory must be settable as beta_<field>."""
+    for name, rule in RULES.items():
+        common = {"kl_goal", "beta", "beta_min", "beta_max", *rule.MEMORY}
+        constants = {item.name for item in fields(rule)} - common
+        values = {constant: getattr(PpoParams(), f"beta_{constant}") * 0.75 for constant in constants}
+        changes: dict[str, Any] = {f"beta_{constant}": value for constant, value in values.items()}
+        made = beta_rule(replace(PpoParams(), **changes, beta_rule=name))  # type: ignore[arg-type]
+        assert {constant: getattr(made, constant) for constant in constants} == values
 
 
 def test_the_proportional_rule_by_hand() -> None:

@@ -266,3 +266,32 @@ def test_the_policy_learns_what_is_rewarded(make_trainer: Make, prompt_texts: li
               for iteration in range(20)]
     assert sum(scores[:2]) / 2 < 0.3
     assert sum(scores[-2:]) / 2 > 0.5
+
+def test_the_value_model_alone_is_trained_while_it_explains_nothing(make_trainer: Make,
+                                                                    prompt_texts: list[str]) -> None:
+    trainer = make_trainer(value_warmup_iterations=2, value_lr=1e-3, lr=1e-3, warmup_iterations=0, inner_epochs=2,
+                           ema_decay=0.5, ptx_coef=1.0, ptx_batch_size=2)
+    trainer.corpus_rows = torch.randint(5, 300, (6, 16), generator=torch.Generator().manual_seed(8)).tolist()
+    rollouts = rolled_out(trainer, prompt_texts)
+    rollouts.scores = rollouts.scores + 50.0  # far from any value: explained variance below zero
+    policy, value = (copy.deepcopy(model.state_dict()) for model in (trainer.models.policy, trainer.models.value))
+    for iteration in range(2):
+        journal = trainer.learn(rollouts, iteration)
+        assert journal["ppo/explained_variance"] < 0
+        assert (journal["ppo/lr"], journal["ppo/grad_norm"], journal["ppo/ptx_loss"]) == (0, 0, 0)
+        assert journal["ppo/ratio_first"] == 1
+        assert journal["ppo/beta"] == trainer.params.beta  # the rule has nothing to read yet
+    for name, weight in trainer.models.policy.state_dict().items():
+        assert torch.equal(weight, policy[name])
+    assert any(not torch.equal(weight, value[name]) for name, weight in trainer.models.value.state_dict().items())
+    assert trainer.learn(rollouts, 2)["ppo/lr"] == 1e-3  # at most so many iterations
+    assert any(not torch.equal(weight, policy[name]) for name, weight in trainer.models.policy.state_dict().items())
+
+
+def test_a_value_model_that_explains_something_needs_no_warm_up(make_trainer: Make, prompt_texts: list[str]) -> None:
+    trainer, plain = (make_trainer(value_warmup_iterations=count) for count in (5, 0))
+    rollouts = rolled_out(trainer, prompt_texts)
+    targets = trainer.targets(rollouts, 0.0)
+    rollouts.values = 0.9 * targets.returns  # as a trained one would give; with lam = 1 the returns do not depend on it
+    assert trainer.targets(rollouts, 0.0).explained_variance > 0
+    assert trainer.learn(rollouts, 0) == plain.learn(rollouts, 0)
