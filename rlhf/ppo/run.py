@@ -1,5 +1,6 @@
 """A whole PPO run: prompts in a seeded order, journal, checkpoints, alarms. The maths is in rlhf/ppo/trainer.py."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 
 from rlhf.data.token_store import Column, TokenStore, chunks
 from rlhf.errors import TrainingFailed, UserError
+from rlhf.files import write_json
 from rlhf.model.tokenizer import PromptCodec
 from rlhf.params import PpoParams
 from rlhf.ppo.health import check_bounds, hacking_alarm, length_controlled
+from rlhf.ppo.kl_controller import RULES, Rule
 from rlhf.ppo.rollouts import Rollouts
 from rlhf.ppo.trainer import Trainer
 from rlhf.pretrain import context_of, read_corpus
@@ -27,6 +30,8 @@ COLUMNS = [f"ppo/{name}" for name in (
     "kl", "kl_k3", "kl_goal", "kl_smoothed", "beta", "reward", "rm_score", "rm_score_length_controlled", "gold",
     "entropy", "clip_fraction", "value_loss", "policy_loss", "ptx_loss", "explained_variance", "grad_norm",
     "response_length", "eos_rate", "ratio_first", "lr", "sampler_gap", "alarm")]
+
+RULE_STATE = "beta_rule.json"  # in a policy's folder: what the rule for β remembers at the end of its run
 
 GoldScorer = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -63,11 +68,14 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
 
     `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus`: pretraining
     text (JSON Lines with "text"), read where params.ptx_coef > 0. `begin_with`: a policy where it is not the
-    SFT policy, which stays the reference [Ziegler §2.2]. Raises UserError where no prompt fits, TrainingFailed
-    where the run goes wrong: the state before that iteration is saved then, and the policy as it is in `folder`/failed.
+    SFT policy, which stays the reference [Ziegler §2.2]; the rule for β goes on where that policy's run has left it.
+    Raises UserError where no prompt fits, TrainingFailed where the run goes wrong: the state before that iteration is
+    saved then, and the policy as it is in `folder`/failed.
     """
     seed_everything(seed)
     trainer = Trainer(params, sft_folder, rm_folder, seed, begin_with)
+    if begin_with is not None and (begin_with / RULE_STATE).is_file():
+        restore_rule(trainer.beta, begin_with / RULE_STATE)
     encoded, count = encode_prompts(trainer.models.codec, prompts, params.max_prompt_tokens, folder)
     if not encoded:
         raise UserError(f"data/ppo.jsonl: no prompt of at most ppo.max_prompt_tokens = {params.max_prompt_tokens}")
@@ -109,7 +117,17 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
     journal.close()
     distributed.barrier()
     trainer.save(folder / "model")
+    if distributed.is_main():
+        write_json(folder / "model" / RULE_STATE, {"rule": params.beta_rule, **trainer.beta.state()})
     return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": count - len(encoded)}
+
+
+def restore_rule(rule: Rule, path: Path) -> None:
+    """Goes on with what another run's rule remembered; of a different rule it takes β alone."""
+    state = json.loads(path.read_text(encoding="utf-8"))
+    same = RULES[state["rule"]] is type(rule)
+    rule.restore(rule.state() | ({name: value for name, value in state.items() if name != "rule"} if same else
+                                 {"beta": state["beta"]}))
 
 
 def add_watched(values: dict[str, float], history: list[dict[str, float]], trainer: Trainer, rollouts: Rollouts,
