@@ -44,7 +44,7 @@ for path in /srv /home /; do mount -o remount,bind,ro $path; done
 umount -l /media
 cd "$DIRECTORY"
 read="-all,+dac_read_search"
-exec setpriv --reuid "$RUN_AS" --regid "$RUN_AS" --clear-groups --no-new-privs \\
+exec setpriv --pdeathsig KILL --reuid "$RUN_AS" --regid "$RUN_AS" --clear-groups --no-new-privs \\
     --inh-caps="$read" --ambient-caps="$read" --bounding-set="$read" -- "$@"
 """
 
