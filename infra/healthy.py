@@ -2,6 +2,7 @@
 
     python -m infra.healthy server [SECONDS]    waits until the server at PREFECT_API_URL answers, 120 s at most
     python -m infra.healthy mlflow              MLflow at MLFLOW_TRACKING_URI answers
+    python -m infra.healthy s3                  the object store on this machine answers
     python -m infra.healthy worker              this machine's worker has been heard of by the server lately
 """
 
@@ -51,11 +52,14 @@ def main() -> None:
     elif what == "mlflow":
         url = f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/health"
         well = answers(url)
+    elif what == "s3":
+        url = "http://127.0.0.1:8333/status"
+        well = answers(url)
     elif what == "worker":
         url = os.environ["PREFECT_API_URL"]
         well = asyncio.run(worker_online())
     else:
-        raise SystemExit(f"healthy: server, mlflow or worker, not {what!r}")
+        raise SystemExit(f"healthy: server, mlflow, s3 or worker, not {what!r}")
     if not well:
         raise SystemExit(f"healthy: {what}: no answer from {url}" if what != "worker" else "healthy: no worker online")
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import flows.environment  # noqa: F401
+from infra.required import require, require_database, require_secret
 
 REQUIRED = {
     "MLFLOW_BACKEND_STORE_URI": "the database, postgresql://USER:PASSWORD@HOST/NAME",
@@ -27,11 +28,12 @@ DEFAULTS = {"--host": "127.0.0.1", "--port": "5000", "--workers": "1"}
 def command(environment: dict[str, str], options: list[str], folder: Path) -> tuple[list[str], dict[str, str]]:
     """The command line and environment of the server; writes its authentication file into `folder`.
 
-    Raises SystemExit with one line where a secret is missing.
+    Raises SystemExit with one line where a secret is missing or weak.
     """
-    for name, what in REQUIRED.items():
-        if not environment.get(name):
-            raise SystemExit(f"serve_mlflow: {name} is not set: {what}")
+    require("serve_mlflow", environment, REQUIRED)
+    for name in ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"):
+        require_secret("serve_mlflow", name, environment[name])
+    require_database("serve_mlflow", "MLFLOW_BACKEND_STORE_URI", environment["MLFLOW_BACKEND_STORE_URI"])
     config = configparser.ConfigParser(interpolation=None)
     users = environment.get("MLFLOW_AUTH_DATABASE_URI", environment["MLFLOW_BACKEND_STORE_URI"])
     config["mlflow"] = {"default_permission": "READ", "database_uri": users,

