@@ -90,8 +90,8 @@ def config_hash(name: str, params: Params, root: Path) -> str:
     every = dataclasses.asdict(params.stages)
     sections = {key: every["arms"][key.removeprefix("arms.")] if key.startswith("arms.") else every[key]
                 for key in keys if key != "ppo" or not any(other.startswith("arms.") for other in keys)}
-    if "promoted" in declared.get("params", []):
-        sections["promoted"] = params.stages.promoted
+    plain = {"arms": list(params.stages.arms), "promoted": params.stages.promoted}  # as in params.yaml
+    sections["params.yaml"] = {key: value for key, value in plain.items() if key in declared.get("params", [])}
     which = {"round": params.rounds[name.partition("@")[2]].model_dump()} if name.startswith(OF_A_ROUND) else {}
     text = json.dumps([params.seed, sections | which, hash_paths(deps, root), versions.installed(), fast_enabled()],
                       sort_keys=True)
