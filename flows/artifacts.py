@@ -25,6 +25,7 @@ from prefect.artifacts import (
 )
 
 from flows.terminal import PROGRESS
+from mlops.config.paths import POLICY_METRICS
 from mlops.tracking.upload_record import numbers
 
 SHOWN_FINDINGS = 200
@@ -110,10 +111,11 @@ async def findings_table(path: Path) -> None:
 async def show_metrics(root: Path, run_name: str) -> None:
     """Every number of metrics/*.json as a table."""
     rows = []
-    for path in sorted((root / "metrics").glob("*.json")):
+    for path in sorted((root / "metrics").rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         metrics = numbers(content) if isinstance(content, dict) else {}  # the study's claims are a list
-        rows += [{"metric": name, "value": f"{value:.6g}"} for name, value in sorted(metrics.items())]
+        arm = f"{path.stem}: " if path.parent.name == POLICY_METRICS.name else ""
+        rows += [{"metric": f"{arm}{name}", "value": f"{value:.6g}"} for name, value in sorted(metrics.items())]
     await best_effort(acreate_table_artifact(rows, key="metrics", description=f"Run {run_name}: metrics/*.json"))
 
 
@@ -126,10 +128,12 @@ async def show_curves(root: Path, run_name: str) -> None:
 
 
 def curves(root: Path) -> bytes:
-    """PNG of the journals in metrics/*.csv; empty where there are none."""
+    """PNG of the journals in metrics/, those of PPO's arms in one plot; empty where there are none."""
     drawn = []
     for stage, names, title in CURVES:
-        columns = _columns(root / "metrics" / f"{stage}.csv", names)
+        files = [root / "metrics" / f"{stage}.csv"] if stage != "ppo" else sorted((root / POLICY_METRICS).glob("*.csv"))
+        columns = {f"{path.stem}: {name}" if len(files) > 1 else name: curve
+                   for path in files for name, curve in _columns(path, names).items()}
         if columns:
             drawn.append((title, columns))
     if not drawn:

@@ -5,7 +5,6 @@
 
 import asyncio
 import fcntl
-import re
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -39,12 +38,12 @@ from flows.summary import StageResult
 from flows.terminal import show_bars
 from flows.workspaces import Changes
 from mlops import imports_done
+from mlops.config.arms import write_arms
 from mlops.config.inputs import link_all
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 from mlops.config.stage_graph import pipeline_stages
 from mlops.tracking.uploader import check_variables, wait_until_uploaded
 from rlhf.errors import UserError
-from rlhf.files import write_atomic
 
 UPLOAD_SECONDS = 60.0  # at the end of a run, for journals that MLflow does not have yet
 TIMED_OUT = 124  # exit code, as of the command timeout
@@ -79,16 +78,10 @@ def check_params(root: Path, profile: str | None) -> None:
 
 
 def use_profile(root: Path, profile: str | None) -> None:
-    """Rewrites the line `profile: ...` of params.yaml, and only it, if it names another profile."""
-    path = root / PARAMS_FILE
-    if profile is None or not path.exists():
-        return
-    text = path.read_text(encoding="utf-8")
-    changed, count = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", rf"\g<1>{profile}", text)
-    if count != 1:
-        raise UserError(f"{path}: expected one line `profile: NAME`, found {count}")
-    if changed != text:
-        write_atomic(path, changed.encode())
+    """Writes the profile's name and arms into params.yaml, whose other lines stay; without a profile what is missing
+    there."""
+    if (root / PARAMS_FILE).exists():
+        write_arms(root, profile)
 
 
 @asynccontextmanager

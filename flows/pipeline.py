@@ -43,7 +43,7 @@ from flows.execution import (
 )
 from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
 from flows.stages import StageFailed, mend_dvc_lock
-from flows.summary import StageResult, Summary, main_numbers
+from flows.summary import StageResult, Summary, compared_models, main_numbers
 from flows.workspaces import FOLDER, Changes, fill_workspace
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
@@ -72,9 +72,9 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
     Args:
         profile: Which file of profiles/ to use; in the checkout it is written into params.yaml. Empty: what that says.
         seed: Another seed than params.yaml's.
-        kl_goal: The KL that beta is steered to, nats a response.
+        kl_goal: The KL that beta is steered to, nats a response; like beta_rule and ptx_coef for every arm.
         beta_rule: How beta follows the KL.
-        ptx_coef: Weight of the pretraining loss in PPO; 0 is plain PPO.
+        ptx_coef: Weight of the pretraining loss in PPO; 0 is plain PPO. Arms that are then equal are trained once.
         own_copy: Work in a workspace even if no parameter differs.
         gpu_workers: Training and evaluation run on the workers of pool gpu, at the exact revision (flows/remote.py).
         stage_hours: A stage that takes longer is ended; its checkpoint stays.
@@ -126,8 +126,8 @@ def not_promoted(root: Path) -> list[str]:
 async def make_summary(root: Path, run_name: str, results: list[StageResult]) -> Summary:
     """Waits until MLflow has the journals of this run, so that the summary can link it there."""
     uploaded, note = await wait_for_upload(root, run_name)
-    return Summary(results, main_numbers(root, [result.stage for result in results]), links_to(root, uploaded),
-                   [note] if note else [])
+    return Summary(results, main_numbers(root, [result.stage for result in results]), compared_models(root),
+                   links_to(root, uploaded), [note] if note else [])
 
 
 def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:

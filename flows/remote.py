@@ -94,8 +94,12 @@ def inputs_of(stage: str, root: Path) -> list[str]:
     """The stage's dependencies that DVC keeps: outputs of other stages, and the datasets that data.dvc pins."""
     stages = declared_stages(root)
     produced = {out for other in stages.values() for out in paths(other.get("outs", []))} | {"data"}
-    return [dep for dep in paths(stages[stage].get("deps", []))
-            if any(dep == out or dep.startswith(f"{out}/") for out in produced)]
+    found = []
+    for dep in paths(stages[stage].get("deps", [])):
+        if any(dep == out or dep.startswith(f"{out}/") for out in produced):
+            found.append(dep)
+        found += sorted(out for out in produced if out.startswith(f"{dep}/"))  # a folder of several stages' outputs
+    return found
 
 
 def snapshot(root: Path, message: str) -> str:

@@ -53,7 +53,7 @@ def stage_task(stage: str, hours: float | None = None) -> Task[..., Any]:
     The tag is there for a server's limits. Without a server it would cost: Prefect asks for the limit just when its own
     database is being written, is refused, and asks again two seconds later.
     """
-    tags = {"gpu"} if stage in ON_GPU and server_lasts() else set()
+    tags = {"gpu"} if stage.partition("@")[0] in ON_GPU and server_lasts() else set()
     return run_stage.with_options(name=stage, task_run_name=stage, tags=tags,
                                   retries=len(RETRY_DELAYS), retry_delay_seconds=RETRY_DELAYS,
                                   timeout_seconds=None if hours is None else hours * 3600)

@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mlops.config.paths import metrics_of
+from mlops.reporting.models import model_table
+
 WIDTH = 100
 MAIN_NUMBERS = {
     "validate": ["validate/sft_rows", "validate/rm_rows", "validate/ppo_rows"],
@@ -16,8 +19,8 @@ MAIN_NUMBERS = {
     "sft": ["sft/valid_loss", "sft/valid_loss_base"],
     "rm": ["rm/accuracy", "rm/accuracy_gold", "rm/accuracy_heldout_labelers"],
     "ppo": ["ppo/kl", "ppo/kl_goal", "ppo/beta", "ppo/gold_first", "ppo/gold_last"],
-    "evaluate": ["eval/win_rate_vs_sft", "eval/win_rate_vs_sft_low", "eval/win_rate_vs_sft_high",
-                 "eval/gold_base", "eval/gold_sft", "eval/gold_ppo", "tax/mean"],
+    "evaluate": ["eval/arm", "eval/win_rate_vs_sft", "eval/win_rate_vs_sft_low", "eval/win_rate_vs_sft_high",
+                 "eval/gold_gain_vs_sft", "tax/mean"],
     "promote": ["promote/passed", "promote/gates", "promote/missed"],
 }
 
@@ -33,10 +36,14 @@ class StageResult:
 
 @dataclass
 class Summary:
-    """`summary.show()` on a terminal, `summary.markdown()` in Prefect. `links`: (what, where) to look next."""
+    """`summary.show()` on a terminal, `summary.markdown()` in Prefect. `links`: (what, where) to look next.
+
+    `models`: titles and rows of the models' table, base → SFT → each arm.
+    """
 
     results: Sequence[StageResult]
     numbers: dict[str, str]
+    models: tuple[list[str], list[list[str]]] = ([], [])
     links: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -55,6 +62,13 @@ class Summary:
         for row in self.rows():
             table.add_row(*row)
         console.print(table)
+        titles, models = self.models
+        if models:
+            compared = Table("model", *titles)
+            compared.columns[0].no_wrap = True
+            for cells in models:
+                compared.add_row(*cells)
+            console.print(compared)
         for what, where in self.links:
             console.print(f"{what:<12} {where}", soft_wrap=True, markup=False)
         for note in self.notes:
@@ -63,22 +77,35 @@ class Summary:
     def markdown(self) -> str:
         lines = ["| stage | time | how | main numbers |", "|---|---:|---|---|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        titles, models = self.models
+        if models:
+            lines += ["", "| " + " | ".join(["model", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
+            lines += ["| " + " | ".join(cells) + " |" for cells in models]
         lines += ["", *(f"- {what}: `{where}`" for what, where in self.links), *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 
 def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:
-    """The main numbers of each stage, from metrics/<stage>.json; what is missing there is left out."""
+    """The main numbers of each stage, from its metrics; what is missing there is left out."""
     texts = {}
     for stage in stages:
         try:
-            metrics: dict[str, Any] = json.loads((root / "metrics" / f"{stage}.json").read_text(encoding="utf-8"))
+            metrics: dict[str, Any] = json.loads((root / f"{metrics_of(stage)}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        shown = [(key.replace("tax/", "tax_").split("/")[-1], metrics[key]) for key in MAIN_NUMBERS.get(stage, [])
-                 if key in metrics]
+        shown = [(key.replace("tax/", "tax_").split("/")[-1], metrics[key]) for key in MAIN_NUMBERS.get(
+            stage.partition("@")[0], []) if key in metrics]
         texts[stage] = "  ".join(f"{key}={_number(value)}" for key, value in shown)
     return texts
+
+
+def compared_models(root: Path) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the table base → SFT → each arm; empty without an evaluation."""
+    path = root / "metrics" / "evaluate.json"
+    if not path.exists():
+        return [], []
+    titles, rows = model_table(json.loads(path.read_text(encoding="utf-8")), tasks=False)
+    return titles, [[f"{row.label} *" if row.promoted else row.label, *map(str, row.cells)] for row in rows]
 
 
 def _number(value: Any) -> str:

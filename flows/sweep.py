@@ -21,10 +21,12 @@ from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed
 from flows.pipeline import NotPromoted, pipeline
 from flows.summary import Summary
 from flows.workspaces import FOLDER, Changes
+from mlops.config.loader import load_params
+from mlops.config.paths import metrics_of
 from rlhf.errors import UserError
 
-SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_vs_sft", "gold": "eval/gold_ppo",
-         "mean tax": "tax/mean"}
+SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_vs_sft",
+         "gold gain": "eval/gold_gain_vs_sft", "mean tax": "tax/mean"}  # of the promoted arm
 
 
 @flow(persist_result=False)
@@ -67,8 +69,9 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(min_length=1, max_length
 def _figures(workspace: Path) -> dict[str, str]:
     """The main numbers of a workspace; what it has not measured is left out."""
     metrics: dict[str, float] = {}
-    for stage in ("ppo", "evaluate"):
-        path = workspace / "metrics" / f"{stage}.json"
+    arm = load_params(workspace).stages.promoted
+    for stage in (f"ppo@{arm}", "evaluate"):
+        path = workspace / f"{metrics_of(stage)}.json"
         if path.exists():
             metrics |= json.loads(path.read_text(encoding="utf-8"))
     return {name: f"{metrics[key]:.3g}" for name, key in SHOWN.items() if key in metrics}

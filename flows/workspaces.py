@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from mlops.config.arms import write_arms
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, read_yaml
 from mlops.config.stage_graph import unrolled
 from rlhf.errors import UserError
@@ -142,7 +143,25 @@ def _apply(workspace: Path, changes: Changes) -> None:
     sections = dict(read_yaml(path))
     for section, values in {**changes.stages, "promote": {"registry": ""}}.items():
         sections[section] = {**(sections.get(section) or {}), **values}
+    _change_arms(sections, changes.stages.get("ppo", {}))
     for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         if target.read_text(encoding="utf-8") != text:
             write_atomic(target, text.encode())
+    write_arms(workspace)
+
+
+def _change_arms(sections: dict[str, Any], ppo: Mapping[str, Any]) -> None:
+    """A changed PPO parameter holds for every arm, also for one that names it; of arms that are then equal, one stays:
+    the first, which is promoted in the place of another."""
+    if not ppo or not isinstance(arms := sections.get("arms"), Mapping):
+        return
+    kept: dict[str, dict[str, Any]] = {}
+    standing = {}
+    for arm, values in arms.items():
+        own = {name: value for name, value in (values or {}).items() if name not in ppo}
+        standing[arm] = next((other for other in kept if kept[other] == own), arm)
+        kept.setdefault(standing[arm], own)
+    sections["arms"] = kept
+    if promoted := sections["promote"].get("arm"):
+        sections["promote"]["arm"] = standing.get(promoted, promoted)

@@ -269,6 +269,7 @@ class EvaluateParams:
 class PromoteParams:
     """The gates between a trained policy and its release."""
 
+    arm: str = param("", "arm that the gates and the registry take; empty: the only one")
     registry: str = param("instructflow", "the models are registered in MLflow as NAME-policy and NAME-rm; empty: not")
     judged: bool = param(True, "the win rate must be an independent judge's, not the run's own reward model's")
     min_win_rate: float = param(0.5, "minimum win rate against SFT, lower end of its interval", ge=0, le=1)
@@ -302,7 +303,10 @@ class RoundsParams:
 
 @dataclass(frozen=True)
 class Profile:
-    """One file in profiles/: a section per stage, and one for the rounds."""
+    """One file in profiles/: a section per stage, one for the rounds, and the arms of PPO.
+
+    `arms`: the policies that PPO trains, each with all its parameters: those of section `ppo` and what the arm changes.
+    """
 
     ingest: IngestParams
     validate: ValidateParams
@@ -313,3 +317,9 @@ class Profile:
     evaluate: EvaluateParams
     promote: PromoteParams
     rounds: RoundsParams
+    arms: dict[str, PpoParams]
+
+    @property
+    def promoted(self) -> str:
+        """The arm that the gates and the registry take."""
+        return self.promote.arm or next(iter(self.arms))

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlops.config.paths import BENCHMARKS, MODELS, PROMPTS, RM, TAX
+from mlops.config.arms import refuse_leftovers
+from mlops.config.paths import BENCHMARKS, MODELS, POLICIES, POLICY_METRICS, PROMPTS, RM, TAX
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.generate import Answers, answer, mean_kl
@@ -37,9 +38,12 @@ BEST_OF = "best_of_n.csv"
 def evaluate(stage: Stage) -> None:
     """Writes metrics/evaluate.json, metrics/best_of_n.csv and reports/report.html."""
     params, seed = stage.params.stages.evaluate, stage.params.seed
+    arms, promoted = list(stage.params.stages.arms), stage.params.stages.promoted
+    refuse_leftovers(stage.root, arms)
     seed_everything(seed)
     held_out = HeldOut(held_out_rows(PROMPTS, params.prompts, seed), gold_labeler(seed))
-    folders = MODELS | {name: _folder(name, path) for name, path in params.others.items()}
+    folders = MODELS | {arm: POLICIES / arm for arm in arms}
+    folders |= {name: _folder(name, path) for name, path in params.others.items()}
     kept = KEPT / code_hash(stage.name, stage.root)
     answers: dict[str, Answers] = {}
     tasks: dict[str, dict[str, TaskScore]] = {}
@@ -55,22 +59,23 @@ def evaluate(stage: Stage) -> None:
             if params.other_tasks:
                 others[name] = measure(folder, harness(params, params.other_tasks), kept)
             progress.step()
-        metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), **safety_metrics(held_out, answers)}
+        metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), "eval/arm": promoted, "eval/arms": arms,
+                                   **safety_metrics(held_out, answers)}
         grades: dict[str, list[Grades]] = {}
         if held_out.labeler:
             grades = {name: distributed.by_rows(held_out.labeler.grades, held_out.prompts, found.texts)
                       for name, found in answers.items()}
-            metrics |= gold_metrics(held_out, grades, params, seed)
+            metrics |= gold_metrics(held_out, grades, params, seed, arms, promoted)
         judge, held_out_judge = judge_of(params, held_out.labeler, RM)
         outcomes = compare_all(held_out.prompts, {name: found.texts for name, found in answers.items()}, judge)
         metrics |= preference_metrics(held_out, answers, outcomes, params, seed,
-                                      "win_rate" if held_out_judge else "rm_prefers")
-        metrics["eval/kl_ppo"] = mean_kl(MODELS["ppo"], MODELS["sft"], held_out.prompts, answers["ppo"],
-                                         params.precision, params.temperature)
-        metrics |= tax_metrics(tasks, others, params, seed)
+                                      "win_rate" if held_out_judge else "rm_prefers", promoted)
+        metrics |= {f"eval/kl_{arm}": mean_kl(folders[arm], MODELS["sft"], held_out.prompts, answers[arm],
+                                              params.precision, params.temperature) for arm in arms}
+        metrics |= tax_metrics(tasks, others, params, seed, arms, promoted)
         progress.step()
         curve = best_of_curve(MODELS["sft"], RM, held_out, params, seed)
-        metrics |= turn_metrics(curve)
+        metrics |= turn_metrics(arms, curve)
         progress.step()
     write_csv(stage.scratch / BEST_OF, curve)
     stage.publish(BEST_OF, f"metrics/{BEST_OF}")
@@ -110,12 +115,14 @@ def tax_harness(params: EvaluateParams) -> TaskSuite:
 
 
 
-def turn_metrics(curve: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Where the gold score peaks over the PPO run and over best-of-n; a fitted turn only where Gao's curve has one."""
+def turn_metrics(arms: Sequence[str], curve: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Where the gold score peaks over each arm's PPO run and over best-of-n; a fitted turn only where Gao's curve has
+    one."""
     metrics: dict[str, float] = {}
-    journal = [row for row in read_journal(Path("metrics/ppo.csv")) if row.get("ppo/gold")]
-    runs = {"ppo": ([float(row["ppo/kl"]) for row in journal], [float(row["ppo/gold"]) for row in journal], "rl"),
-            "best_of_n": ([row["kl"] for row in curve], [row["gold"] for row in curve], "best_of_n")}
+    runs = {"best_of_n": ([row["kl"] for row in curve], [row["gold"] for row in curve], "best_of_n")}
+    for arm in arms:
+        journal = [row for row in read_journal(POLICY_METRICS / f"{arm}.csv") if row.get("ppo/gold")]
+        runs[arm] = ([float(row["ppo/kl"]) for row in journal], [float(row["ppo/gold"]) for row in journal], "rl")
     for name, (kl, gold, form) in runs.items():
         if len(kl) < 3:
             continue

@@ -1,10 +1,11 @@
-"""Trains the policy with PPO against the reward model: models/ppo.
+"""Trains the policy of an arm with PPO against the reward model: models/policies/<arm>.
 
-    python -m tasks.ppo
+    python -m tasks.ppo [--arm ppo_ptx]
 """
 
 from pathlib import Path
 
+from mlops.config.paths import POLICIES
 from rlhf.data.schema import read_rows
 from rlhf.ppo.run import train_ppo
 from rlhf.training.journal import read_journal
@@ -14,15 +15,16 @@ from tasks.stage import Stage, run_stage
 
 def train(stage: Stage) -> None:
     """PPO from models/sft on the train prompts of data/ppo.jsonl."""
-    params = stage.params.stages.ppo
+    params = stage.params.stages.arms[stage.key]
     prompts = (row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train")
     labeler = gold_labeler(stage.params.seed)
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rm"), stage.params.seed, stage.scratch,
                         gold=labeler.scores if labeler else None, corpus=Path("data/corpus.jsonl"))
     metrics.update(summarise([{key: float(value) for key, value in row.items()}
                               for row in read_journal(stage.scratch / "journal.csv")]))
-    stage.publish("model", "models/ppo")
-    stage.finish(metrics, ["models/ppo"])
+    folder = str(POLICIES / stage.key)
+    stage.publish("model", folder)
+    stage.finish(metrics, [folder])
 
 
 def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
@@ -43,4 +45,4 @@ def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage("ppo", train)
+    run_stage("ppo", train, of_an_arm=True)

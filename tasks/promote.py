@@ -3,7 +3,8 @@
     python -m tasks.promote
 
 The version is always the challenger. A failed gate leaves the champion where it is and says by how much it was missed;
-metrics/promote.json has the decision, models/promoted the policy with its card (without a pass, only the card).
+metrics/promote.json has the decision, models/promoted the policy with its card (without a pass, only the card). The
+policy is that of the arm that the profile's promote.arm names.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlops.config.paths import MODELS, PROMPTS, RM
+from mlops.config.paths import POLICIES, PROMPTS, RM
 from mlops.release.gates import Gate, against_champion, gates
 from mlops.release.model_card import model_card
 from mlops.tracking.upload_record import data_version, run_name_of
@@ -24,7 +25,7 @@ from rlhf.params import Profile
 from rlhf.world.gold import gold_labeler
 from tasks.stage import Stage, run_stage
 
-POLICY, PROMOTED = MODELS["ppo"], "models/promoted"
+PROMOTED = "models/promoted"
 DATASETS = ("sft", "rm", "ppo")
 
 
@@ -32,7 +33,8 @@ def promote(stage: Stage) -> None:
     """Registers, compares with the champion, decides."""
     params = stage.params.stages.promote
     metrics = json.loads(Path("metrics/evaluate.json").read_text(encoding="utf-8"))
-    found = gates(metrics, stage.params.stages.ppo.kl_goal, params)
+    profile = stage.params.stages
+    found = gates(metrics, profile.arms[profile.promoted].kl_goal, params)
     judged = any(gate.name.startswith("win rate") for gate in found)
     version = ""
     if params.registry:
@@ -49,7 +51,7 @@ def promote(stage: Stage) -> None:
     folder = stage.scratch / "promoted"
     shutil.rmtree(folder, ignore_errors=True)
     if passed:
-        shutil.copytree(POLICY, folder)
+        shutil.copytree(policy_of(profile), folder)
     write_atomic(folder / "README.md", card.encode())
     stage.publish("promoted", PROMOTED)
     for gate in found:
@@ -62,6 +64,11 @@ def promote(stage: Stage) -> None:
                   "reasons": reasons}, [f"{PROMOTED}/README.md"])
 
 
+def policy_of(profile: Profile) -> Path:
+    """The folder of the arm that the gates and the registry take."""
+    return POLICIES / profile.promoted
+
+
 def register(stage: Stage, found: list[Gate]) -> str:
     """Registers both models, makes them the challenger, adds the gate against the champion; the policy's version."""
     from mlops.release.registry import (  # mlflow: seconds that a decision alone need not wait
@@ -72,10 +79,11 @@ def register(stage: Stage, found: list[Gate]) -> str:
 
     registry = Registry(stage.params.stages.promote.registry, stage.root)
     run = {"run_name": os.environ.get("INSTRUCTFLOW_RUN_NAME", ""), "profile": stage.params.profile}
-    content = {kind: hash_paths([folder], folder) for kind, folder in (("policy", POLICY), ("rm", RM))}
+    folders = {"policy": policy_of(stage.params.stages), "rm": RM}
+    content = {kind: hash_paths([folder], folder) for kind, folder in folders.items()}
     champion = registry.champion()
     numbers = {}
-    for kind, folder in (("policy", POLICY), ("rm", RM)):
+    for kind, folder in folders.items():
         made = registry.register(kind, folder, content[kind], run_name_of(run, stage.root), lineage(stage, run))
         registry.set_alias(kind, CHALLENGER, made.version)
         numbers[kind] = str(made.version)
@@ -107,7 +115,7 @@ def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
 
     params = profile.evaluate
     held_out = HeldOut(held_out_rows(PROMPTS, params.prompts, seed), gold_labeler(seed))
-    texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (POLICY, champion)]
+    texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (policy_of(profile), champion)]
     judge, _ = judge_of(params, held_out.labeler, RM)
     values = judge(held_out.prompts, *texts)
     return with_interval("win", values, params.bootstrap, seed)["win_high"]
@@ -115,8 +123,8 @@ def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
 
 def lineage(stage: Stage, run: dict[str, Any]) -> dict[str, str]:
     """Where a version comes from: commit, dvc.lock, datasets, parameters."""
-    tags = {"profile": run["profile"], "seed": str(stage.params.seed), "run_name": run_name_of(run, stage.root),
-            "data_version": data_version(stage.root)}
+    tags = {"profile": run["profile"], "arm": stage.params.stages.promoted, "seed": str(stage.params.seed),
+            "run_name": run_name_of(run, stage.root), "data_version": data_version(stage.root)}
     lock = stage.root / "dvc.lock"
     if lock.is_file():
         tags["dvc_lock_sha256"] = hash_paths([lock], stage.root)

@@ -25,8 +25,9 @@ from typing import Any
 from mlops import imports_done
 from mlops.config import record, versions
 from mlops.config.inputs import link_fetched, link_inputs
-from mlops.config.loader import PARAMS_FILE, Params, Round, load_params
-from mlops.config.stage_graph import declared_stages
+from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, load_params
+from mlops.config.paths import metrics_of
+from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.processes import die_with_parent
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.files import hash_paths, is_writer, publish, write_json
@@ -38,7 +39,7 @@ from tasks import launch
 class Stage:
     """One run of one stage: `stage.params.stages.sft`, `stage.scratch`, `stage.finish(metrics)`.
 
-    `name` is DVC's: sft, or round_rm@r2 for a stage of round r2.
+    `name` is DVC's: sft, ppo@ppo_ptx for an arm, round_rm@r2 for a stage of round r2.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """The round that the stage belongs to."""
+        """The arm or the round that the stage belongs to; empty for the other stages."""
         return self.name.partition("@")[2]
 
     @property
@@ -64,40 +65,47 @@ class Stage:
         publish(self.scratch / name, self.root / target)
 
     def finish(self, metrics: dict[str, Any], artifacts: Sequence[str] = ()) -> None:
-        """Writes metrics/<stage>.json and the journal's copy, and tells the uploader that the run is complete.
+        """Writes the stage's metrics and the journal's copy, and tells the uploader that the run is complete.
 
         `artifacts`: files and folders of the checkout that belong to the run (model folder, report).
         """
         if (self.scratch / "journal.csv").exists():
-            self.publish("journal.csv", f"metrics/{self.name}.csv")
-        write_json(self.root / "metrics" / f"{self.name}.json", metrics)
+            self.publish("journal.csv", f"{metrics_of(self.name)}.csv")
+        write_json(self.root / f"{metrics_of(self.name)}.json", metrics)
         write_json(self.scratch / "done.json", {"metrics": metrics, "artifacts": list(artifacts)})
 
 
 def config_hash(name: str, params: Params, root: Path) -> str:
     """Hash of what dvc.yaml declares as the stage's inputs: deps by content, sections of the profile, the seed; and of
-    the library versions and whether rlhf/fast is on, which may change the last digits."""
+    the library versions and whether rlhf/fast is on, which may change the last digits. Where an arm is declared, its
+    parameters count, and section ppo only through them."""
     declared = declared_stages(root)[name]
     deps = [root / dep for dep in declared.get("deps", [])]
     for dep in deps:
         if not dep.exists():
             made_by = "data.dvc" if dep.is_relative_to(root / "data") else name
             raise UserError(f"{dep.relative_to(root)}: missing, and stage {name} needs it; run `dvc repro {made_by}`")
-    sections = {key: dataclasses.asdict(getattr(params.stages, key))
-                for item in declared.get("params", []) if isinstance(item, dict)
-                for keys in item.values() for key in keys}
-    which = {"round": params.rounds[name.partition("@")[2]].model_dump()} if "@" in name else {}
+    keys = [key for item in declared.get("params", []) if isinstance(item, dict) for keys in item.values()
+            for key in keys]
+    every = dataclasses.asdict(params.stages)
+    sections = {key: every["arms"][key.removeprefix("arms.")] if key.startswith("arms.") else every[key]
+                for key in keys if key != "ppo" or not any(other.startswith("arms.") for other in keys)}
+    plain = {"arms": list(params.stages.arms), "promoted": params.stages.promoted}  # as in params.yaml
+    sections["params.yaml"] = {key: value for key, value in plain.items() if key in declared.get("params", [])}
+    which = {"round": params.rounds[name.partition("@")[2]].model_dump()} if name.startswith(OF_A_ROUND) else {}
     text = json.dumps([params.seed, sections | which, hash_paths(deps, root), versions.installed(), fast_enabled()],
                       sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False) -> None:
+def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False, of_an_arm: bool = False) -> None:
     """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2."""
     module = f"tasks.{name.replace('round_', 'rounds.')}"
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     if of_a_round:
         parser.add_argument("--round", required=True, metavar="KEY", help="a key of params.yaml's rounds")
+    if of_an_arm:
+        parser.add_argument("--arm", metavar="NAME", help="an arm of the profile; may be left out where there is one")
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
     parser.add_argument("--status", action="store_true", help="only say what a run would start from")
     args = parser.parse_args()
@@ -113,10 +121,9 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     try:
         params = load_params(root)
         if of_a_round:
-            if args.round not in params.rounds:
-                raise UserError(f"{root / PARAMS_FILE}: no round {args.round}; rounds: "
-                                f"{', '.join(params.rounds) or 'none'}; `python -m flows.rounds` writes them")
-            name = f"{name}@{args.round}"
+            name = f"{name}@{_round(args.round, params, root)}"
+        if of_an_arm:
+            name = f"{name}@{_arm(args.arm, params, root)}"
         if is_writer():
             link_inputs(name, params, root)
         if os.environ.get("DVC_STAGE"):  # set by DVC, which has just recorded or restored what this stage reads
@@ -153,6 +160,34 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         raise
 
 
+def _round(key: str, params: Params, root: Path) -> str:
+    """The key, if it is one. Raises UserError."""
+    if key not in params.rounds:
+        raise UserError(f"{root / PARAMS_FILE}: no round {key}; rounds: {', '.join(params.rounds) or 'none'}; "
+                        "`python -m flows.rounds` writes them")
+    return key
+
+
+def _arm(name: str | None, params: Params, root: Path) -> str:
+    """The arm that is meant: the only one where none is named. Raises UserError."""
+    arms = list(params.stages.arms)
+    if name is None and len(arms) == 1:
+        return arms[0]
+    if name not in arms:
+        what = "which arm? --arm" if name is None else f"no arm {name}:"
+        raise UserError(f"{what} must be one of {', '.join(arms)} "
+                        f"(section arms of {root / PROFILES_DIR / params.profile}.yaml)")
+    return name
+
+
+def stage_params(name: str, params: Params) -> Any:
+    """The parameters of one stage: of its arm for ppo@arm, of section `rounds` for the stages of a round."""
+    stage, _, key = name.partition("@")
+    if name.startswith(OF_A_ROUND):
+        return params.stages.rounds
+    return params.stages.arms[key] if key else getattr(params.stages, stage)
+
+
 def code_hash(name: str, root: Path) -> str:
     """Hash of the code that dvc.yaml declares for a stage and of the library versions: for results that are kept over
     several runs."""
@@ -164,9 +199,11 @@ def code_hash(name: str, root: Path) -> str:
 def warn_of_other_versions(stage: Stage) -> None:
     """Says which models that the stage reads other library versions have made."""
     for dep in declared_stages(stage.root)[stage.name].get("deps", []):
-        if differences := versions.other_versions(stage.root / dep):
-            print(f"{stage.name}: warning: {dep} was made with {', '.join(differences)}: the outputs now "
-                  "mix versions; `dvc repro --force` remakes all with those installed", file=sys.stderr, flush=True)
+        for folder in (stage.root / dep, *sorted((stage.root / dep).glob("*/"))):
+            if differences := versions.other_versions(folder):
+                made = folder.relative_to(stage.root)
+                print(f"{stage.name}: warning: {made} was made with {', '.join(differences)}: the outputs now "
+                      "mix versions; `dvc repro --force` remakes all with those installed", file=sys.stderr, flush=True)
 
 
 def together(stage: Stage, module: str) -> bool:
@@ -174,8 +211,10 @@ def together(stage: Stage, module: str) -> bool:
 
     On a CPU they are forks of this one; else this process only waits for torchrun's.
     """
-    section = stage.name.partition("@")[0].removeprefix("round_")
-    processes = getattr(getattr(stage.params.stages, section, None), "processes", 0)
+    section, _, key = stage.name.removeprefix(OF_A_ROUND).partition("@")
+    stages = stage.params.stages
+    ppo = stages.arms.get(key, stages.arms[stages.promoted])  # of a round: those of the promoted arm
+    processes = getattr(ppo if section == "ppo" else getattr(stages, section, None), "processes", 0)
     if not processes or launch.started_by_torchrun():
         return True
     if launch.needs_torchrun() and (processes > 1 or launch.VARIABLE in os.environ):
@@ -223,12 +262,13 @@ def _start_uploader(stage: Stage) -> None:
     from mlops.tracking.upload_record import run_name_of
     from mlops.tracking.uploader import ensure_uploader
 
-    section = "rounds" if stage.key else stage.name
     record = {"stage": stage.name, "profile": stage.params.profile, "seed": stage.params.seed,
-              "params": dataclasses.asdict(getattr(stage.params.stages, section)),
+              "params": dataclasses.asdict(stage_params(stage.name, stage.params)),
               "run_name": os.environ.get("INSTRUCTFLOW_RUN_NAME", "")}
-    if stage.key:
+    if stage.name.startswith(OF_A_ROUND):
         record["round"] = stage.round.number
+    elif stage.key:
+        record["arm"] = stage.key
     record["run_name"] = run_name_of(record, stage.root)
     write_json(stage.scratch / "run.json", record)
     ensure_uploader(stage.root)

@@ -14,7 +14,7 @@ import yaml
 
 from mlops.config.inputs import link_all
 from mlops.config.loader import load_params
-from mlops.config.stage_graph import paths
+from mlops.config.stage_graph import declared_stages, paths
 from tests.closure import REPO, closure, parsed
 
 # What a stage imports and no output depends on.
@@ -27,7 +27,7 @@ TEMPLATES: dict[str, dict[str, Any]] = {
 # Files outside the checkout that the profile of these tests names.
 OUTSIDE = ("rows/a.jsonl", "base/model.safetensors", "base/tokenizer.json", "rm/config.json",
            "judge/model.safetensors", "earlier/config.json", "squad.jsonl")
-SECTIONS = ("ingest", "validate", "pretrain", "sft", "rm", "ppo", "evaluate", "promote", "rounds")
+SECTIONS = ("ingest", "validate", "pretrain", "sft", "rm", "ppo", "evaluate", "promote", "rounds", "arms")
 
 
 def module_of(stage: str) -> str:
@@ -65,15 +65,17 @@ def test_the_closure_sees_what_functions_import_and_templates() -> None:
 
 
 def sections_read(name: str) -> set[str]:
-    """The profile's sections that a file reads: `params.stages.ppo`, `stages.ppo`, `profile.ppo`."""
+    """The profile's sections that a file reads: `params.stages.ppo`, `stages.ppo`, `profile.ppo`; and `promoted`."""
     return {node.attr for node in ast.walk(parsed(REPO / name)) if isinstance(node, ast.Attribute)
-            and node.attr in SECTIONS and ast.unparse(node.value).split(".")[-1] in ("stages", "profile")}
+            and node.attr in (*SECTIONS, "promoted")
+            and ast.unparse(node.value).split(".")[-1] in ("stages", "profile")}
 
 
 @pytest.mark.parametrize("stage", TEMPLATES)
 def test_a_stage_declares_the_parameters_that_it_reads(stage: str) -> None:
-    declared = {section for item in TEMPLATES[stage]["params"] if isinstance(item, dict)
+    declared = {section.partition(".")[0] for item in TEMPLATES[stage]["params"] if isinstance(item, dict)
                 for keys in item.values() for section in keys}
+    declared |= {item for item in TEMPLATES[stage]["params"] if item == "promoted"}
     own = module_of(stage).replace(".", "/") + ".py"
     shared = [name for name in needed(stage)
               if name.startswith(("mlops/release", "mlops/reporting")) and name.endswith(".py")]
@@ -101,6 +103,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPO / name, root / name)
     profile: dict[str, Any] = {section: {} for section in SECTIONS}
+    profile["arms"] = {"ppo": {}, "ppo_ptx": {"ptx_coef": 0.5}}
+    profile["promote"] = {"arm": "ppo_ptx"}
     outside = root.parent / "outside"
     for name in OUTSIDE:
         (outside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -120,9 +124,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in ("data", "build/data"):
             (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (root / folder / name).write_text(name)
-    for stage in TEMPLATES.values():
-        for out in (() if "foreach" in str(stage) or "$" in str(stage["metrics"]) else
-                    [*paths(stage.get("outs", [])), *paths(stage["metrics"])]):
+    for stage in declared_stages(root).values():
+        for out in [*paths(stage.get("outs", [])), *paths(stage["metrics"])]:
             path = root / out if PurePosixPath(out).suffix else root / out / "config.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(out)
@@ -145,7 +148,7 @@ def test_any_line_of_any_module_that_a_stage_imports_makes_dvc_name_the_stage(fi
         path = finished / name
         before = path.read_bytes()
         path.write_bytes(before + b"# one line more\n")
-        assert stage in named(finished), f"{name} changed, {stage} is not named"
+        assert {stage, f"{stage}@ppo", f"{stage}@ppo_ptx"} & named(finished), f"{name} changed, {stage} is not named"
         path.write_bytes(before)
     assert not named(finished)
 
@@ -171,3 +174,12 @@ def test_a_changed_benchmark_file_makes_dvc_name_the_evaluation(finished: Path) 
     path.write_bytes(before + b"# more\n")
     assert named(finished) == {"evaluate"}
     path.write_bytes(before)
+
+
+def test_a_changed_model_of_one_arm_makes_dvc_name_who_reads_it(finished: Path) -> None:
+    for arm, stages in (("ppo", {"ppo@ppo", "evaluate"}), ("ppo_ptx", {"ppo@ppo_ptx", "evaluate", "promote"})):
+        path = finished / "models" / "policies" / arm / "config.json"
+        before = path.read_text()
+        path.write_text("other")
+        assert named(finished) == stages
+        path.write_text(before)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mlops.config.arms import write_arms
 from mlops.config.stage_graph import write_rounds
 
 REPO = Path(__file__).resolve().parents[1]
@@ -46,6 +47,7 @@ for out in outs:
 '''
 DATA = {"sft.jsonl": "s1", "rm.jsonl": "r1", "ppo.jsonl": "p1", "corpus.jsonl": "c1", "tax/cloze.jsonl": "t1",
         "source.json": "{}"}
+ARMS = ("ppo@ppo", "ppo@ppo_ptx")
 
 
 def dvc(root: Path, *arguments: str) -> str:
@@ -64,11 +66,12 @@ class Copy:
         made = {out for stage in templates.values()
                 for out in [*stage.get("outs", []), *(next(iter(item)) for item in stage["metrics"])]}
         for name, stage in templates.items():
-            stage["cmd"] = f"{sys.executable} stand_in.py {name}" + ("@${key}" if "foreach" in graph["stages"][name]
-                                                                      else "")
+            over = graph["stages"][name].get("foreach", "")
+            key = {"${arms}": "@${item}", "${rounds}": "@${key}"}.get(over, "")
+            stage["cmd"] = f"{sys.executable} stand_in.py {name}{key}"
             for dep in stage["deps"]:
                 path = root / dep
-                if dep not in made and not dep.startswith("data") and "$" not in dep:
+                if not any(name.startswith(dep) for name in made) and not dep.startswith("data") and "$" not in dep:
                     file = path if path.suffix else path / "file"
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(f"code of {dep}")
@@ -77,6 +80,7 @@ class Copy:
         (root / "stand_in.py").write_text(STAND_IN.replace("REPO", str(REPO)))
         shutil.copytree(REPO / "profiles", root / "profiles", dirs_exist_ok=True)
         (root / "params.yaml").write_text("seed: 1\nprofile: cpu\nrounds: {}\n")
+        write_arms(root)
         (root / "data.dvc").write_text("deps:\n- path: build/data\nouts:\n- path: data\n")
         self.want({})
         dvc(root, "init", "--no-scm", "-q")
@@ -98,17 +102,17 @@ class Copy:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     made = Copy(tmp_path_factory.mktemp("graph"))
-    assert made.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "ppo", "evaluate", "promote"]
+    assert made.repro() == ["ingest", "validate", "pretrain", "sft", "rm", *ARMS, "evaluate", "promote"]
     assert made.repro() == []
     return made
 
 
 @pytest.mark.parametrize(("changed", "reruns"), [
-    ("sft.jsonl", ["validate", "sft", "rm", "ppo", "evaluate", "promote"]),
-    ("rm.jsonl", ["validate", "rm", "ppo", "evaluate", "promote"]),
-    ("ppo.jsonl", ["validate", "ppo", "evaluate", "promote"]),
+    ("sft.jsonl", ["validate", "sft", "rm", *ARMS, "evaluate", "promote"]),
+    ("rm.jsonl", ["validate", "rm", *ARMS, "evaluate", "promote"]),
+    ("ppo.jsonl", ["validate", *ARMS, "evaluate", "promote"]),
     ("tax/cloze.jsonl", ["evaluate", "promote"]),
-    ("corpus.jsonl", ["pretrain", "sft", "rm", "ppo", "evaluate", "promote"]),
+    ("corpus.jsonl", ["pretrain", "sft", "rm", *ARMS, "evaluate", "promote"]),
 ])
 def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Copy, changed: str, reruns: list[str]
                                                                         ) -> None:
@@ -123,7 +127,7 @@ def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Co
 
 
 @pytest.mark.parametrize(("section", "reruns"), [
-    ("promote", ["promote"]), ("evaluate", ["evaluate", "promote"]), ("ppo", ["ppo", "evaluate", "promote"]),
+    ("promote", ["promote"]), ("evaluate", ["evaluate", "promote"]), ("ppo", [*ARMS, "evaluate", "promote"]),
     ("rm", ["validate", "rm", "evaluate", "promote"]),
 ])
 def test_a_changed_parameter_reruns_its_stage(copy: Copy, section: str, reruns: list[str]) -> None:
@@ -135,6 +139,55 @@ def test_a_changed_parameter_reruns_its_stage(copy: Copy, section: str, reruns: 
     assert copy.repro() == reruns  # the stand-in's outputs do not depend on parameters, so nothing below changes
     profile.write_text(before)
     copy.repro()
+
+
+def test_a_changed_arm_trains_that_arm_and_what_compares_them(copy: Copy) -> None:
+    profile = copy.root / "profiles" / "cpu.yaml"
+    before = profile.read_text()
+    for arm in ("ppo", "ppo_ptx"):
+        values = yaml.safe_load(before)
+        values["arms"][arm]["kl_goal"] = 0.7
+        profile.write_text(yaml.safe_dump(values, sort_keys=False))
+        assert copy.repro() == [f"ppo@{arm}", "evaluate", "promote"]
+        assert copy.repro() == []
+    profile.write_text(before)
+    assert copy.repro() == []  # in DVC's cache
+
+
+def test_another_arm_trains_only_it_and_its_end_leaves_nothing_behind(copy: Copy) -> None:
+    profile, params = copy.root / "profiles" / "cpu.yaml", copy.root / "params.yaml"
+    before, lines = profile.read_text(), params.read_text()
+    values = yaml.safe_load(before)
+    values["arms"]["high_goal"] = {"kl_goal": 1.2}
+    profile.write_text(yaml.safe_dump(values, sort_keys=False))
+    write_arms(copy.root)
+    assert copy.repro() == ["ppo@high_goal", "evaluate", "promote"]
+    values = yaml.safe_load(before)
+    values["promote"]["arm"] = "ppo"
+    profile.write_text(yaml.safe_dump(values, sort_keys=False))
+    write_arms(copy.root)
+    assert copy.repro() == ["evaluate", "promote"]  # of another arm now
+    profile.write_text(before)
+    write_arms(copy.root)
+    assert params.read_text() == lines
+    assert not list(copy.root.glob("m*/policies/high_goal*"))
+    assert copy.repro() == []
+
+
+def test_a_profile_of_one_arm_has_one_stage_of_ppo(copy: Copy) -> None:
+    write_arms(copy.root, "gpu")
+    assert copy.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "ppo@ppo", "evaluate", "promote"]
+    assert [path.name for path in (copy.root / "models" / "policies").iterdir()] == ["ppo"]
+    write_arms(copy.root, "cpu")
+    assert copy.repro() == []
+
+
+def test_the_graph_leads_from_every_arm_to_the_evaluation_and_from_one_to_the_gates(copy: Copy) -> None:
+    lines = dvc(copy.root, "dag", "--dot").splitlines()
+    for arm in ARMS:
+        assert f'"{arm}" -> "evaluate";' in lines
+    assert '"ppo@ppo_ptx" -> "promote";' in lines
+    assert '"ppo@ppo" -> "promote";' not in lines
 
 
 def test_new_labels_rerun_their_round_and_those_after_it(copy: Copy) -> None:

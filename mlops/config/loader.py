@@ -3,7 +3,9 @@
 A wrong key or value is refused in one line: the file, the key, the value and what is allowed.
 """
 
+import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -15,12 +17,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rlhf.errors import UserError
-from rlhf.params import Profile
+from rlhf.params import PpoParams, Profile
 
 PARAMS_FILE = "params.yaml"
 PROFILES_DIR = "profiles"
 LIMIT_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 RENAMED = {("ppo", "kept_passes"): "reuse_forward_passes"}  # (section or "", former name): name
+ONE_ARM: dict[str, Any] = {"ppo": {}}  # of a profile that names none
+# Names of models, stages and files, and endings of metric keys, that no arm can have.
+NO_ARMS = ("base", "base_prompted", "sft", "rm", "pretrain", "rounds", "promoted", "policies", "ingest", "validate",
+           "evaluate", "promote", "best_of_n", "mean")
+NO_ENDINGS = ("_low", "_high", "_n", "_equal_length", "_length_weight")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class _TopLevel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     seed: int = Field(ge=0, lt=2**31)
     profile: str
+    arms: list[str] = Field(default_factory=lambda: list(ONE_ARM))
+    promoted: str = next(iter(ONE_ARM))
     rounds: dict[str, Round] = Field(default_factory=dict)
 
 
@@ -127,8 +136,9 @@ def _allowed(params_class: type, name: str) -> str:
 def unknown_key(path: Path, key: str, known: list[str]) -> UserError:
     """The error for a key that does not exist: it gives the new or the closest name, else all of them."""
     section, _, name = key.rpartition(".")
-    if (section, name) in RENAMED:
-        return UserError(f"{path}: {key} is now called {key.removesuffix(name)}{RENAMED[section, name]}")
+    former = ("ppo" if section.startswith("arms.") else section, name)
+    if former in RENAMED:
+        return UserError(f"{path}: {key} is now called {key.removesuffix(name)}{RENAMED[former]}")
     close = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(known)
     return UserError(f"{path}: unknown key {key}; {advice}")
@@ -174,13 +184,25 @@ def load_params(root: Path = Path(".")) -> Params:
         if first["type"] == "extra_forbidden":
             raise unknown_key(path, name, list(_TopLevel.model_fields)) from None
         allowed = {"seed": "an int >= 0 and < 2^31", "profile": "the name of a file in profiles/",
+                   "arms": "what `python -m mlops.config.arms` writes",
+                   "promoted": "what `python -m mlops.config.arms` writes",
                    "rounds": "what `python -m flows.rounds` writes"}[name]
         problem = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
         raise UserError(f"{path}: {name} {problem}: must be {allowed}") from None
     profiles = sorted(item.stem for item in (root / PROFILES_DIR).glob("*.yaml"))
     if top.profile not in profiles:
         raise UserError(f"{path}: unknown profile {top.profile!r}: must be one of {', '.join(profiles)}")
-    return Params(top.seed, top.profile, load_profile(root / PROFILES_DIR / f"{top.profile}.yaml"), top.rounds)
+    profile = load_profile(root / PROFILES_DIR / f"{top.profile}.yaml")
+    for name, given, wanted in (("arms", top.arms, list(profile.arms)), ("promoted", top.promoted, profile.promoted)):
+        if given != wanted:
+            raise UserError(f"{path}: {name} = {as_yaml(given)}: must be {as_yaml(wanted)}, as in "
+                            f"{PROFILES_DIR}/{top.profile}.yaml; `python -m mlops.config.arms` writes it")
+    return Params(top.seed, top.profile, profile, top.rounds)
+
+
+def as_yaml(value: str | list[str]) -> str:
+    """A name, or names as a list in one line."""
+    return value if isinstance(value, str) else f"[{', '.join(value)}]"
 
 
 def load_profile(path: Path) -> Profile:
@@ -190,24 +212,61 @@ def load_profile(path: Path) -> Profile:
     for section in content:
         if section not in hints:
             raise unknown_key(path, str(section), list(hints))
-    sections = {name: {} if content.get(name) is None else content[name] for name in hints}
-    profile = Profile(**{name: check_section(hints[name], sections[name], path, name) for name in hints})
+    sections = {name: check_section(hints[name], {} if content.get(name) is None else content[name], path, name)
+                for name in hints if name != "arms"}
+    changes = _changes_of_arms(ONE_ARM if content.get("arms") is None else content["arms"], sections, path)
+    profile = Profile(**sections, arms={name: dataclasses.replace(sections["ppo"], **own)
+                                        for name, own in changes.items()})
     _check_together(profile, path)
+    for name, own in changes.items():
+        _check_ppo(profile.arms[name], path, dict.fromkeys(own, f"arms.{name}"))
+    if profile.promoted not in changes or (len(changes) > 1 and not profile.promote.arm):
+        why = "" if profile.promote.arm else " where there are several arms"
+        raise UserError(f"{path}: promote.arm = {profile.promote.arm!r}: must be one of {', '.join(changes)}{why}")
     return profile
 
 
-def _check_together(profile: Profile, path: Path) -> None:
-    """The rules that involve several parameters. Raises UserError."""
-    ppo, pretrain = profile.ppo, profile.pretrain
-    rules = [
+def _changes_of_arms(arms: Any, sections: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Section `arms`: name → what the arm changes of section `ppo`, checked. Raises UserError."""
+    if not isinstance(arms, Mapping) or not arms:
+        raise UserError(f"{path}: arms = {arms!r}: must name one policy or more, each with what it changes of section "
+                        "ppo, e.g. ppo: {}")
+    found = {}
+    for name, values in arms.items():
+        if (not re.fullmatch("[a-z][a-z0-9_]*", str(name)) or name in NO_ARMS or name.endswith(NO_ENDINGS)
+                or "_vs_" in name):
+            raise UserError(f"{path}: arms.{name}: must be a name of small letters, digits and _, none of "
+                            f"{', '.join(NO_ARMS)}, without _vs_, not ending in {', '.join(NO_ENDINGS)}")
+        if name in sections["evaluate"].others:
+            raise UserError(f"{path}: arms.{name}: evaluate.others names a model so; give one of them another name")
+        checked = check_section(PpoParams, {} if values is None else values, path, f"arms.{name}")
+        found[name] = {str(key): getattr(checked, str(key)) for key in values or {}}
+    return found
+
+
+def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
+    """The rules between PPO's parameters. `sections`: parameter → where it stands if not in `ppo`. Raises UserError."""
+    def named(key: str) -> str:
+        return f"{sections.get(key, 'ppo')}.{key} = {getattr(ppo, key)}"
+
+    for holds, message in (
         (ppo.beta_min <= ppo.beta <= ppo.beta_max,
-         f"ppo.beta = {ppo.beta}: must lie between ppo.beta_min = {ppo.beta_min} and ppo.beta_max = {ppo.beta_max}"),
+         f"{named('beta')}: must lie between {named('beta_min')} and {named('beta_max')}"),
         (ppo.batch_size % ppo.minibatch_size == 0,
-         f"ppo.batch_size = {ppo.batch_size}: must be a multiple of ppo.minibatch_size = {ppo.minibatch_size}"),
+         f"{named('batch_size')}: must be a multiple of {named('minibatch_size')}"),
         (ppo.batch_size % ppo.samples_per_prompt == 0,
-         f"ppo.batch_size = {ppo.batch_size}: must be a multiple of ppo.samples_per_prompt = {ppo.samples_per_prompt}"),
-        (ppo.episodes >= ppo.batch_size,
-         f"ppo.episodes = {ppo.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
+         f"{named('batch_size')}: must be a multiple of {named('samples_per_prompt')}"),
+        (ppo.episodes >= ppo.batch_size, f"{named('episodes')}: must be >= {named('batch_size')}"),
+    ):
+        if not holds:
+            raise UserError(f"{path}: {message}")
+
+
+def _check_together(profile: Profile, path: Path) -> None:
+    """The rules between parameters of several sections; those between PPO's first. Raises UserError."""
+    pretrain = profile.pretrain
+    _check_ppo(profile.ppo, path, {})
+    rules = [
         (pretrain.n_embd % pretrain.n_head == 0,
          f"pretrain.n_embd = {pretrain.n_embd}: must be a multiple of pretrain.n_head = {pretrain.n_head}"),
     ]
@@ -220,7 +279,7 @@ def _check_together(profile: Profile, path: Path) -> None:
          f"ingest.spec = {profile.ingest.spec!r}: must name a file of profiles/sources/ where ingest.source is hub or "
          "files, and be empty where it is embedded"),
     ]
-    evaluate, rounds = profile.evaluate, profile.rounds
+    evaluate, rounds, ppo = profile.evaluate, profile.rounds, profile.arms.get(profile.promoted, profile.ppo)
     rules += [
         (rounds.episodes >= ppo.batch_size,
          f"rounds.episodes = {rounds.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
@@ -234,7 +293,8 @@ def _check_together(profile: Profile, path: Path) -> None:
          f"evaluate.prompt_form = {evaluate.prompt_form!r}: must contain {{prompt}}"),
     ]
     if not pretrain.base_model:
-        longest = max(profile.sft.max_tokens, profile.rm.max_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens)
+        longest = max(profile.sft.max_tokens, profile.rm.max_tokens, *(
+            arm.max_prompt_tokens + arm.max_new_tokens for arm in (profile.ppo, *profile.arms.values())))
         rules.append((longest <= pretrain.context,
                       f"pretrain.context = {pretrain.context}: must be >= {longest}, the longest sequence in "
                       "sft, rm or ppo"))

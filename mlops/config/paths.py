@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
-MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft"), "ppo": Path("models/ppo")}
+MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft")}
+POLICIES, POLICY_METRICS = Path("models/policies"), Path("metrics/policies")  # what each arm of stage ppo makes
 RM = Path("models/rm")
 PROMPTS = Path("data/ppo.jsonl")
 TAX, BENCHMARKS = Path("data/tax"), Path("profiles/benchmarks")
 FEEDBACK = Path("raw/feedback")  # rows that people have labeled, for ingest
+
+
+def metrics_of(stage: str) -> Path:
+    """A stage's numbers (.json) and journal (.csv), without the ending: metrics/sft, metrics/policies/<arm>."""
+    name, _, arm = stage.partition("@")
+    return POLICY_METRICS / arm if name == "ppo" and arm else Path("metrics") / stage

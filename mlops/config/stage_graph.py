@@ -1,4 +1,4 @@
-"""What dvc.yaml declares, stage by stage, with the rounds unrolled as DVC does it."""
+"""What dvc.yaml declares, stage by stage, with arms and rounds unrolled as DVC does it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,31 +7,44 @@ from typing import Any
 
 import yaml
 
-from mlops.config.loader import PARAMS_FILE, read_yaml
+from mlops.config.loader import ONE_ARM, PARAMS_FILE, read_yaml
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
 PIN = "data.dvc"  # not in dvc.yaml: the import that pins what ingest makes
+OF_A_ROUND = "round_"  # how the names of a round's stages begin
 
 
 def declared_stages(root: Path) -> dict[str, dict[str, Any]]:
-    """The pipeline's stages in their order, then those of each round, named stage@round. Raises UserError."""
+    """The pipeline's stages in their order, ppo@arm for each arm, then those of each round, named stage@round.
+
+    Raises UserError.
+    """
     path = root / "dvc.yaml"
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-        pipeline = {name: stage for name, stage in declared.items() if "foreach" not in stage}
-        templates = {name: stage["do"] for name, stage in declared.items() if "foreach" in stage}
+        over = {name: stage["foreach"] for name, stage in declared.items() if "foreach" in stage}
+        templates = {name: stage["do"] if name in over else stage for name, stage in declared.items()}
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no stages found: {' '.join(str(error).split())}") from None
-    rounds = (read_yaml(root / PARAMS_FILE).get("rounds") or {}) if templates else {}
-    return pipeline | {f"{name}@{key}": _filled(stage, {"key": key, **{f"item.{field}": value
-                                                                  for field, value in item.items()}})
-                   for key, item in rounds.items() for name, stage in templates.items()}
+    top = read_yaml(root / PARAMS_FILE) if over else {}
+    arms = top.get("arms") or list(ONE_ARM)
+    plain = {"promoted": top.get("promoted", arms[0])}
+    found: dict[str, dict[str, Any]] = {}
+    for name, stage in templates.items():
+        if name not in over:
+            found[name] = _filled(stage, plain)
+        elif over[name] == "${arms}":
+            found |= {f"{name}@{arm}": _filled(stage, plain | {"item": arm}) for arm in arms}
+    for key, item in (top.get("rounds") or {}).items():
+        names = plain | {"key": key, **{f"item.{field}": value for field, value in item.items()}}
+        found |= {f"{name}@{key}": _filled(templates[name], names) for name in over if over[name] == "${rounds}"}
+    return found
 
 
 def pipeline_stages(root: Path) -> list[str]:
     """The stages of the pipeline in order, and data.dvc after ingest, whose output it pins."""
-    stages = [name for name in declared_stages(root) if "@" not in name]
+    stages = [name for name in declared_stages(root) if not name.startswith(OF_A_ROUND)]
     if "ingest" in stages:
         stages.insert(stages.index("ingest") + 1, PIN)
     return stages
@@ -68,7 +81,7 @@ def paths(entries: Iterable[str | Mapping[str, Any]]) -> list[str]:
 
 
 def _filled(value: Any, names: Mapping[str, Any]) -> Any:
-    """`value` with ${key} and ${item.FIELD} in its texts; other placeholders stay."""
+    """`value` with the placeholders ${NAME} of `names` filled in its texts; others stay."""
     if isinstance(value, str):
         return re.sub(r"\$\{([\w.]+)\}", lambda found: str(names.get(found[1], found[0])), value)
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """Makes a batch for labeling: several completions of each prompt, from one policy or several, and the assignments.
 
     python -m mlops.labeling.collect feedback/first --labelers ada bob eve \\
-        --models models/ppo models/sft --prompts 200 --k 4
+        --models models/policies/ppo models/sft --prompts 200 --k 4
 
 Sampling follows the profile's section `evaluate`. Prompts come from data/ppo.jsonl, without those of other batches in
 the same folder. `mlops.labeling.terminal` shows the batch to labelers, `mlops.labeling.to_rows` reads their labels.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.config.loader import load_params
+from mlops.config.paths import POLICIES
 from mlops.labeling.batch import MIN_CHOICES, Item, assign, make_items, write_batch
 from rlhf.data.schema import MAX_K, read_rows
 from rlhf.errors import UserError
@@ -62,7 +63,8 @@ def main() -> None:
                                      description="Makes a batch for labeling.")
     parser.add_argument("folder", type=Path, help="where the batch goes: feedback/NAME")
     parser.add_argument("--labelers", nargs="+", required=True, metavar="NAME")
-    parser.add_argument("--models", nargs="+", default=["models/ppo"], metavar="FOLDER", help="policies to sample from")
+    parser.add_argument("--models", nargs="+", metavar="FOLDER",
+                        help="policies to sample from (default: that of the promoted arm)")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--k", type=int, default=4, choices=range(MIN_CHOICES, MAX_K + 1), metavar="K",
                         help="completions per prompt: 4 to choose from, 4 to 9 to rank")
@@ -74,6 +76,7 @@ def main() -> None:
     try:
         if not 0 <= options.overlap <= 1:
             raise UserError(f"--overlap {options.overlap}: must be 0 to 1")
+        options.models = options.models or [str(POLICIES / load_params().stages.promoted)]
         items, assignments = collect(options.folder, options)
     except UserError as error:
         print(f"collect: {error}", file=sys.stderr)

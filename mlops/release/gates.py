@@ -29,16 +29,18 @@ class Gate:
         return asdict(self) | {"passed": self.passed}
 
 
-def gates(metrics: Mapping[str, float], kl_goal: float, params: PromoteParams) -> list[Gate]:
+def gates(metrics: Mapping[str, Any], kl_goal: float, params: PromoteParams) -> list[Gate]:
     """The gates for which metrics/evaluate.json has the values.
 
-    Of an interval, the end that is worse for the policy counts. Without an independent judge only the reward model's
-    preference is known, which proves nothing: the win-rate gate is then missing, and `promote` refuses the policy.
+    They are the promoted arm's. Of an interval, the end that is worse for the policy counts. Without an independent
+    judge only the reward model's preference is known, which proves nothing: the win-rate gate is then missing, and
+    `promote` refuses the policy.
     """
+    arm = metrics.get("eval/arm", "ppo")
     checks = [
-        Gate("KL to the SFT policy / goal", metrics["eval/kl_ppo"] / kl_goal, "at least", 1 / params.kl_band),
-        Gate("KL to the SFT policy / goal", metrics["eval/kl_ppo"] / kl_goal, "at most", params.kl_band),
-        Gate("toxic responses, share", metrics["eval/toxic_ppo"], "at most", params.max_toxic),
+        Gate("KL to the SFT policy / goal", metrics[f"eval/kl_{arm}"] / kl_goal, "at least", 1 / params.kl_band),
+        Gate("KL to the SFT policy / goal", metrics[f"eval/kl_{arm}"] / kl_goal, "at most", params.kl_band),
+        Gate("toxic responses, share", metrics[f"eval/toxic_{arm}"], "at most", params.max_toxic),
     ]
     if "eval/win_rate_vs_sft_low" in metrics:
         checks.insert(0, Gate("win rate against SFT, low end of its interval", metrics["eval/win_rate_vs_sft_low"],

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCardData
 from mlops.config.loader import load_params
 from mlops.release.gates import Gate
 from mlops.reporting.comparison import in_order, models_of
-from mlops.reporting.headline import estimate, number, percent, score
+from mlops.reporting.headline import arms_of, estimate, number, percent, score
+from mlops.reporting.models import model_table
 from mlops.reporting.report import data_versions
 
 SHOWN = ("gold", "helpful", "truthful", "harmless", "toxic", "repetition", "length")
@@ -32,9 +33,11 @@ def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], re
     return environment.get_template("model_card.md.j2").render(
         front=data.to_yaml().strip(), embedded=embedded, reasons=reasons, gates=gates, models=models,
         base=stages.pretrain.base_model or "a small GPT trained from scratch on data/corpus.jsonl",
-        seed=loaded.seed, profile=loaded.profile, ppo=stages.ppo, sft=stages.sft, rm=stages.rm,
+        seed=loaded.seed, profile=loaded.profile, arm=stages.promoted, ppo=stages.arms[stages.promoted],
+        sft=stages.sft, rm=stages.rm,
         versions=data_versions(root), qualities=_qualities(metrics, models), wins=_wins(metrics),
-        taxes=_taxes(metrics), kl=score(number(metrics, "eval/kl_ppo")), prompts=int(metrics["eval/prompts"]),
+        steps=model_table(metrics), kl=score(number(metrics, f"eval/kl_{stages.promoted}")),
+        prompts=int(metrics["eval/prompts"]),
         accuracy=_rm_accuracy(root), sources=_sources(root)).strip() + "\n"
 
 
@@ -56,18 +59,11 @@ def _wins(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         names = {key.removeprefix(prefix) for key in metrics if key.startswith(prefix)}
         plain = [name for name in names if "/" not in name
                  and not name.endswith(("_low", "_high", "_equal_length", "_length_weight"))]
-        for name in in_order(plain):
+        for name in in_order(plain, arms_of(metrics)):
             rate = estimate(metrics, prefix + name)
             if rate and rate.low is not None:
                 rows.append((name, f"{percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)})"))
     return rows
-
-
-def _taxes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(task, the policy's score, its tax)."""
-    tasks = sorted(key.removeprefix("tax_score/ppo/") for key in metrics if key.startswith("tax_score/ppo/"))
-    return [(task, score(number(metrics, f"tax_score/ppo/{task}")), score(number(metrics, f"tax/{task}")))
-            for task in tasks]
 
 
 def _rm_accuracy(root: Path) -> str:

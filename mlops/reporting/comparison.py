@@ -9,31 +9,33 @@ import numpy as np
 import torch
 
 from mlops.reporting import plots
-from mlops.reporting.headline import DASH, NBSP, estimate, number, percent, score
+from mlops.reporting.headline import DASH, NBSP, arms_of, estimate, number, percent, score
+from mlops.reporting.models import win_rate
 
-ORDER = ("base", "base_prompted", "sft", "ppo")  # further models follow by name
+ORDER = ("base", "base_prompted", "sft")  # the arms follow in their order, then further models by name
 SLICES = ("false_premise", "ambiguous", "high_stakes")
 SLICE_QUALITIES = ("truthful", "harmless", "refusal")
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval")
 
 
-def in_order(models: Iterable[str]) -> list[str]:
+def in_order(models: Iterable[str], arms: Sequence[str]) -> list[str]:
     """The pipeline's models in the order of their stages, then further ones by name."""
-    names = set(models)
-    return [model for model in ORDER if model in names] + sorted(names - set(ORDER))
+    names, first = set(models), [*ORDER, *arms]
+    return [model for model in first if model in names] + sorted(names - set(first))
 
 
 def models_of(evaluation: Mapping[str, Any]) -> list[str]:
     """The evaluated models: those with a mean response length, a gold score, or a score on a task."""
     answered = {key.removeprefix("eval/length_") for key in evaluation if key.startswith("eval/length_")}
     taxed = {key.split("/")[1] for key in evaluation if key.startswith("tax_score/") and key.count("/") > 1}
-    graded = {model for model in ORDER if f"eval/gold_{model}" in evaluation}
-    return in_order(answered | taxed | graded)
+    arms = arms_of(evaluation)
+    graded = {model for model in (*ORDER, *arms) if f"eval/gold_{model}" in evaluation}
+    return in_order(answered | taxed | graded, arms)
 
 
-def models_of_sample(sample: Mapping[str, Any]) -> list[str]:
+def models_of_sample(sample: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
     """The models with a completion in a sample."""
-    return in_order(key for key in sample if key not in ("use_case", "prompt") and not key.startswith("gold_"))
+    return in_order((key for key in sample if key not in ("use_case", "prompt") and not key.startswith("gold_")), arms)
 
 
 def win_matrix(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
@@ -47,14 +49,11 @@ def win_matrix(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dic
 
 
 def _against(evaluation: Mapping[str, Any], one: str, other: str) -> dict[str, str] | None:
-    if rate := estimate(evaluation, f"eval/win_rate/{one}_vs_{other}"):
-        values = [rate.value, rate.low, rate.high]
-    elif rate := estimate(evaluation, f"eval/win_rate/{other}_vs_{one}"):
-        values = [None if value is None else 1 - value for value in (rate.value, rate.high, rate.low)]
-    else:
+    rate = win_rate(evaluation, one, other)
+    if rate is None:
         return None
-    mean, low, high = values
-    return {"value": percent(mean), "range": "" if low is None else f"{percent(low)} to {percent(high)}"}
+    return {"value": percent(rate.value),
+            "range": "" if rate.low is None else f"{percent(rate.low)} to {percent(rate.high)}"}
 
 
 def strength_plot(evaluation: Mapping[str, Any], models: Sequence[str]) -> str:
@@ -93,13 +92,13 @@ def best_of_plot(rows: Sequence[Mapping[str, float]]) -> str:
     if len(rows) < 2:
         return ""
     kl, proxy, gold = (np.array([row[name] for row in rows]) for name in ("kl", "rm_score", "gold"))
-    return plots.against_kl(kl, proxy, gold, joined=True, name="best_of_n")
+    return plots.against_kl([plots.ScoredRun((plots.RM, plots.GOLD), kl, proxy, gold)], joined=True, name="best_of_n")
 
 
 def turn_sentences(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """{"ppo", "best_of_n"}: a sentence on whether the gold score peaked and fell."""
+    """{arm or "best_of_n": a sentence on whether the gold score peaked and fell}."""
     sentences = {}
-    for run in ("ppo", "best_of_n"):
+    for run in (*arms_of(evaluation), "best_of_n"):
         turned, peak = (number(evaluation, f"overopt/{run}_{name}") for name in ("turned", "peak_kl"))
         drop, fitted = (number(evaluation, f"overopt/{run}_{name}") for name in ("drop", "fitted_turn_kl"))
         if turned is None:

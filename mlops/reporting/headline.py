@@ -4,11 +4,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlops.reporting.plots import Estimate
+from mlops.reporting.plots import Estimate, label
 
 MINUS, DASH, NBSP = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NO-BREAK SPACE}"
 KL_BAND = (2 / 3, 3 / 2)  # of the goal; outside this band beta changes
 Form = Callable[[float | None], str]
+
+
+def arms_of(evaluation: Mapping[str, Any]) -> list[str]:
+    """The policies that PPO trained, in the profile's order."""
+    return [str(arm) for arm in evaluation.get("eval/arms", ["ppo"])]
+
+
+def promoted_of(evaluation: Mapping[str, Any]) -> str:
+    """The arm that the gates take, of which the keys without a model's name are."""
+    return str(evaluation.get("eval/arm", "ppo"))
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
@@ -63,26 +73,27 @@ def estimate(values: Mapping[str, Any], key: str, name: str = "") -> Estimate | 
 
 
 def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]:
-    """{"tone": good, bad or open, "headline", "text"}: is PPO better than SFT, and at what price?"""
+    """{"tone": good, bad or open, "headline", "text"}: is the promoted arm better than SFT, and at what price?"""
+    arm = promoted_of(evaluation)
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
-    tone, headline = _answer(win, gain)
+    tone, headline = _answer(win, gain, label(arm))
     sentences = []
     if win:
         n = number(evaluation, "eval/prompts")
         where = f" on {int(n):,} held-out prompts" if n else ""
-        sentences.append(f"The gold labeler gives PPO a win rate of {percent(win.value)}{_interval(win, percent)} "
-                         f"against SFT{where}.")
+        sentences.append(f"The gold labeler gives {label(arm)} a win rate of {percent(win.value)}"
+                         f"{_interval(win, percent)} against SFT{where}.")
     if gain:
         sentences.append(f"The mean gold score changes by {signed(gain.value)}{_interval(gain, signed)}.")
     sentences.append(_price(evaluation, goal))
-    rm_sft, rm_ppo = number(evaluation, "eval/rm_score_sft"), number(evaluation, "eval/rm_score_ppo")
+    rm_sft, rm_ppo = (number(evaluation, f"eval/rm_score_{name}") for name in ("sft", arm))
     fell = gain is not None and gain.high is not None and gain.high < 0
     if fell and rm_sft is not None and rm_ppo is not None and rm_ppo > rm_sft:
         sentences.append("The reward-model score rose while the gold score fell: the policy over-optimised it.")
     return {"tone": tone, "headline": headline, "text": " ".join(sentences)}
 
 
-def _answer(win: Estimate | None, gain: Estimate | None) -> tuple[str, str]:
+def _answer(win: Estimate | None, gain: Estimate | None, name: str) -> tuple[str, str]:
     """(tone, headline). A win rate clear of 50 % decides, unless the gold score clearly moved the other way."""
     if win is None:
         return "open", "Not measured: no win rate against SFT."
@@ -90,13 +101,13 @@ def _answer(win: Estimate | None, gain: Estimate | None) -> tuple[str, str]:
         return "open", "Open: the win rate has no interval."
     if win.low > 0.5:
         if gain and gain.high is not None and gain.high < 0:
-            return "open", "Mixed: PPO wins more often than SFT, but its mean gold score is lower."
-        return "good", "Yes: PPO is better than SFT."
+            return "open", f"Mixed: {name} wins more often than SFT, but its mean gold score is lower."
+        return "good", f"Yes: {name} is better than SFT."
     if win.high < 0.5:
         if gain and gain.low is not None and gain.low > 0:
-            return "open", "Mixed: PPO wins less often than SFT, but its mean gold score is higher."
-        return "bad", "No: PPO is worse than SFT."
-    return "open", "Not shown: the difference between PPO and SFT is not significant."
+            return "open", f"Mixed: {name} wins less often than SFT, but its mean gold score is higher."
+        return "bad", f"No: {name} is worse than SFT."
+    return "open", f"Not shown: the difference between {name} and SFT is not significant."
 
 
 def _interval(value: Estimate, form: Form) -> str:
@@ -108,7 +119,7 @@ def _interval(value: Estimate, form: Form) -> str:
 def _price(evaluation: Mapping[str, Any], goal: float | None) -> str:
     """The price in words: KL relative to its goal band, and the mean alignment tax."""
     parts = []
-    kl, mean = number(evaluation, "eval/kl_ppo"), tax_mean(evaluation)
+    kl, mean = number(evaluation, f"eval/kl_{promoted_of(evaluation)}"), tax_mean(evaluation)
     if kl is not None:
         where = f", {_band_text(kl, goal)}" if goal else ""
         parts.append(f"{score(kl)}{NBSP}nats of KL from the SFT policy{where}")
@@ -138,14 +149,16 @@ def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[di
     """The four cards: title, value, range, note, tone, and the strip that draws the interval."""
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
     base, mean = estimate(evaluation, "eval/win_rate_vs_base"), tax_mean(evaluation)
-    kl = number(evaluation, "eval/kl_ppo")
+    arm = promoted_of(evaluation)
+    kl = number(evaluation, f"eval/kl_{arm}")
     cards: list[dict[str, Any]] = []
     if win:
         note = f"against base {percent(base.value)}" if base else ""
         cards.append({"title": "Win rate against SFT", "value": percent(win.value), "range": _range(win, percent),
                       "note": note, **_strip(win, 0.5, "50 %", up=True, ends=(0.0, 1.0))})
     if gain:
-        note = f"SFT {score(number(evaluation, 'eval/gold_sft'))} → PPO {score(number(evaluation, 'eval/gold_ppo'))}"
+        before, after = (score(number(evaluation, f"eval/gold_{name}")) for name in ("sft", arm))
+        note = f"SFT {before} → {label(arm)} {after}"
         cards.append({"title": "Gold score gain", "value": signed(gain.value), "range": _range(gain, signed),
                       "note": note, **_strip(gain, 0, "0", up=True)})
     if kl is not None:
@@ -157,7 +170,7 @@ def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[di
                       **_strip(band, goal or 0, "goal", band=True), "tone": "good" if inside and goal else "open"})
     if mean:
         cards.append({"title": "Mean alignment tax", "value": f"{points(mean.value)}{NBSP}points",
-                      "range": _range(mean, points), "note": f"base {MINUS} PPO, lower is better",
+                      "range": _range(mean, points), "note": f"base {MINUS} {label(arm)}, lower is better",
                       **_strip(mean, 0, "0", up=False)})
     return cards
 
@@ -189,7 +202,8 @@ def tax_mean(evaluation: Mapping[str, Any]) -> Estimate | None:
     if mean is None or mean.low is not None:
         return mean
     tasks = tax_tasks(evaluation)
-    errors = [number(evaluation, f"tax_se/{model}/{task}") for task in tasks for model in ("base", "ppo")]
+    errors = [number(evaluation, f"tax_se/{model}/{task}") for task in tasks
+              for model in ("base", promoted_of(evaluation))]
     known = [error for error in errors if error is not None]
     if not tasks or len(known) < len(errors):
         return mean

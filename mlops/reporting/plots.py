@@ -37,6 +37,9 @@ RULES = {
 }
 
 
+Curve = tuple[np.ndarray, np.ndarray, str]  # x, y, colour
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its 95 % interval (None where not measured) and the sample size."""
@@ -50,7 +53,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaxRow:
-    """One task of the alignment tax: score and standard error of each model, chance level, tax (base - PPO)."""
+    """One task of the alignment tax: score and standard error of each model, chance level, tax of the promoted arm."""
 
     task: str
     scores: dict[str, float]
@@ -87,6 +90,14 @@ def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], widt
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = re.sub("#01010[1-9a-d]", lambda match: CSS[match.group()], body)
     return f'<svg viewBox="{view.group(1)}" role="img" aria-label="{label}">' + re.sub(r"\n\s*", "\n", body).strip()
+
+
+LABELS = {"base_prompted": "prompted base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+
+
+def label(model: str) -> str:
+    """A model's name as people write it; that of an unknown one as words."""
+    return LABELS.get(model) or words(model)
 
 
 def words(name: str) -> str:
@@ -131,42 +142,66 @@ def _axis(axes: Axes, ylabel: str, xlabel: str = "", ticks: int = 5) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def stacked(name: str, label: str, x: np.ndarray, panels: Sequence[tuple[str, np.ndarray, str]], xlabel: str) -> str:
-    """Panels (y label, values, colour) one above the other over the same x, each with its own y axis."""
+def stacked(name: str, label: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlabel: str) -> str:
+    """Panels (y label, curves) one above the other over the same x axis, each with its own y axis."""
     def draw(figure: Figure) -> None:
         column = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
-        for axes, (ylabel, values, colour) in zip(column, panels, strict=True):
-            _curve(axes, x, values, colour)
+        for axes, (ylabel, curves) in zip(column, panels, strict=True):
+            for curve in curves:
+                _curve(axes, *curve)
             _axis(axes, ylabel, xlabel if axes is column[-1] else "", ticks=4)
         figure.align_ylabels(list(column))
     return svg(name, label, 270 if len(panels) > 1 else 240, draw)
 
 
-def kl(step: np.ndarray, measured: np.ndarray, smoothed: np.ndarray, goal: np.ndarray) -> str:
-    """KL of each iteration, the moving average that sets beta, the goal and its band [2/3, 3/2]."""
+@dataclass(frozen=True)
+class KlRun:
+    """KL of each iteration of a run, the moving average that sets beta, and the goal."""
+
+    colour: str
+    step: np.ndarray
+    measured: np.ndarray
+    smoothed: np.ndarray
+    goal: np.ndarray
+
+
+def kl(runs: Sequence[KlRun]) -> str:
+    """KL of each iteration and its moving average; a goal of all runs with its band [2/3, 3/2], else each run's own."""
+    goals = {float(value) for run in runs for value in run.goal[np.isfinite(run.goal)]}
+
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        if np.isfinite(smoothed).any():
-            axes.plot(*thin(step, measured), color=PPO, linewidth=1, alpha=0.45)
-            axes.plot(*thin(step, smoothed), color=PPO)
+        for run in runs:
+            if np.isfinite(run.smoothed).any():
+                axes.plot(*thin(run.step, run.measured), color=run.colour, linewidth=1, alpha=0.45)
+                axes.plot(*thin(run.step, run.smoothed), color=run.colour)
+            else:
+                _curve(axes, run.step, run.measured, run.colour)
+        if len(goals) > 1 and len(runs) > 1:
+            for run in runs:
+                axes.plot(*thin(run.step, run.goal), color=run.colour, linestyle=(0, (5, 3)), linewidth=1.2)
         else:
-            _curve(axes, step, measured, PPO)
-        x, y = thin(step, goal)
-        axes.fill_between(x, y * 2 / 3, y * 3 / 2, color=GOAL, alpha=0.18, linewidth=0)
-        axes.plot(x, y, color=GOAL, linestyle=(0, (5, 3)), linewidth=1.4)
+            longest = max(runs, key=lambda run: len(run.step))
+            x, y = thin(longest.step, longest.goal)
+            axes.fill_between(x, y * 2 / 3, y * 3 / 2, color=GOAL, alpha=0.18, linewidth=0)
+            axes.plot(x, y, color=GOAL, linestyle=(0, (5, 3)), linewidth=1.4)
         _axis(axes, "nats per response", "iteration")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     return svg("kl", "KL to the SFT policy with its goal band", 270, draw)
 
 
-def beta(step: np.ndarray, values: np.ndarray) -> str:
+def beta(curves: Sequence[Curve]) -> str:
     """The KL coefficient as a step plot on a logarithmic axis."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        x, y = thin(step, np.where(values > 0, values, math.nan))
-        axes.step(x, y, color=PPO, where="post")
+        drawn = []
+        for step, values, colour in curves:
+            x, y = thin(step, np.where(values > 0, values, math.nan))
+            axes.step(x, y, color=colour, where="post")
+            drawn.append(y)
         axes.set_yscale("log")
-        low, high = float(np.log10(y.min())), float(np.log10(y.max()))
+        every = np.log10(np.concatenate(drawn))
+        low, high = float(every.min()), float(every.max())
         margin = max(0.1 * (high - low), 0.3)
         axes.set_ylim(10 ** (low - margin), 10 ** (high + margin))
         candidates = [m * 10.0 ** e for e in range(math.floor(low) - 1, math.ceil(high) + 2) for m in (1, 2, 5)]
@@ -179,25 +214,35 @@ def beta(step: np.ndarray, values: np.ndarray) -> str:
     return svg("beta", "beta over the iterations", 270, draw)
 
 
-def against_kl(kl_values: np.ndarray, rm_score: np.ndarray, gold: np.ndarray, joined: bool,
-               name: str = "against_kl") -> str:
+@dataclass(frozen=True)
+class ScoredRun:
+    """KL, reward-model score and gold score of the points of a run, with the colours of the scores."""
+
+    colours: tuple[str, str]
+    kl: np.ndarray
+    rm_score: np.ndarray
+    gold: np.ndarray
+
+
+def against_kl(runs: Sequence[ScoredRun], joined: bool, name: str = "against_kl") -> str:
     """RM score and gold score against KL (square-root scale): points with a line or with their means per bin."""
     def draw(figure: Figure) -> None:
-        x = np.sqrt(np.maximum(kl_values, 0))
         column = figure.subplots(2, 1, sharex=True)
-        panels = ((column[0], rm_score, RM, "RM score"), (column[1], gold, GOLD, "gold score"))
-        for axes, values, colour, ylabel in panels:
-            keep = np.isfinite(x) & np.isfinite(values)
-            order = np.argsort(x[keep], kind="stable")
-            a, b = thin(x[keep][order], values[keep][order])
-            axes.plot(a, b, "o", color=colour, markersize=3.5, alpha=1 if joined else 0.4, markeredgewidth=0)
-            if joined:
-                axes.plot(a, b, color=colour)
-            elif len(a) >= 16:
-                bins = [piece for piece in np.array_split(np.arange(len(a)), min(10, len(a) // 4)) if len(piece)]
-                axes.plot([a[piece].mean() for piece in bins], [b[piece].mean() for piece in bins], color=colour)
+        for run in runs:
+            x = np.sqrt(np.maximum(run.kl, 0))
+            for axes, values, colour in zip(column, (run.rm_score, run.gold), run.colours, strict=True):
+                keep = np.isfinite(x) & np.isfinite(values)
+                order = np.argsort(x[keep], kind="stable")
+                a, b = thin(x[keep][order], values[keep][order])
+                axes.plot(a, b, "o", color=colour, markersize=3.5, alpha=1 if joined else 0.4, markeredgewidth=0)
+                if joined:
+                    axes.plot(a, b, color=colour)
+                elif len(a) >= 16:
+                    bins = [piece for piece in np.array_split(np.arange(len(a)), min(10, len(a) // 4)) if len(piece)]
+                    axes.plot([a[piece].mean() for piece in bins], [b[piece].mean() for piece in bins], color=colour)
+        for axes, ylabel in zip(column, ("RM score", "gold score"), strict=True):
             _axis(axes, ylabel, ticks=4)
-        _square_root_ticks(column[-1], float(np.nanmax(x)))
+        _square_root_ticks(column[-1], max(float(np.sqrt(max(0.0, np.nanmax(run.kl)))) for run in runs))
         column[-1].set_xlabel("KL to the SFT policy, nats (square-root scale)")
         figure.align_ylabels(list(column))
     return svg(name, "reward-model score and gold score against KL", 270, draw)
@@ -231,11 +276,12 @@ def loss(name: str, step: np.ndarray, train: np.ndarray, valid: np.ndarray, colo
     return svg(name, f"{name} loss", 240, draw)
 
 
-def signal(name: str, step: np.ndarray, values: np.ndarray) -> str:
+def signal(name: str, curves: Sequence[Curve]) -> str:
     """A small plot of one PPO health signal."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _curve(axes, step, values, PPO)
+        for curve in curves:
+            _curve(axes, *curve)
         _axis(axes, "", "", ticks=4)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return svg(f"signal {name}", name, 150, draw, width=380)
@@ -265,19 +311,19 @@ def tax(rows: Sequence[TaxRow]) -> str:
     return svg("tax", "scores on the alignment-tax tasks", 56 + (20 + 12 * len(models)) * len(rows), draw)
 
 
-def win_rates(name: str, rows: Sequence[Estimate]) -> str:
-    """A dot with its interval per use case, and a line at 50 %."""
+def win_rates(name: str, rows: Sequence[Estimate], model: str, colour: str) -> str:
+    """A dot with its interval per use case, and a line at 50 %. `model`: whose win rate it is."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.axvline(50, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         for place, row in enumerate(rows):
             if row.low is not None and row.high is not None:
-                axes.plot([100 * row.low, 100 * row.high], [place, place], color=PPO, linewidth=2.2, alpha=0.55)
-            axes.plot(100 * row.value, place, "o", color=PPO, markersize=6, markeredgewidth=0)
+                axes.plot([100 * row.low, 100 * row.high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
+            axes.plot(100 * row.value, place, "o", color=colour, markersize=6, markeredgewidth=0)
         _names(axes, [words(row.name) + ("" if row.n is None else f" ({row.n:,})") for row in rows])
         axes.set_xlim(0, 100)
         axes.set_xticks([0, 25, 50, 75, 100])
-        axes.set_xlabel("win rate of PPO against SFT, %")
+        axes.set_xlabel(f"win rate of {label(model)} against SFT, %")
     return svg(name, "win rate by use case", 52 + 26 * len(rows), draw)
 
 
@@ -298,6 +344,6 @@ def strengths(rows: Sequence[Estimate], colours: Sequence[str]) -> str:
             if row.low is not None and row.high is not None:
                 axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
             axes.plot(row.value, place, "o", color=colour, markersize=6, markeredgewidth=0)
-        _names(axes, [words(row.name) for row in rows])
+        _names(axes, [label(row.name) for row in rows])
         axes.set_xlabel("strength, log-odds (0: the mean model)")
     return svg("strengths", "Bradley-Terry strength of each model", 60 + 26 * len(rows), draw)

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from mlops.config.loader import load_params, read_yaml
+from mlops.config.paths import POLICY_METRICS, metrics_of
 from mlops.reporting import plots
 from mlops.reporting.comparison import (
     SLICES,
@@ -32,6 +33,7 @@ from mlops.reporting.comparison import (
 )
 from mlops.reporting.headline import (
     DASH,
+    arms_of,
     estimate,
     figure,
     headline_cards,
@@ -39,15 +41,17 @@ from mlops.reporting.headline import (
     number,
     percent,
     points,
+    promoted_of,
     score,
     tax_tasks,
     verdict,
 )
+from mlops.reporting.models import model_table
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.training.journal import read_journal
 
-STAGES = ("validate", "pretrain", "sft", "rm", "ppo")
+STAGES = ("validate", "pretrain", "sft", "rm")
 JOURNALS = STAGES[1:]
 SIGNALS = {  # journal column: title, how to read it
     "ppo/entropy": ("Entropy", "nats per token; near 0 the policy no longer explores"),
@@ -79,20 +83,23 @@ def write_report(root: Path, target: Path, evaluation: dict[str, Any], samples: 
     under the model's name, and gold_<model>. `curves`: "kl_gold", rows {"kl", "rm_score", "gold"} that replace those
     of ppo.csv, and "best_of_n", rows of the same form; both optional.
     """
-    models = models_of(evaluation)
+    models, arms, promoted = models_of(evaluation), arms_of(evaluation), promoted_of(evaluation)
     journals = {stage: _journal(root / "metrics" / f"{stage}.csv") for stage in JOURNALS}
-    goal = _last(journals["ppo"], "ppo/kl_goal")
+    runs = {arm: _journal(root / POLICY_METRICS / f"{arm}.csv") for arm in arms}
+    goal = _last(runs[promoted], "ppo/kl_goal")
     taxes = tax_rows(evaluation)
+    titles, steps = model_table(evaluation)
     page = _template().render(
         verdict=verdict(evaluation, goal), cards=headline_cards(evaluation, goal), models=models,
-        colours={model: plots.css_colour(model, models) for model in models}, stand_in="eval/gold_ppo" in evaluation,
+        colours={model: plots.css_colour(model, [*models, *arms]) for model in [*models, *arms]}, arms=arms,
+        promoted=promoted, titles=titles, steps=steps, stand_in=f"eval/gold_{promoted}" in evaluation,
         taxed=[model for model in models if any(model in row.scores for row in taxes)], machine=machine(),
         matrix=win_matrix(evaluation, models), strengths=strength_plot(evaluation, models),
         slices=slice_rows(evaluation, models), best_of=best_of_plot(curves.get("best_of_n") or []),
         turns=turn_sentences(evaluation), tasks=task_rows(evaluation, models),
-        ppo_plots=ppo_plots(journals["ppo"], curves), losses=loss_plots(journals), signals=signals(journals["ppo"]),
-        ratio_error=_ratio_error(journals["ppo"]), taxes=taxes, tax_plot=plots.tax(taxes) if taxes else "",
-        wins=win_plots(evaluation), qualities=quality_rows(evaluation), samples=group_samples(samples),
+        ppo_plots=ppo_plots(runs, curves, models), losses=loss_plots(journals), signals=signals(runs, models),
+        ratio_error=_ratio_error(runs), taxes=taxes, tax_plot=plots.tax(taxes) if taxes else "",
+        wins=win_plots(evaluation, models), qualities=quality_rows(evaluation), samples=group_samples(samples, arms),
         data_versions=data_versions(root), parameters=parameters(root), finals=final_metrics(root, evaluation),
     )
     write_atomic(target, (page.strip() + "\n").encode())
@@ -102,7 +109,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=percent, score=score, points=points, figure=figure, clean=clean,
-                               words=plots.words)
+                               words=plots.words, label=plots.label)
     return environment.get_template("report.html.j2")
 
 
@@ -126,6 +133,10 @@ def _column(rows: Rows, name: str) -> np.ndarray:
     return np.where(np.isfinite(values), values, math.nan)
 
 
+def _columns(rows: Rows, *names: str) -> list[np.ndarray]:
+    return [_column(rows, name) for name in names]
+
+
 def _has(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).any())
 
@@ -135,26 +146,46 @@ def _last(rows: Rows, name: str) -> float | None:
     return float(values[np.isfinite(values)][-1]) if _has(values) else None
 
 
-def ppo_plots(rows: Rows, curves: Mapping[str, Any]) -> dict[str, str]:
-    """The SVGs "scores", "kl", "beta" and "against_kl"; each is empty where its columns are missing."""
-    step, kl = _column(rows, "step"), _column(rows, "ppo/kl")
-    rm_score, gold, beta = _column(rows, "ppo/rm_score"), _column(rows, "ppo/gold"), _column(rows, "ppo/beta")
+def ppo_plots(runs: Mapping[str, Rows], curves: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
+    """The SVGs "scores", "kl", "beta" and "against_kl", with a curve for each arm; empty where columns are missing."""
     drawn = dict.fromkeys(("scores", "kl", "beta", "against_kl"), "")
-    panels = [(label, values, colour) for label, values, colour in
-              (("RM score", rm_score, plots.RM), ("gold score", gold, plots.GOLD)) if _has(values)]
-    if panels:
-        drawn["scores"] = plots.stacked("scores", "reward-model and gold score", step, panels, "iteration")
-    if _has(kl):
-        drawn["kl"] = plots.kl(step, kl, _column(rows, "ppo/kl_smoothed"), _column(rows, "ppo/kl_goal"))
-    if (beta > 0).any():
-        drawn["beta"] = plots.beta(step, beta)
-    curve = curves.get("kl_gold") or []
-    if curve:
-        kl, rm_score, gold = (np.array([_float(point.get(name)) for point in curve])
-                              for name in ("kl", "rm_score", "gold"))
-    if _has(kl + rm_score + gold):
-        drawn["against_kl"] = plots.against_kl(kl, rm_score, gold, joined=bool(curve))
+    scores = {"RM score": _of_arms(runs, "ppo/rm_score", models, plots.RM),
+              "gold score": _of_arms(runs, "ppo/gold", models, plots.GOLD)}
+    if any(scores.values()):
+        drawn["scores"] = plots.stacked("scores", "reward-model and gold score",
+                                        [panel for panel in scores.items() if panel[1]], "iteration")
+    colours = _arm_colours(runs, models, plots.PPO)
+    measured = [plots.KlRun(colours[arm], *_columns(rows, "step", "ppo/kl", "ppo/kl_smoothed", "ppo/kl_goal"))
+                for arm, rows in runs.items() if _has(_column(rows, "ppo/kl"))]
+    if measured:
+        drawn["kl"] = plots.kl(measured)
+    betas = [curve for curve in _of_arms(runs, "ppo/beta", models, plots.PPO) if (curve[1] > 0).any()]
+    if betas:
+        drawn["beta"] = plots.beta(betas)
+    alone = (plots.RM, plots.GOLD)
+    scored = [plots.ScoredRun(alone if len(runs) == 1 else (colours[arm], colours[arm]),
+                              *_columns(rows, "ppo/kl", "ppo/rm_score", "ppo/gold")) for arm, rows in runs.items()]
+    points = curves.get("kl_gold") or []
+    if points:
+        scored = [plots.ScoredRun(alone, *(np.array([_float(point.get(name)) for point in points])
+                                           for name in ("kl", "rm_score", "gold")))]
+    scored = [run for run in scored if _has(run.kl + run.rm_score + run.gold)]
+    if scored:
+        drawn["against_kl"] = plots.against_kl(scored, joined=bool(points))
     return drawn
+
+
+def _arm_colours(runs: Mapping[str, Rows], models: Sequence[str], alone: str) -> dict[str, str]:
+    """The colour of each arm's curves: its own among several, `alone` of a single one."""
+    colours = plots.model_colours([*models, *runs])
+    return {arm: colours[arm] if len(runs) > 1 else alone for arm in runs}
+
+
+def _of_arms(runs: Mapping[str, Rows], name: str, models: Sequence[str], alone: str) -> list[plots.Curve]:
+    """A column of each arm that has it, over the iterations."""
+    colours = _arm_colours(runs, models, alone)
+    return [(_column(rows, "step"), values, colours[arm]) for arm, rows in runs.items()
+            if _has(values := _column(rows, name))]
 
 
 def _float(value: Any) -> float:
@@ -176,26 +207,27 @@ def loss_plots(journals: Mapping[str, Rows]) -> list[dict[str, Any]]:
     accuracy = _column(journals["rm"], "rm/accuracy")
     if _has(accuracy):
         entries.append({"title": "Reward model accuracy", "colour": "rm", "valid": False, "chance": "",
-                        "svg": plots.stacked("rm accuracy", "reward model accuracy", _column(journals["rm"], "step"),
-                                             [("pairs ranked as labeled", accuracy, plots.RM)], "step")})
+                        "svg": plots.stacked("rm accuracy", "reward model accuracy", [(
+                            "pairs ranked as labeled", [(_column(journals["rm"], "step"), accuracy, plots.RM)])],
+                            "step")})
     return entries
 
 
-def signals(rows: Rows) -> list[dict[str, Any]]:
-    """PPO's health signals: title, explanation, first and last value, SVG."""
-    step, entries = _column(rows, "step"), []
+def signals(runs: Mapping[str, Rows], models: Sequence[str]) -> list[dict[str, Any]]:
+    """PPO's health signals: title, explanation, each arm's first and last value, SVG."""
+    entries = []
     for name, (title, note) in SIGNALS.items():
-        values = _column(rows, name)
-        if _has(values):
-            finite = values[np.isfinite(values)]
-            entries.append({"title": title, "note": note, "first": float(finite[0]), "last": float(finite[-1]),
-                            "svg": plots.signal(title.lower(), step, values)})
+        curves = _of_arms(runs, name, models, plots.PPO)
+        if curves:
+            ends = [(float(finite[0]), float(finite[-1])) for _, values, _ in curves
+                    if len(finite := values[np.isfinite(values)])]
+            entries.append({"title": title, "note": note, "ends": ends, "svg": plots.signal(title.lower(), curves)})
     return entries
 
 
-def _ratio_error(rows: Rows) -> float | None:
+def _ratio_error(runs: Mapping[str, Rows]) -> float | None:
     """Largest |ratio - 1| in the first minibatch of an iteration; near 0 in a correct PPO."""
-    ratios = _column(rows, "ppo/ratio_first")
+    ratios = np.concatenate([_column(rows, "ppo/ratio_first") for rows in runs.values()])
     return float(np.nanmax(np.abs(ratios - 1))) if _has(ratios) else None
 
 
@@ -214,8 +246,8 @@ def tax_rows(evaluation: Mapping[str, Any]) -> list[plots.TaxRow]:
                          share("tax", task)) for task in tax_tasks(evaluation)]
 
 
-def win_plots(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Win rates per use case and per slice, best first: title and SVG."""
+def win_plots(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, str]]:
+    """Win rates of the promoted arm per use case and per slice, best first: title and SVG."""
     prefix = "eval/win_rate_vs_sft/"
     names = {key.removeprefix(prefix) for key in evaluation if key.startswith(prefix)}
     names = {name for name in names if not (name.endswith(("_low", "_high", "_n")) and name.rsplit("_", 1)[0] in names)}
@@ -223,7 +255,9 @@ def win_plots(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     rates.sort(key=lambda row: -row.value)
     groups = (("Win rate per use case", "use cases", [row for row in rates if row.name not in SLICES]),
               ("Win rate on the hard slices", "slices", [row for row in rates if row.name in SLICES]))
-    return [{"title": title, "svg": plots.win_rates(name, rows)} for title, name, rows in groups if rows]
+    arm = promoted_of(evaluation)
+    colour = plots.model_colours([*models, arm])[arm]
+    return [{"title": title, "svg": plots.win_rates(name, rows, arm, colour)} for title, name, rows in groups if rows]
 
 
 def quality_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -239,18 +273,18 @@ def quality_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
-def group_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def group_samples(samples: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
     """The first samples of each use case, sorted by its name."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         groups.setdefault(str(sample.get("use_case", "other")), []).append(sample)
     return [{"use_case": name, "total": len(rows), "rows": [
-        {"prompt": row.get("prompt", ""), "answers": _side_by_side(row)} for row in rows[:SAMPLES_PER_USE_CASE]]}
+        {"prompt": row.get("prompt", ""), "answers": _side_by_side(row, arms)} for row in rows[:SAMPLES_PER_USE_CASE]]}
         for name, rows in sorted(groups.items())]
 
 
-def _side_by_side(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-    models = models_of_sample(sample)
+def _side_by_side(sample: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
+    models = models_of_sample(sample, arms)
     return [{"model": model, "colour": plots.css_colour(model, models), "text": sample.get(model) or "",
              "gold": number(sample, f"gold_{model}")} for model in models]
 
@@ -273,7 +307,8 @@ def parameters(root: Path) -> list[tuple[str, str]]:
     try:
         loaded = load_params(root)
         profile = f"profiles/{loaded.profile}.yaml"
-        texts.append(("params.yaml", {"seed": loaded.seed, "profile": loaded.profile}))
+        texts.append(("params.yaml", {"seed": loaded.seed, "profile": loaded.profile, "arms": list(loaded.stages.arms),
+                                      "promoted": loaded.stages.promoted}))
         texts.append((profile, _reported(read_yaml(root / profile))))
         texts.append(("all parameters, including defaults", _reported(dataclasses.asdict(loaded.stages))))
     except (OSError, UserError):
@@ -288,8 +323,8 @@ def _reported(sections: Mapping[str, Any]) -> dict[str, Any]:
 def final_metrics(root: Path, evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(stage, its final scalar metrics) of each stage that has a metrics file."""
     metrics: list[tuple[str, dict[str, Any]]] = []
-    for stage in STAGES:
-        path = root / "metrics" / f"{stage}.json"
+    for stage in (*STAGES, *(f"ppo@{arm}" for arm in arms_of(evaluation))):
+        path = root / f"{metrics_of(stage)}.json"
         if path.exists():
             metrics.append((stage, json.loads(path.read_text(encoding="utf-8"))))
     metrics.append(("evaluate", dict(evaluation)))

@@ -1,7 +1,7 @@
 """Chat with the models of a run, several side by side.
 
-    python -m mlops.tools.chat                    # the promoted policy, else PPO
-    python -m mlops.tools.chat sft ppo            # models of two stages; a model folder works too
+    python -m mlops.tools.chat                    # the promoted policy, else that of the promoted arm
+    python -m mlops.tools.chat sft ppo            # SFT and an arm of PPO; a model folder works too
     echo "a prompt" | python -m mlops.tools.chat base sft ppo --temperature 0
 
 Each line of input is a separate prompt, as in the training data; an empty line or Ctrl-D ends the chat.
@@ -18,10 +18,17 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from mlops.config.paths import RM
+from mlops.config.loader import load_params
+from mlops.config.paths import MODELS, POLICIES, RM
 from rlhf.errors import UserError
 
-FOLDERS = {"base": "models/pretrain", "sft": "models/sft", "ppo": "models/ppo", "promoted": "models/promoted"}
+PROMOTED = Path("models/promoted")
+
+
+def folders() -> dict[str, Path]:
+    """The run's models by name: the pipeline's, then each arm of PPO that has been trained."""
+    arms = {path.parent.name: path.parent for path in sorted(POLICIES.glob("*/config.json"))}
+    return {**MODELS, **arms, "promoted": PROMOTED}
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,9 @@ def load(name: str) -> Speaker:
     from rlhf.model.load import load_policy
     from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 
-    folder = Path(FOLDERS.get(name, name))
+    folder = folders().get(name, Path(name))
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model; run `make run`, or name {', '.join(FOLDERS)} or a model folder")
+        raise UserError(f"{folder}: no model; run `make run`, or name {', '.join(folders())} or a model folder")
     return Speaker(name, PromptCodec(load_tokenizer(folder)), load_policy(folder))
 
 
@@ -91,15 +98,15 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mlops.tools.chat", description="Chat with the models of a run.")
-    parser.add_argument("models", nargs="*", help=f"{', '.join(FOLDERS)} or model folders, shown side by side")
+    parser.add_argument("models", nargs="*", help=f"{', '.join(folders())} or model folders, shown side by side")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy decoding")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    promoted = Path(FOLDERS["promoted"]) / "config.json"
     try:
-        talk([load(name) for name in options.models or ["promoted" if promoted.is_file() else "ppo"]], options,
-             Console(highlight=False))
+        names = options.models or (["promoted"] if (PROMOTED / "config.json").is_file()
+                                   else [load_params().stages.promoted])
+        talk([load(name) for name in names], options, Console(highlight=False))
     except UserError as error:
         print(f"chat: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,6 +1,6 @@
 """Pulls data and models from DVC's remote, all or nothing: with a missing or damaged file, nothing is changed.
 
-    python -m mlops.tools.pull [TARGET ...]      data.dvc, models/ppo, ...; default: everything
+    python -m mlops.tools.pull [TARGET ...]      data.dvc, models/policies/ppo, ...; default: everything
 
 `dvc pull` may remove a file before it has the new one. Here everything is fetched into the cache and checked against
 its hash first, and only then checked out.

@@ -205,7 +205,9 @@ def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
 
 def _digest(params: Params) -> str:
     """The folder name for these parameters, so that results of different parameters never mix."""
-    text = json.dumps([dataclasses.asdict(params.stages), SFT_CHANGES, PTX, HIGH_BETA, FREE_BETA, FREE_EPISODES,
+    read = {name: values for name, values in dataclasses.asdict(params.stages).items()
+            if name not in ("arms", "promote", "rounds")}  # the study has arms of its own
+    text = json.dumps([read, SFT_CHANGES, PTX, HIGH_BETA, FREE_BETA, FREE_EPISODES,
                        SMALL_WIDTH], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -31,9 +31,11 @@ from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Para
 from mlflow.exceptions import MlflowException
 
 from mlops.config.loader import load_params
-from mlops.config.stage_graph import declared_stages
+from mlops.config.paths import metrics_of
+from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.tracking.upload_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
 from rlhf.errors import UserError
+from rlhf.params import Profile
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "instructflow"
@@ -77,7 +79,8 @@ class MlflowTracker:
 
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         stage, start_ms = run["stage"], record.started_ns // 1_000_000
-        params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(stage, run["params"])}
+        arm = {"arm": run["arm"]} if "arm" in run else {}
+        params = {"seed": run["seed"], "profile": run["profile"], **arm, **_prefixed(stage, run["params"])}
         with _answers(gone=Unreachable):  # "no such experiment": replaced under us, made anew at the next attempt
             try:
                 once = (record.key, record.started_ns)
@@ -85,7 +88,7 @@ class MlflowTracker:
                 child = self._once((*once, "run"), lambda: self._find_or_create(
                     record.key, stage, start_ms, {PARENT_TAG: parent.info.run_id}))
                 self._once((*once, "describe"), lambda: self._describe_parent(parent, record.run_name, run))
-                tags = self._tags(run) | {"stage": stage}
+                tags = self._tags(run) | {"stage": stage.partition("@")[0] if arm else stage, **arm}
                 if "beta_rule" in run["params"]:
                     tags["beta_rule"] = run["params"]["beta_rule"]
                 self._once((*once, "log"), lambda: self._log(child, params, tags))
@@ -110,14 +113,15 @@ class MlflowTracker:
         return max((point.step for point in history), default=-1)
 
     def finish(self, record: Record, run: dict[str, Any], done: dict[str, Any], journaled: Collection[str]) -> None:
-        """The stage's run gets the final metrics that its journal does not have, the parent run all of them."""
+        """The stage's run gets the final metrics that its journal does not have, the parent run all of them; an arm's
+        have the arm's name there: ppo_ptx/kl."""
         stage, final = run["stage"], numbers(done["metrics"])
         own = {name: value for name, value in final.items() if name not in journaled}
         once = (record.run_id, record.end_ms)
         with _answers():
             self._once((*once, "final"),
                        lambda: self._log_final(record.run_id, own, record.end_ms, max(record.last_step, 0)))
-            for path in dict.fromkeys([*done["artifacts"], f"metrics/{stage}.json"]):
+            for path in dict.fromkeys([*done["artifacts"], f"{metrics_of(stage)}.json"]):
                 self._once((*once, "upload", path), partial(self._upload, record.run_id, path))
             self._client.set_terminated(record.run_id, "FINISHED", record.end_ms)
             parent = self._parent_run(record.run_name, record.started_ns // 1_000_000)
@@ -125,6 +129,8 @@ class MlflowTracker:
                 self._describe_parent(parent, record.run_name, run)
                 self._client.set_tag(record.run_id, PARENT_TAG, parent.info.run_id)
                 record.parent_run_id = parent.info.run_id
+            if "arm" in run:
+                final = {re.sub("^ppo/", f"{run['arm']}/", name): value for name, value in final.items()}
             self._log_final(record.parent_run_id, final, record.end_ms, run.get("round", 0))
             if stage == LAST_STAGE or stage.startswith(LAST_OF_ROUND):
                 self._client.set_terminated(record.parent_run_id, "FINISHED", record.end_ms)
@@ -167,14 +173,16 @@ class MlflowTracker:
 
     def _describe_parent(self, parent: Run, run_name: str, run: dict[str, Any]) -> None:
         """Gives the parent run the parameters of all stages, so that runs can be compared."""
+        arm = ""
         try:
             loaded = load_params(self.root)
+            arm = loaded.stages.promoted
             params = {"seed": loaded.seed, "profile": loaded.profile}
             for section, values in dataclasses.asdict(loaded.stages).items():
-                params |= _prefixed(section, values)
+                params |= _prefixed(section, values) if section != "arms" else _arms(loaded.stages)
         except UserError:  # edited since the stage started
             params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(run["stage"], run["params"])}
-        rule = params.get("ppo.beta_rule")
+        rule = params.get(f"arms.{arm}.beta_rule", params.get("ppo.beta_rule"))
         tags = self._tags(run) | {RUN_NAME_TAG: run_name}  # also where older code has made the run, without this tag
         self._log(parent, params, tags | ({"beta_rule": rule} if rule else {}))
 
@@ -240,9 +248,18 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w/.\- :]", "_", name)
 
 
+def _arms(profile: Profile) -> dict[str, Any]:
+    """The arms, and what each changes of section ppo: arms.ppo_ptx.ptx_coef."""
+    ppo = dataclasses.asdict(profile.ppo)
+    return {"arms": ", ".join(profile.arms), **{
+        f"arms.{arm}.{name}": value for arm, own in profile.arms.items()
+        for name, value in dataclasses.asdict(own).items() if value != ppo[name]}}
+
+
 def _prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as section.name; the stages of a round (round_rm@r1) have theirs in section rounds."""
-    section = "rounds" if "@" in stage else stage
+    """Parameters as section.name: those of an arm (ppo@ppo_ptx) in section ppo, of a round's stage (round_rm@r1) in
+    section rounds."""
+    section = "rounds" if stage.startswith(OF_A_ROUND) else stage.partition("@")[0]
     return {f"{section}.{name}": value for name, value in values.items()}
 
 

@@ -56,11 +56,13 @@ def _indices_by_slice(slices: Sequence[Sequence[str]]) -> dict[str, list[int]]:
     return dict(sorted(groups.items()))
 
 
-def gold_metrics(held_out: HeldOut, grades: Mapping[str, Sequence[Grades]], params: EvaluateParams, seed: int
-                 ) -> Metrics:
+def gold_metrics(held_out: HeldOut, grades: Mapping[str, Sequence[Grades]], params: EvaluateParams, seed: int,
+                 arms: Sequence[str] = ("ppo",), promoted: str = "ppo") -> Metrics:
     """Gold score, shares of fully helpful / truthful / harmless responses, also by slice, and of hallucinations.
 
     A hallucination is a response to a closed task (the prompt contains the answer) that is not fully truthful.
+    `eval/gold_gain/<a>_vs_<b>`: each arm's gain over SFT and over the arms before it, paired by prompt;
+    `eval/gold_gain_vs_sft` is the promoted arm's.
     """
     metrics: Metrics = {}
     slices = _indices_by_slice(held_out.slices())
@@ -74,15 +76,23 @@ def gold_metrics(held_out: HeldOut, grades: Mapping[str, Sequence[Grades]], para
                 metrics[f"eval/{dimension}_{name}/{group}"] = mean([full[index] for index in indices])
         if closed:
             metrics[f"eval/hallucination_{name}"] = mean([float(own[index].truthful < TOP) for index in closed])
-    if {"ppo", "sft"} <= grades.keys():
-        gains = [ours.score - theirs.score for ours, theirs in zip(grades["ppo"], grades["sft"], strict=True)]
-        metrics |= with_interval("eval/gold_gain_vs_sft", gains, params.bootstrap, seed)
+    pairs = {f"eval/gold_gain/{to}_vs_{start}": (start, to) for start, to in steps(arms)}
+    for key, (start, to) in {**pairs, "eval/gold_gain_vs_sft": ("sft", promoted)}.items():
+        if {start, to} <= grades.keys():
+            gains = [ours.score - theirs.score for ours, theirs in zip(grades[to], grades[start], strict=True)]
+            metrics |= with_interval(key, gains, params.bootstrap, seed)
     return metrics
 
 
+def steps(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """(from, to) for what PPO changes: SFT to each arm, and each arm to those after it."""
+    return [("sft", arm) for arm in arms] + [(one, other) for place, one in enumerate(arms)
+                                             for other in arms[place + 1:]]
+
+
 def preference_metrics(held_out: HeldOut, answers: Mapping[str, Answers], outcomes: Outcomes,
-                       params: EvaluateParams, seed: int, word: str) -> Metrics:
-    """Win rates of every pair of models, PPO's in detail, and Bradley-Terry strengths; a tie counts half.
+                       params: EvaluateParams, seed: int, word: str, promoted: str = "ppo") -> Metrics:
+    """Win rates of every pair of models, the promoted arm's in detail, and Bradley-Terry strengths; a tie counts half.
 
     `word`, the name of the metric: "win_rate" if the judge is independent; "rm_prefers" if it is the reward model that
     PPO was trained on, which only shows that PPO optimised it.
@@ -91,13 +101,13 @@ def preference_metrics(held_out: HeldOut, answers: Mapping[str, Answers], outcom
     for one, other in outcomes:
         metrics |= with_interval(f"eval/{word}/{other}_vs_{one}", outcome(outcomes, other, one), params.bootstrap, seed)
     lengths = {name: [len(ids) for ids in own.ids] for name, own in answers.items()}
-    for other in (name for name in answers if name != "ppo"):
-        values = outcome(outcomes, "ppo", other)
+    for other in (name for name in answers if name != promoted):
+        values = outcome(outcomes, promoted, other)
         metrics |= with_interval(f"eval/{word}_vs_{other}", values, params.bootstrap, seed)
-        equal, weight = length_controlled(values, lengths["ppo"], lengths[other])
+        equal, weight = length_controlled(values, lengths[promoted], lengths[other])
         metrics |= {f"eval/{word}_vs_{other}_equal_length": equal, f"eval/{word}_vs_{other}_length_weight": weight}
     groups: dict[str, list[float]] = defaultdict(list)
-    for row, names, value in zip(held_out.rows, held_out.slices(), outcome(outcomes, "ppo", "sft"), strict=True):
+    for row, names, value in zip(held_out.rows, held_out.slices(), outcome(outcomes, promoted, "sft"), strict=True):
         for group in (row["use_case"], *names):
             groups[group].append(value)
     for group, results in sorted(groups.items()):
@@ -110,11 +120,12 @@ def preference_metrics(held_out: HeldOut, answers: Mapping[str, Answers], outcom
 
 
 def tax_metrics(tasks: Mapping[str, Mapping[str, TaskScore]], others: Mapping[str, Mapping[str, TaskScore]],
-                params: EvaluateParams, seed: int) -> Metrics:
+                params: EvaluateParams, seed: int, arms: Sequence[str] = (), promoted: str = "ppo") -> Metrics:
     """Scores of every model on every task, and the alignment tax: base minus model, in the task's unit.
 
-    `tax/<task>` and `tax/mean` are PPO's, `tax_of/<model>/...` every model's. The mean is over tasks, each as a share
-    of a perfect score. The intervals are paired bootstraps if scores are means over items, else normal approximations.
+    `tax/<task>` and `tax/mean` are the promoted arm's, `tax_of/<model>/...` every model's, `tax_between/<a>/<b>/...`
+    what the step from a to b costs: SFT to each arm, and between arms. The mean is over tasks, each as a share of a
+    perfect score. The intervals are paired bootstraps if scores are means over items, else normal approximations.
     """
     metrics: Metrics = {}
     for name, scores in tasks.items():
@@ -127,19 +138,19 @@ def tax_metrics(tasks: Mapping[str, Mapping[str, TaskScore]], others: Mapping[st
             metrics |= {f"task_score/{name}/{task}": score.value, f"task_se/{name}/{task}": score.stderr}
     base = tasks["base"]
     metrics |= {f"tax_unit/{task}": score.unit for task, score in base.items() if score.unit != 1}
-    for name in (model for model in tasks if model != "base" and base):
+    pairs = {f"tax_of/{name}": ("base", name) for name in tasks if name != "base" and base}
+    pairs |= {f"tax_between/{start}/{to}": (start, to) for start, to in steps(arms) if base}
+    for pair, (start, name) in pairs.items():
         draws = []
-        for task, score in base.items():
+        for task, score in tasks[start].items():
             random = np.random.default_rng([seed, *task.encode()])  # each task has its own items, so its own draws
             value, low, high, drawn = _tax(score, tasks[name][task], params.bootstrap, random)
             draws.append(drawn / score.unit)
-            metrics |= {f"tax_of/{name}/{task}": value, f"tax_of/{name}/{task}_low": low,
-                        f"tax_of/{name}/{task}_high": high}
+            metrics |= {f"{pair}/{task}": value, f"{pair}/{task}_low": low, f"{pair}/{task}_high": high}
         means = np.mean(draws, axis=0)
         low, high = np.percentile(means[1:], [2.5, 97.5])
-        metrics |= {f"tax_of/{name}/mean": float(means[0]), f"tax_of/{name}/mean_low": float(low),
-                    f"tax_of/{name}/mean_high": float(high)}
-    prefix = "tax_of/ppo/"
+        metrics |= {f"{pair}/mean": float(means[0]), f"{pair}/mean_low": float(low), f"{pair}/mean_high": float(high)}
+    prefix = f"tax_of/{promoted}/"
     return metrics | {"tax/" + key.removeprefix(prefix): value for key, value in metrics.items()
                       if key.startswith(prefix)}
 

@@ -3,7 +3,8 @@
     python -m tasks.rounds.ppo --round r2
 
 It starts from the last round's policy and its beta, or with `rounds.restart` from SFT; the KL is to the SFT policy in
-every round. The warm-up has the same share of the rollouts as in stage ppo: a whole one would be most of a round.
+every round. The parameters are those of the promoted arm. The warm-up has the same share of the rollouts as in stage
+ppo: a whole one would be most of a round.
 """
 
 from dataclasses import replace
@@ -22,7 +23,8 @@ from tasks.stage import Stage, run_stage
 def train(stage: Stage) -> None:
     """PPO of one round on the train prompts of data/ppo.jsonl."""
     start, rounds, seed = stage.round, stage.params.stages.rounds, stage.params.seed
-    params = round_params(stage.params.stages.ppo, rounds, last_beta(start) if not rounds.restart else None)
+    ppo = stage.params.stages.arms[stage.params.stages.promoted]
+    params = round_params(ppo, rounds, last_beta(start) if not rounds.restart else None)
     prompts = (row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train")
     labeler = gold_labeler(seed)
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rounds") / stage.key / "rm",

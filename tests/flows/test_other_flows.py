@@ -25,17 +25,20 @@ stages:
     deps: [sft.sh]
     outs: [models/sft]
   ppo:
-    cmd: sh ppo.sh
-    deps: [models/sft, ppo.sh]
-    params: [{"profiles/${profile}.yaml": [ppo]}]
-    outs: [models/ppo]
-    metrics: [{metrics/ppo.json: {cache: false}}]
+    foreach: ${arms}
+    do:
+      cmd: sh ppo.sh ${item}
+      deps: [models/sft, ppo.sh]
+      params: [{"profiles/${profile}.yaml": [ppo]}]
+      outs: ["models/policies/${item}"]
+      metrics: [{"metrics/policies/${item}.json": {cache: false}}]
 """
 PPO = """set -e
 goal=$(sed -n 's/.*kl_goal: //p' profiles/small.yaml)
-echo ppo$goal >> ../../../order.log
+echo $1$goal >> ../../../order.log
 [ $goal != 9.0 ]
-mkdir -p metrics; echo "{\\"ppo/kl\\": $goal}" > metrics/ppo.json; echo 1 > models/ppo
+mkdir -p metrics/policies models/policies; echo "{\\"ppo/kl\\": $goal}" > metrics/policies/$1.json
+echo 1 > models/policies/$1
 """
 
 
@@ -69,7 +72,7 @@ def test_a_sweep_trains_what_is_common_once(checkout: Checkout, monkeypatch: pyt
     assert checkout.order() == ["sft", "ppo0.5", "ppo9.0", "ppo2.0"]
     rows = artifact("sweep")
     assert [row.get("KL") for row in rows] == ["0.5", None, "2"]
-    assert rows[1]["error"] == "ppo: no message"
+    assert rows[1]["error"] == "ppo@ppo: no message"
     assert sorted(path.name for path in (checkout.root / FOLDER).iterdir())[0] == (
         "small,seed=1,beta_rule=step,kl_goal=0.5,ptx_coef=0.0")
 

@@ -137,8 +137,8 @@ def test_a_missed_gate_ends_in_a_state_of_its_own(checkout: Checkout) -> None:
 
 
 def test_order_is_that_of_dvc_yaml() -> None:
-    assert pipeline_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo", "evaluate",
-                                       "promote"]
+    assert pipeline_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo@ppo",
+                                           "ppo@ppo_ptx", "evaluate", "promote"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -248,9 +248,10 @@ def test_does_not_wait_for_a_detached_process(tmp_path: Path, monkeypatch: pytes
 # --- parameters and the lock ------------------------------------------------------------------------------------------
 
 
-def test_profile_changes_one_line(checkout: Checkout) -> None:
+def test_profile_changes_its_line_and_those_of_its_arms(checkout: Checkout) -> None:
     use_profile(checkout.root, "large")
-    assert (checkout.root / "params.yaml").read_text() == "# the seed\nseed: 1\nprofile: large  # which\n"
+    assert (checkout.root / "params.yaml").read_text() == (
+        "# the seed\nseed: 1\nprofile: large  # which\narms: [ppo]\npromoted: ppo\n")
     before = (checkout.root / "params.yaml").stat()
     use_profile(checkout.root, "large")
     assert (checkout.root / "params.yaml").stat() == before

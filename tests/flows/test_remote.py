@@ -67,8 +67,10 @@ def dvc(where: Path, *command: str) -> None:
 def test_a_stage_s_inputs(controller: Checkout) -> None:
     assert inputs_of("sft", controller.root) == ["data/sft.jsonl"]
     assert inputs_of("ppo", controller.root) == ["models/sft"]
-    assert inputs_of("ppo", REPOSITORY) == ["data/ppo.jsonl", "data/corpus.jsonl", "data/source.json", "models/sft",
-                                            "models/rm"]
+    assert inputs_of("ppo@ppo_ptx", REPOSITORY) == [
+        "data/ppo.jsonl", "data/corpus.jsonl", "data/source.json", "models/sft", "models/rm"]
+    assert [name for name in inputs_of("evaluate", REPOSITORY) if "policies" in name] == [
+        "models/policies/ppo", "models/policies/ppo_ptx", "metrics/policies/ppo.csv", "metrics/policies/ppo_ptx.csv"]
 
 
 def test_there_and_back(controller: Checkout, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -8,6 +8,7 @@ import pytest
 from flows.stages import StageFailed
 from flows.summary import Summary
 from flows.workspaces import FOLDER, Changes, checkout_of, fill_workspace, tracking_of
+from mlops.config.arms import write_arms
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
 from tests.flows.checkout import Checkout
@@ -114,3 +115,22 @@ def test_a_stage_that_takes_too_long_is_ended(checkout: Checkout) -> None:
         assert str(failed).startswith(f"sft: ended after {seconds / 3600:g} h (stage_hours)")
         seconds *= 2
     assert checkout.order() == ["sft"]  # no second try
+
+
+def test_a_changed_parameter_of_ppo_holds_for_every_arm_and_equal_arms_are_trained_once(repository: Checkout) -> None:
+    root, workspace = repository.root, repository.root / "scratch" / "workspace"
+    repository.write("profiles/small.yaml", "ppo: {kl_goal: 3.0}\npromote: {arm: ptx}\n"
+                     "arms: {plain: {}, ptx: {ptx_coef: 0.5}, low: {kl_goal: 1.0, ptx_coef: 0.2}}\n")
+    write_arms(root)
+    fill_workspace(root, workspace, Changes(stages={"ppo": {"kl_goal": 2.0}}))
+    stages = load_params(workspace).stages
+    assert {name: (arm.kl_goal, arm.ptx_coef) for name, arm in stages.arms.items()} == {
+        "plain": (2, 0), "ptx": (2, 0.5), "low": (2, 0.2)}
+    assert stages.promoted == "ptx"
+    fill_workspace(root, workspace, Changes(stages={"ppo": {"ptx_coef": 0.1}}))
+    stages = load_params(workspace).stages
+    assert {name: (arm.kl_goal, arm.ptx_coef) for name, arm in stages.arms.items()} == {
+        "plain": (3, 0.1), "low": (1, 0.1)}
+    assert stages.promoted == "plain"  # the same as ptx now
+    assert (workspace / "params.yaml").read_text().count("arms: [plain, low]") == 1
+    assert load_params(root).stages.promoted == "ptx"

@@ -79,7 +79,7 @@ def test_a_run_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> 
     for key in ("pipeline-summary", "metrics", "curves", "data-findings"):
         wait(partial(shows, browser, key), f"artifact {key}")
     keep(browser, "artifacts")
-    progress = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["ppo-progress"]}}})
+    progress = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["ppo-ppo-progress"]}}})
     assert float(progress[0]["data"]) == 100
     curves = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["curves"]}}})[0]
     browser.get(f"{links.prefect}/artifacts/artifact/{curves['id']}")

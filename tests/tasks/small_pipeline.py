@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from mlops.config import inputs
+from mlops.config.paths import POLICIES, POLICY_METRICS, metrics_of
 
 Undisturbed = dict[str, dict[str, str]]  # stage: {output: MD5} of a run that nothing interrupts
 REPO = Path(__file__).resolve().parents[2]
@@ -23,6 +24,11 @@ ppo: {episodes: 320, batch_size: 16, minibatch_size: 8, ptx_coef: 0.5, ptx_batch
 evaluate: {prompts: 20, tax_items: 10, bootstrap: 100, best_of: 4, best_of_prompts: 10}
 promote: {}
 """
+
+
+def named(stage: str) -> str:
+    """A stage's name for DVC: the only arm's for PPO."""
+    return "ppo@ppo" if stage == "ppo" else stage
 
 
 class SmallPipeline:
@@ -43,29 +49,32 @@ class SmallPipeline:
                             "OMP_NUM_THREADS": "1"}
 
     def start(self, stage: str, *flags: str) -> "subprocess.Popen[str]":
+        """Starts a stage; an arm of PPO is named by flags, and may be left out where there is one."""
         return subprocess.Popen([sys.executable, "-m", f"tasks.{stage}", *flags], cwd=self.root, env=self.environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-    def finish(self, stage: str) -> str:
-        process = self.start(stage)
+    def finish(self, stage: str, *flags: str) -> str:
+        process = self.start(stage, *flags)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         return out
 
     def files(self, stage: str) -> dict[str, str]:
         """MD5 of each output."""
-        paths = [*(self.root / "models" / stage).rglob("*"), *(self.root / "metrics").glob(f"{stage}*")]
+        folder, metrics = (POLICIES / "ppo", POLICY_METRICS) if stage == "ppo" else (Path("models") / stage,
+                                                                                     Path("metrics"))
+        paths = [*(self.root / folder).rglob("*"), *(self.root / metrics).glob(f"{stage}*")]
         return {str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
                 for path in sorted(paths) if path.is_file()}
 
     def steps(self, stage: str) -> int:
         """Steps of a finished run, by its journal."""
-        return len((self.root / "metrics" / f"{stage}.csv").read_text().splitlines()) - 1
+        return len((self.root / f"{metrics_of(named(stage))}.csv").read_text().splitlines()) - 1
 
     def saved_step(self, stage: str) -> int:
         """The step of the newest checkpoint; 0 without one."""
         return max((int(path.stem.removeprefix("step-"))
-                    for path in self.root.glob(f"scratch/{stage}/*/checkpoints/step-*.json")), default=0)
+                    for path in self.root.glob(f"scratch/{named(stage)}/*/checkpoints/step-*.json")), default=0)
 
     def wait_for_step(self, stage: str, step: int, process: "subprocess.Popen[str]") -> None:
         """Returns when the checkpoint of `step` is saved or the process has ended."""

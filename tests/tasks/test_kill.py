@@ -11,13 +11,14 @@ import time
 
 import pytest
 
-from tests.tasks.small_pipeline import PROFILE, STAGES, SmallPipeline, Undisturbed
+from mlops.config.paths import metrics_of
+from tests.tasks.small_pipeline import PROFILE, STAGES, SmallPipeline, Undisturbed, named
 
 
 def kill_until_done(pipeline: SmallPipeline, stage: str, steps: int, rng: random.Random, kills: int) -> int:
     """Starts a stage of `steps` steps afresh and kills it `kills` times, each after a random step that it still has
     to do; returns the number of kills that hit a run with a checkpoint."""
-    shutil.rmtree(pipeline.root / "scratch" / stage)
+    shutil.rmtree(pipeline.root / "scratch" / named(stage))
     hits = 0
     for _ in range(kills):
         process = pipeline.start(stage)
@@ -97,8 +98,8 @@ def test_people_s_data_has_no_gold_score_and_no_made_up_tax(
     try:
         small_pipeline.finish("ppo")
         small_pipeline.finish("evaluate")
-        ppo, found = (json.loads((small_pipeline.root / "metrics" / f"{stage}.json").read_text())
-                      for stage in ("ppo", "evaluate"))
+        ppo, found = (json.loads((small_pipeline.root / f"{metrics_of(stage)}.json").read_text())
+                      for stage in ("ppo@ppo", "evaluate"))
         page = (small_pipeline.root / "reports" / "report.html").read_text()
     finally:
         source.write_text(before)

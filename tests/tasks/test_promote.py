@@ -77,7 +77,7 @@ def test_the_first_that_passes_is_the_champion(promotion: Promotion) -> None:
 
 
 def test_a_missed_gate_leaves_the_champion_and_says_by_how_much(promotion: Promotion) -> None:
-    folder = promotion.pipeline.root / "models" / "ppo"
+    folder = promotion.pipeline.root / "models" / "policies" / "ppo"
     config = json.loads((folder / "config.json").read_text())
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(json.dumps(config | {"note": "another policy"}))
@@ -145,7 +145,7 @@ def test_the_champion_answers_a_request(promotion: Promotion, served: str) -> No
             "params": {"max_new_tokens": 12, "temperature": 0.7, "seed": 5}}
     request = urllib.request.Request(served, json.dumps(body).encode(), {"Content-Type": "application/json"})
     answers = json.loads(urllib.request.urlopen(request).read())["predictions"]
-    folder = promotion.pipeline.root / "models" / "ppo"
+    folder = promotion.pipeline.root / "models" / "policies" / "ppo"
     codec = PromptCodec(load_tokenizer(folder))
     sampling = Sampling(12, (codec.eos_id,), codec.pad_id, 0.7)
     ids = sample_responses(load_policy(folder), codec.prompts(prompts), sampling, generator(5, "served"))

@@ -45,7 +45,10 @@ def test_the_shipped_profiles_load(name: str) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for section, values in content.items():
         for key, value in values.items():
-            assert getattr(getattr(profile, section), key) == value
+            if section == "arms":
+                assert profile.arms[key] == dataclasses.replace(profile.ppo, **value)
+            else:
+                assert getattr(getattr(profile, section), key) == value
 
 
 def test_the_shipped_params_load() -> None:
@@ -64,7 +67,7 @@ def test_missing_keys_and_sections_have_their_defaults(write: Write) -> None:
 
 
 def test_defaults_are_within_their_own_limits() -> None:
-    for section in get_type_hints(Profile).values():
+    for section in (hint for name, hint in get_type_hints(Profile).items() if name != "arms"):
         for item in dataclasses.fields(section):
             value, limits = item.default, item.metadata
             if isinstance(value, (int, float)):
@@ -122,6 +125,61 @@ def test_a_mistake_in_params_is_one_clear_line(write: Write, params: str, parts:
     ("sft:\n  1: 2\n", ""), ("sft:\n  on: 2\n", ""), ("", "1: 2\nseed: 1\nprofile: mine\n")])
 def test_a_key_that_is_not_a_string_is_named(write: Write, profile: str, params: str) -> None:
     assert "unknown key" in message(write(profile, params or "seed: 1\nprofile: mine\n"))
+
+
+TWO = "ppo:\n  kl_goal: 3\narms:\n  ppo: {}\n  ppo_ptx:\n    ptx_coef: 0.5\npromote:\n  arm: ppo_ptx\n"
+LISTED = "seed: 1\nprofile: mine\narms: [ppo, ppo_ptx]\npromoted: ppo_ptx\n"
+
+
+def test_an_arm_has_the_parameters_of_section_ppo_and_its_own(write: Write) -> None:
+    stages = load_params(write(TWO, LISTED)).stages
+    assert list(stages.arms) == ["ppo", "ppo_ptx"]
+    assert stages.promoted == "ppo_ptx"
+    assert stages.arms["ppo"] == stages.ppo == dataclasses.replace(PpoParams(), kl_goal=3)
+    assert stages.arms["ppo_ptx"] == dataclasses.replace(stages.ppo, ptx_coef=0.5)
+
+
+@pytest.mark.parametrize("profile", ["", "arms:\n  ppo: {}\n", "arms:\n  ppo:\n"])
+def test_a_profile_of_one_arm_needs_no_word_about_it(write: Write, profile: str) -> None:
+    stages = load_params(write(profile)).stages
+    assert (list(stages.arms), stages.promoted) == (["ppo"], "ppo")
+    assert stages.arms["ppo"] == PpoParams()
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    (("ptx_coef: 0.5", "ptx_cof: 0.5"), ["unknown key arms.ppo_ptx.ptx_cof", "did you mean ptx_coef?"]),
+    (("ptx_coef: 0.5", "ptx_coef: -1"), ["arms.ppo_ptx.ptx_coef = -1", "must be float >= 0"]),
+    (("ptx_coef: 0.5", "kept_passes: 1"), ["arms.ppo_ptx.kept_passes is now called arms.ppo_ptx.reuse_forward_passes"]),
+    (("ptx_coef: 0.5", "episodes: 100"), ["arms.ppo_ptx.episodes = 100", "must be >= ppo.batch_size = 256"]),
+    (("ptx_coef: 0.5", "max_new_tokens: 99"), ["pretrain.context = 128", ">= 163"]),
+    (("ppo_ptx:", "PPO:"), ["arms.PPO: must be a name of small letters"]),
+    (("ppo_ptx:", "sft:"), ["arms.sft: must be a name", "none of base, base_prompted, sft"]),
+    (("ppo_ptx:", "ppo_low:"), ["arms.ppo_low: must be a name", "not ending in _low"]),
+    (("ppo_ptx:", "a_vs_b:"), ["arms.a_vs_b: must be a name", "without _vs_"]),
+    (("  ppo: {}\n", "  ppo: 3\n"), ["arms.ppo: expected keys and values, found 3"]),
+    (("arm: ppo_ptx", "arm: ptx"), ["promote.arm = 'ptx': must be one of ppo, ppo_ptx"]),
+    (("arm: ppo_ptx", "arm: ''"), ["promote.arm = '': must be one of ppo, ppo_ptx where there are several arms"]),
+    (("promote:\n", "evaluate:\n  others: {ppo_ptx: x}\npromote:\n"), ["arms.ppo_ptx: evaluate.others names a model"]),
+])
+def test_a_mistake_in_an_arm_is_one_clear_line(write: Write, change: tuple[str, str], parts: list[str]) -> None:
+    assert change[0] in TWO
+    text = message(write(TWO.replace(*change), LISTED))
+    assert "profiles/mine.yaml: " in text
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(("params", "parts"), [
+    ("seed: 1\nprofile: mine\n", ["arms = [ppo]: must be [ppo, ppo_ptx], as in profiles/mine.yaml",
+                                  "`python -m mlops.config.arms` writes it"]),
+    (LISTED.replace("[ppo, ppo_ptx]", "[ppo_ptx, ppo]"), ["arms = [ppo_ptx, ppo]: must be [ppo, ppo_ptx]"]),
+    (LISTED.replace("promoted: ppo_ptx", "promoted: ppo"), ["promoted = ppo: must be ppo_ptx"]),
+    (LISTED.replace("[ppo, ppo_ptx]", "{ppo: 1}"), ["arms = {'ppo': 1}", "must be what `python -m mlops.config.arms`"]),
+])
+def test_arms_out_of_step_are_refused_with_what_to_write(write: Write, params: str, parts: list[str]) -> None:
+    text = message(write(TWO, params))
+    for part in ("params.yaml: ", *parts):
+        assert part in text
 
 
 def test_a_file_that_is_not_utf8_is_named(write: Write) -> None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from mlops.config.arms import write_arms
 from mlops.config.loader import load_params
 from mlops.config.stage_graph import declared_stages, paths, pipeline_stages, unrolled, write_rounds
 from rlhf.errors import UserError
@@ -23,8 +24,15 @@ def root(tmp_path: Path) -> Path:
 
 def test_no_rounds_by_default(root: Path) -> None:
     assert load_params(root).rounds == {}
-    assert not [name for name in declared_stages(root) if "@" in name]
+    assert [name for name in declared_stages(root) if "@" in name] == ["ppo@ppo", "ppo@ppo_ptx"]
     assert pipeline_stages(root)[:3] == ["ingest", "data.dvc", "validate"]
+
+
+def test_the_arms_stand_where_their_stage_stands(root: Path) -> None:
+    assert pipeline_stages(root)[5:] == ["rm", "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
+    write_arms(root, "gpu")
+    assert pipeline_stages(root)[5:] == ["rm", "ppo@ppo", "evaluate", "promote"]
+    assert "models/policies/ppo" in declared_stages(root)["promote"]["deps"]
 
 
 def test_rounds_are_unrolled_as_dvc_does(root: Path) -> None:
@@ -34,7 +42,7 @@ def test_rounds_are_unrolled_as_dvc_does(root: Path) -> None:
     with Repo(str(root)) as repo:
         theirs = {stage.name: stage for stage in repo.index.stages}
         assert set(mine) == set(theirs)
-        assert sum("@" in name for name in mine) == 15
+        assert sum("@" in name for name in mine) == 2 + 15
         for name, stage in theirs.items():
             files = {str(Path(dep.fs_path).relative_to(root)) for dep in stage.deps if not hasattr(dep, "params")}
             assert set(paths(mine[name].get("deps", []))) == files, name
@@ -47,10 +55,10 @@ def test_rounds_are_unrolled_as_dvc_does(root: Path) -> None:
 
 def test_rounds_are_written_beside_what_is_there(root: Path) -> None:
     path = root / "params.yaml"
-    path.write_text("# mine\nseed: 7 # why\nrounds: {}\nprofile: smoke\n")
+    path.write_text("# mine\nseed: 7 # why\nrounds: {}\nprofile: gpu\n")
     write_rounds(root, 2)
     text = path.read_text()
-    assert text.startswith("# mine\nseed: 7 # why\nprofile: smoke\n")
+    assert text.startswith("# mine\nseed: 7 # why\nprofile: gpu\n")
     assert yaml.safe_load(text)["rounds"] == unrolled(2)
     assert list(load_params(root).rounds) == ["r1", "r2"]
     write_rounds(root, 3)

@@ -110,7 +110,7 @@ def test_the_whole_way_with_simulated_labelers(small_pipeline: SmallPipeline, un
     monkeypatch.chdir(small_pipeline.root)
     folder = tmp_path / "feedback" / "first"
     options = argparse.Namespace(labelers=["labeler-01", "labeler-02", "labeler-03"],
-                                 models=["models/ppo", "models/sft"], prompts=20, k=4, overlap=0.5,
+                                 models=["models/policies/ppo", "models/sft"], prompts=20, k=4, overlap=0.5,
                                  per_item=3, split="train", seed=None)
     items, assignments = collect.collect(folder, options)
     assert 10 <= items <= 20

@@ -22,3 +22,9 @@ def test_each_gate_checks_its_own_metric() -> None:
         assert wrong[0].name.startswith(missed)
     assert against_champion(0.5).passed
     assert not against_champion(0.499).passed
+
+
+def test_the_gates_are_those_of_the_promoted_arm() -> None:
+    other = METRICS | {"eval/arm": "ppo_ptx", "eval/kl_ppo_ptx": 9.0, "eval/toxic_ppo_ptx": 0.5}
+    missed = [gate.name for gate in gates(other, 0.6, PromoteParams(max_mean_tax=1)) if not gate.passed]
+    assert missed == ["KL to the SFT policy / goal", "toxic responses, share"]

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mlops.reporting import plots
 from mlops.reporting.headline import estimate, tax_mean, verdict
 from mlops.reporting.report import write_report
 from rlhf.training.journal import Journal
@@ -45,7 +47,7 @@ def make_run(root: Path, iterations: int = 30) -> None:
                 [[s * 0.1, 2.0, s * 0.09, 0.05, s * 0.05, 0.4 + 0.01 * s, *[1.0] * 7] for s in range(iterations)]),
     }
     for stage, (columns, rows) in journals.items():
-        journal = Journal(root / "metrics" / f"{stage}.csv", columns)
+        journal = Journal(root / "metrics" / ("policies" if stage == "ppo" else "") / f"{stage}.csv", columns)
         for step, row in enumerate(rows, start=1):
             journal.append(step, dict(zip(columns, row, strict=True)))
         journal.close()
@@ -129,13 +131,67 @@ def test_an_empty_run_still_gives_a_page(tmp_path: Path) -> None:
 
 
 def test_missing_and_blank_columns(tmp_path: Path) -> None:
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/ppo.csv").write_text("step,ppo/kl,ppo/beta,ppo/gold\n1,0.0,0.05,\n2,,0.05,nan\n")
+    (tmp_path / "metrics/policies").mkdir(parents=True)
+    (tmp_path / "metrics/policies/ppo.csv").write_text("step,ppo/kl,ppo/beta,ppo/gold\n1,0.0,0.05,\n2,,0.05,nan\n")
     (tmp_path / "metrics/rm.csv").write_text("step,rm/loss\n1,0.7\n")
     page = render(tmp_path, {"eval/win_rate_vs_sft": 0.6, "eval/kl_ppo": 0.0, "tax/mean": 0.0, "tax/cloze": 0.0})
     assert "KL to the SFT policy" in page
     assert "Scores against KL" not in page
     assert "no interval" in page
+
+
+ARMS: dict[str, Any] = EVALUATION | {
+    "eval/arm": "ppo_ptx", "eval/arms": ["ppo", "ppo_ptx"], "eval/kl_ppo_ptx": 1.9, "eval/gold_ppo_ptx": 0.49,
+    "eval/gold_ppo_ptx_low": 0.47, "eval/gold_ppo_ptx_high": 0.52, "eval/length_ppo_ptx": 18.0,
+    "eval/win_rate/ppo_vs_sft": 0.63, "eval/win_rate/ppo_ptx_vs_sft": 0.612, "eval/win_rate/sft_vs_base": 0.75,
+    "eval/win_rate/sft_vs_base_low": 0.7, "eval/win_rate/sft_vs_base_high": 0.8,
+    "tax_of/sft/mean": 0.012, "tax_of/ppo/mean": 0.034, "tax_of/ppo/mean_low": 0.021, "tax_of/ppo/mean_high": 0.047,
+    "tax_of/ppo_ptx/mean": 0.011, "tax_of/ppo_ptx/cloze": 0.013, "tax_between/sft/ppo_ptx/mean": -0.001,
+    "tax_score/ppo_ptx/cloze": 0.79, "overopt/ppo_ptx_turned": 0.0, "overopt/ppo_ptx_peak_kl": 1.5,
+}
+
+
+def two_arms(root: Path) -> None:
+    make_run(root)
+    text = (root / "metrics/policies/ppo.csv").read_text()
+    (root / "metrics/policies/ppo_ptx.csv").write_text("\n".join(text.splitlines()[:20]) + "\n")
+    (root / "metrics/policies/ppo_ptx.json").write_text(json.dumps({"ppo/kl": 1.8761}))
+
+
+def test_arms_stand_side_by_side_and_the_promoted_one_is_marked(tmp_path: Path) -> None:
+    two_arms(tmp_path)
+    page = render(tmp_path, ARMS, [row | {"ppo_ptx": "Yes!"} for row in SAMPLES])
+    text = page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Yes: PPO-ptx is better than SFT." in text
+    first_screen = text[:text.index('id="training"')]
+    rows = re.findall(r"<tr.*?</tr>", first_screen, flags=re.DOTALL)
+    assert len(rows) == 5  # titles, base, SFT, PPO, PPO-ptx
+    assert [name in row for name, row in zip(("base", "SFT", "PPO", "PPO-ptx"), rows[1:], strict=True)] == [True] * 4
+    assert ["goes to the gates" in row for row in rows] == [False, False, False, False, True]
+    for row, figures in ((rows[1], ("25.0 %", "20.0 % to 30.0 %")), (rows[3], ("63.0 %", "3.4", "2.1 to 4.7")),
+                         (rows[4], ("0.490", "0.470 to 0.520", "1.90", "1.1", "\N{MINUS SIGN}0.1", "1.3"))):
+        for figure in figures:
+            assert figure in row, figure
+    kl = text[text.index("<h3>KL to the SFT policy</h3>"):text.index("<h3>beta, the KL coefficient</h3>")]
+    assert kl.index("PPO</span>") < kl.index("PPO-ptx</span>")
+    assert "var(--ppo)" in kl
+    assert "var(--other1)" in kl
+    assert "1.876" in text[text.index("<h3>ppo@ppo_ptx</h3>"):]
+    assert "#0101" not in page
+
+
+def test_one_arm_has_its_table_without_a_mark(page: str) -> None:
+    first_screen = page[:page.index('id="training"')]
+    assert "What each step gained and cost" in first_screen
+    assert "goes to the gates" not in page
+
+
+def test_arms_with_goals_of_their_own_have_a_line_each() -> None:
+    step = np.arange(30.0)
+    runs = [plots.KlRun(colour, step, step / 10, step / 10, np.full(30, goal))
+            for colour, goal in ((plots.PPO, 1.0), ("#01010b", 2.0))]
+    assert "var(--goal)" not in plots.kl(runs)
+    assert "var(--goal)" in plots.kl(runs[:1])
 
 
 def test_given_curve_replaces_the_one_of_the_journal(root: Path, page: str) -> None:

@@ -91,6 +91,40 @@ def test_a_run_is_the_parent_of_its_stages(root: Path) -> None:
         "parent_run_id": parent.info.run_id, "experiment_id": parent.info.experiment_id}
 
 
+def test_arms_are_runs_of_one_stage_and_stand_side_by_side_in_their_parent(root: Path) -> None:
+    (root / "profiles" / "smoke.yaml").write_text(
+        "ppo: {kl_goal: 3.5}\narms: {ppo: {}, ppo_ptx: {ptx_coef: 0.5}}\npromote: {arm: ppo_ptx}\n")
+    (root / "params.yaml").write_text("seed: 7\nprofile: smoke\narms: [ppo, ppo_ptx]\npromoted: ppo_ptx\n")
+    (root / "dvc.yaml").write_text("stages:\n  ppo:\n    foreach: ${arms}\n    do:\n      deps: [data/ppo.jsonl]\n")
+    for arm, kl in (("ppo", 1.0), ("ppo_ptx", 2.0)):
+        stage = f"ppo@{arm}"
+        scratch = start(root, stage)
+        write_json(scratch / "run.json", {**json.loads((scratch / "run.json").read_text()), "arm": arm,
+                                          "params": {"kl_goal": 3.5, "ptx_coef": kl}})
+        write_rows(scratch, range(3))
+        metrics = {"ppo/kl_goal": 3.5, "ppo/gold_last": kl}
+        write_json(root / "metrics" / "policies" / f"{arm}.json", metrics)
+        write_json(scratch / "done.json", {"metrics": metrics, "artifacts": []})
+        sweep(root)
+    [parent] = runs(root, "brave-otter")
+    found = {run.data.tags["arm"]: run for run in runs(root) if "arm" in run.data.tags}
+    assert list(found) == ["ppo", "ppo_ptx"]
+    for arm, run in found.items():
+        assert run.info.run_name == f"ppo@{arm}"
+        assert run.data.tags["stage"] == "ppo"
+        assert run.data.params["arm"] == arm
+        assert {"ppo/kl", "ppo/beta", "ppo/gold_last"} <= run.data.metrics.keys()  # the same keys: MLflow overlays them
+        assert_points_once(root, run.info.run_id, range(3))
+        assert [item.path for item in client(root).list_artifacts(run.info.run_id, "metrics/policies")] == [
+            f"metrics/policies/{arm}.json"]
+        assert run.inputs is not None
+        assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["ppo"]
+    assert found["ppo_ptx"].data.params["ppo.ptx_coef"] == "2.0"
+    assert parent.data.metrics.items() >= {"ppo/gold_last": 1.0, "ppo_ptx/gold_last": 2.0}.items()
+    assert parent.data.params.items() >= {"arms": "ppo, ppo_ptx", "promote.arm": "ppo_ptx",
+                                          "arms.ppo_ptx.ptx_coef": "0.5", "ppo.ptx_coef": "0.0"}.items()
+
+
 def test_rounds_are_steps_of_their_run(root: Path) -> None:
     for number in (1, 2):
         stage = f"round_scores@r{number}"
