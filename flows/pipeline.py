@@ -43,7 +43,7 @@ from flows.execution import (
 )
 from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
 from flows.stages import StageFailed, mend_dvc_lock
-from flows.summary import StageResult, Summary, compared_models, main_numbers
+from flows.summary import StageResult, Summary, ceiling_note, compared_models, main_numbers
 from flows.workspaces import FOLDER, Changes, fill_workspace
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
@@ -126,8 +126,9 @@ def not_promoted(root: Path) -> list[str]:
 async def make_summary(root: Path, run_name: str, results: list[StageResult]) -> Summary:
     """Waits until MLflow has the journals of this run, so that the summary can link it there."""
     uploaded, note = await wait_for_upload(root, run_name)
+    notes = [*([note] if note else []), *ceiling_note(root)]
     return Summary(results, main_numbers(root, [result.stage for result in results]), compared_models(root),
-                   links_to(root, uploaded), [note] if note else [])
+                   links_to(root, uploaded), notes)
 
 
 def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:

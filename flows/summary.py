@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlops.config.paths import metrics_of
-from mlops.reporting.models import model_table
+from mlops.reporting.models import at_ceiling, model_table
 
 WIDTH = 100
 MAIN_NUMBERS = {
@@ -106,6 +106,13 @@ def compared_models(root: Path) -> tuple[list[str], list[list[str]]]:
         return [], []
     titles, rows = model_table(json.loads(path.read_text(encoding="utf-8")), tasks=False)
     return titles, [[f"{row.label} *" if row.promoted else row.label, *map(str, row.cells)] for row in rows]
+
+
+def ceiling_note(root: Path) -> list[str]:
+    """Says which tax tasks are at their ceiling; nothing where none is."""
+    path = root / "metrics" / "evaluate.json"
+    tasks = at_ceiling(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    return [f"tax tasks at ceiling, so that only a large loss shows: {', '.join(tasks)}"] if tasks else []
 
 
 def _number(value: Any) -> str:

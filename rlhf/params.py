@@ -273,6 +273,8 @@ class PromoteParams:
     registry: str = param("instructflow", "the models are registered in MLflow as NAME-policy and NAME-rm; empty: not")
     judged: bool = param(True, "the win rate must be an independent judge's, not the run's own reward model's")
     min_win_rate: float = param(0.5, "minimum win rate against SFT, lower end of its interval", ge=0, le=1)
+    champion_margin: float = param(0.05, "how far below one half the low end of the win rate against the champion "
+                                   "may be", ge=0, le=0.5)
     kl_band: float = param(1.5, "KL must lie within [kl_goal / kl_band, kl_goal * kl_band]", ge=1)
     max_tax: float = param(0.05, "maximum alignment tax of a task, as a share of a perfect score", ge=-1, le=1)
     max_mean_tax: float = param(0.02, "maximum mean alignment tax", ge=-1, le=1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.batching import pack_documents
+from rlhf.data.corpus import corpus_texts, held_out_count
 from rlhf.data.packing import document_positions
-from rlhf.data.schema import read_rows
 from rlhf.data.token_store import Column, TokenStore, chunks, only
 from rlhf.errors import UserError
 from rlhf.losses import completion_loss
@@ -26,7 +25,6 @@ from rlhf.training.loop import Part, train_loop
 from rlhf.training.optim import muon_and_adamw
 from rlhf.training.seeding import generator, seed_everything
 
-VALID_DOCUMENTS, VALID_SHARE = 500, 0.05  # the end of a corpus that no stage trains on: so many documents, if fewer
 LEAST_DOCUMENTS = 100
 LONGEST_ROW = 2048  # tokens of a pretraining row where the parameters ask for the model's context [InstructGPT App. C]
 LEAST_ROWS = 16
@@ -83,24 +81,6 @@ def packed_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
     for row in pack_documents(documents, length, tokenizer.eos_token_id):
         store.append([row], length)
     return Column(store, only)
-
-
-def held_out_count(documents: int) -> int:
-    """How many documents at the end of a corpus no stage trains on: 500, or a twentieth of a small corpus."""
-    return min(VALID_DOCUMENTS, int(VALID_SHARE * documents))
-
-
-def corpus_texts(path: Path, held_out: bool = False) -> Iterator[str]:
-    """The documents of a corpus file that stages train on, or with `held_out` the others, which measure perplexity."""
-    count = sum(1 for _ in read_rows(path))
-    cut = count - held_out_count(count)
-    texts = (row["text"] for row in read_rows(path))
-    return islice(texts, cut, None) if held_out else islice(texts, cut)
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """How many tokens the model attends to."""
-    return int(getattr(model.config, "max_position_embeddings", LONGEST_ROW))
 
 
 def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, folder: Path, row_tokens: int = 0

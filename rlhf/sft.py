@@ -18,12 +18,20 @@ from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.model.device import device
 from rlhf.model.forward import log_probs_at, pack
-from rlhf.model.load import check_length, load_policy, load_scorer, prepare_training, save_model, set_dropout
+from rlhf.model.load import (
+    check_length,
+    context_of,
+    load_policy,
+    load_scorer,
+    prepare_training,
+    save_model,
+    set_dropout,
+)
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import SftParams
-from rlhf.pretrain import context_of, corpus_batch, corpus_losses, read_corpus
+from rlhf.pretrain import corpus_batch, corpus_losses, read_corpus
 from rlhf.training import distributed
 from rlhf.training.loop import BestCheckpoint, Part, train_loop
 from rlhf.training.optim import adamw

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mlops.config.arms import refuse_leftovers
-from mlops.config.paths import BENCHMARKS, MODELS, POLICIES, POLICY_METRICS, PROMPTS, RM, TAX
+from mlops.config.paths import BENCHMARKS, CORPUS, MODELS, POLICIES, POLICY_METRICS, PROMPTS, RM, TAX
+from rlhf.data.corpus import corpus_texts
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
-from rlhf.evaluation.generate import Answers, answer, mean_kl
+from rlhf.evaluation.generate import Answers, answer, kl_to_reference
+from rlhf.evaluation.graded import bits_metrics
 from rlhf.evaluation.held_out import HeldOut, best_of_curve, held_out_rows, judge_of
 from rlhf.evaluation.lm_eval import TaskScore, TaskSuite, local_tasks, measure
-from rlhf.evaluation.metrics import gold_metrics, preference_metrics, safety_metrics, tax_metrics
+from rlhf.evaluation.metrics import gold_metrics, kl_metrics, preference_metrics, safety_metrics, tax_metrics
 from rlhf.evaluation.overoptimisation import find_peak
+from rlhf.evaluation.perplexity import document_bits
 from rlhf.evaluation.preference import compare_all
 from rlhf.files import is_writer, write_csv
 from rlhf.params import EvaluateParams
@@ -47,6 +50,7 @@ def evaluate(stage: Stage) -> None:
     kept = KEPT / code_hash(stage.name, stage.root)
     answers: dict[str, Answers] = {}
     tasks: dict[str, dict[str, TaskScore]] = {}
+    texts, documents = list(corpus_texts(CORPUS, held_out=True)), dict[str, list[float]]()
     others: dict[str, dict[str, TaskScore]] = {}
     with StageProgress("evaluate", 2 * len(folders) + 2) as progress:
         for name, folder in folders.items():
@@ -58,6 +62,8 @@ def evaluate(stage: Stage) -> None:
             tasks[name] = measure(folder, tax_harness(params), kept)
             if params.other_tasks:
                 others[name] = measure(folder, harness(params, params.other_tasks), kept)
+            if texts:
+                documents[name] = document_bits(folder, texts, params.precision)
             progress.step()
         metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), "eval/arm": promoted, "eval/arms": arms,
                                    **safety_metrics(held_out, answers)}
@@ -70,9 +76,11 @@ def evaluate(stage: Stage) -> None:
         outcomes = compare_all(held_out.prompts, {name: found.texts for name, found in answers.items()}, judge)
         metrics |= preference_metrics(held_out, answers, outcomes, params, seed,
                                       "win_rate" if held_out_judge else "rm_prefers", promoted)
-        metrics |= {f"eval/kl_{arm}": mean_kl(folders[arm], MODELS["sft"], held_out.prompts, answers[arm],
-                                              params.precision, params.temperature) for arm in arms}
+        kl = {arm: kl_to_reference(folders[arm], MODELS["sft"], held_out.prompts, answers[arm], params.precision,
+                                   params.temperature) for arm in arms}
+        metrics |= kl_metrics(kl, params, seed)
         metrics |= tax_metrics(tasks, others, params, seed, arms, promoted)
+        metrics |= bits_metrics(tasks, documents, params.bootstrap, seed)
         progress.step()
         curve = best_of_curve(MODELS["sft"], RM, held_out, params, seed)
         metrics |= turn_metrics(arms, curve)

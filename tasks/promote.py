@@ -89,8 +89,9 @@ def register(stage: Stage, found: list[Gate]) -> str:
         numbers[kind] = str(made.version)
     write_json(stage.scratch / "versions.json", numbers)
     if champion and champion.tags.get(CONTENT_TAG) != content["policy"]:
-        found.append(against_champion(win_rate_high(stage.params.stages, stage.params.seed,
-                                                    registry.folder_of(champion, stage.scratch / "champion"))))
+        folder = registry.folder_of(champion, stage.scratch / "champion")
+        found.append(against_champion(win_rate_low(stage.params.stages, stage.params.seed, folder),
+                                      stage.params.stages.promote))
     return numbers["policy"]
 
 
@@ -105,8 +106,8 @@ def crown(stage: Stage, version: str) -> None:
         registry.set_alias(kind, CHAMPION, number)
 
 
-def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
-    """High end of the interval of the policy's win rate against the champion, on the held-out prompts."""
+def win_rate_low(profile: Profile, seed: int, champion: Path) -> float:
+    """Low end of the interval of the policy's win rate against the champion, on the held-out prompts."""
     from rlhf.evaluation.generate import answer
     from rlhf.evaluation.held_out import HeldOut, held_out_rows, judge_of
     from rlhf.evaluation.statistics import (
@@ -118,7 +119,7 @@ def win_rate_high(profile: Profile, seed: int, champion: Path) -> float:
     texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (policy_of(profile), champion)]
     judge, _ = judge_of(params, held_out.labeler, RM)
     values = judge(held_out.prompts, *texts)
-    return with_interval("win", values, params.bootstrap, seed)["win_high"]
+    return with_interval("win", values, params.bootstrap, seed)["win_low"]
 
 
 def lineage(stage: Stage, run: dict[str, Any]) -> dict[str, str]:

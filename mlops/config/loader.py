@@ -43,8 +43,8 @@ class Params:
 class Round(BaseModel):
     """One entry of `rounds` in params.yaml, for which dvc.yaml has one stage each: the inputs of the round.
 
-    `policy`: folder of the policy that is sampled. `reward_model`, `ensemble`, PPO's `journal`: those of the previous
-    round; models/sft in the first round, which has none. `rows`: the ranked rows so far.
+    `policy`: folder of the policy that is sampled. `reward_model`, `ensemble`: those of the previous round; models/sft
+    in the first round, which has none. `rows`: the ranked rows so far.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -52,7 +52,6 @@ class Round(BaseModel):
     policy: str
     reward_model: str
     ensemble: str
-    journal: str
     rows: str
 
 

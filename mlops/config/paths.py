@@ -5,7 +5,7 @@ from pathlib import Path
 MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft")}
 POLICIES, POLICY_METRICS = Path("models/policies"), Path("metrics/policies")  # what each arm of stage ppo makes
 RM = Path("models/rm")
-PROMPTS = Path("data/ppo.jsonl")
+PROMPTS, CORPUS = Path("data/ppo.jsonl"), Path("data/corpus.jsonl")
 TAX, BENCHMARKS = Path("data/tax"), Path("profiles/benchmarks")
 FEEDBACK = Path("raw/feedback")  # rows that people have labeled, for ingest
 

@@ -60,7 +60,6 @@ def unrolled(count: int) -> dict[str, dict[str, Any]]:
             "number": number, "policy": "models/sft" if first else f"{before}/ppo",
             "reward_model": "models/sft" if first else f"{before}/rm",
             "ensemble": "models/sft" if first else f"{before}/ensemble",
-            "journal": "models/sft" if first else f"metrics/round_ppo@r{number - 1}.csv",
             "rows": "data/rm.jsonl" if first else f"feedback/r{number - 1}/rm.jsonl"}
     return found
 

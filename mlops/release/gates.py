@@ -55,6 +55,8 @@ def gates(metrics: Mapping[str, Any], kl_goal: float, params: PromoteParams) -> 
     return checks
 
 
-def against_champion(win_rate_high: float) -> Gate:
-    """No regression: the 95 % interval of the win rate against the champion reaches one half."""
-    return Gate("win rate against the champion, high end of its interval", win_rate_high, "at least", 0.5)
+def against_champion(win_rate_low: float, params: PromoteParams) -> Gate:
+    """Not worse than the champion by more than a margin: the low end of the win rate's 95 % interval is at least
+    0.5 - champion_margin. With few prompts the interval is wide, and the gate stays shut."""
+    return Gate("win rate against the champion, low end of its interval", win_rate_low, "at least",
+                0.5 - params.champion_margin)

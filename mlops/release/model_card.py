@@ -13,7 +13,7 @@ from mlops.config.loader import load_params
 from mlops.release.gates import Gate
 from mlops.reporting.comparison import in_order, models_of
 from mlops.reporting.headline import arms_of, estimate, number, percent, score
-from mlops.reporting.models import model_table
+from mlops.reporting.models import at_ceiling, model_table
 from mlops.reporting.report import data_versions
 
 SHOWN = ("gold", "helpful", "truthful", "harmless", "toxic", "repetition", "length")
@@ -36,7 +36,8 @@ def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], re
         seed=loaded.seed, profile=loaded.profile, arm=stages.promoted, ppo=stages.arms[stages.promoted],
         sft=stages.sft, rm=stages.rm,
         versions=data_versions(root), qualities=_qualities(metrics, models), wins=_wins(metrics),
-        steps=model_table(metrics), kl=score(number(metrics, f"eval/kl_{stages.promoted}")),
+        steps=model_table(metrics), ceiling=at_ceiling(metrics),
+        kl=score(number(metrics, f"eval/kl_{stages.promoted}")),
         prompts=int(metrics["eval/prompts"]),
         accuracy=_rm_accuracy(root), sources=_sources(root)).strip() + "\n"
 

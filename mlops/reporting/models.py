@@ -16,9 +16,12 @@ from mlops.reporting.headline import (
     points,
     promoted_of,
     score,
+    signed,
     tax_tasks,
 )
 from mlops.reporting.plots import Estimate, label, words
+
+CEILING = 0.97  # of a perfect score
 
 
 class Cell(NamedTuple):
@@ -43,7 +46,8 @@ class ModelRow(NamedTuple):
 def model_table(evaluation: Mapping[str, Any], tasks: bool = True) -> tuple[list[str], list[ModelRow]]:
     """(titles of the columns, a row for each model that was evaluated); what was measured of no model is left out.
 
-    In points of a perfect score, tax is base - model, and that of PPO is SFT - model. `tasks`: also each task's tax.
+    In points of a perfect score, tax is base - model, and that of PPO is SFT - model; in bits it is model - base.
+    `tasks`: also each task's tax.
     """
     arms = arms_of(evaluation)
     names = tax_tasks(evaluation) if tasks else []
@@ -53,6 +57,8 @@ def model_table(evaluation: Mapping[str, Any], tasks: bool = True) -> tuple[list
         "KL to SFT, nats": _cell(estimate(evaluation, f"eval/kl_{model}"), score),
         "tax, mean": _tax(evaluation, f"tax_of/{model}", "mean"),
         "tax of PPO, mean": _tax(evaluation, f"tax_between/sft/{model}", "mean"),
+        "tax, bits per answer": _cell(estimate(evaluation, f"answer_bits_tax/{model}/mean"), signed),
+        "tax, bits per token of text": _cell(estimate(evaluation, f"corpus_bits_tax/{model}"), signed),
         **{f"tax, {words(task)}": _tax(evaluation, f"tax_of/{model}", task) for task in names},
     } for model in ("base", "sft", *arms)}
     shown = [title for title in found["base"] if any(cells[title].value != DASH for cells in found.values())]
@@ -60,6 +66,14 @@ def model_table(evaluation: Mapping[str, Any], tasks: bool = True) -> tuple[list
     return shown, [ModelRow(model, label(model), several and model == promoted_of(evaluation),
                             [cells[title] for title in shown])
                    for model, cells in found.items() if any(cells[title].value != DASH for title in shown)]
+
+
+def at_ceiling(evaluation: Mapping[str, Any]) -> list[str]:
+    """The tasks on which the base has (nearly) a perfect score: their tax says little, only a large loss shows."""
+    def share(task: str) -> float:
+        return (number(evaluation, f"tax_score/base/{task}") or 0.0) / (number(evaluation, f"tax_unit/{task}") or 1.0)
+
+    return [words(task) for task in tax_tasks(evaluation) if share(task) >= CEILING]
 
 
 def win_rate(evaluation: Mapping[str, Any], one: str, other: str) -> Estimate | None:

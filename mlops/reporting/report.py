@@ -46,7 +46,7 @@ from mlops.reporting.headline import (
     tax_tasks,
     verdict,
 )
-from mlops.reporting.models import model_table
+from mlops.reporting.models import at_ceiling, model_table
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.training.journal import read_journal
@@ -92,7 +92,8 @@ def write_report(root: Path, target: Path, evaluation: dict[str, Any], samples: 
     page = _template().render(
         verdict=verdict(evaluation, goal), cards=headline_cards(evaluation, goal), models=models,
         colours={model: plots.css_colour(model, [*models, *arms]) for model in [*models, *arms]}, arms=arms,
-        promoted=promoted, titles=titles, steps=steps, stand_in=f"eval/gold_{promoted}" in evaluation,
+        promoted=promoted, titles=titles, steps=steps, ceiling=at_ceiling(evaluation),
+        stand_in=f"eval/gold_{promoted}" in evaluation,
         taxed=[model for model in models if any(model in row.scores for row in taxes)], machine=machine(),
         matrix=win_matrix(evaluation, models), strengths=strength_plot(evaluation, models),
         slices=slice_rows(evaluation, models), best_of=best_of_plot(curves.get("best_of_n") or []),

@@ -10,9 +10,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import length_batches
+from rlhf.data.batching import pass_batches
+from rlhf.model.forward import LOGITS_AT_ONCE
 from rlhf.model.load import load_policy, load_scorer
-from rlhf.model.responses import response_kl, response_log_probs, response_mask
+from rlhf.model.responses import (
+    categorical_kl,
+    on_grid,
+    response_kl,
+    response_kl_k3,
+    response_log_probs,
+    response_mask,
+)
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_together
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer, newline_ids, text_ids
@@ -98,19 +106,42 @@ def sample_several(folder: Path, prompts: Sequence[str], count: int, params: Eva
     return [texts[start:start + count] for start in range(0, len(texts), count)]
 
 
+@dataclass(frozen=True)
+class Kl:
+    """Three unbiased estimates of KL(policy || reference) of each response, nats.
+
+    `exact`: the sum over its tokens of the KL between the two distributions over the vocabulary; never negative, and of
+    the three the one that varies least. `k1`, `k3`: from the sampled tokens alone (rlhf/model/responses.py).
+    """
+
+    exact: list[float]
+    k1: list[float]
+    k3: list[float]
+
+
 @torch.no_grad()
-def mean_kl(folder: Path, reference: Path, prompts: Sequence[str], answers: Answers, precision: str,
-            temperature: float) -> float:
-    """Mean over responses of the k1 estimate of KL(policy || reference), nats."""
+def kl_to_reference(folder: Path, reference: Path, prompts: Sequence[str], answers: Answers, precision: str,
+                    temperature: float) -> Kl:
+    """KL of the policy in `folder` to the reference, on the policy's own answers. Processes share the prompts."""
     codec = PromptCodec(load_tokenizer(folder))
-    prompt_ids = codec.prompts(list(prompts))
     models = (load_policy(folder), load_policy(reference))
-    total = 0.0
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, answers.ids, strict=True)]
-    for rows in distributed.share(length_batches(lengths, 256, None)):
-        some, responses = [prompt_ids[row] for row in rows], [answers.ids[row] for row in rows]
-        width = max(map(len, responses))
-        ours, theirs = (response_log_probs(model, some, responses, width, pad_id=codec.pad_id, temperature=temperature,
-                                           precision=precision)[0] for model in models)
-        total += response_kl(ours, theirs, response_mask(responses, width)).sum().item()
-    return distributed.all_reduce({"kl": total})["kl"] / len(prompt_ids)
+    at_once = max(1, LOGITS_AT_ONCE // models[0].config.vocab_size)
+
+    def estimates(some: Sequence[list[int]], ids: Sequence[list[int]]) -> list[tuple[float, float, float]]:
+        found = [(0.0, 0.0, 0.0)] * len(some)
+        for rows in pass_batches([len(prompt) + len(response) for prompt, response in zip(some, ids, strict=True)],
+                                 256, at_once):
+            own, responses = [some[row] for row in rows], [ids[row] for row in rows]
+            width = max(map(len, responses))
+            mask = response_mask(responses, width)
+            (ours, logits), (theirs, ref_logits) = (
+                response_log_probs(model, own, responses, width, pad_id=codec.pad_id, temperature=temperature,
+                                   precision=precision) for model in models)
+            exact = on_grid(categorical_kl(logits, ref_logits, temperature), mask).sum(dim=1)
+            for row, *values in zip(rows, exact.tolist(), response_kl(ours, theirs, mask).tolist(),
+                                    response_kl_k3(ours, theirs, mask).tolist(), strict=True):
+                found[row] = (values[0], values[1], values[2])
+        return found
+
+    exact, k1, k3 = zip(*distributed.by_rows(estimates, codec.prompts(list(prompts)), answers.ids), strict=True)
+    return Kl(list(exact), list(k1), list(k3))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlhf.evaluation.generate import Answers
+from rlhf.evaluation.generate import Answers, Kl
 from rlhf.evaluation.held_out import HeldOut
 from rlhf.evaluation.lm_eval import TaskScore
 from rlhf.evaluation.preference import Outcomes, length_controlled, outcome, ranking
@@ -116,6 +116,16 @@ def preference_metrics(held_out: HeldOut, answers: Mapping[str, Answers], outcom
     for name, (middle, low, high) in ranking(outcomes, list(answers), RANKING_RESAMPLES, seed).items():
         metrics |= {f"eval/strength_{name}": middle, f"eval/strength_{name}_low": low,
                     f"eval/strength_{name}_high": high}
+    return metrics
+
+
+def kl_metrics(found: Mapping[str, Kl], params: EvaluateParams, seed: int) -> Metrics:
+    """`eval/kl_<arm>` with its interval: mean KL to the SFT policy over responses, nats; `eval/kl_k1_<arm>` and
+    `eval/kl_k3_<arm>`: the estimates of it from the sampled tokens alone."""
+    metrics: Metrics = {}
+    for arm, kl in found.items():
+        for name, values in ((f"eval/kl_{arm}", kl.exact), (f"eval/kl_k1_{arm}", kl.k1), (f"eval/kl_k3_{arm}", kl.k3)):
+            metrics |= with_interval(name, values, params.bootstrap, seed)
     return metrics
 
 

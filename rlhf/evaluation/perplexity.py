@@ -10,9 +10,8 @@ import torch
 
 from rlhf.data.batching import length_batches
 from rlhf.model.forward import log_probs_at, pack
-from rlhf.model.load import load_policy
+from rlhf.model.load import context_of, load_policy
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer, text_ids
-from rlhf.pretrain import context_of
 from rlhf.training import distributed
 
 LN2 = 0.6931471805599453

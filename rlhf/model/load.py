@@ -185,6 +185,11 @@ def scale_scores(model: PreTrainedModel, gain: float) -> None:
         model.score.weight *= gain
 
 
+def context_of(model: PreTrainedModel, unknown: int = 2048) -> int:
+    """How many tokens the model attends to; `unknown` where its configuration does not say."""
+    return int(getattr(model.config, "max_position_embeddings", unknown))
+
+
 def check_length(model: PreTrainedModel, tokens: int, parameter: str) -> None:
     """Raises UserError where a parameter allows sequences longer than the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", tokens)

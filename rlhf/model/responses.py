@@ -67,6 +67,12 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
+def categorical_kl(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
+    """KL between softmax(logits / temperature) and that of `ref_logits`, nats: [..., V] each -> [...]."""
+    log_probs, ref_log_probs = ((item.float() / temperature).log_softmax(dim=-1) for item in (logits, ref_logits))
+    return (log_probs.exp() * (log_probs - ref_log_probs)).sum(dim=-1).clamp(min=0)
+
+
 def response_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
     """k1 estimate of KL(policy || reference) of each response: sum over its tokens of log π - log π_ref.
 

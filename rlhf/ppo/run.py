@@ -11,13 +11,14 @@ import torch
 from rlhf.data.token_store import Column, TokenStore, chunks
 from rlhf.errors import TrainingFailed, UserError
 from rlhf.files import write_json
+from rlhf.model.load import context_of
 from rlhf.model.tokenizer import PromptCodec
 from rlhf.params import PpoParams
 from rlhf.ppo.health import check_bounds, hacking_alarm, length_controlled
 from rlhf.ppo.kl_controller import RULES, Rule
 from rlhf.ppo.rollouts import Rollouts
 from rlhf.ppo.trainer import Trainer
-from rlhf.pretrain import context_of, read_corpus
+from rlhf.pretrain import read_corpus
 from rlhf.training import distributed
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.journal import Journal, read_journal

@@ -2,15 +2,14 @@
 
     python -m tasks.rounds.ppo --round r2
 
-It starts from the last round's policy and its beta, or with `rounds.restart` from SFT; the KL is to the SFT policy in
-every round. The parameters are those of the promoted arm. The warm-up has the same share of the rollouts as in stage
-ppo: a whole one would be most of a round.
+It starts from the last round's policy and what its rule for beta remembers, or with `rounds.restart` from SFT; the KL
+is to the SFT policy in every round. The parameters are those of the promoted arm. The warm-up has the same share of the
+rollouts as in stage ppo: a whole one would be most of a round.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from mlops.config.loader import Round
 from rlhf.data.schema import read_rows
 from rlhf.params import PpoParams, RoundsParams
 from rlhf.ppo.run import train_ppo
@@ -24,7 +23,7 @@ def train(stage: Stage) -> None:
     """PPO of one round on the train prompts of data/ppo.jsonl."""
     start, rounds, seed = stage.round, stage.params.stages.rounds, stage.params.seed
     ppo = stage.params.stages.arms[stage.params.stages.promoted]
-    params = round_params(ppo, rounds, last_beta(start) if not rounds.restart else None)
+    params = round_params(ppo, rounds)
     prompts = (row["prompt"] for row in read_rows(Path("data/ppo.jsonl")) if row["split"] == "train")
     labeler = gold_labeler(seed)
     metrics = train_ppo(params, prompts, Path("models/sft"), Path("models/rounds") / stage.key / "rm",
@@ -36,15 +35,10 @@ def train(stage: Stage) -> None:
     stage.finish(metrics)
 
 
-def round_params(ppo: PpoParams, rounds: RoundsParams, beta: float | None) -> PpoParams:
-    """PPO's parameters in a round that begins with `beta`, the profile's if there is none."""
-    return replace(ppo, episodes=rounds.episodes, beta=ppo.beta if beta is None else beta,
+def round_params(ppo: PpoParams, rounds: RoundsParams) -> PpoParams:
+    """PPO's parameters in a round."""
+    return replace(ppo, episodes=rounds.episodes,
                    warmup_iterations=round(ppo.warmup_iterations * rounds.episodes / ppo.episodes))
-
-
-def last_beta(start: Round) -> float | None:
-    """Where the round before has left beta; None in the first round."""
-    return float(read_journal(Path(start.journal))[-1]["ppo/beta"]) if start.number > 1 else None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.config.paths import MODELS, PROMPTS
-from rlhf.evaluation.generate import answer, mean_kl, sample_several
+from rlhf.evaluation.generate import answer, kl_to_reference, sample_several
 from rlhf.evaluation.held_out import held_out_rows, judge_of
 from rlhf.evaluation.preference import compare_all, outcome
 from rlhf.evaluation.statistics import with_interval
@@ -37,9 +37,9 @@ def score(stage: Stage) -> None:
     prompts = [row["prompt"] for row in held_out_rows(PROMPTS, params.prompts, seed)]
     found = {"policy": answer(policy, rm, prompts, params, seed), "sft": answer(SFT, rm, prompts, params, seed)}
     metrics: dict[str, Any] = {"round/number": number, "round/prompts": len(prompts),
-                               "round/rm_score": sum(found["policy"].rm_scores) / len(prompts),
-                               "round/kl": mean_kl(policy, SFT, prompts, found["policy"], params.precision,
-                                                   params.temperature)}
+                               "round/rm_score": sum(found["policy"].rm_scores) / len(prompts)}
+    kl = kl_to_reference(policy, SFT, prompts, found["policy"], params.precision, params.temperature)
+    metrics |= with_interval("round/kl", kl.exact, params.bootstrap, seed)
     judge, independent = judge_of(params, labeler, rm)
     outcomes = compare_all(prompts, {name: one.texts for name, one in found.items()}, judge)
     metrics |= with_interval("round/win_rate_vs_sft" if independent else "round/rm_prefers_vs_sft",

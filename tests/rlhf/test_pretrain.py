@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.data.corpus import corpus_texts, held_out_count
 from rlhf.errors import UserError
-from rlhf.pretrain import LEAST_ROWS, corpus_batch, corpus_texts, held_out_count, packed_rows, read_corpus, stored_texts
+from rlhf.pretrain import LEAST_ROWS, corpus_batch, packed_rows, read_corpus, stored_texts
 
 
 def test_stored_texts_are_the_texts(tmp_path: Path) -> None:

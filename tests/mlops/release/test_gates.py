@@ -20,8 +20,10 @@ def test_each_gate_checks_its_own_metric() -> None:
         wrong = [gate for gate in gates(METRICS | change, 0.6, PromoteParams(max_mean_tax=1)) if not gate.passed]
         assert len(wrong) == 1
         assert wrong[0].name.startswith(missed)
-    assert against_champion(0.5).passed
-    assert not against_champion(0.499).passed
+    params = PromoteParams(champion_margin=0.03)
+    assert against_champion(0.471, params).passed
+    assert not against_champion(0.469, params).passed
+    assert against_champion(0.469, params).text().endswith("at least 0.47: missed by 0.001")
 
 
 def test_the_gates_are_those_of_the_promoted_arm() -> None:

@@ -8,13 +8,14 @@ results, or its error message, to folder/RANK.json.
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf.errors import UserError
-from rlhf.evaluation.generate import answer, mean_kl, sample_several
+from rlhf.evaluation.generate import answer, kl_to_reference, sample_several
 from rlhf.evaluation.lm_eval import TaskSuite, measure
 from rlhf.evaluation.preference import compare_all, reward_judge
 from rlhf.params import EvaluateParams
@@ -31,7 +32,7 @@ def evaluate(task: dict[str, Any]) -> dict[str, Any]:
     suite = TaskSuite(folders=[Path(task["tasks"])], limit=task["limit"])
     scores = measure(policy, suite, cache)
     assert measure(policy, suite, cache) == scores  # read by the main process and broadcast
-    return {"texts": one.texts, "scores": one.rm_scores, "kl": mean_kl(policy, reference, prompts, one, "fp32", 1.0),
+    return {"texts": one.texts, "scores": one.rm_scores, "kl": asdict(kl_to_reference(policy, reference, prompts, one, "fp32", 1.0)),
             "several": sample_several(policy, prompts, 3, PARAMS, SEED),
             "outcomes": compare_all(prompts, {"one": one.texts, "other": other.texts}, reward_judge(scorer, "fp32"))[
                 "one", "other"],

@@ -1,12 +1,13 @@
 """Answers of the compared models: few-shot prompts, batch size, scores, KL against a float64 count."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rlhf.evaluation.generate import answer, few_shot_ids, format_prompts, mean_kl, rm_scores, sample_several
+from rlhf.evaluation.generate import answer, few_shot_ids, format_prompts, kl_to_reference, rm_scores, sample_several
 from rlhf.evaluation.statistics import bootstrap
 from rlhf.model.load import load_policy, load_scorer
 from rlhf.model.scoring import score_sequences
@@ -73,20 +74,30 @@ def test_several_samples_of_each_prompt(folders: tuple[Path, Path], prompt_texts
 
 
 @torch.no_grad()
-def test_mean_kl(model_folders: dict[str, tuple[Path, Path]], folders: tuple[Path, Path], prompt_texts: list[str]
-                 ) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_to_the_reference_by_hand(model_folders: dict[str, tuple[Path, Path]], folders: tuple[Path, Path],
+                                     prompt_texts: list[str], temperature: float) -> None:
     policy, rm = folders
     reference = model_folders["llama"][0]
     answers = answer(policy, rm, prompt_texts, PARAMS, 3)
     codec = PromptCodec(load_tokenizer(policy))
     models = [load_policy(folder).double() for folder in (policy, reference)]
-    total = 0.0
+    exact, k1, k3 = [], [], []
     for prompt, ids in zip(codec.prompts(prompt_texts), answers.ids, strict=True):
-        tables = [model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for model in models]
-        total += sum((tables[0][len(prompt) + place - 1, token] - tables[1][len(prompt) + place - 1, token]).item()
-                     for place, token in enumerate(ids))
-    assert mean_kl(policy, reference, prompt_texts, answers, "fp32", 1.0) == pytest.approx(total / 8, abs=1e-4)
-    assert mean_kl(policy, policy, prompt_texts, answers, "fp32", 1.0) == pytest.approx(0, abs=1e-6)
+        ours, theirs = ((model(torch.tensor([prompt + ids])).logits[0] / temperature).log_softmax(-1)
+                        for model in models)
+        places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        ratios = [(theirs[place, token] - ours[place, token]).item() for place, token in zip(places, ids, strict=True)]
+        k1.append(-sum(ratios))
+        k3.append(sum(math.exp(ratio) - 1 - ratio for ratio in ratios))
+        exact.append(sum((ours[place].exp() * (ours[place] - theirs[place])).sum().item() for place in places))
+    found = kl_to_reference(policy, reference, prompt_texts, answers, "fp32", temperature)
+    assert found.k1 == pytest.approx(k1, abs=1e-4)
+    assert found.k3 == pytest.approx(k3, rel=1e-3, abs=1e-4)
+    assert found.exact == pytest.approx(exact, rel=1e-3, abs=1e-4)
+    same = kl_to_reference(policy, policy, prompt_texts, answers, "fp32", temperature)
+    assert same.exact == same.k1 == pytest.approx([0] * 8, abs=1e-6)
+    assert min(same.exact) >= 0
 
 
 def test_bootstrap_is_the_normal_interval_of_a_mean() -> None:

@@ -5,20 +5,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlops.config.loader import Round, load_params
+from mlops.config.loader import load_params
 from mlops.config.stage_graph import write_rounds
 from mlops.labeling.batch import read_batch
 from mlops.labeling.store import LABELS, Batch, Label, LabelStore
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
 from rlhf.params import PpoParams, RoundsParams
+from rlhf.ppo.kl_controller import beta_rule
+from rlhf.training.journal import read_journal
 from tasks.rounds.collect import round_prompts
-from tasks.rounds.ppo import last_beta, round_params
+from tasks.rounds.ppo import round_params
 from tests.tasks.small_pipeline import PROFILE, SmallPipeline, Undisturbed
 
 ROUNDS = """rounds: {prompts: 12, k: 4, labelers: [labeler-01, labeler-02, labeler-03], overlap: 0.5, per_item: 2,
@@ -79,19 +80,21 @@ def test_the_second_round_s_reward_model_learns_from_all_labels(rounds: SmallPip
 
 
 def test_ppo_goes_on_where_it_was(rounds: SmallPipeline) -> None:
-    """Beta is the last round's, and the warm-up is no longer in sum than that of one long round."""
-    start = load_params(rounds.root).rounds
-    last = (rounds.root / "metrics" / "round_ppo@r1.csv").read_text().splitlines()
-    beta = float(last[-1].split(",")[last[0].split(",").index("ppo/beta")])
-    assert last_beta(start["r1"]) is None
-    assert last_beta(replace_journal(start["r2"], rounds.root)) == beta
+    """The rule for beta goes on with all it remembered, and the warm-up is no longer in sum than one long round's."""
+    first, second = (json.loads((rounds.root / f"models/rounds/{key}/ppo/beta_rule.json").read_text())
+                     for key in ("r1", "r2"))
+    iterations = [len((rounds.root / f"metrics/round_ppo@{key}.csv").read_text().splitlines()) - 1
+                  for key in ("r1", "r2")]
+    assert first["count"] == iterations[0] > 0
+    assert second["count"] == sum(iterations)
+    kls = [float(row["ppo/kl"]) for key in ("r1", "r2")
+           for row in read_journal(rounds.root / f"metrics/round_ppo@{key}.csv")]
+    rule = beta_rule(load_params(rounds.root).stages.arms["ppo"])
+    for kl in kls:
+        rule.update(kl)
+    assert second == {"rule": "step_ahead", **rule.state()}  # as one run of both rounds' iterations
     ppo, several, one = PpoParams(episodes=14_000), RoundsParams(episodes=4_000), RoundsParams(episodes=12_000)
-    assert round_params(ppo, several, 0.3).beta == 0.3
-    assert 3 * round_params(ppo, several, None).warmup_iterations <= round_params(ppo, one, None).warmup_iterations + 1
-
-
-def replace_journal(start: Round, root: Path) -> Round:
-    return start.model_copy(update={"journal": str(root / start.journal)})
+    assert 3 * round_params(ppo, several).warmup_iterations <= round_params(ppo, one).warmup_iterations + 1
 
 
 def test_a_round_is_measured(rounds: SmallPipeline) -> None:
