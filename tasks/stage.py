@@ -211,10 +211,9 @@ def together(stage: Stage, module: str) -> bool:
 
     On a CPU they are forks of this one; else this process only waits for torchrun's.
     """
-    section, _, key = stage.name.removeprefix(OF_A_ROUND).partition("@")
-    stages = stage.params.stages
-    ppo = stages.arms.get(key, stages.arms[stages.promoted])  # of a round: those of the promoted arm
-    processes = getattr(ppo if section == "ppo" else getattr(stages, section, None), "processes", 0)
+    section, stages = stage.name.removeprefix(OF_A_ROUND).partition("@")[0], stage.params.stages
+    arm = stages.promoted if stage.name.startswith(OF_A_ROUND) else stage.key  # rounds train with the promoted arm's
+    processes = getattr(stages.arms[arm] if section == "ppo" else getattr(stages, section, None), "processes", 0)
     if not processes or launch.started_by_torchrun():
         return True
     if launch.needs_torchrun() and (processes > 1 or launch.VARIABLE in os.environ):
