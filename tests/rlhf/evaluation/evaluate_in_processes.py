@@ -8,7 +8,6 @@ results, or its error message, to folder/RANK.json.
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ def evaluate(task: dict[str, Any]) -> dict[str, Any]:
     suite = TaskSuite(folders=[Path(task["tasks"])], limit=task["limit"])
     scores = measure(policy, suite, cache)
     assert measure(policy, suite, cache) == scores  # read by the main process and broadcast
-    return {"texts": one.texts, "scores": one.rm_scores, "kl": asdict(kl_to_reference(policy, reference, prompts, one, "fp32", 1.0)),
+    return {"texts": one.texts, "scores": one.rm_scores,
+            "kl": kl_to_reference(policy, reference, prompts, one, "fp32", 1.0).exact,
             "several": sample_several(policy, prompts, 3, PARAMS, SEED),
             "outcomes": compare_all(prompts, {"one": one.texts, "other": other.texts}, reward_judge(scorer, "fp32"))[
                 "one", "other"],

@@ -50,7 +50,7 @@ def test_three_processes_get_the_results_of_one(evaluate: Evaluate) -> None:
         assert results[exact] == alone[exact]
     assert results["scores"] == pytest.approx(alone["scores"], abs=1e-5)
     assert results["kl"] == pytest.approx(alone["kl"], abs=1e-5)
-    assert alone["kl"] > 0.01
+    assert min(alone["kl"]) > 0.01
     assert sorted(results["tasks"]) == sorted(TASKS)
     for task, values in alone["tasks"].items():
         assert len(values) == 2 + 7
