@@ -160,7 +160,7 @@ def _cloze(world: World, draw: Draw) -> dict[str, Any]:
 def _numbers(world: World, draw: Draw) -> dict[str, Any]:
     rng = draw.rng
     if rng.random() < 0.5:
-        things = [rng.choice(OBJECTS) for _ in range(rng.randrange(2, 11))]
+        things = [rng.choice(OBJECTS) for _ in range(rng.randrange(2, 14))]
         first = max(1, len(things) - rng.randrange(4))
         return {"prompt": f"count: {' '.join(things)}. things:",
                 "choices": [f" {number}" for number in range(first, first + 4)], "answer": len(things) - first}
