@@ -84,6 +84,8 @@ def main() -> None:
     curves: dict[tuple[str, float], Curves] = {}
     for rule, goal in itertools.product(options.rules, options.goals):
         params = dataclasses.replace(arm, beta_rule=rule, kl_goal=goal, kl_limit=0.0)
+        if rule == "step":
+            params = dataclasses.replace(params, beta_band=1.5, beta_factor=2.0)  # the article's
         curves[rule, goal] = run(params, prompts, loaded.seed)
         print(json.dumps({"rule": rule, "kl_goal": goal, **settling(*curves[rule, goal])}), flush=True)
     if options.picture:
