@@ -14,6 +14,9 @@ import urllib.request
 
 import flows.environment  # noqa: F401
 
+# isort: split
+from rlhf.errors import without_secrets
+
 
 def answers(url: str) -> bool:
     try:
@@ -57,6 +60,7 @@ def main() -> None:
     else:
         raise SystemExit(f"healthy: server, mlflow or worker, not {what!r}")
     if not well:
+        url = without_secrets(url)
         raise SystemExit(f"healthy: {what}: no answer from {url}" if what != "worker" else "healthy: no worker online")
 
 
