@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from flows.gate import basic
 from tests.flows.checkout import REPOSITORY
 
 BROWSER = [pytest.mark.browser, pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromedriver")]
@@ -106,8 +107,9 @@ def keep(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
-def post(url: str, body: dict[str, Any]) -> Any:
-    """The answer to a JSON request."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def post(url: str, body: dict[str, Any] | None, login: str) -> Any:
+    """The answer to a JSON request; without a body it is GET."""
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(),
+                                     {"Content-Type": "application/json", "Authorization": basic(login)})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.loads(answer.read())
