@@ -55,14 +55,14 @@ def servers_of(root: Path, first_port: int) -> Iterator[None]:
 
 
 @contextmanager
-def open_browser() -> Iterator[Any]:
-    """Chromium with a profile of its own."""
+def open_browser(*more: str) -> Iterator[Any]:
+    """Chromium with a profile of its own; `more` are arguments of its command line."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
                      "--disable-component-update", "--disable-sync", "--window-size=1400,1000",
-                     f"--user-data-dir={tempfile.mkdtemp()}"):
+                     f"--user-data-dir={tempfile.mkdtemp()}", *more):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
