@@ -6,9 +6,10 @@ started servers in this checkout, a run started by hand shows there.
 
 import json
 import os
-import socket
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from mlops.tracking.credentials import move_logins
 
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -20,20 +21,39 @@ SETTINGS = {
 }
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+move_logins(os.environ)
 
 SERVERS = Path("scratch/servers/servers.json")  # infra/servers.py: where Prefect and MLflow are
+LOGIN = SERVERS.with_name("login")  # NAME:PASSWORD for both; only its owner may read it
 
 
 def local_prefect(root: Path) -> str:
-    """The API of the checkout's own Prefect server; empty where none listens."""
+    """The API of the checkout's own Prefect server; empty where none of this account's processes listens there."""
     try:
         url = json.loads((root / SERVERS).read_text(encoding="utf-8"))["prefect"]
-        parts = urlsplit(url)
-        socket.create_connection((parts.hostname, parts.port), timeout=1).close()
+        if not listens(urlsplit(url).port or 0):
+            return ""
     except (OSError, ValueError, KeyError):
         return ""
     return f"{url}/api"
 
 
-if "PREFECT_API_URL" not in os.environ and (api := local_prefect(Path())):
-    os.environ["PREFECT_API_URL"] = api
+def listens(port: int) -> bool:
+    """Whether it is this account that listens at 127.0.0.1:`port`. Another one would be told the login."""
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        _, address, _, state, _, _, _, owner, *_ = line.split()
+        if address == f"0100007F:{port:04X}" and state == "0A":
+            return int(owner) == os.getuid()
+    return False
+
+
+def local_login(root: Path) -> str:
+    """NAME:PASSWORD of the checkout's servers; empty where there is none or this account may not read it."""
+    try:
+        return (root / LOGIN).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+if (api := local_prefect(Path())) and os.environ.setdefault("PREFECT_API_URL", api) == api:
+    os.environ["PREFECT_API_AUTH_STRING"] = local_login(Path())

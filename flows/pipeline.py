@@ -46,7 +46,7 @@ from flows.stages import StageFailed, mend_dvc_lock
 from flows.summary import StageResult, Summary, ceiling_note, compared_models, main_numbers
 from flows.workspaces import FOLDER, Changes, fill_workspace
 from mlops.config.loader import load_params
-from rlhf.errors import UserError
+from rlhf.errors import UserError, without_secrets
 
 NOT_PROMOTED = 5  # exit code of a run that is complete and missed a gate
 
@@ -133,7 +133,7 @@ async def make_summary(root: Path, run_name: str, results: list[StageResult]) ->
 
 def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:
     """Where to look next: (what, where)."""
-    tracker = os.environ.get("MLFLOW_TRACKING_URI", "")
+    tracker = without_secrets(os.environ.get("MLFLOW_TRACKING_URI", ""))
     mlflow = tracker if tracker.startswith("http") else "`mlflow ui`, then http://127.0.0.1:5000"
     if uploaded.get("parent_run_id"):
         mlflow += f"/#/experiments/{uploaded['experiment_id']}/runs/{uploaded['parent_run_id']}"

@@ -2,8 +2,8 @@
 
 The controller commits its working tree, on no branch, pushes the commit to `refs/instructflow/...` of the git remote
 and the stage's inputs to DVC's remote, and starts the deployment `remote-stage/gpu`. The worker checks that revision
-out, pulls the inputs, runs `dvc repro --single-item`, pushes the outputs and a commit with dvc.lock and metrics. The
-controller takes these over; `dvc repro` there then finds the stage done.
+out, with git credentials of its own, pulls the inputs, runs `dvc repro --single-item`, pushes the outputs and a commit
+with dvc.lock and metrics. The controller takes these over; `dvc repro` there then finds the stage done.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ from prefect.tasks import Task
 from flows.stages import StageFailed, repro, training_slot
 from flows.summary import StageResult
 from mlops.config.stage_graph import declared_stages, paths
+from mlops.tracking.credentials import without_login
 from rlhf.errors import UserError
 
 DEPLOYMENT = "remote-stage/gpu"
@@ -54,6 +55,9 @@ async def delegate_stage(stage: str, root: Path, run_name: str) -> StageResult |
         if await asyncio.to_thread(is_done, stage, root):
             return await repro(stage, root, run_name)
         logger.info("%s: sending inputs and revision", stage)
+        if (url := origin(root)) != without_login(url):
+            logger.warning("the git remote's address holds a login, which stays here: the worker needs git credentials "
+                           "of its own (docs/security.md)")
         parameters = await asyncio.to_thread(send, stage, root, run_name)
         run = await arun_deployment(DEPLOYMENT, parameters=parameters, flow_run_name=f"{stage} of {run_name}")
         if run.state is None or not run.state.is_completed():
@@ -86,8 +90,13 @@ def send(stage: str, root: Path, run_name: str) -> dict[str, str]:
     revision = snapshot(root, f"{run_name}: before {stage}")
     ref = f"{REFS}/{hashlib.sha256(run_name.encode()).hexdigest()[:12]}/{stage}"
     _run(["git", "push", "--quiet", "--force", "origin", f"{revision}:{ref}"], root)
-    repository = _run(["git", "remote", "get-url", "origin"], root).stdout.strip()
-    return {"stage": stage, "repository": repository, "ref": ref, "revision": revision, "run_name": run_name}
+    return {"stage": stage, "repository": without_login(origin(root)), "ref": ref, "revision": revision,
+            "run_name": run_name}
+
+
+def origin(root: Path) -> str:
+    """The address of the git remote `origin`."""
+    return _run(["git", "remote", "get-url", "origin"], root).stdout.strip()
 
 
 def inputs_of(stage: str, root: Path) -> list[str]:
@@ -178,8 +187,9 @@ def _run(command: list[str], where: Path, environment: Mapping[str, str] | None 
          check: bool = True) -> subprocess.CompletedProcess[str]:
     """Raises UserError with the command's own reason; a store that cannot be reached is tried again for a while."""
     program = command[0] if command[0] != "dvc" else str(Path(sys.executable).with_name("dvc"))
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", **(environment or {})}
     for pause in (*WAITS, None):
-        done = subprocess.run([program, *command[1:]], cwd=where, env={**os.environ, **(environment or {})},
+        done = subprocess.run([program, *command[1:]], cwd=where, env=environment,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if not done.returncode or not check:
             break

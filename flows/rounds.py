@@ -50,7 +50,7 @@ from flows.workspaces import FOLDER, Changes, checkout_of, fill_workspace
 from mlops.config.loader import load_params
 from mlops.config.stage_graph import write_rounds
 from mlops.labeling.store import LABELS, Batch
-from rlhf.errors import UserError
+from rlhf.errors import UserError, without_secrets
 
 Count = Annotated[int, Field(ge=1, le=50)]
 Labelers = Literal["simulated", "people"]
@@ -188,7 +188,7 @@ def waiting_text(batch: Batch, folder: Path) -> str:
     for _, name in batch.missing():
         left[name] = left.get(name, 0) + 1
     rows = "\n".join(f"| {name} | {count} |" for name, count in sorted(left.items()))
-    how = f"in Label Studio, {os.environ['LABEL_STUDIO_URL']}" if server_is_named() else \
+    how = f"in Label Studio, {without_secrets(os.environ['LABEL_STUDIO_URL'])}" if server_is_named() else \
         f"on the terminal: `python -m mlops.labeling.terminal {folder} --labeler NAME`"
     return f"Labels are wanted, {how}. The run goes on when all are there.\n\n| labeler | left |\n|-|-|\n{rows}"
 

@@ -1,12 +1,14 @@
 """The Prefect server of a flow for which none is named: started beside the flow's own imports, ended with the flow.
 
 Prefect would start the same one, on the same database, but later: it imports the whole server into the flow's process
-first and then waits for the other to do so too. `python -m flows.server FD` is that other process.
+first and then waits for the other to do so too. `python -m flows.server FD` is that other process. It answers this flow
+alone: it asks for a password that both have in their environment, and answers no page (flows/gate.py).
 """
 
 import atexit
 import http.client
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -29,11 +31,13 @@ def start_server() -> None:
     if PREFECT_API_URL.value() or not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         return
     code = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    login = f"flow:{secrets.token_urlsafe(32)}"
     with socket.create_server((HOST, 0)) as listener:  # requests wait here until the server takes them
         _started.append(subprocess.Popen(
             [sys.executable, "-m", "flows.server", str(listener.fileno())], pass_fds=[listener.fileno()],
-            env={**os.environ, "PYTHONPATH": code}, stdin=subprocess.DEVNULL))
+            env={**os.environ, "PYTHONPATH": code, "PREFECT_SERVER_API_AUTH_STRING": login}, stdin=subprocess.DEVNULL))
         os.environ["PREFECT_API_URL"] = f"http://{HOST}:{listener.getsockname()[1]}/api"
+    os.environ["PREFECT_API_AUTH_STRING"] = login
     os.environ["PREFECT_UI_URL"] = ""  # it has none
     atexit.register(stop_server)
     refresh_global_settings_context()
@@ -86,10 +90,12 @@ def main() -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
+    from flows.gate import Gate, names_of
     from mlops import imports_done
 
     listener = socket.socket(fileno=int(sys.argv[1]))
-    server = uvicorn.Server(uvicorn.Config(create_app(ephemeral=True, final=True), log_level="error", lifespan="on"))
+    app = Gate(create_app(ephemeral=True, final=True), names_of(listener.getsockname()[1]))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     imports_done()
     server.run([listener])
 

@@ -28,6 +28,7 @@ from flows.process import run_lines
 from flows.server import server_lasts
 from flows.summary import StageResult
 from flows.workspaces import tracking_of
+from rlhf.errors import without_secrets
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
                     "round_scores"})
@@ -43,7 +44,7 @@ class StageFailed(Exception):
     """A stage ended with an error. The message is the stage's own line, `code` its exit code (255: DVC's own)."""
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+        super().__init__(without_secrets(message))
         self.code = code
 
 

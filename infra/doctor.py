@@ -17,7 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -32,7 +32,7 @@ from rich.table import Table
 from flows.environment import local_prefect
 from infra.servers import Servers
 from mlops.config.loader import load_params
-from rlhf.errors import UserError
+from rlhf.errors import UserError, without_secrets
 
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 FREE_GB = 5  # the cpu profile's data, cache and models
@@ -280,14 +280,14 @@ def _answers(url: str, authorization: str = "") -> str:
 
 
 def run_checks(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
-    """Every check's finding; a check that breaks is a finding too."""
+    """Every check's finding, without logins; a check that breaks is a finding too."""
     findings = []
     for check in checks:
         try:
             findings.append(check(root))
         except Exception as error:
             findings.append(Finding(check.__name__, "fail", f"{type(error).__name__}: {error}", "report this"))
-    return findings
+    return [replace(item, detail=without_secrets(item.detail)) for item in findings]
 
 
 def main() -> None:

@@ -15,6 +15,9 @@ import urllib.request
 
 import flows.environment  # noqa: F401
 
+# isort: split
+from rlhf.errors import without_secrets
+
 
 def answers(url: str) -> bool:
     try:
@@ -61,6 +64,7 @@ def main() -> None:
     else:
         raise SystemExit(f"healthy: server, mlflow, s3 or worker, not {what!r}")
     if not well:
+        url = without_secrets(url)
         raise SystemExit(f"healthy: {what}: no answer from {url}" if what != "worker" else "healthy: no worker online")
 
 

@@ -2,8 +2,11 @@
 Where `make labels` has installed Label Studio, that too.
 
     python -m infra.servers up | down | status
+    python -m infra.servers links            the links that log you in
+    eval "$(python -m infra.servers env)"    for Prefect's and MLflow's own commands
 
-They run under supervisord, which restarts what dies; its files are in scratch/servers/. Prefect keeps its database in
+Prefect and MLflow ask for a password, made at the first start, kept in scratch/servers/login (docs/security.md). They
+run under supervisord, which restarts what dies; its files are in scratch/servers/. Prefect keeps its database in
 PREFECT_HOME, MLflow's is mlflow.db of the checkout: what runs without servers have written is there too.
 INSTRUCTFLOW_PREFECT_PORT (4200), INSTRUCTFLOW_MLFLOW_PORT (5000) and INSTRUCTFLOW_LABELS_PORT (8080) say which ports to
 try first.
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -27,13 +31,13 @@ from pathlib import Path
 import flows.environment  # noqa: F401
 
 # isort: split
-from flows.environment import SERVERS
+from flows.environment import LOGIN, SERVERS
 from infra import orphans
+from infra.serve_local import HOST, link
 from infra.setup import HEARTBEAT_SECONDS, LEASES
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
-HOST = "127.0.0.1"
 ACCOUNT = Path("feedback/.label-studio/account.json")  # beside Label Studio's database: what people do is no scratch
 HEALTHY_SECONDS = 180.0
 STOP_SECONDS = 60
@@ -48,13 +52,20 @@ class Links:
     mlflow: str
     labels: str = ""  # Label Studio, where it is installed
 
-    def environment(self) -> dict[str, str]:
-        always = {"PREFECT_API_URL": f"{self.prefect}/api", "MLFLOW_TRACKING_URI": self.mlflow}
+    def environment(self, login: str) -> dict[str, str]:
+        """What a client needs to use the servers; `login` is NAME:PASSWORD."""
+        name, _, password = login.partition(":")
+        always = {"PREFECT_API_URL": f"{self.prefect}/api", "PREFECT_API_AUTH_STRING": login,
+                  "MLFLOW_TRACKING_URI": self.mlflow, "MLFLOW_TRACKING_USERNAME": name,
+                  "MLFLOW_TRACKING_PASSWORD": password}
         return always | ({"LABEL_STUDIO_URL": self.labels} if self.labels else {})
 
-    def text(self) -> str:
-        lines = [f"Prefect   {self.prefect}/deployments   start, schedule and watch runs",
-                 f"MLflow    {self.mlflow}   compare them"]
+    def text(self, login: str) -> str:
+        """What to open; without `login` the links do not log in."""
+        prefect, mlflow = (link(url, login) if login else url for url in (self.prefect, self.mlflow))
+        lines = [f"Prefect   {prefect}   start, schedule and watch runs", f"MLflow    {mlflow}   compare them"]
+        if not login:
+            lines.append("`python -m infra.servers links` prints the links that log you in")
         return "\n".join(lines + ([f"Labels    {self.labels}   rank completions; the account is in {ACCOUNT}"]
                                   if self.labels else []))
 
@@ -80,14 +91,21 @@ class Servers:
     def account(self) -> dict[str, str]:
         """The first account of Label Studio, made once; only its owner may read it."""
         path = self.root / ACCOUNT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             content = {"email": "admin@localhost.localdomain", "password": secrets.token_urlsafe(12),
                        "key": secrets.token_hex(20)}
-            path.touch(mode=0o600)
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            _write_private(path, json.dumps(content, indent=1) + "\n")
         account: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return account
+
+    def login(self) -> str:
+        """NAME:PASSWORD of Prefect and MLflow, made once; only its owner may read it."""
+        path = self.root / LOGIN
+        if not path.exists():
+            _write_private(path, f"instructflow:{secrets.token_urlsafe(32)}\n")
+        return path.read_text(encoding="utf-8").strip()
 
     def links(self) -> Links:
         return Links(**json.loads((self.root / SERVERS).read_text(encoding="utf-8")))
@@ -103,6 +121,7 @@ class Servers:
     def up(self) -> Links:
         """Starts what is not running and waits until it is healthy. Raises UserError with the log's last lines."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
         if self.running():
             return self.links()
         self._end_orphans()  # before ports are chosen: they may hold them
@@ -111,8 +130,7 @@ class Servers:
         if self.label_studio.exists():
             links = replace(links, labels=f"http://{HOST}:{_port('INSTRUCTFLOW_LABELS_PORT', 8080)}")
         write_atomic(self.root / SERVERS, json.dumps(asdict(links)).encode())
-        self.config.touch(mode=0o600)
-        self.config.write_text(self._supervisord(links), encoding="utf-8")  # has the key of Label Studio's account
+        _write_private(self.config, self._supervisord(links))  # has the logins
         started = subprocess.run([str(BIN / "supervisord"), "-c", str(self.config)], capture_output=True, text=True)
         if started.returncode:
             raise UserError(f"supervisord: {(started.stderr or started.stdout).strip()}")
@@ -122,7 +140,8 @@ class Servers:
             if links.labels:
                 self._wait("labels", f"{links.labels}/health")
             setup = subprocess.run([sys.executable, "-m", "infra.setup", "--workers-stopped"], cwd=self.root,
-                                   capture_output=True, text=True, env={**os.environ, **links.environment()})
+                                   capture_output=True, text=True,
+                                   env={**os.environ, **links.environment(self.login())})
             if setup.returncode:
                 raise UserError((setup.stderr or setup.stdout).strip().splitlines()[-1])
             print(setup.stdout.strip(), flush=True)
@@ -175,9 +194,9 @@ class Servers:
         raise UserError(f"{name} does not start; {log} ends with: {' / '.join(last) or 'nothing'}")
 
     def _supervisord(self, links: Links) -> str:
-        prefect, mlflow = BIN / "prefect", BIN / "mlflow"
-        store, artifacts = f"sqlite:///{self.root}/mlflow.db", self.root / "mlartifacts"
-        address = {name: f"--host {HOST} --port {url.rpartition(':')[2]}" for name, url in asdict(links).items()}
+        login = self.login()
+        serve = f"{sys.executable} -m infra.serve_local"
+        port = {name: url.rpartition(":")[2] for name, url in asdict(links).items()}
         labels_environment = {"LABEL_STUDIO_API_KEY": self.account()["key"]} if links.labels else {}
         pools = ["cpu"] + (["gpu"] if shutil.which("nvidia-smi") else [])
         parts = [f"""[unix_http_server]
@@ -195,18 +214,22 @@ supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
 [supervisorctl]
 serverurl=unix://{_socket(self.folder)}
 """,
-            self._program("prefect", f"{prefect} server start {address['prefect']}", 1,
-                          {"PREFECT_UI_URL": links.prefect, "PREFECT_SERVER_UI_API_URL": f"{links.prefect}/api",
+            self._program("prefect", f"{serve} prefect {port['prefect']}", 1,
+                          {"INSTRUCTFLOW_LOGIN": login,
+                           "PREFECT_UI_URL": links.prefect, "PREFECT_SERVER_UI_API_URL": f"{links.prefect}/api",
+                           "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": links.prefect,
                            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
                            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES}),
-            self._program("mlflow", f"{mlflow} server {address['mlflow']} --workers 1 "
-                          f"--backend-store-uri {store} --artifacts-destination {artifacts}", 2,
-                          {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
+            self._program("mlflow", f"{serve} mlflow {port['mlflow']}", 2,
+                          {"INSTRUCTFLOW_LOGIN": login, "INSTRUCTFLOW_STORE": f"sqlite:///{self.root}/mlflow.db",
+                           "INSTRUCTFLOW_ARTIFACTS": str(self.root / "mlartifacts"),
+                           "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
         if links.labels:
             parts.append(self._labels(links))
-        parts += [self._program(f"worker-{pool}", f"{prefect} worker start --pool {pool} --type process "
+        parts += [self._program(f"worker-{pool}", f"{BIN / 'prefect'} worker start --pool {pool} --type process "
                                 f"--name {pool}@{socket.gethostname()}", 9,
-                                {**links.environment(), **labels_environment, "INSTRUCTFLOW_CHECKOUT": str(self.root),
+                                {**links.environment(login), **labels_environment,
+                                 "INSTRUCTFLOW_CHECKOUT": str(self.root),
                                  "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
                                 start=False)
                   for pool in pools]
@@ -217,7 +240,9 @@ serverurl=unix://{_socket(self.folder)}
         account = self.account()
         return self._program("labels", f"{self.label_studio} start --no-browser --internal-host {HOST} --port "
                              f"{links.labels.rpartition(':')[2]}", 3,
-                             {"LABEL_STUDIO_BASE_DATA_DIR": str((self.root / ACCOUNT).parent),
+                             {"DJANGO_SETTINGS_MODULE": "infra.label_studio_settings",
+                              "PYTHONPATH": str(Path(__file__).parents[1]),
+                              "LABEL_STUDIO_BASE_DATA_DIR": str((self.root / ACCOUNT).parent),
                               "LABEL_STUDIO_USERNAME": account["email"], "LABEL_STUDIO_PASSWORD": account["password"],
                               "LABEL_STUDIO_USER_TOKEN": account["key"], "LABEL_STUDIO_HOST": links.labels,
                               "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
@@ -228,6 +253,7 @@ serverurl=unix://{_socket(self.folder)}
     def _program(self, name: str, command: str, priority: int, environment: dict[str, str], start: bool = True) -> str:
         if start:  # a server; a worker's runs may outlive it
             command = f"{sys.executable} -m infra.orphans {command}"
+        umask = "umask=077\n" if start else ""  # what a server writes is for its owner alone
         settings = ",".join(f'{key}="{value}"' for key, value in environment.items())
         return f"""[program:{name}]
 command={command}
@@ -243,7 +269,14 @@ redirect_stderr=true
 stdout_logfile={self.folder}/{name}.log
 stdout_logfile_maxbytes=10MB
 stdout_logfile_backups=2
-"""
+{umask}"""
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only its owner may read, from its first byte on."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _port(variable: str, first: int) -> int:
@@ -277,12 +310,15 @@ def _socket(folder: Path) -> Path:
 
 def up(servers: Servers, stay: bool) -> None:
     """Starts them, says where they are; with `stay` until Ctrl-C, which stops them."""
+    def text() -> str:
+        return servers.links().text(servers.login() if sys.stdout.isatty() else "")  # a log is no place for a login
+
     if servers.running():
-        print(f"already running; `make down` stops them\n{servers.links().text()}")
+        print(f"already running; `make down` stops them\n{text()}")
         return
     print("starting Prefect server, MLflow server and worker ...", flush=True)
-    links = servers.up()
-    print(links.text(), flush=True)
+    servers.up()
+    print(text(), flush=True)
     if not stay:
         print("stop them with `make down`")
         return
@@ -302,7 +338,7 @@ def up(servers: Servers, stay: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m infra.servers", description="The local servers.")
-    parser.add_argument("command", choices=("up", "down", "status"))
+    parser.add_argument("command", choices=("up", "down", "status", "links", "env"))
     parser.add_argument("--detach", action="store_true", help="with up: return when they are healthy")
     options = parser.parse_args()
     servers = Servers(Path.cwd())
@@ -311,8 +347,15 @@ def main() -> None:
             up(servers, not options.detach)
         elif options.command == "down":
             print("stopped" if servers.down() else "not running")
-        else:
+        elif options.command == "status":
             print(servers.status())
+        elif not servers.running():
+            raise UserError("not running; `make ui` starts them")
+        elif options.command == "links":
+            print(servers.links().text(servers.login()))
+        else:
+            print("".join(f"export {name}={shlex.quote(value)}\n"
+                          for name, value in servers.links().environment(servers.login()).items()), end="")
     except UserError as error:
         print(f"servers: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -39,8 +39,10 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Scheduled, State
 from prefect.workers.process import ProcessWorker
 
+from flows.remote import origin
 from flows.stages import TRAINING_LIMIT
-from rlhf.errors import UserError
+from mlops.tracking.credentials import without_login
+from rlhf.errors import UserError, without_secrets
 
 POOLS: dict[str, int | None] = {"cpu": None, "gpu": 1}  # flow runs at once
 QUEUES = {"urgent": 1, "default": 2, "background": 3}  # priority: 1 goes first
@@ -158,10 +160,20 @@ def notices(block: UUID) -> AutomationCore:
 def deploy(root: Path) -> None:
     """Registers what prefect.yaml describes. Raises UserError with what Prefect says."""
     prefect = Path(sys.executable).with_name("prefect")
+    environment = {**os.environ, **_git_remote(root), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
     done = subprocess.run([str(prefect), "--no-prompt", "deploy", "--all"], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())})
+                          env=environment)
     if done.returncode:
         raise UserError(f"prefect deploy: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+
+
+def _git_remote(root: Path) -> dict[str, str]:
+    """Settings by which git names its remote without a login: Prefect asks for it and sends it with each deployment."""
+    try:
+        url = origin(root)
+    except UserError:
+        return {}  # no remote, or no repository
+    return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "remote.origin.url", "GIT_CONFIG_VALUE_0": without_login(url)}
 
 
 async def _set_up(workers_stopped: bool) -> None:
@@ -176,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m infra.setup", description="Sets up a Prefect server.")
     parser.add_argument("--workers-stopped", action="store_true", help="take up again what counts as running")
     options = parser.parse_args()
-    url = PREFECT_API_URL.value()
+    url = without_secrets(PREFECT_API_URL.value() or "")
     if not url:
         print("setup: set PREFECT_API_URL to the server's address, or use `make ui`", file=sys.stderr)
         raise SystemExit(2)

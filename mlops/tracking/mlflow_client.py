@@ -33,8 +33,9 @@ from mlflow.exceptions import MlflowException
 from mlops.config.loader import load_params
 from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
+from mlops.tracking.credentials import move_logins
 from mlops.tracking.upload_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
-from rlhf.errors import UserError
+from rlhf.errors import UserError, without_secrets
 from rlhf.params import Profile
 
 Answer = TypeVar("Answer")
@@ -52,7 +53,8 @@ for name in ("mlflow", "alembic"):
 
 
 def tracking_uri(root: Path) -> str:
-    """Where everything goes: MLFLOW_TRACKING_URI, or mlflow.db in the checkout."""
+    """Where everything goes: MLFLOW_TRACKING_URI, without its login, or mlflow.db in the checkout."""
+    move_logins(os.environ)
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
 
 
@@ -231,7 +233,7 @@ def _answers(gone: type[Exception] | None = Gone) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        text = " ".join(str(error).split())
+        text = without_secrets(" ".join(str(error).split()))
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             if gone is not None:
                 raise gone(text) from error
@@ -240,7 +242,7 @@ def _answers(gone: type[Exception] | None = Gone) -> Iterator[None]:
         else:
             raise Unreachable(text) from error
     except Exception as error:  # the object store's client, the database's driver: each has its own
-        raise Unreachable(f"{type(error).__name__}: {error}") from error
+        raise Unreachable(without_secrets(f"{type(error).__name__}: {error}")) from error
 
 
 def metric_name(name: str) -> str:

@@ -35,7 +35,7 @@ from mlops.tracking.upload_record import (
     read_run,
     scratch_folders,
 )
-from rlhf.errors import UserError
+from rlhf.errors import UserError, without_secrets
 
 POLL_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_POLL_S", "1.5"))
 IDLE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_IDLE_S", "20"))
@@ -230,11 +230,11 @@ def send_once(follower: Follower) -> None:
 
 def say(message: str) -> None:
     """One line of the log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} uploader {os.getpid()}: {message}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} uploader {os.getpid()}: {without_secrets(message)}", flush=True)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
-    print(f"uploader: {message}", file=sys.stderr, flush=True)
+    print(f"uploader: {without_secrets(message)}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

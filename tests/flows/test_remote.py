@@ -73,6 +73,19 @@ def test_a_stage_s_inputs(controller: Checkout) -> None:
         "models/policies/ppo", "models/policies/ppo_ptx", "metrics/policies/ppo.csv", "metrics/policies/ppo_ptx.csv"]
 
 
+def test_a_login_in_the_remote_s_address_stays_here(controller: Checkout, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    root = controller.root
+    git(root, "remote", "set-url", "--push", "origin", git(root, "remote", "get-url", "origin"))
+    git(root, "remote", "set-url", "origin", "https://ada:git-token@127.0.0.1:9/a.git")
+    sent = send("ingest", root, "a run")
+    assert sent["repository"] == "https://127.0.0.1:9/a.git"
+    monkeypatch.setattr(flows.remote, "WAITS", ())
+    with pytest.raises(UserError, match="git clone: ") as refused:
+        prepare(tmp_path / "clone", "https://ada:git-token@127.0.0.1:9/a.git", "ref", "revision", "ingest")
+    assert "git-token" not in str(refused.value)
+
+
 def test_there_and_back(controller: Checkout, tmp_path_factory: pytest.TempPathFactory) -> None:
     root, worker = controller.root, tmp_path_factory.mktemp("worker") / "clone"
     dvc(root, "repro", "-q", "--single-item", "ingest")

@@ -1,13 +1,17 @@
 """The command line where no Prefect server is named: it starts one, records the run there and ends it."""
 
+import contextlib
 import os
 import signal
 import sqlite3
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from flows.gate import basic
 from tests.flows.checkout import Checkout, alive
 
 
@@ -58,6 +62,40 @@ def test_ctrl_c_and_kill_end_the_server_too(checkout: Checkout, number: signal.S
     assert servers_of(checkout) == []
     assert not alive(int(pid.read_text()))
     assert recorded(checkout)[0][0][1] != "RUNNING"
+
+
+def asked(url: str, **headers: str) -> int:
+    """The status with which the address answers."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_server_answers_the_flow_alone(checkout: Checkout) -> None:
+    told = checkout.root / "told"
+    checkout.write("sft.sh", "echo $PREFECT_API_URL $PREFECT_API_AUTH_STRING > new; mv new told; sleep 3600\n")
+    process = checkout.start_command_line(server=False)
+    while not told.exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    url, login = told.read_text().split()
+    host, ours = url.split("/")[2], basic(login)
+    try:
+        assert asked(f"{url}/admin/version", Authorization=ours) == 200
+        assert asked(f"{url}/admin/version") == asked(f"{url}/flows/") == 401
+        assert asked(f"{url}/admin/version", Authorization=basic("flow:wrong")) == 401
+        assert asked(f"{url}/admin/version", Authorization=ours, Host=f"evil.example:{host.split(':')[1]}") == 400
+        assert asked(f"{url}/admin/version", Authorization=ours, Origin="http://127.0.0.1:9999") == 403
+        assert asked(f"{url}/health", Host="evil.example") == 400
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                assert login.split(":")[1].encode() not in path.read_bytes()
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        out, errors = process.communicate(timeout=600)
+    assert login.split(":")[1] not in out + errors
 
 
 def test_a_server_that_cannot_start_is_said(checkout: Checkout) -> None:

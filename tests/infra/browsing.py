@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from flows.gate import basic
 from tests.flows.checkout import REPOSITORY
 
 BROWSER = [pytest.mark.browser, pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromedriver")]
@@ -54,14 +55,14 @@ def servers_of(root: Path, first_port: int) -> Iterator[None]:
 
 
 @contextmanager
-def open_browser() -> Iterator[Any]:
-    """Chromium with a profile of its own."""
+def open_browser(*more: str) -> Iterator[Any]:
+    """Chromium with a profile of its own; `more` are arguments of its command line."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
                      "--disable-component-update", "--disable-sync", "--window-size=1400,1000",
-                     f"--user-data-dir={tempfile.mkdtemp()}"):
+                     f"--user-data-dir={tempfile.mkdtemp()}", *more):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
@@ -106,8 +107,9 @@ def keep(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
-def post(url: str, body: dict[str, Any]) -> Any:
-    """The answer to a JSON request."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def post(url: str, body: dict[str, Any] | None, login: str) -> Any:
+    """The answer to a JSON request; without a body it is GET."""
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(),
+                                     {"Content-Type": "application/json", "Authorization": basic(login)})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.loads(answer.read())

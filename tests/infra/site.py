@@ -17,7 +17,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
 from infra.servers import Links, Servers
@@ -121,7 +121,8 @@ class Site(Checkout):
             async with get_client() as client:
                 return await question(client)
 
-        with temporary_settings({PREFECT_API_URL: f"{self.links.prefect}/api"}):
+        with temporary_settings({PREFECT_API_URL: f"{self.links.prefect}/api",
+                                 PREFECT_API_AUTH_STRING: self.servers.login()}):
             return asyncio.run(answered())
 
     def begin(self, **parameters: Any) -> UUID:

@@ -5,7 +5,6 @@
 
 import json
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from infra.serve_local import link
 from infra.servers import Servers
 from tests.infra.browsing import (
     BROWSER,
@@ -45,13 +45,12 @@ def browser() -> Iterator[Any]:
         yield driver
 
 
-def watch(browser: Any, prefect: str, run: str) -> None:
+def watch(browser: Any, prefect: str, run: str, login: str) -> None:
     """Looks at the run's page until it is completed there, without being loaded again."""
     browser.get(f"{prefect}/runs/flow-run/{run}")
 
     def ended() -> str:
-        with urllib.request.urlopen(f"{prefect}/api/flow_runs/{run}", timeout=30) as answer:
-            name = str(json.loads(answer.read())["state_name"])
+        name = str(post(f"{prefect}/api/flow_runs/{run}", None, login)["state_name"])
         return name if name in ("Completed", "Failed", "Crashed", "Cancelled", "Not promoted") else ""
 
     assert wait(ended, "the run's end", RUN_SECONDS) == "Completed"
@@ -59,10 +58,10 @@ def watch(browser: Any, prefect: str, run: str) -> None:
 
 
 def test_a_run_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> None:
-    links = Servers(checkout).links()
+    links, login = Servers(checkout).links(), Servers(checkout).login()
 
-    # the form
-    browser.get(f"{links.prefect}/deployments")
+    # the form, by the link that `make ui` prints
+    browser.get(link(links.prefect, login))
     button(browser, "smoke").click()
     wait(lambda: "/deployment/" in browser.current_url, "the deployment's page")
     browser.get(browser.current_url.split("?")[0] + "/run")
@@ -72,32 +71,33 @@ def test_a_run_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> 
 
     # the run
     api = f"{links.prefect}/api"
-    first = wait(lambda: post(f"{api}/flow_runs/filter", {"flow_runs": {}}), "the run")[0]["id"]
-    watch(browser, links.prefect, first)
+    first = wait(lambda: post(f"{api}/flow_runs/filter", {"flow_runs": {}}, login), "the run")[0]["id"]
+    watch(browser, links.prefect, first, login)
     keep(browser, "run")
     button(browser, "Artifacts").click()
     for key in ("pipeline-summary", "metrics", "curves", "data-findings"):
         wait(partial(shows, browser, key), f"artifact {key}")
     keep(browser, "artifacts")
-    progress = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["ppo-ppo-progress"]}}})
+    progress = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["ppo-ppo-progress"]}}}, login)
     assert float(progress[0]["data"]) == 100
-    curves = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["curves"]}}})[0]
+    curves = post(f"{api}/artifacts/filter", {"artifacts": {"key": {"any_": ["curves"]}}}, login)[0]
     browser.get(f"{links.prefect}/artifacts/artifact/{curves['id']}")
     picture = wait(lambda: browser.find_elements("css selector", "img[src^='data:image/png']"), "the curves")[0]
     wait(lambda: browser.execute_script("return arguments[0].naturalWidth", picture) > 500, "the picture")
     keep(browser, "curves")
 
     # another KL goal, and both in MLflow
-    deployment = post(f"{api}/deployments/filter", {"deployments": {"name": {"any_": ["smoke"]}}})[0]["id"]
+    deployment = post(f"{api}/deployments/filter", {"deployments": {"name": {"any_": ["smoke"]}}}, login)[0]["id"]
     second = post(f"{api}/deployments/{deployment}/create_flow_run",
-                  {"parameters": {"profile": "smoke", "own_copy": True, "kl_goal": 0.5}})["id"]
-    watch(browser, links.prefect, second)
+                  {"parameters": {"profile": "smoke", "own_copy": True, "kl_goal": 0.5}}, login)["id"]
+    watch(browser, links.prefect, second, login)
     mlflow = f"{links.mlflow}/api/2.0/mlflow"
-    with urllib.request.urlopen(f"{mlflow}/experiments/get-by-name?experiment_name=instructflow", timeout=30) as answer:
-        experiment = json.loads(answer.read())["experiment"]["experiment_id"]
+    found = post(f"{mlflow}/experiments/get-by-name?experiment_name=instructflow", None, login)
+    experiment = found["experiment"]["experiment_id"]
 
     def finished() -> list[dict[str, Any]]:
-        runs = post(f"{mlflow}/runs/search", {"experiment_ids": [experiment], "max_results": 100}).get("runs", [])
+        runs = post(f"{mlflow}/runs/search", {"experiment_ids": [experiment], "max_results": 100},
+                    login).get("runs", [])
         return [run for run in runs if run["info"]["status"] == "FINISHED"
                 and run["info"]["run_name"].startswith("smoke")]
 
@@ -105,6 +105,8 @@ def test_a_run_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> 
     assert {next(item["value"] for item in run["data"]["params"] if item["key"] == "ppo.kl_goal") for run in both} == {
         "0.5", "2.0"}
     query = urllib.parse.quote(json.dumps([run["info"]["run_id"] for run in both]))
+    browser.get(link(links.mlflow, login))
+    wait(lambda: "Experiments" in text_of(browser), "MLflow's first page")
     browser.get(f"{links.mlflow}/#/compare-runs?runs={query}&experiments={urllib.parse.quote(json.dumps([experiment]))}")
     wait(lambda: "Comparing 2 Runs" in text_of(browser), "the comparison")
     wait(lambda: all(run["info"]["run_name"] in text_of(browser) for run in both), "both names")

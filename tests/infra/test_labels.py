@@ -62,24 +62,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
-def run_of(prefect: str, run: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{prefect}/api/flow_runs/{run}", timeout=30) as answer:
-        found: dict[str, Any] = json.loads(answer.read())
-    return found
+def state_of(prefect: str, run: str, login: str) -> str:
+    return str(post(f"{prefect}/api/flow_runs/{run}", None, login)["state_name"])
 
 
-def state_of(prefect: str, run: str) -> str:
-    return str(run_of(prefect, run)["state_name"])
-
-
-def states_of(prefect: str, run: str) -> list[str]:
+def states_of(prefect: str, run: str, login: str) -> list[str]:
     """The names of all states that the run has had."""
-    with urllib.request.urlopen(f"{prefect}/api/flow_run_states/?flow_run_id={run}", timeout=30) as answer:
-        return [str(state["name"]) for state in json.loads(answer.read())]
+    return [str(state["name"]) for state in post(f"{prefect}/api/flow_run_states/?flow_run_id={run}", None, login)]
 
 
-def suspended(prefect: str, run: str, times: int) -> bool:
-    return states_of(prefect, run).count("Suspended") == times
+def suspended(prefect: str, run: str, times: int, login: str) -> bool:
+    return states_of(prefect, run, login).count("Suspended") == times
 
 
 def label_as(name: str, place: Path, labels: str, key: str, by_keys: bool) -> int:
@@ -137,32 +130,33 @@ def annotated(labels: str, key: str, projects: list[dict[str, Any]]) -> int:
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromedriver")
 def test_two_people_label_and_the_round_goes_on(checkout: Path) -> None:
     servers = Servers(checkout)
-    links, key = servers.links(), servers.account()["key"]
+    links, key, login = servers.links(), servers.account()["key"], servers.login()
     api = f"{links.prefect}/api"
-    deployments = {item["name"]: item["id"] for item in post(f"{api}/deployments/filter", {})}
+    deployments = {item["name"]: item["id"] for item in post(f"{api}/deployments/filter", {}, login)}
     run = post(f"{api}/deployments/{deployments['rounds']}/create_flow_run",
-               {"parameters": {"count": 1, "labelers": "people", "profile": "smoke"}})["id"]
+               {"parameters": {"count": 1, "labelers": "people", "profile": "smoke"}}, login)["id"]
 
-    wait(lambda: state_of(links.prefect, run) in ("Suspended", "Failed", "Crashed"), "the round to wait", ROUND_SECONDS)
-    assert state_of(links.prefect, run) == "Suspended"
+    state = partial(state_of, links.prefect, run, login)
+    wait(lambda: state() in ("Suspended", "Failed", "Crashed"), "the round to wait", ROUND_SECONDS)
+    assert state() == "Suspended"
     batch = Batch(checkout / "feedback" / "r1")
     assert len(batch.missing()) == batch.assigned() == 6
     for times in (2, 3):  # resumed too early, twice, it waits again
-        post(f"{api}/flow_runs/{run}/resume", {})
-        wait(partial(suspended, links.prefect, run, times), "the round to wait again")
+        post(f"{api}/flow_runs/{run}/resume", {}, login)
+        wait(partial(suspended, links.prefect, run, times, login), "the round to wait again")
 
     waiting_since = time.monotonic()
     assert label_as("ada", checkout, links.labels, key, by_keys=False) == 3
-    post(f"{api}/deployments/{deployments['wake']}/create_flow_run", {})
+    post(f"{api}/deployments/{deployments['wake']}/create_flow_run", {}, login)
     wait(lambda: len(batch.missing()) == 3, "ada's labels")
-    assert state_of(links.prefect, run) == "Suspended"  # bob has not labeled yet
+    assert state() == "Suspended"  # bob has not labeled yet
 
     time.sleep(max(0.0, SILENT_SECONDS + 45 - (time.monotonic() - waiting_since)))
     assert label_as("bob", checkout, links.labels, key, by_keys=True) == 3
-    post(f"{api}/deployments/{deployments['wake']}/create_flow_run", {})
-    wait(lambda: state_of(links.prefect, run) in ("Completed", "Failed", "Crashed"), "the round's end", ROUND_SECONDS)
-    assert state_of(links.prefect, run) == "Completed"
-    names = states_of(links.prefect, run)  # its silence while people label was not taken for a death
+    post(f"{api}/deployments/{deployments['wake']}/create_flow_run", {}, login)
+    wait(lambda: state() in ("Completed", "Failed", "Crashed"), "the round's end", ROUND_SECONDS)
+    assert state() == "Completed"
+    names = states_of(links.prefect, run, login)  # its silence while people label was not taken for a death
     assert names.count("Running") == names.count("Suspended") + 1 == 4
     assert "Taken up again" not in names
 
@@ -193,7 +187,8 @@ class LabelServer:
                             "LABEL_STUDIO_USER_TOKEN": self.key, "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
                             "COLLECT_ANALYTICS": "false", "LATEST_VERSION_CHECK": "false", "SENTRY_DSN": "",
                             "LABEL_STUDIO_URL": self.url, "LABEL_STUDIO_API_KEY": self.key,
-                            "PYTHONPATH": str(REPOSITORY)}
+                            "PYTHONPATH": str(REPOSITORY), "DJANGO_SETTINGS_MODULE": "infra.label_studio_settings",
+                            "LABEL_STUDIO_HOST": self.url}
         self.port = port
         self.start()
 
