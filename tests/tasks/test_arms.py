@@ -13,7 +13,7 @@ from mlops.config.loader import load_params
 from tasks.stage import config_hash
 from tests.tasks.small_pipeline import PROFILE, SmallPipeline, Undisturbed
 
-ARMS = "arms: {ppo: {}, plain: {ptx_coef: 0, episodes: 64}}\n"
+ARMS = "arms: {ppo: {}, plain: {ptx_coef: 0, episodes: 64, lr: 0.002, warmup_iterations: 0}}\n"
 OPEN = ("promote: {arm: ARM, registry: '', min_win_rate: 0, kl_band: 1000000, max_tax: 1, max_mean_tax: 1, "
         "max_toxic: 1}")
 
