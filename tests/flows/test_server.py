@@ -1,5 +1,6 @@
 """The command line where no Prefect server is named: it starts one, records the run there and ends it."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -10,6 +11,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.server.services.scheduler import schedule_deployments
 
 from flows.gate import basic
 from tests.flows.checkout import Checkout, alive
@@ -105,3 +111,22 @@ def test_a_server_that_cannot_start_is_said(checkout: Checkout) -> None:
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("Prefect's server did not start: ")  # why: the server's own lines above
     assert checkout.order() == []
+
+
+def test_a_schedule_makes_runs() -> None:
+    """Prefect's scheduler works with the libraries that are installed: it fails in silence, only its log says so."""
+    @flow
+    def nothing() -> None: ...
+
+    async def scheduled() -> list[str]:
+        async with get_client() as client:
+            every_night = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *"), active=True)
+            made = await client.create_deployment(await client.create_flow(nothing), "nightly", schedules=[every_night])
+            await schedule_deployments()
+            runs = await client.read_flow_runs(
+                deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[made])))
+            return [str(run.state_name) for run in runs]
+
+    states = asyncio.run(scheduled())
+    assert len(states) >= 3
+    assert set(states) == {"Scheduled"}
