@@ -13,6 +13,7 @@ from mlops.config.paths import metrics_of
 from mlops.reporting.models import at_ceiling, model_table
 
 WIDTH = 100
+NOTE = "In brackets: 95 % intervals. Tax in points of a perfect score. *: the arm that goes to the gates."
 MAIN_NUMBERS = {
     "validate": ["validate/sft_rows", "validate/rm_rows", "validate/ppo_rows"],
     "pretrain": ["pretrain/valid_loss"],
@@ -64,10 +65,9 @@ class Summary:
         console.print(table)
         titles, models = self.models
         if models:
-            compared = Table("model", *titles)
-            compared.columns[0].no_wrap = True
+            compared = Table("model", *titles, caption=NOTE)
             for cells in models:
-                compared.add_row(*cells)
+                compared.add_row(*(cell.replace(" (", "\n(") for cell in cells))
             console.print(compared)
         for what, where in self.links:
             console.print(f"{what:<12} {where}", soft_wrap=True, markup=False)
@@ -81,6 +81,7 @@ class Summary:
         if models:
             lines += ["", "| " + " | ".join(["model", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
             lines += ["| " + " | ".join(cells) + " |" for cells in models]
+            lines += ["", NOTE]
         lines += ["", *(f"- {what}: `{where}`" for what, where in self.links), *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
