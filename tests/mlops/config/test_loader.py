@@ -87,7 +87,7 @@ def test_defaults_are_within_their_own_limits() -> None:
     ("ppo:\n  lr: 0\n", ["profiles/mine.yaml", "ppo.lr = 0", "must be float > 0 and <= 1"]),
     ("ppo:\n  lr: 1.5\n", ["ppo.lr = 1.5", "> 0 and <= 1"]),
     ("sft:\n  dropout: 1\n", ["sft.dropout = 1", ">= 0 and < 1"]),
-    ("sft:\n  epochs: -1\n", ["sft.epochs = -1", "must be int >= 1 and <= 1000"]),
+    ("sft:\n  epochs: -1\n", ["sft.epochs = -1", "must be int >= 0 and <= 1000"]),
     ("sft:\n  epochs: 1.5\n", ["sft.epochs = 1.5", "must be int"]),
     ("sft:\n  epochs: many\n", ["sft.epochs = 'many'", "must be int"]),
     ("sft:\n  epochs:\n", ["sft.epochs = None", "must be int"]),
