@@ -4,8 +4,8 @@
 
 In the checkout of a finished run; writes only to a temporary folder, and the picture. Everything but rule and goal is
 the profile's first arm. Prints a line of JSON for each run: over the last third of the iterations, the lowest and
-highest moving average (of 3) of KL / goal, and how often β changed; over the whole run, the highest KL / goal. A run
-takes three minutes on two cores.
+highest moving average (of 3) of KL / goal, and how often β changed; over the whole run, the highest KL / goal. One
+process of two threads: run nothing else meanwhile.
 """
 
 import argparse
