@@ -32,15 +32,16 @@ from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "step, KL goal 0.2": {"ppo": {"kl_goal": 0.2}},
-    "step, KL goal 0.6": {},
-    "step, KL goal 2": {"ppo": {"kl_goal": 2.0, "episodes": 40960}},
+    "KL goal 0.3": {"ppo": {"kl_goal": 0.3}},
+    "KL goal 0.6": {},
+    "KL goal 1.5": {"ppo": {"kl_goal": 1.5}},
+    "the article's rule": {"ppo": {"beta_rule": "step", "beta_band": 1.5, "beta_factor": 2.0}},
     "proportional": {"ppo": {"beta_rule": "proportional", "beta": 0.08}},
     "proportional, gain 1": {"ppo": {"beta_rule": "proportional", "beta_gain": 1.0, "beta": 0.08}},
     "fixed": {"ppo": {"beta_rule": "fixed", "beta": 0.08}},
     "best of 4": {"rm": {"loss": "best_of", "epochs": 2}},
     "SFT without pretraining text": {"sft": {"pretrain_mix": 0.0}},
-    "SFT without pretraining text, PPO-ptx": {"sft": {"pretrain_mix": 0.0}, "ppo": {"ptx_coef": 0.5}},
+    "SFT without pretraining text, PPO-ptx": {"sft": {"pretrain_mix": 0.0}, "ppo": {"ptx_coef": 2.0}},
     "averaged weights": {"ppo": {"ema_decay": 0.9}},
     "value from the policy": {"ppo": {"value_init": "policy"}},
     "LoRA, rank 16": {"ppo": {"lora_rank": 16, "lr": 1e-3, "value_lr": 1e-3}},
