@@ -13,6 +13,6 @@ PROFILES = sorted(path.stem for path in (Path(__file__).parents[1] / "profiles")
 ProfileName = Annotated[str, Field(json_schema_extra={"enum": PROFILES})]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 KlGoal = Annotated[float, Field(gt=0, le=1000)]
-BetaRule = Literal["step", "proportional", "fixed"]
+BetaRule = Literal["step", "step_ahead", "proportional", "fixed"]
 PtxCoef = Annotated[float, Field(ge=0)]
 Hours = Annotated[float, Field(gt=0, le=1000)]

@@ -31,7 +31,7 @@ SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_v
 
 @flow(persist_result=False)
 async def sweep(kl_goals: Annotated[list[KlGoal], Field(min_length=1, max_length=10)],
-                beta_rules: Annotated[list[BetaRule], Field(min_length=1)] = ["step"],  # noqa: B006
+                beta_rules: Annotated[list[BetaRule], Field(min_length=1)] = ["step_ahead"],  # noqa: B006
                 ptx_coefs: Annotated[list[PtxCoef], Field(min_length=1, max_length=10)] = [0.0],  # noqa: B006
                 seeds: Annotated[list[Seed], Field(min_length=1, max_length=10)] = [1],  # noqa: B006
                 profile: ProfileName | None = None, root: Path | None = None) -> list[dict[str, Any]] | State[Any]:

@@ -41,4 +41,4 @@ def test_the_form_of_a_run() -> None:
     form = parameter_schema(pipeline).properties
     assert {"cpu", "gpu", "smoke"} <= set(form["profile"]["anyOf"][0]["enum"])
     assert form["kl_goal"]["anyOf"][0] == {"exclusiveMinimum": 0, "maximum": 1000, "type": "number"}
-    assert form["beta_rule"]["anyOf"][0]["enum"] == ["step", "proportional", "fixed"]
+    assert form["beta_rule"]["anyOf"][0]["enum"] == ["step", "step_ahead", "proportional", "fixed"]

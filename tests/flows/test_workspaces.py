@@ -100,7 +100,8 @@ def test_without_git_there_is_no_workspace(checkout: Checkout) -> None:
 
 
 def test_a_parameter_out_of_range_is_refused_before_anything_runs(repository: Checkout) -> None:
-    with pytest.raises(UserError, match=r"ppo\.beta_rule = 'slow': must be one of step, proportional, fixed"):
+    allowed = "step, step_ahead, proportional, fixed"
+    with pytest.raises(UserError, match=rf"ppo\.beta_rule = 'slow': must be one of {allowed}"):
         fill_workspace(repository.root, repository.root / "scratch" / "workspace",
                        Changes(stages={"ppo": {"beta_rule": "slow"}}))
 
