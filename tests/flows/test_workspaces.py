@@ -73,15 +73,15 @@ def test_a_workspace_follows_the_checkout(repository: Checkout) -> None:
     root, workspace = repository.root, repository.root / "scratch" / "workspace"
     repository.write("old.py", "")
     fill_workspace(root, workspace, Changes())
-    (workspace / "dvc.lock").write_text("the workspace's own\n")
+    (workspace / "dvc.lock").write_text("schema: '2.0'  # the workspace's own\n")
     (workspace / "order.log").write_text("made by the workspace\n")
     (root / "old.py").unlink()
     repository.write("sft.sh", "exit 0\n")
-    repository.write("dvc.lock", "the checkout's\n")
+    repository.write("dvc.lock", "schema: '2.0'  # the checkout's\n")
     fill_workspace(root, workspace, Changes())
     assert not (workspace / "old.py").exists()
     assert (workspace / "sft.sh").read_text() == "exit 0\n"
-    assert (workspace / "dvc.lock").read_text() == "the workspace's own\n"
+    assert (workspace / "dvc.lock").read_text() == "schema: '2.0'  # the workspace's own\n"
     assert (workspace / "order.log").exists()
 
 
