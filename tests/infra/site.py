@@ -148,10 +148,13 @@ class Site(Checkout):
     def finish(self) -> None:
         """Ends what a drill that failed has left running."""
         self.let_go()
-        for run in self.ask(lambda client: client.read_flow_runs()):
-            if not run.state.is_final():
-                self.cancel(run.id)
-        wait(lambda: all(run.state.is_final() for run in self.ask(lambda client: client.read_flow_runs())), "the end")
+        def begun() -> list[Any]:  # a schedule's runs of the future are none of ours
+            return [run for run in self.ask(lambda client: client.read_flow_runs())
+                    if not run.state.is_final() and not (run.auto_scheduled and run.state.is_scheduled())]
+
+        for run in begun():
+            self.cancel(run.id)
+        wait(lambda: not begun(), "the end")
 
     def let_go(self) -> None:
         self.write("go", "")
