@@ -14,7 +14,7 @@ KL is the mean over an iteration's responses of log π - log π_ref, nats per re
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf.params import PpoParams
 
@@ -32,7 +32,7 @@ class Rule:
     beta_max: float
     smoothed: float = 0.0
 
-    MEMORY = ("beta", "smoothed")
+    MEMORY: ClassVar[tuple[str, ...]] = ("beta", "smoothed")
 
     def update(self, kl: float) -> float:
         """Reads an iteration's mean KL, nats; returns the β to use in it."""
