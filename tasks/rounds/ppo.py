@@ -4,7 +4,7 @@
 
 It starts from the last round's policy and what its rule for beta remembers, or with `rounds.restart` from SFT; the KL
 is to the SFT policy in every round. The parameters are those of the promoted arm. The warm-up has the same share of the
-rollouts as in stage ppo: a whole one would be most of a round.
+rollouts as in stage ppo, and so has the value model's: a whole one would be most of a round.
 """
 
 from dataclasses import replace
@@ -37,8 +37,9 @@ def train(stage: Stage) -> None:
 
 def round_params(ppo: PpoParams, rounds: RoundsParams) -> PpoParams:
     """PPO's parameters in a round."""
-    return replace(ppo, episodes=rounds.episodes,
-                   warmup_iterations=round(ppo.warmup_iterations * rounds.episodes / ppo.episodes))
+    share = rounds.episodes / ppo.episodes
+    return replace(ppo, episodes=rounds.episodes, warmup_iterations=round(ppo.warmup_iterations * share),
+                   value_warmup_iterations=round(ppo.value_warmup_iterations * share))
 
 
 if __name__ == "__main__":

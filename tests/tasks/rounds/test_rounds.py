@@ -93,8 +93,11 @@ def test_ppo_goes_on_where_it_was(rounds: SmallPipeline) -> None:
     for kl in kls:
         rule.update(kl)
     assert second == {"rule": "step_ahead", **rule.state()}  # as one run of both rounds' iterations
-    ppo, several, one = PpoParams(episodes=14_000), RoundsParams(episodes=4_000), RoundsParams(episodes=12_000)
-    assert 3 * round_params(ppo, several).warmup_iterations <= round_params(ppo, one).warmup_iterations + 1
+    ppo = PpoParams(episodes=14_000, value_warmup_iterations=5)
+    several, one = (round_params(ppo, RoundsParams(episodes=episodes)) for episodes in (4_000, 12_000))
+    assert 3 * several.warmup_iterations <= one.warmup_iterations + 1
+    assert 3 * several.value_warmup_iterations <= one.value_warmup_iterations + 1
+    assert several.value_warmup_iterations > 0
 
 
 def test_a_round_is_measured(rounds: SmallPipeline) -> None:
