@@ -62,7 +62,7 @@ def evaluate(stage: Stage) -> None:
             tasks[name] = measure(folder, tax_harness(params), kept)
             if params.other_tasks:
                 others[name] = measure(folder, harness(params, params.other_tasks), kept)
-            if texts:
+            if texts and name not in params.others:  # tokens of another tokenizer are not comparable
                 documents[name] = document_bits(folder, texts, params.precision)
             progress.step()
         metrics: dict[str, Any] = {"eval/prompts": len(held_out.rows), "eval/arm": promoted, "eval/arms": arms,

@@ -62,8 +62,8 @@ def refuse_leftovers(root: Path, arms: list[str]) -> None:
 def remove_leftovers(root: Path, arms: list[str]) -> None:
     """Removes what earlier arms have made, as dvc.lock records it. Raises UserError for anything else: it is
     somebody's, and stays."""
-    known = recorded(root)
     found = leftovers(root, arms)
+    known = recorded(root) if found else {}
     for path in found:
         if path.relative_to(root).as_posix() not in known and path.suffix != ".partial":
             raise UserError(f"{path.relative_to(root)}: is of no arm ({', '.join(arms)}) and not in dvc.lock; move it")

@@ -1,14 +1,19 @@
 """The paper's claims, tested on the numbers of several seeds: metrics/claims.json and docs/claims.md.
 
-A claim holds if it holds for every seed: `low` and `high` are the lowest and highest ends of the seeds' 95 % intervals,
-`ours` is the mean. Claims and figures are from Ouyang et al. 2022; the last claim is from Gao et al. 2022.
+A claim holds if its bar is met twice: by the 95 % interval of the mean over the seeds (Student's t, so that it holds for
+further seeds), and by each seed's own 95 % interval (over its prompts and items). `ours` is the mean; `low`, `high` are
+the ends over the seeds; `lowest`, `highest` those of the seeds' own intervals. Claims and figures are from Ouyang et al.
+2022; the last claim is from Gao et al. 2022.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import t
 
 from rlhf.evaluation.overoptimisation import find_peak
 from rlhf.files import write_atomic, write_json
@@ -54,16 +59,17 @@ def _generalises(numbers: Numbers) -> Interval:
     return difference, difference - half, difference + half
 
 
-def _tax(model: str) -> Callable[[Numbers], Interval]:
-    return lambda numbers: _estimate(numbers, f"tax_of/{model}/mean")
+def _own_tax(model: str) -> Callable[[Numbers], Interval]:
+    """What PPO costs, with what SFT has cost before it left out: SFT's mean score minus the model's, paired by item."""
+    return lambda numbers: _estimate(numbers, f"tax_between/sft/{model}/mean")
 
 
-def _share_of_tax(model: str) -> Callable[[Numbers], Interval]:
-    """A model's mean tax as a share of PPO's; the interval ignores the error of PPO's tax."""
+def _above_half(model: str) -> Callable[[Numbers], Interval]:
+    """A model's own tax minus half of PPO's; the interval adds both errors, as if they were opposed."""
     def value(numbers: Numbers) -> Interval:
-        mean, low, high = _tax(model)(numbers)
-        reference = max(_tax("ppo")(numbers)[0], 1e-9)
-        return mean / reference, low / reference, high / reference
+        mean, low, high = _own_tax(model)(numbers)
+        reference, reference_low, reference_high = _own_tax("ppo")(numbers)
+        return mean - reference / 2, low - reference_high / 2, high - reference_low / 2
     return value
 
 
@@ -104,14 +110,14 @@ CLAIMS = (
           "accuracy on training labelers minus accuracy on held-out ones", _generalises,
           lambda low, high: high < 0.06, "high end below 6 points"),
     Claim("PPO has an alignment tax", "SQuADv2 −17.8, DROP −7.5, HellaSwag −3.2, translation −13.4",
-          "mean tax of PPO over the tasks of data/tax, as a share of a perfect score; here nearly all of it comes "
-          "from SFT (the table below has both)", _tax("ppo"),
-          lambda low, high: low > 0, "low end above 0"),
-    Claim("PPO-ptx removes most of the tax", "most of it; HellaSwag even gains", "tax of PPO-ptx / tax of PPO",
-          _share_of_tax("ppo_ptx"), lambda low, high: high < 0.5, "high end below one half"),
+          "mean tax of PPO's own over the tasks of data/tax: SFT's score minus PPO's, as a share of a perfect score",
+          _own_tax("ppo"), lambda low, high: low > 0, "low end above 0"),
+    Claim("PPO-ptx removes most of the tax", "most of it; HellaSwag even gains",
+          "own tax of PPO-ptx (SFT's score minus its) minus half of PPO's own tax; below 0: more than half is gone",
+          _above_half("ppo_ptx"), lambda low, high: high < 0, "high end below 0"),
     Claim("A higher β does not remove it", "not even β = 2.0, a hundred times the default",
-          "tax of PPO with a fixed tenfold β / tax of PPO; PPO cannot recover what SFT has lost",
-          _share_of_tax("ppo_high_beta"), lambda low, high: low > 0.5, "low end above one half"),
+          "own tax of PPO with β fixed at ten times the first one minus half of PPO's own tax; above 0: more than half "
+          "is left", _above_half("ppo_high_beta"), lambda low, high: low > 0, "low end above 0"),
     Claim("Truthfulness and harmlessness improve over the base", "TruthfulQA twice as often; toxic a quarter less",
           "share of fully truthful responses, PPO minus prompted base; the harmless share must rise too",
           _share_gain("truthful"), lambda low, high: low > 0, "both low ends above 0",
@@ -123,16 +129,30 @@ CLAIMS = (
 
 
 def judge_claims(seeds: Sequence[Numbers]) -> list[dict[str, Any]]:
-    """One record per claim: claim, paper, measured, bar, ours, low, high, seeds, holds."""
+    """One record per claim: claim, paper, measured, bar, ours, low, high, lowest, highest, seeds, holds. With one seed
+    there is no interval over seeds: low and high are its own."""
     records = []
     for claim in CLAIMS:
         values = [claim.value(numbers) for numbers in seeds]
-        low, high = min(value[1] for value in values), max(value[2] for value in values)
+        lowest, highest = min(value[1] for value in values), max(value[2] for value in values)
+        ours, low, high = over_seeds([value[0] for value in values])
+        if len(values) == 1:
+            low, high = lowest, highest
+        holds = (claim.holds(low, high) and claim.holds(lowest, highest)
+                 and all(claim.also(numbers) for numbers in seeds))
         records.append({"claim": claim.text, "paper": claim.paper, "measured": claim.measured, "bar": claim.bar,
-                        "ours": sum(value[0] for value in values) / len(values), "low": low, "high": high,
-                        "seeds": [value[0] for value in values],
-                        "holds": claim.holds(low, high) and all(claim.also(numbers) for numbers in seeds)})
+                        "ours": ours, "low": low, "high": high, "lowest": lowest, "highest": highest,
+                        "seeds": [value[0] for value in values], "holds": holds})
     return records
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """(mean, low, high): the mean and its 95 % interval by Student's t; of one value, the value."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, mean, mean
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def write_claims(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], profile: str, root: Path) -> None:
@@ -147,13 +167,14 @@ def page(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], prof
     lines = ["# The paper's claims at small scale", "",
              f"Written by `make study` (profile `{profile}`, seeds {', '.join(map(str, seeds))}), together with",
              "`metrics/claims.json`. The embedded world is synthetic: it shows whether the recipe behaves as the paper",
-             "says, not how people would judge. A claim holds if it holds for every seed: *low* and *high* are the",
-             "lowest and highest ends of the seeds' 95 % intervals. The study's SFT mixes in no pretraining text,",
-             f"because that would leave no alignment tax to study. {held} of {len(claims)} hold.", "",
-             "| | claim | paper | ours | low | high | bar | holds |", "|---|---|---|---|---|---|---|---|"]
+             "says, not how people would judge. *Ours* is the mean with its 95 % interval over the seeds (Student's t);",
+             "*within* goes from the lowest to the highest end of the seeds' own 95 % intervals. A claim holds if both",
+             f"intervals meet its bar, and every seed its further conditions. {held} of {len(claims)} hold.", "",
+             "| | claim | paper | ours | within | bar | holds |", "|---|---|---|---|---|---|---|"]
     for number, claim in enumerate(claims, start=1):
-        lines.append(f"| {number} | {claim['claim']} | {claim['paper']} | {claim['ours']:.3f} | {claim['low']:.3f} | "
-                     f"{claim['high']:.3f} | {claim['bar']} | {'yes' if claim['holds'] else '**no**'} |")
+        lines.append(f"| {number} | {claim['claim']} | {claim['paper']} | {claim['ours']:.3f} [{claim['low']:.3f}, "
+                     f"{claim['high']:.3f}] | [{claim['lowest']:.3f}, {claim['highest']:.3f}] | {claim['bar']} | "
+                     f"{'yes' if claim['holds'] else '**no**'} |")
     lines += ["", "How each claim is measured:", ""]
     for number, claim in enumerate(claims, start=1):
         measured = claim["measured"]
@@ -182,11 +203,15 @@ ROWS: tuple[tuple[str, Callable[[Numbers], str]], ...] = (
     ("gold score: prompted base", _shown("eval/gold_base_prompted")), ("SFT", _shown("eval/gold_sft")),
     ("PPO", _shown("eval/gold_ppo")), ("PPO-ptx", _shown("eval/gold_ppo_ptx")),
     ("small PPO", _shown("eval/gold_small_ppo")),
-    ("win rate of PPO over SFT", _shown("eval/win_rate/ppo_vs_sft")),
+    ("win rate over SFT: PPO", _shown("eval/win_rate/ppo_vs_sft")),
+    ("PPO-ptx", _shown("eval/win_rate/ppo_ptx_vs_sft")),
     ("reward model: training labelers, held-out ones",
      lambda numbers: f"{numbers['rm']['training']:.3f}, {numbers['rm']['held_out']:.3f}"),
-    ("mean tax: SFT", _shown("tax_of/sft/mean")), ("PPO", _shown("tax_of/ppo/mean")),
+    ("mean tax, from the base: SFT", _shown("tax_of/sft/mean")), ("PPO", _shown("tax_of/ppo/mean")),
     ("PPO-ptx", _shown("tax_of/ppo_ptx/mean")), ("PPO at ten times β", _shown("tax_of/ppo_high_beta/mean")),
+    ("own tax, from SFT: PPO", _shown("tax_between/sft/ppo/mean")),
+    ("PPO-ptx", _shown("tax_between/sft/ppo_ptx/mean")),
+    ("PPO at ten times β", _shown("tax_between/sft/ppo_high_beta/mean")),
     ("truthful: prompted base", _shown("eval/truthful_base_prompted")), ("PPO", _shown("eval/truthful_ppo")),
     ("harmless: prompted base", _shown("eval/harmless_base_prompted")), ("PPO", _shown("eval/harmless_ppo")),
     ("toxic (classifier): prompted base", _shown("eval/toxic_base_prompted")), ("PPO", _shown("eval/toxic_ppo")),

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,9 +44,6 @@ from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 
 FOLDER = Path("scratch/study")
-# The study's SFT mixes in no pretraining text: with the profile's share of it no alignment tax is left to study.
-SFT_CHANGES: dict[str, Any] = {"pretrain_mix": 0.0}
-PTX = 0.5
 HIGH_BETA = 10.0  # times the profile's beta, fixed
 FREE_BETA = 0.001  # almost no penalty: the reward model is optimised as far as possible
 FREE_EPISODES = 2.0  # times the profile's episodes
@@ -95,8 +92,8 @@ def run_seed(seed: Seed) -> dict[str, Any]:
     for name, base in (("sft", "base"), ("small_sft", "small_base")):
         seed.unit(name, partial(_sft, seed, base))
     numbers: dict[str, Any] = {"rm": seed.unit("rm", lambda folder: _reward_model(seed, folder))}
-    for name, (start, changes) in ppo_runs(profile.ppo).items():
-        seed.unit(name, partial(_ppo, seed, start, changes, labeler))
+    for name, (start, params) in ppo_runs(profile.arms).items():
+        seed.unit(name, partial(_ppo, seed, start, params, labeler))
     numbers["scores"] = seed.unit("scores", lambda folder: _measure(seed, labeler, folder))
     numbers["free_run"] = [{key: float(row[f"ppo/{key}"]) for key in ("kl", "rm_score", "gold")}
                            for row in read_journal(seed.path("ppo_free/journal.csv"))]
@@ -110,27 +107,31 @@ def run_seed(seed: Seed) -> dict[str, Any]:
 
 
 def _sft(seed: Seed, base: str, folder: Path) -> dict[str, float]:
-    params = dataclasses.replace(seed.profile.sft, **SFT_CHANGES)
-    return sft(params, seed.rows("sft"), seed.path(f"{base}/model"), seed.number, folder,
+    return sft(seed.profile.sft, seed.rows("sft"), seed.path(f"{base}/model"), seed.number, folder,
                seed.path("data/corpus.jsonl"))
 
 
-def _ppo(seed: Seed, start: str, changes: dict[str, Any], labeler: GoldLabeler, folder: Path) -> dict[str, float]:
-    params = dataclasses.replace(seed.profile.ppo, **changes)
+def _ppo(seed: Seed, start: str, params: PpoParams, labeler: GoldLabeler, folder: Path) -> dict[str, float]:
     prompts = [row["prompt"] for row in seed.rows("ppo", "train")]
     return train_ppo(params, prompts, seed.path(f"{start}/model"), seed.path("rm/model"), seed.number, folder,
                      labeler.scores, seed.path("data/corpus.jsonl"))
 
 
-def ppo_runs(params: PpoParams) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{run: (the SFT model it starts from, changes to the profile's PPO parameters)}."""
-    free = int(FREE_EPISODES * params.episodes)
+def ppo_runs(arms: Mapping[str, PpoParams]) -> dict[str, tuple[str, PpoParams]]:
+    """{run: (the SFT model it starts from, its parameters)}, from the profile's first arm and its first with
+    `ptx_coef`. Raises UserError where no arm has `ptx_coef`."""
+    plain = dataclasses.replace(next(iter(arms.values())), ptx_coef=0.0)
+    mixed = next((params for params in arms.values() if params.ptx_coef > 0), None)
+    if mixed is None:
+        raise UserError("no arm of the profile has ptx_coef > 0, and three claims are about PPO-ptx; use profile cpu")
+    free = int(FREE_EPISODES * plain.episodes)
     return {
-        "ppo": ("sft", {}),
-        "ppo_ptx": ("sft", {"ptx_coef": PTX}),
-        "ppo_high_beta": ("sft", {"beta_rule": "fixed", "beta": HIGH_BETA * params.beta}),
-        "ppo_free": ("sft", {"beta_rule": "fixed", "beta": FREE_BETA, "kl_limit": 1000.0, "episodes": free}),
-        "small_ppo": ("small_sft", {}),
+        "ppo": ("sft", plain),
+        "ppo_ptx": ("sft", mixed),
+        "ppo_high_beta": ("sft", dataclasses.replace(plain, beta_rule="fixed", beta=HIGH_BETA * plain.beta)),
+        "ppo_free": ("sft", dataclasses.replace(plain, beta_rule="fixed", beta=FREE_BETA, kl_limit=1000.0,
+                                                episodes=free)),
+        "small_ppo": ("small_sft", plain),
     }
 
 
@@ -174,7 +175,8 @@ def _measure(seed: Seed, labeler: GoldLabeler, folder: Path) -> dict[str, float]
     answers["base_prompted"] = answer(seed.path("base/model"), rm, held_out.prompts, params, seed.number,
                                       ends_at_newline=True, form=params.prompt_form,
                                       shots=seed.rows("sft", "train")[: params.shots])
-    for name in ("base", "sft", *ppo_runs(seed.profile.ppo)):
+    runs = ppo_runs(seed.profile.arms)
+    for name in ("base", "sft", *runs):
         model = seed.path(f"{name}/model")
         if name != "base":
             answers[name] = answer(model, rm, held_out.prompts, params, seed.number)
@@ -185,7 +187,7 @@ def _measure(seed: Seed, labeler: GoldLabeler, folder: Path) -> dict[str, float]
     outcomes = compare_all(held_out.prompts, texts, gold_judge(labeler))
     return (safety_metrics(held_out, answers) | gold_metrics(held_out, grades, params, seed.number)
             | preference_metrics(held_out, answers, outcomes, params, seed.number, "win_rate")
-            | tax_metrics(tasks, {}, params, seed.number))
+            | tax_metrics(tasks, {}, params, seed.number, [name for name in runs if name in tasks]))
 
 
 def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
@@ -206,9 +208,9 @@ def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
 def _digest(params: Params) -> str:
     """The folder name for these parameters, so that results of different parameters never mix."""
     read = {name: values for name, values in dataclasses.asdict(params.stages).items()
-            if name not in ("arms", "promote", "rounds")}  # the study has arms of its own
-    text = json.dumps([read, SFT_CHANGES, PTX, HIGH_BETA, FREE_BETA, FREE_EPISODES,
-                       SMALL_WIDTH], sort_keys=True)
+            if name not in ("arms", "promote", "rounds")}
+    read["arms"] = [[start, dataclasses.asdict(run)] for start, run in ppo_runs(params.stages.arms).values()]
+    text = json.dumps([read, SMALL_WIDTH], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

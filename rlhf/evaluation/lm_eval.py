@@ -116,6 +116,9 @@ def local_tasks(folders: Sequence[Path]) -> list[str]:
 def _run(model_folder: Path, names: Sequence[str], suite: TaskSuite) -> dict[str, dict[str, TaskScore]]:
     """{name: {task: score}}: an lm-eval group or tag consists of several tasks. Raises UserError."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # lm-eval forks a process per core for its bootstrap. Forks of a trainer keep its answer to SIGTERM, which is to go
+    # on until a checkpoint, so they are never ended.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     with _only_errors(), tempfile.TemporaryDirectory() as scratch:
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM

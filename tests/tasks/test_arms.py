@@ -19,8 +19,9 @@ OPEN = ("promote: {arm: ARM, registry: '', min_win_rate: 0, kl_band: 1000000, ma
 
 
 def profile_of(arm: str) -> str:
-    """The small profile with two arms, of which `arm` is promoted."""
-    return PROFILE.replace("promote: {}", OPEN.replace("ARM", arm)) + ARMS
+    """The small profile with two arms, of which `arm` is promoted, and a further model to compare them with."""
+    changed = PROFILE.replace("promote: {}", OPEN.replace("ARM", arm))
+    return changed.replace("best_of: 4", "best_of: 4, others: {peer: models/sft}") + ARMS
 
 
 def failed(pipeline: SmallPipeline, stage: str, *flags: str) -> str:
@@ -52,6 +53,13 @@ def two(small_pipeline: SmallPipeline, undisturbed: Undisturbed) -> Iterator[Sma
 
 def evaluation(root: Path) -> dict[str, Any]:
     return dict(json.loads((root / "metrics" / "evaluate.json").read_text()))
+
+
+def test_bits_of_another_tokenizer_are_not_compared(two: SmallPipeline) -> None:
+    found = evaluation(two.root)
+    assert found["eval/gold_peer"] == found["eval/gold_sft"]
+    assert "tax_of/peer/mean" in found
+    assert {key.split("/")[1] for key in found if key.startswith("corpus_bits/")} == {"base", "sft", "ppo", "plain"}
 
 
 def test_an_arm_of_the_same_parameters_gives_the_same_bytes(two: SmallPipeline, undisturbed: Undisturbed) -> None:

@@ -1,5 +1,6 @@
 """The study: claims judged on made-up numbers with a known answer; a tiny study from data to page, run twice."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -22,8 +23,9 @@ def numbers(**changes: Any) -> dict[str, Any]:
     scores: dict[str, float] = {}
     for key, value in (("eval/win_rate/ppo_vs_sft", 0.6), ("eval/win_rate/sft_vs_base_prompted", 0.6),
                        ("eval/win_rate/ppo_vs_base_prompted", 0.7), ("eval/win_rate/small_ppo_vs_base_prompted", 0.6),
-                       ("tax_of/sft/mean", 0.5), ("tax_of/ppo/mean", 0.5), ("tax_of/ppo_ptx/mean", 0.1),
-                       ("tax_of/ppo_high_beta/mean", 0.45)):
+                       ("tax_of/sft/mean", 0.5), ("tax_of/ppo/mean", 0.7),
+                       ("tax_between/sft/ppo/mean", 0.2), ("tax_between/sft/ppo_ptx/mean", -0.1),
+                       ("tax_between/sft/ppo_high_beta/mean", 0.18)):
         scores |= {key: value, f"{key}_low": value - 0.02, f"{key}_high": value + 0.02}
     for model in MODELS:
         good = 0.6 if model == "base_prompted" else 0.8
@@ -41,7 +43,7 @@ def test_all_claims_hold_on_numbers_like_the_paper_s() -> None:
     assert len(claims) == len(CLAIMS) == 8
     assert all(claim["holds"] for claim in claims), [claim["claim"] for claim in claims if not claim["holds"]]
     assert set(claims[0]) >= {"claim", "paper", "ours", "low", "high", "holds"}
-    assert (claims[0]["ours"], claims[0]["low"]) == (pytest.approx(0.6), pytest.approx(0.58))
+    assert (claims[0]["ours"], claims[0]["lowest"]) == (pytest.approx(0.6), pytest.approx(0.58))
 
 
 @pytest.mark.parametrize(("failing", "change"), [
@@ -49,9 +51,9 @@ def test_all_claims_hold_on_numbers_like_the_paper_s() -> None:
     (1, {"scores": {"eval/win_rate/ppo_vs_sft_low": 0.5}}),
     (1, {"scores": {"eval/win_rate/sft_vs_base_prompted_low": 0.4}}),
     (2, {"rm": {"training": 0.75, "held_out": 0.68, "training_stderr": 0.005, "held_out_stderr": 0.006}}),
-    (3, {"scores": {"tax_of/ppo/mean_low": -0.01}}),
-    (4, {"scores": {"tax_of/ppo_ptx/mean_high": 0.26}}),
-    (5, {"scores": {"tax_of/ppo_high_beta/mean_low": 0.2}}),
+    (3, {"scores": {"tax_between/sft/ppo/mean_low": -0.01}}),
+    (4, {"scores": {"tax_between/sft/ppo_ptx/mean_high": 0.1}}),  # half of PPO's own tax: 0.09 at its low end
+    (5, {"scores": {"tax_between/sft/ppo_high_beta/mean_low": 0.1}}),  # 0.11 at its high end
     (6, {"scores": {"eval/truthful_ppo": 0.61}}),
     (6, {"scores": {"eval/harmless_ppo": 0.6}}),
     (7, {"free_run": [{"kl": 0.1 * step, "rm_score": step, "gold": 5 + 0.01 * step} for step in range(60)]}),
@@ -64,6 +66,25 @@ def test_one_seed_that_disagrees_is_enough(failing: int, change: dict[str, Any])
     assert "7 of 8 hold" in " ".join(page(claims, {1: numbers(), 2: numbers(**change)}, "cpu").split())
 
 
+def test_what_sft_has_lost_is_no_tax_of_ppo() -> None:
+    """Half of the base's score gone before PPO begins, and nothing after."""
+    lost = {"tax_of/sft/mean": 0.5, "tax_of/ppo/mean": 0.5, "tax_between/sft/ppo/mean": 0.0,
+            "tax_between/sft/ppo/mean_low": -0.02, "tax_between/sft/ppo/mean_high": 0.02}
+    assert not judge_claims([numbers(scores=lost)])[3]["holds"]
+
+
+def test_seeds_that_scatter_are_not_enough() -> None:
+    """Each seed's own interval is above the bar, and three so different seeds say nothing about a fourth."""
+    seeds = [numbers(scores={f"tax_between/sft/ppo/mean{end}": value + error
+                             for end, error in (("", 0.0), ("_low", -0.001), ("_high", 0.001))})
+             for value in (0.002, 0.01, 0.06)]
+    claim = judge_claims(seeds)[3]
+    assert claim["lowest"] > 0
+    mean, half = 0.024, 4.302653 * 0.0314325 / 3**0.5  # Student's t for two degrees of freedom; the deviation by hand
+    assert [claim["ours"], claim["low"], claim["high"]] == pytest.approx([mean, mean - half, mean + half], abs=1e-4)
+    assert not claim["holds"]
+
+
 def test_a_win_rate_is_read_either_way_round() -> None:
     swapped = numbers()
     for name in ("", "_low", "_high"):
@@ -72,7 +93,7 @@ def test_a_win_rate_is_read_either_way_round() -> None:
                           "eval/win_rate/base_prompted_vs_small_ppo_low": 0.38,
                           "eval/win_rate/base_prompted_vs_small_ppo_high": 0.42}
     first = judge_claims([swapped])[0]
-    assert [first["ours"], first["low"], first["high"]] == pytest.approx([0.6, 0.58, 0.62])
+    assert [first["ours"], first["lowest"], first["highest"]] == pytest.approx([0.6, 0.58, 0.62])
 
 
 @pytest.fixture
@@ -104,6 +125,12 @@ def test_a_tiny_study_and_its_second_run(params: Params, tmp_path: Path, monkeyp
     shutil.rmtree(folder / "scores")  # a measurement that was interrupted
     assert study(params, [1], tmp_path) == claims
     assert (tmp_path / "docs" / "claims.md").read_text() == text
+
+
+def test_without_an_arm_with_ptx_there_is_no_study(params: Params, tmp_path: Path) -> None:
+    plain = {name: dataclasses.replace(arm, ptx_coef=0.0) for name, arm in params.stages.arms.items()}
+    with pytest.raises(UserError, match="no arm of the profile has ptx_coef > 0"):
+        study(dataclasses.replace(params, stages=dataclasses.replace(params.stages, arms=plain)), [1], tmp_path)
 
 
 def test_people_s_data_has_no_truth_to_judge_by(params: Params, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing.pool
 import os
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_real_dev_sets_run_through_the_public_tasks(folder: Path, tmp_path: Path
 def test_an_unknown_task_or_a_missing_file_is_refused(folder: Path, suite: TaskSuite, message: str) -> None:
     with pytest.raises(UserError, match=message):
         measure(folder / "model", suite)
+
+
+def test_no_process_is_forked(folder: Path, suite: TaskSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own bootstrap (of perplexity here) forks a pool, which a trainer's answer to SIGTERM keeps alive."""
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("forked")
+
+    monkeypatch.setattr(multiprocessing.pool.Pool, "__init__", never)
+    generated = [task for task in TASKS if "generate_until" in task_yaml(task)]
+    assert generated
+    assert measure(folder / "model", replace(suite, tasks=generated))[generated[0]].bits
 
 
 def test_a_corpus_level_score_has_the_standard_error_of_its_items() -> None:
