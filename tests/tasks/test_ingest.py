@@ -178,7 +178,7 @@ def test_a_source_that_fails_leaves_the_folder_as_it_was(team: Path, capsys: pyt
     with pytest.raises(SystemExit) as stop:
         main(["--source", str(team / "spec.yaml"), "--out", str(team / "out")])
     assert stop.value.code == 2
-    assert "ppo.jsonl: no usable row for ppo in 3; most rows: no prompt" in capsys.readouterr().err
+    assert "ppo.jsonl: no columns prompt; or messages; there are question; map them" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (team / "out").iterdir()} == before
     assert not (team / "out.making").exists()
 

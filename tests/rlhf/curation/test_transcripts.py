@@ -32,7 +32,7 @@ def test_the_usual_keys_and_roles_of_chat_messages_are_accepted(messages: list[d
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ({"role": "tool", "content": "x"}, "unknown role 'tool'"), ({"role": "user"}, "no text"),
+    ({"role": "tool", "content": "x"}, "message 1 is the answer of a tool"), ({"role": "user"}, "no text"),
     ("hello", "not an object"),
 ])
 def test_other_messages_are_refused_with_the_reason(content: object, message: str) -> None:

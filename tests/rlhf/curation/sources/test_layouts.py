@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.curation.sources.layouts import LAYOUTS, Record, dense_ranks, wanted
+from rlhf.curation.sources.layouts import LAYOUTS
+from rlhf.curation.sources.map_rows import wanted
+from rlhf.curation.sources.records import Record, dense_ranks
 from rlhf.curation.sources.spec import Entry
 
 
@@ -132,7 +134,7 @@ def test_columns_for_rankings(row: dict[str, Any]) -> None:
     ({"prompt": "Q", "completions": "ab", "ranks": [1, 2]}, "is str, not a list"),
     ({"completions": ["a", "b"], "ranks": [1, 2]}, "no prompt"),
     ({"prompt": "Q", "chosen": "a"}, "no rejected"),
-    ({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, float("nan")]}, "NaN"),
+    ({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, float("nan")]}, "ranks holds nan, not a number"),
 ])
 def test_an_incomplete_row_is_refused_with_the_reason(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
