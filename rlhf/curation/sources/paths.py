@@ -75,13 +75,20 @@ def _missing(value: Any, steps: Sequence[str | int | None]) -> tuple[int, list[s
             found = [_missing(item, steps[number + 1:]) for item in value]
             if not found or None in found:
                 return None if found else (number, [])
-            depth, keys = max((item for item in found if item), key=lambda item: item[0])
+            depth, keys = _deepest(item for item in found if item)
             return number + 1 + depth, keys
         elif not -len(value) <= step < len(value):
             return number, []
         else:
             value = value[step]
     return None
+
+
+def _deepest(missing: Iterable[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """How many steps led furthest, and all keys at these places (at most MAX_NAMES and one)."""
+    found = list(missing)
+    depth = max(item[0] for item in found)
+    return depth, sorted({key for item in found if item[0] == depth for key in item[1]})[:MAX_NAMES + 1]
 
 
 def as_number(value: Any, decimal: str = ".") -> float | None:
@@ -151,15 +158,14 @@ class Seen:
             missing = None if path in row else _missing(row, steps_of(path))
             if missing is None:
                 self.paths.add(path)
-            elif missing[0] >= self.deepest.get(path, (0, []))[0]:
-                self.deepest[path] = missing
+            else:
+                self.deepest[path] = _deepest([missing, self.deepest.get(path, (0, []))])
 
     def merge(self, other: "Seen") -> None:
         self.columns |= other.columns
         self.paths |= other.paths
         for path, missing in other.deepest.items():
-            if missing[0] >= self.deepest.get(path, (0, []))[0]:
-                self.deepest[path] = missing
+            self.deepest[path] = _deepest([missing, self.deepest.get(path, (0, []))])
 
     def check(self, place: str, paths: Sequence[str]) -> None:
         """Raises UserError for a path that no row has; it lists what is there."""
