@@ -75,7 +75,7 @@ def test_what_pandas_writes_is_read(tmp_path: Path, name: str, save: Any, entry:
 def test_a_dictionary_of_lists_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"ask": ASKED, "reply": ASKED}))
     assert asked(tmp_path, "a.json", orient="columns") == ASKED
-    with pytest.raises(UserError, match="orient: split .* or orient: columns"):
+    with pytest.raises(UserError, match=r"orient: split .* or orient: columns"):
         asked(tmp_path, "a.json")
 
 
@@ -86,7 +86,7 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, kind: str, encoding
             "csv": pd.DataFrame(ROWS).to_csv(index=False)}[kind]
     (tmp_path / f"a.{kind}").write_bytes(text.encode(encoding))
     assert asked(tmp_path, f"a.{kind}") == ASKED
-    with pytest.raises(UserError, match="begins with the byte order mark of utf-.*, encoding is cp1252"):
+    with pytest.raises(UserError, match=r"begins with the byte order mark of utf-.*, encoding is cp1252"):
         asked(tmp_path, f"a.{kind}", encoding="cp1252")
 
 
@@ -178,7 +178,7 @@ def test_rows_with_more_or_fewer_fields_are_unreadable_and_blank_lines_are_none(
 def test_quotation_marks_can_be_plain_characters(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text('ask\treply\n"Yes\tshe said "no"\n')
     assert read(tmp_path, "a.tsv", quotes=False) == [{"ask": '"Yes', "reply": 'she said "no"'}]
-    with pytest.raises(UserError, match="line 2: .*write quotes: false"):
+    with pytest.raises(UserError, match=r"line 2: .*write quotes: false"):
         read(tmp_path, "a.tsv")
 
 
