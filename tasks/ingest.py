@@ -41,7 +41,7 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     with StageProgress("ingest", 0, "rows") as progress:
         report = assemble(source, root, made, seed, processes, die_with_parent,
-                          lambda role, count: progress.step(advance=count))
+                          lambda role, count: progress.step(advance=count) if count else None)
     print(as_table(report), flush=True)
     metrics: dict[str, Any] = {}
     for role, found in report.items():
