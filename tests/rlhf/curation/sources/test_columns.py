@@ -7,8 +7,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rlhf.curation.sources.columns import FIELDS
 from rlhf.curation.sources.groups import build_groups
+from rlhf.curation.sources.layouts import LAYOUT_ROLES, LAYOUTS
 from rlhf.curation.sources.map_rows import Mapped, check_columns, map_rows
 from rlhf.curation.sources.paths import Seen, same, value_at
 from rlhf.curation.sources.read import read_entry
@@ -294,3 +298,34 @@ def test_ids_are_texts_and_whole_floats_are_whole() -> None:
     names = {"prompt": "q", "user_id": "u"}
     assert [record("ppo", {"q": "a", "u": value}, columns=names).user for value in (7, 7.0, "7 ", float("nan"))] == [
         "7", "7", "7", ""]
+
+
+NAMES = st.sampled_from(["prompt", "messages", "completion", "chosen", "rejected", "completions", "scores", "ranks",
+                         "conversations", "conversation_a", "conversation_b", "winner", "turn", "input", "instruction",
+                         "output", "history", "response", "helpfulness", "role", "content", "from", "value", "text",
+                         "type", "tool_calls", "answers", "answer", "rank", "overall_score", "replies", "images",
+                         "system", "preferred_output", "judge", "response_a", "split", "user_id", "category"])
+LEAVES = (st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=3) | st.text(max_size=6)
+          | st.sampled_from(["user", "assistant", "prompter", "Human: x\n\nAssistant: y", "<extra_id_1>User\n",
+                             "<image>", "[1, [", '["a"]', "text", "model_a"]))
+THINGS = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+                      max_leaves=16)
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=st.dictionaries(NAMES, THINGS, max_size=8), grouped=st.booleans(), data=st.data())
+def test_no_row_whatever_it_holds_stops_the_reading(row: dict[str, Any], grouped: bool, data: st.DataObject) -> None:
+    layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
+    role = data.draw(st.sampled_from([name for name in LAYOUT_ROLES[layout] if name != "corpus"]))
+    paths = st.sampled_from(["prompt", "messages[0].content", "completions[].text", "scores[]", "history[0][1]", "a.b"])
+    entry: dict[str, Any] = {"layout": layout}
+    if layout == "columns" and data.draw(st.booleans()):
+        fields = [field for field in FIELDS[role] if data.draw(st.booleans())]
+        entry["columns"] = {field: data.draw(paths | st.lists(paths, min_size=1, max_size=2)) for field in fields}
+        entry["where"] = data.draw(st.dictionaries(paths, LEAVES | st.lists(LEAVES, max_size=2), max_size=1))
+    found = mapped(role, Group([row, row]) if grouped else row, **entry)
+    for _, item in found.records:
+        assert all(isinstance(text, str) for text in (item.prompt, *item.completions, item.user, item.labeler))
+        assert len(item.ranks) in (0, len(item.completions))
+    for _, said, _ in found.quarantined:
+        assert said

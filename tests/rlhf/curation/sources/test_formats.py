@@ -263,3 +263,41 @@ def test_json_is_read_in_pieces_as_a_whole(tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf.curation.sources.json_files.text_chunks", lambda *_: iter(pieces))
         assert list(json_rows(file, "", where, "")) == rows
+
+
+def packed(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    frame = pd.DataFrame(ROWS)
+    if kind == "parquet":
+        frame.to_parquet(buffer)
+    elif kind == "feather":
+        frame.to_feather(buffer)
+    elif kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("a.jsonl", jsonl())
+    else:
+        return {"jsonl": jsonl(), "csv": frame.to_csv().encode(), "json": frame.to_json(orient="table").encode(),
+                "jsonl.gz": gzip.compress(jsonl()), "jsonl.zst": zstandard.ZstdCompressor().compress(jsonl())}[kind]
+    return buffer.getvalue()
+
+
+KINDS = ("jsonl", "csv", "json", "parquet", "feather", "zip", "jsonl.gz", "jsonl.zst")
+WHOLE = {kind: packed(kind) for kind in KINDS}
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(KINDS), data=st.data())
+def test_a_damaged_file_is_read_or_an_error_of_one_line(tmp_path_factory: pytest.TempPathFactory, kind: str,
+                                                        data: st.DataObject) -> None:
+    content = bytearray(WHOLE[kind])
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(content)) | st.just(len(content)))
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / f"a.{kind}").write_bytes(content[:end])
+    try:
+        for _, numbers, rows in read_entry(Entry(files=f"a.{kind}"), folder):
+            assert len(numbers) == len(rows)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert f"a.{kind}" in str(error)
