@@ -295,9 +295,11 @@ def test_a_damaged_file_is_read_or_an_error_of_one_line(tmp_path_factory: pytest
     end = data.draw(st.integers(0, len(content)) | st.just(len(content)))
     folder = tmp_path_factory.mktemp("damaged")
     (folder / f"a.{kind}").write_bytes(content[:end])
+    message = ""
     try:
         for _, numbers, rows in read_entry(Entry(files=f"a.{kind}"), folder):
             assert len(numbers) == len(rows)
     except UserError as error:
-        assert "\n" not in str(error)
-        assert f"a.{kind}" in str(error)
+        message = str(error)
+    assert "\n" not in message
+    assert not message or f"a.{kind}" in message
