@@ -1,23 +1,93 @@
 """Near-duplicate prompts: one definition for the rules that drop them and for the leakage checks.
 
-Two prompts are near duplicates if, in lower case and without punctuation, they are equal or share a prefix of at least
-`chars` characters that is at least `share` of the longer one [InstructGPT §3.2: "a long common prefix"].
+Two prompts are the same if `normalised` makes them equal: case, white space, Unicode form, characters without width,
+look-alike letters of other alphabets and punctuation at the end do not count; symbols and digits do. They are near
+duplicates if they share a prefix of at least `chars` characters that is at least `share` of the longer one
+[InstructGPT §3.2: "a long common prefix"].
 """
 
 import math
 import re
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-_NOISE = re.compile(r"[\W_]+")
 _LAST = "\U0010ffff"
+# Letters that look like a Latin one in most fonts, by the Latin letter [Unicode TR39, single letters only].
+_LOOK_ALIKE = {
+    "a": "\u0430\u03b1\u0251", "A": "\u0410\u0391", "b": "\u042c\u044c", "B": "\u0412\u0392", "c": "\u0441\u03f2",
+    "C": "\u0421\u03f9", "d": "\u0501", "e": "\u0435\u04bd\u0454", "E": "\u0415\u0395", "F": "\u03dc",
+    "g": "\u0261\u0581", "G": "\u050c", "h": "\u04bb\u0570", "H": "\u041d\u0397", "i": "\u0456\u03b9",
+    "I": "\u0406\u0399\u04c0", "j": "\u0458\u03f3", "J": "\u0408\u037f", "k": "\u043a\u03ba", "K": "\u041a\u039a",
+    "l": "\u04cf", "L": "\u053c", "M": "\u041c\u039c", "n": "\u0578", "N": "\u039d", "o": "\u043e\u03bf\u0585",
+    "O": "\u041e\u039f\u0555", "p": "\u0440\u03c1", "P": "\u0420\u03a1", "q": "\u051b\u0566", "Q": "\u051a",
+    "r": "\u0433", "s": "\u0455", "S": "\u0405\u054f", "t": "\u03c4", "T": "\u0422\u03a4", "u": "\u057d\u03c5",
+    "U": "\u054d", "v": "\u03bd\u0475", "V": "\u0474", "w": "\u0461\u051d\u0561", "W": "\u051c", "x": "\u0445\u03c7",
+    "X": "\u0425\u03a7", "y": "\u0443\u04af\u03b3", "Y": "\u0423\u04ae\u03a5", "z": "\u1d22", "Z": "\u0396"}
+_TO_LATIN = {ord(other): latin for latin, others in _LOOK_ALIKE.items() for other in others}
+_GREEK = re.compile("[\u0370-\u03ff]")
+_WORD = re.compile(r"[^\W\d_]+")
+# Typographic quotes and dashes, which NFKC leaves as they are.
+_TYPOGRAPHY = str.maketrans({**dict.fromkeys("\u2018\u2019\u201a\u201b\u2032", "'"),
+                             **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"'),
+                             **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")})
+_FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # blanks that are no white space to Unicode
+_CLOSING = " .,;:!?\u3002\u3001\uff61\u061f\u061b\u06d4\u0964\u0965"
+_OPENING = " \u00a1\u00bf"
 
 
 def normalised(prompt: str) -> str:
-    """The prompt in lower case with one blank for all but letters and digits; unchanged if it has neither."""
-    return _NOISE.sub(" ", prompt.casefold()).strip() or prompt
+    """The prompt as it is compared with others; prompts that ask the same have the same text.
+
+    NFKC, lower case, one blank for white space; without characters of no width (format characters, variation
+    selectors) and without punctuation at the end; Cyrillic, Greek and Armenian letters in Latin words become the Latin
+    ones that they look like. Symbols and digits stay: C, C++ and C# differ. A text of punctuation only keeps it.
+    """
+    text = prompt if prompt.isascii() else _plain_letters(prompt)
+    text = " ".join(text.casefold().split())
+    return text.rstrip(_CLOSING).lstrip(_OPENING) or text
+
+
+def same_user(user_id: str) -> str:
+    """The user id as it is compared with others: NFKC, lower case, one blank for white space, none at the ends."""
+    return " ".join(_visible(unicodedata.normalize("NFKC", user_id)).casefold().split())
+
+
+def _visible(text: str) -> str:
+    """The text without format characters (Cf) and variation selectors, which have no width."""
+    if text.isascii():
+        return text
+    return "".join(character for character in text if not (
+        unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f" or character in _FILLERS
+        or "\U000e0100" <= character <= "\U000e01ef"))
+
+
+def _plain_letters(text: str) -> str:
+    """NFKC of the visible text, with plain quotes and dashes and without look-alike letters in Latin words."""
+    text = unicodedata.normalize("NFKC", _visible(text)).translate(_TYPOGRAPHY)
+    if text.isascii():
+        return text
+    other = sum(character > "\u024f" and character.isalpha() for character in text)
+    latin = sum(character <= "\u024f" and character.isalpha() for character in text)
+    if not other or not latin:
+        return text
+    mostly_latin = latin > other
+
+    def replace(match: re.Match[str]) -> str:
+        word = match.group()
+        if word.isascii():
+            return word
+        plain = word.translate(_TO_LATIN)
+        own, greek = sum(character <= "\u024f" for character in word), bool(_GREEK.search(word))
+        # A Greek letter beside one other is a symbol of mathematics. A word of look-alikes only is in disguise if the
+        # text's own alphabet is Latin.
+        mixed = own > 1 or (own == 1 and not greek)
+        disguised = own == 0 and plain.isascii() and mostly_latin and (len(word) > 2 or not greek)
+        return plain if mixed or disguised else word
+
+    return unicodedata.normalize("NFKC", _WORD.sub(replace, text).casefold())
 
 
 def shared_prefix(one: str, other: str) -> int:

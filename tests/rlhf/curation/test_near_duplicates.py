@@ -4,10 +4,11 @@ import math
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.curation.near_duplicates import PrefixIndex, normalised, shared_prefix
+from rlhf.curation.near_duplicates import PrefixIndex, normalised, same_user, shared_prefix
 
 CHARS, SHARE = 4, 0.7
 keys = st.lists(st.text(alphabet="ab", max_size=14), max_size=40)
@@ -62,7 +63,36 @@ def test_a_longer_row_between_two_near_duplicates_does_not_hide_them() -> None:
     assert math.ceil(0.9 * 51) <= 50
 
 
-def test_case_punctuation_and_blanks_do_not_count_but_prompts_of_symbols_only_stay_unchanged() -> None:
-    assert normalised("What  is\tTHAT?!") == normalised("what is that") == "what is that"
-    assert normalised("???") != normalised("!!!")
-    assert normalised("日本語、です") == "日本語 です"
+@pytest.mark.parametrize(("one", "other"), [
+    ("What  is\tTHAT?!", "what is that"),
+    ("Name a river .", "Name a river"),
+    ("\uff34\uff45\uff4c\uff4c \uff4d\uff45", "Tell me"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("Explai\u200bn the\u00a0sea", "Explain the sea"),
+    ("Hi\U000e0041 there\ufe0f", "hi there"),
+    ("N\u0430me \u0430 b\u0456rd", "Name a bird"),
+    ("\u0441\u0440\u0430ce and \u0441\u043e\u0440\u0435 in words", "cpace and cope in words"),
+    ("\u039fRANGE is a colour", "orange is a colour"),
+    ("\u201cIt\u2019s\u201d 3\u22122", "\"It's\" 3-2"),
+    ("\u00bfQu\u00e9 es?", "qu\u00e9 es"),
+    ("\u65e5\u672c\u8a9e\u3067\u3059\u3002", "\u65e5\u672c\u8a9e\u3067\u3059"),
+])
+def test_case_blanks_form_hidden_and_look_alike_characters_and_closing_marks_do_not_count(one: str, other: str) -> None:
+    assert normalised(one) == normalised(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("in C", "in C++"), ("in C", "in C#"), ("7 + 3", "7 - 3"), ("x > y", "x < y"), ("is it -8", "is it 8"),
+    ("???", "!!!"), ("F", "F#"), ("1.5", "15"), ("a, b", "a b"), ("@home", "home"), ("5 %", "5"), ("dog \U0001f600", "dog"),
+    ("What is \u03b1?", "What is a?"), ("Solve \u03b1x = 1", "Solve ax = 1"),
+    # Words of another alphabet stay what they are.
+    ("Что такое сор", "Что такое cop"),
+    ("τι είναι ον", "τι είναι ov"),
+])
+def test_symbols_digits_and_other_alphabets_count(one: str, other: str) -> None:
+    assert normalised(one) != normalised(other)
+
+
+def test_spellings_of_one_user_id_are_one_user() -> None:
+    assert same_user(" Ann\u00a0Lee ") == same_user("ann  lee") == same_user("\uff21nn Lee\u200b") == "ann lee"
+    assert same_user("ann.lee") != same_user("annlee")
