@@ -16,7 +16,7 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def foreign_language(text: str) -> str:
+def foreign_language(text: str, language: str = "en") -> str:
     """The ISO 639 code of the text's language if it is confidently not English, "" if it is English or undecided.
 
     Code, names, numbers and short texts are undecided. Text in a non-Latin script is always foreign: "?" if its
