@@ -51,7 +51,7 @@ def is_too_much(report: Mapping[str, Any], rules: RulesParams) -> bool:
 
 @dataclass
 class Quarantine:
-    """What has been quarantined of each role: counts and first rows by reason, and the files with no usable row."""
+    """What has been quarantined of each role: counts and first rows by reason, and the files whose rows fit no layout."""
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     examples: dict[str, dict[str, list[str]]] = field(default_factory=dict)
@@ -59,19 +59,20 @@ class Quarantine:
     unusable: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
 
     def add(self, role: str, place: str, screened: list[Screened], bad: list[Quarantined]) -> None:
-        self.usable.setdefault(role, Counter())[place] += len(screened)
+        self.usable.setdefault(role, Counter())[place] += len(screened) + sum(item.fits for item in bad)
         counts, examples = self.counts.setdefault(role, Counter()), self.examples.setdefault(role, {})
         for item in bad:
             kind = reason_kind(item.reason)
             counts[kind] += 1
-            self.unusable.setdefault(role, {}).setdefault(place, Counter())[kind] += 1
+            if not item.fits:
+                self.unusable.setdefault(role, {}).setdefault(place, Counter())[kind] += 1
             shown = examples.setdefault(f"quarantined: {kind}", [])
             if len(shown) < EXAMPLES:
                 content = item.row.get("prompt", item.row) if isinstance(item.row, Mapping) else item.row
                 shown.append(example(place, item.number, str(content)))
 
     def check_files(self, role: str, rules: RulesParams) -> None:
-        """Raises UserError for a file of which every row is quarantined, unless the description allows the loss."""
+        """Raises UserError for a file of which no row fits its layout, unless the description allows the loss."""
         if rules.max_lost_shares.get(ALL_QUARANTINED, rules.max_lost_share) >= 1:
             return
         for place, reasons in self.unusable.get(role, {}).items():

@@ -52,11 +52,12 @@ class Screened:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and why. `fits`: it fits its layout, and its texts are at fault."""
 
     number: int
     reason: str
     row: Any
+    fits: bool = False
 
 
 def hashed(text: str, seed: int = 0) -> int:
@@ -190,7 +191,7 @@ def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers:
             problem = problem_of(record, role, rules)
             if problem:
                 content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
-                quarantined.append(Quarantined(number, problem, content))
+                quarantined.append(Quarantined(number, problem, content, fits=True))
             else:
                 sound.append((number, record))
     too_long = _lengths([record for _, record in sound], rules)
