@@ -51,7 +51,7 @@ def is_too_much(report: Mapping[str, Any], rules: RulesParams) -> bool:
 
 @dataclass
 class Quarantine:
-    """What has been quarantined of each role: counts and first rows by reason, and the files whose rows fit no layout."""
+    """What has been quarantined of each role: counts and first rows by reason, and of files that fit no layout."""
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     examples: dict[str, dict[str, list[str]]] = field(default_factory=dict)
