@@ -50,7 +50,8 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
             continue
         metrics |= {f"ingest/{role}_rows": found["kept"], f"ingest/{role}_read": found["read"],
                     f"ingest/{role}_quarantined": sum(found["quarantined"].values()),
-                    f"ingest/{role}_english_share": found["english_share"]}
+                    f"ingest/{role}_{'english' if found['language'] == 'en' else 'language'}_share":
+                        found["language_share"]}
         metrics |= {f"ingest/{role}_dropped_{rule}": count for rule, count in found["dropped"].items()}
     return metrics
 
@@ -65,6 +66,9 @@ def as_table(report: dict[str, Any]) -> str:
     lines += [(f"dropped: {rule}", *(report[role]["dropped"][rule] for role in roles)) for rule in RULES
               if any(report[role]["dropped"][rule] for role in roles)]
     lines += [(word, *(report[role][word] for role in roles)) for word in ("kept", "train", "valid", "users")]
+    if roles and "language" in report[roles[0]]:  # of the rows read; InstructGPT: more than 96 % [§3.3]
+        lines.append((f"in the language {report[roles[0]]['language']}",
+                      *(f"{report[role]['language_share_read']:.1%}" for role in roles)))
     cells = [[str(line[0]), *(f"{item:,}" if isinstance(item, int) else str(item) for item in line[1:])]
              for line in lines]
     wide = max(len(line[0]) for line in cells)

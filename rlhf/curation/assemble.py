@@ -15,6 +15,8 @@ from typing import IO, Any
 import numpy as np
 
 from rlhf.curation.characters import is_visible
+from rlhf.curation.loss import EXAMPLES, Quarantine, check_allowance, check_loss, example, lost_rows
+from rlhf.curation.merge import merged_ranking
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
 from rlhf.curation.screen import Quarantined, Screened, screen_rows
 from rlhf.curation.sources.columns import corpus_text
@@ -40,12 +42,13 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
 
     `root`: the folder that file patterns are relative to. `on_rows(role, count)` is called with the number of rows
     processed. The bytes of the datasets depend on the rows and the seed, not on the order of the rows or on
-    `processes`. Raises UserError if a source cannot be read or has no usable row.
+    `processes`. Raises UserError if a source cannot be read, has no usable row, or loses more rows than it may.
     """
+    check_allowance(source.rules)
     folder.mkdir(parents=True, exist_ok=True)
     roles = [role for role in KEYS if getattr(source, role)]
     spools = {role: _Spool(folder / f"{role}.spool") for role in roles}
-    quarantined: dict[str, Counter[str]] = {role: Counter() for role in roles}
+    lost = Quarantine()
     read: Counter[str] = Counter()
     with ExitStack() as stack:
         quarantine = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
@@ -59,8 +62,8 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
                     seen.merge(columns)
                     for row in screened:
                         spools[role].add(place, row)
+                    lost.add(role, place, screened, bad)
                     for item in bad:
-                        quarantined[role][_kind(item.reason)] += 1
                         found = {"dataset": role, "source": place, "row": item.number, "reason": item.reason}
                         quarantine.write(json.dumps(found | {"content": item.row}, default=_shown) + "\n")
                     read[role] += len(screened) + len(bad)
@@ -70,18 +73,19 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
                 if read[role] == before:
                     hint = f"; where: {entry.where} may fit none" if entry.where else ""
                     raise UserError(f"{name_of(entry)}: no row for {role}{hint}")
-            if not spools[role].rows.keys:
-                names = ", ".join(name_of(entry) for entry in getattr(source, role))
-                why = f"; most rows: {quarantined[role].most_common(1)[0][0]}" if quarantined[role] else ""
-                raise UserError(f"{names}: no usable row for {role} in {read[role]:,}{why}")
+            lost.check_files(role, source.rules)
         decided = apply_rules({role: spools[role].rows for role in roles}, source.rules, seed)
         report: dict[str, Any] = {}
+        examples: dict[str, dict[str, list[str]]] = {}
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             for role in roles:
                 splits, fates = decided[role]
-                spools[role].write(folder / f"{role}.jsonl", splits, fates)
+                spools[role].write(folder / f"{role}.jsonl", splits, fates, source.rules.merge_rankings)
                 spools[role].write_dropped(dropped, role, fates)
-                report[role] = _report(spools[role].rows, read[role], quarantined[role], splits, fates)
+                report[role] = _report(spools[role].rows, read[role], lost.counts.get(role, Counter()), splits, fates,
+                                       source.rules.language)
+                examples[role] = lost.examples.get(role, {}) | spools[role].examples(fates)
+        check_loss(report, source.rules, examples)
     for spool in spools.values():
         spool.path.unlink()
     if source.corpus:
@@ -93,13 +97,6 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
 def _shown(value: Any) -> str:
     """What JSON cannot hold, as text; of bytes, such as an image's, only the number."""
     return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
-
-
-def _kind(reason: str) -> str:
-    """A reason without the details of its row, for counting."""
-    head = reason.split(":")[0]
-    return "".join("N" if character.isdigit() else character for character in head) if head.startswith(
-        "completion ") else head
 
 
 class _Spool:
@@ -133,19 +130,67 @@ class _Spool:
         self.place_of.append(len(self.places) - 1)
         self.numbers.append(row.number)
 
-    def write(self, path: Path, splits: "np.ndarray", fates: "np.ndarray") -> None:
-        """Writes the rows that stay, each with its split, in the order of their content's hash."""
+    def line(self, index: int) -> tuple[bytes, bytes]:
+        """A row's JSON before and after its split."""
+        start, cut = self.ends[index - 1] if index else 0, self.cuts[index]
+        self.file.seek(start)
+        line = self.file.read(self.ends[index] - start)
+        return line[:cut - start], line[cut - start:]
+
+    def write(self, path: Path, splits: "np.ndarray", fates: "np.ndarray", merge: bool) -> None:
+        """Writes the rows that stay, each with its split, in the order of their content's hash.
+
+        `merge`: rankings of one prompt by one labeler become one row where their orders agree; changes `fates`.
+        """
         self.file.flush()
+        merged = self._merge(splits, fates) if merge else {}
         stay = np.flatnonzero(fates == STAYS)
         orders = np.array(self.rows.orders, np.uint64)[stay]
+        stay = stay[np.argsort(orders, kind="stable")]
+        repeated = _repeated(np.array(self.rows.own_ids, np.uint64)[stay])
         words = [f', "split": "{split}", '.encode() for split in SPLITS]
         with path.open("wb") as out:
-            for index in stay[np.argsort(orders, kind="stable")].tolist():
-                start = self.ends[index - 1] if index else 0
-                self.file.seek(start)
-                line = self.file.read(self.ends[index] - start)
-                cut = self.cuts[index] - start
-                out.write(line[:cut] + words[splits[index]] + line[cut:])
+            for index, again in zip(stay.tolist(), repeated.tolist(), strict=True):
+                head, tail = self.line(index)
+                if again:
+                    head = _with_own_id(head, self.rows.orders[index])
+                if index in merged:
+                    tail = self._merged(merged[index])
+                out.write(head + words[splits[index]] + tail)
+
+    def _merge(self, splits: "np.ndarray", fates: "np.ndarray") -> dict[int, list[int]]:
+        """The rows that become one, by the row that stands for them; the others get the fate `merged`."""
+        together: dict[tuple[int, int], list[int]] = {}
+        for index in np.flatnonzero(fates == STAYS).tolist():
+            if self.rows.rankers[index]:
+                together.setdefault((self.rows.rankers[index], int(splits[index])), []).append(index)
+        merged = {}
+        for indices in together.values():
+            indices.sort(key=self.rows.orders.__getitem__)
+            if len(indices) > 1 and self._merged(indices):
+                merged[indices[0]] = indices
+                fates[indices[1:]] = list(RULES).index("merged")
+        return merged
+
+    def _merged(self, indices: list[int]) -> bytes:
+        """The tail of the row that `indices` become, or b"" if their orders do not agree."""
+        rows = [json.loads(b"{" + self.line(index)[1]) for index in indices]
+        ranking = merged_ranking([(row["completions"], row["ranks"]) for row in rows])
+        if ranking is None:
+            return b""
+        row = rows[0] | {"completions": ranking[0], "ranks": ranking[1]}
+        return (json.dumps(row, ensure_ascii=False, separators=(", ", ": "))[1:] + "\n").encode()
+
+    def examples(self, fates: "np.ndarray") -> dict[str, list[str]]:
+        """By rule, lines that show the first rows that it dropped; of personal data only their place."""
+        shown = {}
+        for number, rule in enumerate(RULES):
+            lines = []
+            for index in np.flatnonzero(fates == number)[:EXAMPLES].tolist():
+                prompt = "" if rule == "personal_data" else json.loads(b"{" + self.line(index)[1])["prompt"]
+                lines.append(example(self.places[self.place_of[index]], self.numbers[index], prompt))
+            shown[rule] = lines
+        return shown
 
     def write_dropped(self, out: IO[str], role: str, fates: "np.ndarray") -> None:
         """Writes place and rule of the dropped rows, without their text, which may contain personal data."""
@@ -155,18 +200,38 @@ class _Spool:
                                   "row": self.numbers[index], "rule": names[fates[index]]}) + "\n")
 
 
-def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarray", fates: "np.ndarray"
+def _repeated(ids: "np.ndarray") -> "np.ndarray":
+    """Whether an id (0: none) stands at an earlier place too."""
+    first = np.zeros(len(ids), bool)
+    first[np.unique(ids, return_index=True)[1]] = True
+    return ~first & (ids != 0)
+
+
+def _with_own_id(head: bytes, order: int) -> bytes:
+    """A row's head whose prompt_id, which an earlier comparison of the prompt has, ends with the row's own hash."""
+    fields = json.loads(head + b"}")
+    fields["prompt_id"] = f"{fields['prompt_id']}-{order:016x}"
+    return json.dumps(fields, ensure_ascii=False, separators=(", ", ": "))[:-1].encode()
+
+
+def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarray", fates: "np.ndarray", language: str
             ) -> dict[str, Any]:
-    """Numbers of rows read, quarantined by reason, dropped by rule and kept."""
+    """Numbers of rows read, quarantined by reason, dropped by rule and kept; read is the sum of the others.
+
+    `users`: those that the source names.
+    """
     stay = fates == STAYS
     foreign = np.array(rows.foreign, np.bool_)
-    dropped = {name: int((fates == number).sum()) for number, name in enumerate(RULES)}
-    return {"read": read, "quarantined": dict(sorted(quarantined.items())),
-            "dropped": dropped, "kept": int(stay.sum()),
-            "users": len(np.unique(np.array(rows.users, np.uint64)[stay])),
-            **{word: int((stay & (splits == number)).sum()) for number, word in enumerate(SPLITS)},
-            "english_share_read": round(1 - float(foreign.mean()), 4),
-            "english_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
+    users = np.array(rows.users, np.uint64)[stay]
+    report: dict[str, Any] = {
+        "read": read, "quarantined": dict(sorted(quarantined.items())),
+        "dropped": {name: int((fates == number).sum()) for number, name in enumerate(RULES)}, "kept": int(stay.sum()),
+        "users": len(np.unique(users[users != 0])),
+        **{word: int((stay & (splits == number)).sum()) for number, word in enumerate(SPLITS)}}
+    return report | {
+        "lost_share": round(lost_rows(report) / max(read, 1), 4), "language": language,
+        "language_share_read": round(1 - float(foreign.mean()), 4) if len(foreign) else 1.0,
+        "language_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
 
 
 def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int, seen: Seen

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.curation.assemble import batches_of
+from rlhf.curation.loss import reason_kind
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
 from rlhf.curation.screen import Screened, screen_rows
 from rlhf.curation.sources.map_rows import check_columns
@@ -70,7 +71,7 @@ def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder
                         sample.screened[len(sample.rows.keys)] = item
                     sample.rows.add(item)
                 sample.read += len(screened) + len(bad)
-                sample.quarantined.update(item.reason.split(":")[0] for item in bad)
+                sample.quarantined.update(reason_kind(item.reason) for item in bad)
                 if results and shown < count:
                     sample.shown.append((entry, f"{place} row {number}", row, results))
                     shown += 1

@@ -20,6 +20,10 @@ _LONE_SPACE, _INDENTED = re.compile(r" \S"), re.compile(r"\n[ \t]")
 Turn = tuple[str, str]
 
 
+class ContentError(ValueError):
+    """A row that fits its layout, and cannot be used for what it says: its reason. Other rows of its file may do."""
+
+
 def trimmed(text: str) -> str:
     """The text without empty lines before it and white space after it; its first line keeps its indentation.
 
@@ -40,15 +44,15 @@ def turns_of(messages: Iterable[Mapping[str, Any]], drop_tools: bool = False) ->
             raise ValueError(f"message {number} is not an object")
         role = message.get("role") or message.get("from")
         if not isinstance(role, str):
-            raise ValueError(f"message {number} has the unknown role {role!r}")
+            raise ValueError(f"message {number} has an unknown role: {role!r}")
         content = _content(message)
         tool = _tool(role.strip().lower(), message, content)
         if tool and drop_tools:
             continue
         if tool:
-            raise ValueError(f"message {number} is {tool}; tool_turns: drop leaves such turns out")
+            raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out")
         if role.strip().lower() not in ROLES:
-            raise ValueError(f"message {number} has the unknown role {role!r}")
+            raise ValueError(f"message {number} has an unknown role: {role!r}")
         text = trimmed(_text(content, number))
         spoken = ROLES[role.strip().lower()]
         turns.append((spoken, text if spoken == "Assistant" else text.strip()))
@@ -91,10 +95,10 @@ def _text(content: Any, number: int) -> str:
         kind = str(part.get("type") or "text") if isinstance(part, Mapping) else type(part).__name__
         medium = next((name for name in _MEDIA if name in kind.lower()), "")
         if medium:
-            raise ValueError(f"message {number} holds {'an' if medium[0] in 'ai' else 'a'} {medium}")
+            raise ContentError(f"message {number} holds {'an' if medium[0] in 'ai' else 'a'} {medium}")
         said = (part.get("text") or part.get("refusal")) if kind in _TEXT_PARTS else None
         if not isinstance(said, str):
-            raise ValueError(f"message {number} holds a part that is no text: {kind}")
+            raise ContentError(f"message {number} holds a part that is no text: {kind}")
         texts.append(said)
     return "\n\n".join(texts)
 
@@ -106,7 +110,7 @@ def as_text(turns: list[Turn]) -> str:
     for _, text in turns:
         mark = _TURN.search("\n\n" + text)
         if mark:
-            raise ValueError(f"a message holds the mark of a turn, {mark.group(1)}:")
+            raise ContentError(f"a message holds the mark of a turn, {mark.group(1)}:")
     return "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
@@ -121,25 +125,25 @@ def split_text(text: str) -> list[Turn]:
 def prompt_of(turns: list[Turn]) -> str:
     """The prompt of the turns before an answer. Raises ValueError if they do not end with the human."""
     if not any(role == "Human" for role, _ in turns):
-        raise ValueError("no message of the user before the answer")
+        raise ContentError("no message of the user before the answer")
     if turns[-1][0] != "Human":
-        raise ValueError("the prompt does not end with the user")
+        raise ContentError("the prompt does not end with the user")
     return as_text(turns)
 
 
 def before_answer(turns: list[Turn]) -> tuple[list[Turn], str]:
     """(the turns before the last assistant turn, its text). Raises ValueError if the conversation has none."""
     if not turns or turns[-1][0] != "Assistant":
-        raise ValueError("does not end with the assistant")
+        raise ContentError("does not end with the assistant")
     if not any(role == "Human" for role, _ in turns[:-1]):
-        raise ValueError("the assistant answers nobody")
+        raise ContentError("the assistant answers nobody")
     return turns[:-1], turns[-1][1]
 
 
 def common_beginning(befores: list[list[Turn]]) -> list[Turn]:
     """What conversations that answer differently share. Raises ValueError if they differ before their last answer."""
     if any(before != befores[0] for before in befores[1:]):
-        raise ValueError("the conversations differ before their last answer")
+        raise ContentError("the conversations differ before their last answer")
     return befores[0]
 
 
@@ -153,7 +157,7 @@ def with_prompt(prompt: list[Turn], before: list[Turn]) -> list[Turn]:
         return before
     if prompt and prompt[-1][0] != "Human" and prompt[-1] not in before:
         return [*prompt, *before]
-    raise ValueError("the prompt column differs from the conversation")
+    raise ContentError("the prompt column differs from the conversation")
 
 
 def with_system(system: str, turns: list[Turn]) -> list[Turn]:
@@ -162,7 +166,7 @@ def with_system(system: str, turns: list[Turn]) -> list[Turn]:
         return turns
     if turns and turns[0][0] == "System":
         if turns[0][1] != system.strip():
-            raise ValueError("the system column differs from the conversation's system turn")
+            raise ContentError("the system column differs from the conversation's system turn")
         return turns
     return [("System", system.strip()), *turns]
 

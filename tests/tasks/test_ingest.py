@@ -227,7 +227,8 @@ def test_a_quarantined_row_may_hold_what_json_cannot(team: Path) -> None:
     rows = pd.DataFrame([{"prompt": None, "written": pd.Timestamp("2026-11-20")},
                          {"prompt": sentence(random.Random(4)), "written": pd.Timestamp("2026-11-21")}])
     rows.to_parquet(team / "ppo.parquet")
-    (team / "spec.yaml").write_text("ppo: [{files: ppo.parquet, columns: {prompt: prompt, user_id: written}}]\n")
+    (team / "spec.yaml").write_text("ppo: [{files: ppo.parquet, columns: {prompt: prompt, user_id: written}}]\n"
+                                     "rules: {max_lost_share: 0.5}\n")
     run(team / "spec.yaml", team / "out")
     bad, = rows_of(team / "out" / "quarantine.jsonl")
     assert bad["content"]["written"].startswith("2026-11-20")

@@ -20,7 +20,7 @@ from rlhf.curation.sources.records import (
     split_of,
 )
 from rlhf.curation.sources.spec import Entry
-from rlhf.curation.transcripts import Turn, before_answer, prompt_of, split_text, trimmed, with_system
+from rlhf.curation.transcripts import ContentError, Turn, before_answer, prompt_of, split_text, trimmed, with_system
 from rlhf.data.schema import USE_CASE_PERCENT
 
 FIELDS = {
@@ -172,8 +172,8 @@ def _vote(row: Row, entry: Entry, count: int) -> tuple[int, ...]:
     found = [name for name in ("first", "second", "tie") if name in entry.preference
              and same(said, entry.preference[name])]
     if len(found) != 1:
-        what = f"fits {' and '.join(found)}" if found else "is not one of the preference's values"
-        raise ValueError(f"the vote {said!r} {what}")
+        what = f"fits {' and '.join(found)}" if found else "is none of the preference's values"
+        raise ValueError(f"the vote {what}: {said!r}")
     return {"first": (1, 2), "second": (2, 1), "tie": (1, 1)}[found[0]]
 
 
@@ -191,7 +191,7 @@ def _of_group(group: Group, entry: Entry) -> Record:
         order.append(sign * number_of(value(name), name, entry.decimal))
         common.append(_common(value, entry))
     if len(set(prompts)) > 1:
-        raise ValueError(f"{len(group.rows)} rows of one {' and '.join(entry.groups())} have different prompts")
+        raise ContentError(f"rows of one {' and '.join(entry.groups())} have different prompts: {len(group.rows)} rows")
     values = {key: _shared(key, [item[key] for item in common], entry) for key in common[0]}
     shuffled = sorted(zip(answers, order, strict=True),
                       key=lambda item: (blake2b(item[0].encode("utf-8", "surrogatepass")).digest(), item[1]))
@@ -203,7 +203,7 @@ def _shared(key: str, values: list[str], entry: Entry) -> str:
     """What the rows of a group share; several labelers are named together. Raises ValueError for other differences."""
     found = sorted(set(values))
     if len(found) > 1 and key != "labeler":
-        raise ValueError(f"{len(values)} rows of one {' and '.join(entry.groups())} differ in {key}")
+        raise ValueError(f"rows of one {' and '.join(entry.groups())} differ in {key}: {found[0]}, {found[1]}")
     return "+".join(found)
 
 

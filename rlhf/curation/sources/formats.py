@@ -131,7 +131,7 @@ def _csv(file: Path, entry: Entry, delimiter: str) -> Iterator[Any]:
                 if any(cells):
                     yield dict(zip(names, cells, strict=True))
             elif any(cells):
-                yield Unreadable(f"{len(cells)} fields, the header has {len(names)}", cells)
+                yield Unreadable(f"another number of fields than the header: {len(cells)}, not {len(names)}", cells)
     except csv.Error as error:
         advice = separator_advice([first]) if reader.line_num == 1 and not entry.delimiter else ""
         if not advice and entry.quotes:

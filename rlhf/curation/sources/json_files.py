@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 
 _DECODER = json.JSONDecoder()
 _BLANK = " \t\r\n"
+_TAIL = 16  # characters in which a number or a word that was cut off goes on
 
 
 class _Scanner:
@@ -53,11 +54,12 @@ class _Scanner:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # else a number may go on
+                rest = self.text[end:end + _TAIL]
+                if self.ended or (rest and (rest[0] not in ".eE" or len(rest) == _TAIL)):  # else a number may go on
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _TAIL
                 if self.ended or not cut_off:
                     raise self.error(error.msg) from None
             except RecursionError:

@@ -25,6 +25,7 @@ from rlhf.curation.sources.records import (
 )
 from rlhf.curation.sources.spec import Entry
 from rlhf.curation.transcripts import (
+    ContentError,
     Turn,
     as_text,
     before_answer,
@@ -204,7 +205,7 @@ def openai_messages(row: Row, role: str, entry: Entry) -> Iterator[Record]:
         return
     messages = list_of(row.get("messages"), "messages")
     if role == "sft" and messages and isinstance(messages[-1], Mapping) and messages[-1].get("weight") == 0:
-        raise ValueError("the last answer has weight 0, which excludes it from training")
+        raise ContentError("the last answer has weight 0, which excludes it from training")
     yield _chat(row, role, entry, "messages", ())
 
 
@@ -242,7 +243,7 @@ def arena(row: Row, role: str, entry: Entry) -> Iterator[Record]:
         winner = next((name.removeprefix("winner_") for name in ("winner_model_a", "winner_model_b", "winner_tie")
                        if number_of(row.get(name), name) == 1), "")
     if winner not in WINNERS:
-        raise ValueError(f"the winner {winner!r} is none of {', '.join(WINNERS)}")
+        raise ValueError(f"the winner is none of {', '.join(WINNERS)}: {winner!r}")
     yield Record(prompt_of(before), tuple(text for _, text in answers), WINNERS[winner], user=user, labeler=judge)
 
 

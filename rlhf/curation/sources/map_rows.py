@@ -11,15 +11,19 @@ from rlhf.curation.sources.paths import Row, Seen, same, value_at
 from rlhf.curation.sources.read import parse_line
 from rlhf.curation.sources.records import Group, Record, check_media
 from rlhf.curation.sources.spec import Entry
+from rlhf.curation.transcripts import ContentError
 from rlhf.errors import UserError
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """`records` and `quarantined` (reason, row), each with the number of its row; the columns that were there."""
+    """What became of rows, each with its number, and the columns that were there.
+
+    `quarantined`: reason, row, and whether it fits its layout: what it says is at fault.
+    """
 
     records: list[tuple[int, Record]]
-    quarantined: list[tuple[int, str, Any]]
+    quarantined: list[tuple[int, str, Any, bool]]
     seen: Seen
 
 
@@ -60,7 +64,7 @@ def map_rows(role: str, entry: Entry, numbers: Sequence[int], rows: Sequence[Any
             mapped.records.extend([(number, record) for record in layout(row, role, entry)])
         except (ValueError, AttributeError, TypeError) as error:  # a row that does not fit its layout
             content = row.rows if isinstance(row, Group) else getattr(item, "content", item)
-            mapped.quarantined.append((number, str(error), content))
+            mapped.quarantined.append((number, str(error), content, isinstance(error, ContentError)))
     return mapped
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from rlhf.curation.sources.paths import Row, as_list, as_number
 from rlhf.curation.sources.spec import Entry
-from rlhf.curation.transcripts import Turn, before_answer, common_beginning, prompt_of, trimmed, turns_of, with_prompt
+from rlhf.curation.transcripts import (
+    ContentError,
+    Turn,
+    before_answer,
+    common_beginning,
+    prompt_of,
+    trimmed,
+    turns_of,
+    with_prompt,
+)
 
 _MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 _PLACEHOLDERS = ("<image>", "<audio>", "<video>")
@@ -79,7 +88,7 @@ def number_of(value: Any, name: str, decimal: str = ".") -> float:
     if number is None:
         comma = isinstance(value, str) and as_number(value, ",") is not None
         advice = '; where the comma is a decimal mark write decimal: ","' if comma else ""
-        raise ValueError(f"{name} holds {value!r}, not a number{advice}")
+        raise ValueError(f"{name} holds no number: {value!r}{advice}")
     return number
 
 
@@ -98,7 +107,7 @@ def split_of(value: Any) -> str:
     known = {"": "", "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
              "dev": "valid", "test": "valid", "eval": "valid"}
     if name not in known:
-        raise ValueError(f"split is {value!r}, neither train nor valid")
+        raise ValueError(f"split is neither train nor valid: {value!r}")
     return known[name]
 
 
@@ -162,7 +171,7 @@ def conversation_record(turns: list[Turn], role: str, **values: Any) -> Record:
         while turns and turns[-1][0] == "Assistant":
             turns.pop()
         if not turns:
-            raise ValueError("no message of the user")
+            raise ContentError("no message of the user")
         return Record(prompt_of(turns), **values)
     before, answer = before_answer(turns)
     return Record(prompt_of(before), (answer,), **values)
@@ -178,4 +187,4 @@ def check_media(row: Row) -> None:
         parts = value if isinstance(value, list) else [value]
         stored = any(isinstance(part, Mapping | bytes) for part in parts)
         if stored or any(mark in str(item) for key, item in row.items() if key != name for mark in _PLACEHOLDERS):
-            raise ValueError(f"holds {'an' if medium[0] in 'ai' else 'a'} {medium}, in column {name}")
+            raise ContentError(f"holds {'an' if medium[0] in 'ai' else 'a'} {medium}, in column {name}")

@@ -61,12 +61,20 @@ class RulesParams:
 
     valid_share: float = param(0.1, "share of users whose rows go to valid, if no column has the split", ge=0, le=1)
     rows: Literal["all", "paper"] = param("all", "all, or at most as many per dataset and split as InstructGPT")
+    max_lost_share: float = param(0.2, "share of a role's rows that quarantine and rules other than subsample may take",
+                                  ge=0, le=1)
+    max_lost_shares: dict[str, float] = param({}, "rule, or quarantine: share that it may take beside max_lost_share")
     max_prompts_per_user: int = param(200, "maximum prompts per user in a dataset", ge=1)
-    near_duplicate_chars: int = param(40, "prompts are near duplicates if they share a prefix this long ...", ge=1)
-    near_duplicate_share: float = param(0.9, "... that is at least this share of the longer prompt", gt=0, le=1)
-    min_english_share: float = param(1.0, "prompts in other languages are dropped until this share is English",
-                                     ge=0, le=1)
-    personal_data: Literal["drop", "keep"] = param("drop", "train rows with personal data")
+    near_duplicates: Literal["drop", "keep"] = param("drop", "SFT and PPO prompts that are near duplicates")
+    near_duplicate_chars: int = param(40, "near duplicates share a last sentence of at least this many characters ...",
+                                      ge=1)
+    near_duplicate_share: float = param(0.9, "... that is at least this share of the longer one", gt=0, le=1)
+    merge_rankings: bool = param(False, "merge rankings of a prompt by one labeler whose orders agree (at most 9)")
+    language: str = param("en", "ISO 639-1 code of the language of the prompts")
+    min_language_share: float = param(1.0, "prompts wholly in other languages are dropped until this share is left",
+                                      ge=0, le=1)
+    personal_data: Literal["drop", "keep"] = param("drop", "train rows with personal data or secrets")
+    broken_endings: Literal["quarantine", "keep"] = param("quarantine", "demonstrations that break off")
     min_k: int = param(2, "minimum completions per ranking", ge=2, le=9)
     tokenizer: str = param("", "tokenizer (folder or name) that counts tokens; empty: no token limits")
     max_prompt_tokens: int = param(1000, "longest prompt, tokens", ge=1)

@@ -60,7 +60,7 @@ def test_mostly_tolerates_a_share_of_rows(tmp_path: Path) -> None:
 
 
 def test_a_row_between_two_near_duplicates_hides_nothing() -> None:
-    keys = ["p" * 50, "p" * 50 + "a" * 100, "p" * 50 + "b"]
+    keys = ["p" * 50, "p" * 50 + " a" * 50, "p" * 50 + " b"]
     assert leaks(keys, ["sft/train", "sft/train", "sft/valid"], 40, 0.9) == {2}
 
 

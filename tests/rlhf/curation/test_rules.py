@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
-from rlhf.curation.screen import UNDECIDED, Screened, hashed, problem_of, truncated
+from rlhf.curation.screen import UNDECIDED, Screened, hashed, openings, problem_of
 from rlhf.curation.sources.layouts import Record
 from rlhf.curation.sources.spec import RulesParams
 
@@ -16,9 +16,11 @@ RULES_OFF = RulesParams(valid_share=0.0)
 
 
 def row(key: str, user: str = "", *, split: int = UNDECIDED, own_id: str = "", foreign: bool = False,
-        personal: bool = False, too_long: str = "", order: int = -1) -> Screened:
-    return Screened(1, b"{", b"}\n", key, hashed(user or key), hashed(key) if order < 0 else order,
-                    hashed(own_id) if own_id else 0, split, foreign, personal, too_long)
+        personal: bool = False, too_long: str = "", order: int = -1, comparison: str = "") -> Screened:
+    """A row; without a user one that the source names none of."""
+    return Screened(1, b"{", b"}\n", key, hashed(user) if user else 0, hashed(key + user + comparison) if order < 0
+                    else order, hashed(own_id) if own_id else 0, split, foreign, personal, too_long, *openings(key),
+                    hashed(comparison) if comparison else 0)
 
 
 def table(*items: Screened) -> Rows:
@@ -46,10 +48,10 @@ def test_a_repeated_prompt_id_in_a_dataset_is_dropped() -> None:
 def test_foreign_rows_are_dropped_by_hash_until_the_english_share_is_reached() -> None:
     rows = [row(f"english {number}") for number in range(9)] + [
         row("fremd", foreign=True, order=2), row("autre", foreign=True, order=1), row("otro", foreign=True, order=3)]
-    assert fates(replace(RULES_OFF, min_english_share=0.9), sft=rows)["sft"][9:] == ["other_language", "",
+    assert fates(replace(RULES_OFF, min_language_share=0.9), sft=rows)["sft"][9:] == ["other_language", "",
                                                                                      "other_language"]
-    assert fates(replace(RULES_OFF, min_english_share=1.0), sft=rows)["sft"].count("other_language") == 3
-    assert fates(replace(RULES_OFF, min_english_share=0.0), sft=rows)["sft"].count("other_language") == 0
+    assert fates(replace(RULES_OFF, min_language_share=1.0), sft=rows)["sft"].count("other_language") == 3
+    assert fates(replace(RULES_OFF, min_language_share=0.0), sft=rows)["sft"].count("other_language") == 0
 
 
 def test_a_user_is_on_one_side_in_all_datasets() -> None:
@@ -109,7 +111,8 @@ def test_leaks_between_datasets_are_dropped() -> None:
 def test_the_counts_of_the_paper_are_reached_by_a_seeded_sample() -> None:
     rng = np.random.default_rng(1)
     rows = Rows(keys=[f"prompt {number}" for number in range(16_000)], users=list(range(1, 16_001)),
-                orders=rng.permutation(16_000).tolist(), own_ids=[0] * 16_000,
+                orders=rng.permutation(16_000).tolist(), own_ids=[0] * 16_000, openings=[0] * 16_000,
+                branches=[0] * 16_000, comparisons=[0] * 16_000, rankers=[0] * 16_000,
                 splits=[VALID] * 2_000 + [TRAIN] * 14_000, foreign=[False] * 16_000, personal=[False] * 16_000,
                 fates=[STAYS] * 16_000)
     splits, outcome = apply_rules({"sft": rows}, RulesParams(rows="paper"), 1)["sft"]
@@ -121,19 +124,10 @@ def test_the_counts_of_the_paper_are_reached_by_a_seeded_sample() -> None:
         assert order[mine & stay].max() < order[mine & ~stay].min()
 
 
-@pytest.mark.parametrize(("text", "cut"), [
-    ("It is blue.", False), ("Yes", False), ("- one\n- two", False), ("print(1)", False), ("to sum up:", False),
-    ("It is blue and", True), ("First, second,", True), ("He said (", True), ("see\n```python\nprint(1)", True),
-    ("see\n```python\nprint(1)\n```", False), ("What are you looking for", False), ("call it The", True),
-])
-def test_truncated_completions_are_detected(text: str, cut: bool) -> None:
-    assert bool(truncated(text)) == cut
-
-
 @pytest.mark.parametrize(("role", "record", "reason"), [
     ("sft", Record(" \u200b", ("x",)), "empty prompt"),
     ("sft", Record("q", ("\u00a0",)), "empty completion"),
-    ("sft", Record("q", ("because",)), "breaks off"),
+    ("sft", Record("q", ("He opened the door because",)), "breaks off"),
     ("sft", Record("q", ("fine \ud800.",)), "surrogate"),
     ("ppo", Record("q\x07"), "U+0007"),
     ("ppo", Record("q <|im_start|>system"), "special token <|im_start|>"),

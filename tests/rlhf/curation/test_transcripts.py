@@ -73,8 +73,8 @@ def test_parts_of_text_are_one_text_and_a_developer_is_the_system() -> None:
     ({"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}, "holds an audio"),
     ({"role": "user", "content": [{"type": "video", "video": "v"}]}, "holds a video"),
     ({"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}, "a part that is no text: thinking"),
-    ({"role": "user", "content": []}, "no text"), ({"role": "narrator", "content": "x"}, "unknown role 'narrator'"),
-    ({"content": "x"}, "unknown role None")])
+    ({"role": "user", "content": []}, "no text"), ({"role": "narrator", "content": "x"}, "unknown role: 'narrator'"),
+    ({"content": "x"}, "unknown role: None")])
 def test_what_is_no_text_is_named(message: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         turns_of([message])

@@ -136,8 +136,8 @@ def test_votes_become_ranks(vote: Any, preference: dict[str, Any], ranks: tuple[
 
 
 @pytest.mark.parametrize(("vote", "said"), [
-    ("C", "the vote 'C' is not one of"), (None, "the vote None is not one of"), (0, "the vote 0 is not one of"),
-    (2, "the vote 2 fits first and second")])
+    ("C", "values: 'C'"), (None, "values: None"), (0, "the vote is none of the preference's values: 0"),
+    (2, "the vote fits first and second: 2")])
 def test_a_vote_that_the_description_does_not_explain_is_quarantined_and_named(vote: Any, said: str) -> None:
     preference = {"column": "v", "first": ["A", "> 1"], "second": ["B", 2]}
     assert said in reason("rm", {"q": "Q", "a": "x", "b": "y", "v": vote}, columns=VOTES, preference=preference)
@@ -229,7 +229,7 @@ def test_rows_that_cannot_be_grouped_are_quarantined_one_by_one(tmp_path: Path) 
     rows = [{"q": "q1", "r": "x", "s": 1}, "{half", {"q": None, "r": "y", "s": 2}, {"q": "q1", "r": "z", "s": 0}, ""]
     found = grouped(rows, tmp_path)
     assert [item.ranks for _, item in found.records] in ([(1, 2)], [(2, 1)])
-    assert [(number, said.split(":")[0]) for number, said, _ in found.quarantined] == [
+    assert [(number, said.split(":")[0]) for number, said, *_ in found.quarantined] == [
         (2, "not JSON"), (3, "no q to group by")]
 
 
@@ -240,8 +240,8 @@ def test_groups_are_by_several_columns_and_must_agree_in_their_prompt(tmp_path: 
     assert sorted(item.labeler for _, item in both.records) == ["a", "b"]
     assert [item.labeler for _, item in grouped(rows[:2], tmp_path, by="id").records] == ["a+b"]
     rows[1] |= {"q": "another"}
-    (_, said, content), = grouped(rows, tmp_path, by="id").quarantined
-    assert said == "4 rows of one id have different prompts"
+    (_, said, content, _), = grouped(rows, tmp_path, by="id").quarantined
+    assert said == "rows of one id have different prompts: 4 rows"
     assert content == rows
 
 
@@ -327,5 +327,16 @@ def test_no_row_whatever_it_holds_stops_the_reading(row: dict[str, Any], grouped
     for _, item in found.records:
         assert all(isinstance(text, str) for text in (item.prompt, *item.completions, item.user, item.labeler))
         assert len(item.ranks) in (0, len(item.completions))
-    for _, said, _ in found.quarantined:
+    for _, said, *_ in found.quarantined:
         assert said
+
+
+@pytest.mark.parametrize(("row", "fits"), [
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}]}, True),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, True),
+    ({"messages": [{"role": "user", "content": "q"}]}, True), ({"messages": "text"}, False), ({"messages": None}, False),
+    ({"messages": [{"role": "user", "content": None}]}, False)])
+def test_a_row_whose_content_is_at_fault_fits_its_layout(row: dict[str, Any], fits: bool) -> None:
+    """A file of such rows alone is loss; one of which no row fits its layout is a wrong description."""
+    (_, _, _, found), = mapped("sft", row).quarantined
+    assert found is fits

@@ -171,8 +171,8 @@ def test_rows_with_more_or_fewer_fields_are_unreadable_and_blank_lines_are_none(
     (tmp_path / "a.csv").write_text("ask,reply\n\nx,y\nx\nx,y,z\n\n\n")
     first, short, long = read(tmp_path, "a.csv")
     assert first == {"ask": "x", "reply": "y"}
-    assert short == Unreadable("1 fields, the header has 2", ["x"])
-    assert long == Unreadable("3 fields, the header has 2", ["x", "y", "z"])
+    assert short == Unreadable("another number of fields than the header: 1, not 2", ["x"])
+    assert long == Unreadable("another number of fields than the header: 3, not 2", ["x", "y", "z"])
 
 
 def test_quotation_marks_can_be_plain_characters(tmp_path: Path) -> None:
