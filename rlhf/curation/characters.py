@@ -67,6 +67,7 @@ _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 # Khmer, Mongolian, Balinese, Javanese and their kin.
 _JOINING = re.compile("[\u0590-\u109f\u1100-\u11ff\u1700-\u18af\u1900-\u1aff\u1b00-\u1c4f\ua800-\ua9ff\uaa00-\uaaff"
                       "\uabc0-\uabff\ufb1d-\ufdff\ufe70-\ufefc\U00010a00-\U00011fff]")
+_HANGUL = re.compile("[\uac00-\ud7a3]")
 _FUNCTION = re.compile(r"(?:\b|\d)(?:arc|ar)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|lim|max|min|sup|inf|det|arg|gcd"
                        r"|dim|ker|deg|tr|Pr)h?\Z")
 
@@ -121,6 +122,8 @@ def _hides(text: str, place: int, right_to_left: bool) -> bool:
     assert match is not None
     before, after = text[start - 1:start], text[match.end():match.end() + 1]
     if _JOINING.match(before) or _JOINING.match(after):
+        return False
+    if character in "\u115f\u1160\u3164\uffa0" and _HANGUL.search(before + after):
         return False
     if match.end() - start >= 3 and "\u2800" not in match.group():  # blank braille cells draw pictures
         return True
