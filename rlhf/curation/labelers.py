@@ -11,6 +11,7 @@ from statistics import NormalDist
 
 Z = 1.959963984540054  # two-sided 95 %
 MIN_PAIRS, MIN_ROWS = 20, 20
+MIN_GAP = 0.1  # share of pairs by which an outlier's agreement is below the others'
 LEANING, APART = 0.6, 0.4  # mean order correlation of a labeler, and its distance from the others'
 NOBODY = ("unknown", "consensus")  # ids that stand for no labeler
 
@@ -56,7 +57,8 @@ class Outlier:
 
 
 def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, least: int = 1) -> list[Outlier]:
-    """Labelers who agree with the others less than these among themselves, where the two intervals do not overlap.
+    """Labelers who agree with the others less than these among themselves, by MIN_GAP at least, and the two intervals
+    do not overlap.
 
     `agreed`: by pair of labelers, (name, name) in alphabetical order. The farthest is taken out first, and the others
     are judged without it: agreement with someone who guesses says nothing of a labeler. `least`: pairs that it takes.
@@ -72,7 +74,8 @@ def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, least: in
         candidates = []
         for name, own in by_name.items():
             others = Count(total.agreed - own.agreed, total.pairs - own.pairs)
-            if min(own.pairs, others.pairs) >= least and own.clearly_below(others, z):
+            if min(own.pairs, others.pairs) >= least and others.share - own.share >= MIN_GAP \
+                    and own.clearly_below(others, z):
                 candidates.append(Outlier(name, own, others))
         if not candidates:
             return sorted(found, key=lambda item: item.name)

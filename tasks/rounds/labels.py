@@ -42,7 +42,7 @@ def ingest(stage: Stage) -> None:
     write_rows(stage.scratch / "new.jsonl", rows)
     validate_rows(stage.scratch / "new.jsonl", stage.params.stages, stage.scratch)
     write_rows(stage.scratch / "rm.jsonl", [*earlier, *rows])
-    content = agreement_report(items, labels, rounds.trusted, stage.params.seed, len(rows))
+    content = agreement_report(items, labels, rounds.trusted, stage.params.seed, len(rows), assignments)
     write_json(stage.scratch / "agreement.json", content)
     for name in ("rm.jsonl", "agreement.json"):
         stage.publish(name, f"feedback/{stage.key}/{name}")
