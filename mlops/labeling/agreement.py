@@ -39,8 +39,8 @@ def agreement(labels: Iterable[Label], items: Mapping[str, Item], below: float =
     """Over all items with two labels or more.
 
     An outlier agrees with the others less than they agree among themselves, by 10 percentage points at least, and the
-    two 95 % intervals do not overlap; one labeler is taken out after the other. An item needs adjudication where its labelers say the same of less than
-    `below` of the pairs: a tie is an answer too, so ties of all labelers are agreement.
+    two 95 % intervals do not overlap; one labeler is taken out after the other. An item needs adjudication where its
+    labelers say the same of less than `below` of the pairs: a tie is an answer too, so ties of all are agreement.
     """
     by_item: dict[str, list[Label]] = defaultdict(list)
     for label in labels:

@@ -22,10 +22,10 @@ from rlhf.curation.characters import (
     turn_mark,
 )
 from rlhf.curation.completions import repeats_prompt
+from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
 from rlhf.curation.near_duplicates import same_user
 from rlhf.curation.personal_data import personal_data_in
-from rlhf.curation.screen import truncated
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 
@@ -208,7 +208,7 @@ def _text_problems(row: dict[str, Any], tokens: Sequence[str], language: str) ->
             "repeated_prompt": copies[0] if copies else "",
             "truncated": truncated(row["completion"]) if "completion" in row else "",
             "personal_data": "" if in_valid else personal, "personal_data_in_valid": personal if in_valid else "",
-            "language": foreign_language(prompt)}
+            "language": foreign_language(prompt, language)}
 
 
 def _answers(row: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mlops.validation.docs import keep_for_docs
 from mlops.validation.reader import TEXT_COLUMNS, read_frame, short
 from rlhf.curation.characters import SPECIAL_TOKENS
+from rlhf.curation.language import languages
 from rlhf.data.schema import KEYS
+from rlhf.errors import UserError
 from rlhf.params import ValidateParams
 
 if TYPE_CHECKING:
@@ -106,15 +108,17 @@ class Outcome:
 def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scale: float, limits: ValidateParams, *,
                    tokens: Sequence[str] = SPECIAL_TOKENS, count_tokens: TokenCounter | None = None,
                    max_tokens: int = 0, say: Callable[[str], None] = print) -> Outcome:
-    """Checks each dataset file, then all of them together. Raises UserError for a file that cannot be read."""
+    """Checks each dataset file, then all of them together. Raises UserError for a file that cannot be read, an unknown
+    rule or language."""
     import pandas as pd
 
-    from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, name_of, suite_of
+    from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, rule_names, suite_of
 
-    every = {name: make(scale, limits) for name, make in RULES.items()}
+    if limits.language not in languages():
+        raise UserError(f"validate.language: {limits.language!r} is no ISO 639-1 code of {', '.join(languages())}")
     across = cross_rules(limits)
-    check_names(limits, sorted({name_of(item) for some in [*every.values(), across] for item in some} | {"fits_model"}))
-    rules = {name: every[name] + ([fits_model(max_tokens)] if count_tokens else []) for name in files}
+    check_names(limits, rule_names())
+    rules = {name: RULES[name](scale, limits) + ([fits_model(max_tokens)] if count_tokens else []) for name in files}
     outcome = Outcome()
     parts = []
 
