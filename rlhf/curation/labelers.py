@@ -66,7 +66,8 @@ def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, least: in
     found: list[Outlier] = []
     left = dict(agreed)
     while True:
-        total, by_name = Count(), defaultdict(Count)
+        total = Count()
+        by_name: dict[str, Count] = defaultdict(Count)
         for names, count in sorted(left.items()):
             total.add(count)
             for name in names:
