@@ -156,7 +156,7 @@ class Check:
         report, allowed = self.report, set()
         for item in expect["found"]:
             rows = item["row"] if isinstance(item.get("row"), list) else [item.get("row")]
-            matching = [entry for entry in report if entry["dataset"] == item["dataset"]
+            matching = [entry for entry in report if item["dataset"] in ("any", entry["dataset"])
                         and (rows == [None] or entry["row"] in rows)
                         and holds_one(f"{entry['rule']} {entry['message']}", item["rule"])
                         and holds_one(entry["message"], item.get("names", [""]))]
