@@ -334,7 +334,8 @@ def test_no_row_whatever_it_holds_stops_the_reading(row: dict[str, Any], grouped
 @pytest.mark.parametrize(("row", "fits"), [
     ({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}]}, True),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, True),
-    ({"messages": [{"role": "user", "content": "q"}]}, True), ({"messages": "text"}, False), ({"messages": None}, False),
+    ({"messages": [{"role": "user", "content": "q"}]}, True), ({"messages": "text"}, False),
+    ({"messages": None}, False),
     ({"messages": [{"role": "user", "content": None}]}, False)])
 def test_a_row_whose_content_is_at_fault_fits_its_layout(row: dict[str, Any], fits: bool) -> None:
     """A file of such rows alone is loss; one of which no row fits its layout is a wrong description."""
