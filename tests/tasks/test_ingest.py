@@ -35,7 +35,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def team(tmp_path: Path) -> Path:
     """A team's own files: demonstrations as CSV, rankings as Parquet, prompts as JSON Lines, and their description."""
     rng = random.Random(1)
-    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know part {number}.", "by": f"u{number % 30}"}
+    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know part {number}.",
+            "by": f"u{number % 30}"}
            for number in range(300)]
     sft[7]["answer"] = ""
     sft[8]["question"] += " Write to ann@example.org."
