@@ -81,13 +81,15 @@ def test_two_who_answer_at_random_are_both_named() -> None:
 def test_people_who_agree_as_people_do_are_not_named() -> None:
     for seed in range(20):
         assert doubtful_labelers(ranked(dict.fromkeys("abcde", 0.84), 60, seed)) == []
+    assert doubtful_labelers(ranked(dict.fromkeys("abcdefghijklmnopqrst", 0.84), 60, 1)) == []
 
 
 def test_completions_in_another_order_are_the_same_pair() -> None:
     rows: list[Comparison] = [("a", "p", ("x", "y"), (1, 2)), ("b", "p", ("y", "x"), (2, 1)),
                               ("c", "p", ("x", "y"), (2, 1)), ("d", "q", ("x", "y"), (2, 1)),
                               ("e", "p", ("x", "y"), (1, 1))]
-    assert agreement_by_pair(rows) == {("a", "b"): Count(1, 1), ("a", "c"): Count(0, 1), ("b", "c"): Count(0, 1)}
+    assert agreement_by_pair(rows) == (
+        {("a", "b"): Count(1, 1), ("a", "c"): Count(0, 1), ("b", "c"): Count(0, 1)}, {"a": 1, "b": 1, "c": 1})
 
 
 def test_outliers_are_taken_out_one_after_the_other() -> None:
