@@ -73,8 +73,8 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9_.,/:$\u20ac\u00a3%#=*^@&?-])(?:\+|00)?(?:\
 _PHONE_WORDS = re.compile(
     r"\b(?:tele)?phones?\b|\btel\b|\bcall(?:ed|ing|s)?\b|\bring\b|\brang\b|\bmobiles?\b|\bcell(?:phone)?\b|\blandline|"
     r"\bfax\b|whats ?app|\btext(?:ed|ing)? (?:me|him|her|us|them|at|on|to|back)\b|\bsms\b|\bdial|\bvoicemail|"
-    r"\b(?:reach|contact) (?:me|him|her|us|them)\b|\b(?:my|his|her|our|their) number|tel[e\u00e9]fo+n|\bhandy|rufnummer|"
-    r"\bt\u00e9l|\bportable\b|\bm[o\u00f3]vil\b|\bcelular|\bcellulare|\bnumero\b|\bn\u00famero\b|\bmobil\b|\bmobiel|"
+    r"\b(?:reach|contact) (?:me|him|her|us|them)\b|\b(?:my|his|her|our|their) number|tel[e\u00e9]fo+n|\bhandy|"
+    r"rufnummer|\bt\u00e9l|\bportable\b|\bm[o\u00f3]vil\b|\bcelular|\bcellulare|\bnumero\b|\bn\u00famero\b|\bmobil\b|\bmobiel|"
     r"\bpuhelin|\bpuh\b|\u7535\u8bdd|\u624b\u673a|\u96fb\u8a71|\u643a\u5e2f|\uc804\ud654|"
     r"\u0442\u0435\u043b\u0435\u0444\u043e\u043d|\u0442\u0435\u043b\.", re.IGNORECASE)
 _OTHER_NUMBER = re.compile(
