@@ -91,6 +91,7 @@ class ValidateParams:
     max_completion_chars: int = param(400, "longest completion, characters", ge=1)
     near_duplicate_chars: int = param(40, "prompts are near duplicates if they share a prefix this long ...", ge=1)
     near_duplicate_share: float = param(0.9, "... that is at least this share of the longer prompt", gt=0, le=1)
+    language: str = param("en", "ISO 639-1 code of the language that prompts must have")
     mostly: dict[str, float] = param({}, "rule: share of rows that must satisfy it, instead of all", gt=0, le=1)
     warn: list[str] = param([], "rules that only warn")
     stop: list[str] = param([], "rules that stop the run although they only warn by default")

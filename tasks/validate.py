@@ -133,6 +133,8 @@ def folder_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-prompt-chars", type=int, default=NO_LIMIT)
     parser.add_argument("--max-completion-chars", type=int, default=NO_LIMIT)
     parser.add_argument("--max-prompts-per-user", type=int, default=ValidateParams().max_prompts_per_user)
+    parser.add_argument("--language", default=ValidateParams().language, metavar="CODE",
+                        help="language of the prompts, as ISO 639-1 code (default: en)")
     parser.add_argument("--tokenizer", default="", metavar="NAME", help="a tokenizer's folder or name on the hub")
     parser.add_argument("--max-tokens", type=int, default=2048, help="with --tokenizer: most tokens of a row")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="write the rows that break a rule there")
@@ -148,7 +150,8 @@ def check_folder(args: argparse.Namespace) -> int:
     if not files:
         raise UserError(f"{args.data}: none of {', '.join(f'{name}.jsonl' for name in KEYS)} in it")
     limits = replace(ValidateParams(), counts=args.counts, min_k=args.min_k, max_prompt_chars=args.max_prompt_chars,
-                     max_completion_chars=args.max_completion_chars, max_prompts_per_user=args.max_prompts_per_user)
+                     max_completion_chars=args.max_completion_chars, max_prompts_per_user=args.max_prompts_per_user,
+                     language=args.language)
     options: dict[str, Any] = {}
     if args.tokenizer:
         counter, own = token_counter(args.tokenizer)

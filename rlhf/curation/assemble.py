@@ -5,6 +5,7 @@ Texts are spooled to files; memory holds only their normalised prompts and a few
 
 import json
 import multiprocessing
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -18,8 +19,12 @@ from rlhf.curation.loss import EXAMPLES, Quarantine, check_allowance, check_loss
 from rlhf.curation.merge import merged_ranking
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
 from rlhf.curation.screen import Quarantined, Screened, screen_rows
-from rlhf.curation.sources.layouts import text_of, wanted
-from rlhf.curation.sources.read import name_of, parse_line, read_entry
+from rlhf.curation.sources.columns import corpus_text
+from rlhf.curation.sources.groups import build_groups
+from rlhf.curation.sources.layouts import GROUPED_BY
+from rlhf.curation.sources.map_rows import check_columns, row_of, wanted
+from rlhf.curation.sources.paths import Seen
+from rlhf.curation.sources.read import Batch, name_of, read_entry
 from rlhf.curation.sources.spec import Entry, Source
 from rlhf.curation.sources.trees import build_trees
 from rlhf.data.schema import KEYS, SPLITS
@@ -52,17 +57,19 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
         run = _pool(processes, worker_init, stack)
         for role in roles:
             for entry in getattr(source, role):
-                before = read[role]
-                for place, screened, bad in run(_tasks(role, entry, source, root, folder, seed)):
+                before, seen = read[role], Seen()
+                for place, screened, bad, columns in run(_tasks(role, entry, source, root, folder, seed, seen)):
+                    seen.merge(columns)
                     for row in screened:
                         spools[role].add(place, row)
                     lost.add(role, place, screened, bad)
                     for item in bad:
-                        quarantine.write(json.dumps({"dataset": role, "source": place, "row": item.number,
-                                                     "reason": item.reason, "content": item.row}, default=str) + "\n")
+                        found = {"dataset": role, "source": place, "row": item.number, "reason": item.reason}
+                        quarantine.write(json.dumps(found | {"content": item.row}, default=_shown) + "\n")
                     read[role] += len(screened) + len(bad)
                     if on_rows:
                         on_rows(role, len(screened) + len(bad))
+                check_columns(seen, role, entry, name_of(entry))
                 if read[role] == before:
                     hint = f"; where: {entry.where} may fit none" if entry.where else ""
                     raise UserError(f"{name_of(entry)}: no row for {role}{hint}")
@@ -85,6 +92,11 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
         report["corpus"] = {"documents": _write_corpus(source.corpus, root, folder / "corpus.jsonl")}
     write_json(folder / REPORT, report)
     return report
+
+
+def _shown(value: Any) -> str:
+    """What JSON cannot hold, as text; of bytes, such as an image's, only the number."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
 class _Spool:
@@ -222,29 +234,48 @@ def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarra
         "language_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
 
 
-def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int
+def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int, seen: Seen
            ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    batches = read_entry(entry, root)
-    if entry.layout == "oasst_messages":
-        batches = build_trees(_as_rows(batches), folder)
-    for place, numbers, rows in batches:
+    for place, numbers, rows in batches_of(entry, root, folder, seen):
         yield place, (role, entry, source.rules, seed, numbers, rows)
 
 
-def _as_rows(batches: Iterable[tuple[str, list[int], list[Any]]]) -> Iterator[tuple[str, list[int], list[Any]]]:
-    """Parses JSON lines of a message table before they are grouped into trees. Raises UserError for a bad line."""
+def batches_of(entry: Entry, root: Path, folder: Path, seen: Seen, most: int = sys.maxsize) -> Iterator[Batch]:
+    """Batches of an entry's rows, its first `most` or more; made into trees or groups on disk where they are such.
+
+    `seen` learns the columns of grouped rows. Raises UserError.
+    """
+    batches = _first(read_entry(entry, root), most)
+    if entry.layout == "oasst_messages":
+        batches = build_trees(_as_rows(batches, entry), folder)
+    grouped_by = [GROUPED_BY[entry.layout]] if entry.layout in GROUPED_BY else entry.groups()
+    if grouped_by:
+        batches = build_groups(batches, entry, grouped_by, folder, seen)
+    return batches
+
+
+def _first(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        most -= len(batch[1])
+        if most <= 0:
+            return
+
+
+def _as_rows(batches: Iterable[Batch], entry: Entry) -> Iterator[Batch]:
+    """Parses the rows of a message table before they are grouped into trees. Raises UserError for a bad one."""
     for place, numbers, rows in batches:
         parsed = []
         for number, row in zip(numbers, rows, strict=True):
             try:
-                parsed.append(parse_line(row) if isinstance(row, str) else row)
+                parsed.append((number, row_of(row, entry)))
             except ValueError as error:
                 raise UserError(f"{place}: row {number}: {error}; a tree cannot be built without it") from None
-        yield place, numbers, parsed
+        yield place, [number for number, row in parsed if row], [row for _, row in parsed if row]
 
 
 Screen = Callable[[Iterator[tuple[str, tuple[Any, ...]]]],
-                  Iterator[tuple[str, list[Screened], list[Quarantined]]]]
+                  Iterator[tuple[str, list[Screened], list[Quarantined], Seen]]]
 
 
 def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitStack) -> Screen:
@@ -253,7 +284,8 @@ def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitSta
         return lambda tasks: ((place, *screen_rows(*arguments)) for place, arguments in tasks)
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, worker_init))
 
-    def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[str, list[Screened], list[Quarantined]]]:
+    def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]
+            ) -> Iterator[tuple[str, list[Screened], list[Quarantined], Seen]]:
         pending: deque[tuple[str, Any]] = deque()
         for place, arguments in tasks:
             pending.append((place, pool.apply_async(screen_rows, arguments)))
@@ -271,15 +303,22 @@ def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
     written = 0
     with path.open("w", encoding="utf-8") as out:
         for entry in entries:
-            column = entry.columns.get("text", "text")
+            seen, bad = Seen(), None
             for place, numbers, rows in read_entry(entry, root):
-                for number, row in zip(numbers, rows, strict=True):
+                for number, item in zip(numbers, rows, strict=True):
                     try:
-                        row = parse_line(row) if isinstance(row, str) else row
-                        text = text_of(row, column) if wanted(row, entry) else ""
+                        row = row_of(item, entry)
+                        if row is None:
+                            continue
+                        seen.add(row, entry.paths())
+                        text = corpus_text(row, entry) if wanted(row, entry) else ""
                     except ValueError as error:
-                        raise UserError(f"{place}: row {number}: {error}") from None
+                        bad = bad or UserError(f"{place}: row {number}: {error}")
+                        continue
                     if is_visible(text):
                         out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                         written += 1
+            check_columns(seen, "corpus", entry, name_of(entry))  # says more than the first row that lacks one
+            if bad:
+                raise bad
     return written

@@ -29,7 +29,7 @@ def reason_kind(reason: str) -> str:
     """A reason without the details of its row, for counting."""
     head = reason.split(":")[0]
     return "".join("N" if character.isdigit() else character for character in head) if head.startswith(
-        "completion ") else head
+        ("completion ", "message ")) else head
 
 
 def lost_rows(report: Mapping[str, Any]) -> int:

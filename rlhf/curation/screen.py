@@ -15,8 +15,9 @@ from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
 from rlhf.curation.near_duplicates import normalised, same_user
 from rlhf.curation.personal_data import personal_data_in
-from rlhf.curation.sources.layouts import LAYOUTS, Record, wanted
-from rlhf.curation.sources.read import parse_line
+from rlhf.curation.sources.map_rows import map_rows
+from rlhf.curation.sources.paths import Seen
+from rlhf.curation.sources.records import Record
 from rlhf.curation.sources.spec import Entry, RulesParams
 from rlhf.curation.transcripts import first_said, split_text
 from rlhf.data.schema import MAX_K, SPLITS
@@ -168,32 +169,18 @@ def _screened(record: Record, number: int, role: str, entry: Entry, rules: Rules
 
 
 def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers: Sequence[int], rows: Sequence[Any]
-                ) -> tuple[list[Screened], list[Quarantined]]:
+                ) -> tuple[list[Screened], list[Quarantined], Seen]:
     """Maps and screens a batch of rows of an entry. A pure function, so batches can run in several processes."""
+    mapped = map_rows(role, entry, numbers, rows)
     sound: list[tuple[int, Record]] = []
-    quarantined: list[Quarantined] = []
-    layout = LAYOUTS[entry.layout]
-    for number, row in zip(numbers, rows, strict=True):
-        try:
-            if isinstance(row, str):
-                if not row.strip():
-                    continue
-                if "\ufffd" in row:
-                    raise ValueError("not UTF-8, or it holds U+FFFD")
-                row = parse_line(row)
-            if not wanted(row, entry):
-                continue
-            records = list(layout(row, role, entry))
-        except (ValueError, AttributeError, TypeError) as error:  # a row that does not fit its layout
-            quarantined.append(Quarantined(number, str(error), row))
-            continue
-        for record in records:
-            problem = problem_of(record, role, rules)
-            if problem:
-                content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
-                quarantined.append(Quarantined(number, problem, content, fits=True))
-            else:
-                sound.append((number, record))
+    quarantined = [Quarantined(*item) for item in mapped.quarantined]
+    for number, record in mapped.records:
+        problem = problem_of(record, role, rules)
+        if problem:
+            content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
+            quarantined.append(Quarantined(number, problem, content, fits=True))
+        else:
+            sound.append((number, record))
     too_long = _lengths([record for _, record in sound], rules)
     return [_screened(record, number, role, entry, rules, seed, length)
-            for (number, record), length in zip(sound, too_long, strict=True)], quarantined
+            for (number, record), length in zip(sound, too_long, strict=True)], quarantined, mapped.seen

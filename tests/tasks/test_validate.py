@@ -102,7 +102,8 @@ DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
     "empty user_id": ("ppo", put(7, user_id=""), "filled_user_id", [7]),
     "long prompt": ("ppo", put(7, prompt="é" * 401), "prompt_length", [7]),
     "repeated prompt_id": ("rm", repeat("prompt_id"), "unique_prompt_id", [9]),
-    "repeated prompt": ("rm", repeat("prompt"), "unique_prompt", [9]),
+    "repeated prompt": ("sft", repeat("prompt"), "unique_prompt", [9]),
+    "repeated comparison": ("rm", repeat("prompt"), "unique_comparison", [9]),
     "user in two splits": (
         "ppo", lambda rows: rows[-1].update(user_id=rows[0]["user_id"]), "user_in_one_split",
         [sum(expected_rows("ppo", SCALE).values())]),
@@ -226,7 +227,7 @@ def test_success_writes_the_same_metrics_twice(root: Path, capsys: pytest.Captur
     assert (root / "metrics" / "validate.json").read_bytes() == written
     metrics = json.loads(written)
     assert metrics["validate/success"] == 1
-    assert metrics["validate/expectations"] == 34 + 40 + 32 + 3  # the mix is left out of so small datasets
+    assert metrics["validate/expectations"] == 37 + 45 + 33 + 3  # the mix is left out of so small datasets
     assert [metrics[f"validate/{name}_rows"] for name in PAPER_ROWS] == [
         sum(expected_rows(name, SCALE).values()) for name in PAPER_ROWS]
     assert metrics["validate/rm_tied_pairs"] == round(1 / 6, 4)
