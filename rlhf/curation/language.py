@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 CONFIDENT = 0.8  # minimum probability of another language
+UNLIKELY = 0.001  # maximum probability of the dataset's own language in a text in one of several related ones
 MIN_LETTERS = 12  # shorter texts are undecided
 READ_CHARS = 1000  # of the beginning of a long text, and half of it of its end, where the instruction may be
 ACCEPTED = {"en": {"en", "pcm"}, "no": {"no", "nn", "da"}, "zh": {"zh", "wuu", "yue"}, "ar": {"ar", "arz", "ary"},
@@ -100,7 +101,18 @@ def _other_language(text: str, language: str) -> str:
     found, confidence = _identifier().classify(text)
     if foreign_script:
         return "?" if found in ACCEPTED.get(language, {language}) or found in ACCEPTED["en"] else str(found)
-    return str(found) if found not in ACCEPTED.get(language, {language}) and confidence >= CONFIDENT else ""
+    accepted = ACCEPTED.get(language, {language})
+    if found in accepted or (confidence < CONFIDENT and not _is_surely_other(text, accepted)):
+        return ""
+    return str(found)
+
+
+def _is_surely_other(text: str, accepted: set[str]) -> bool:
+    """Whether related languages, such as Spanish, Galician and Aragonese, share the probability without `accepted`."""
+    ranked = _identifier().rank(text)
+    own = sum(probability for code, probability in ranked if code in accepted)
+    others = sum(probability for code, probability in ranked[:3] if code not in accepted)
+    return bool(own < UNLIKELY and others >= 0.95 * CONFIDENT)
 
 
 def _japanese_or_chinese(text: str, language: str, letters: int) -> str:

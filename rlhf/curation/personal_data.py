@@ -69,24 +69,29 @@ NEAR = 60  # characters between a number and the words that say what it is
 # A number as people write it: digits with at most one mark and a blank between them.
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_.,/:$\u20ac\u00a3%#=*^@&?-])(?:\+|00)?(?:\(\+?\d{1,4}\)|\d)"
                      r"(?:(?:[ \u00a0]?[().\u2011/-] ?|[ \u00a0])?\d){6,14}"
-                     r"(?![A-Za-z0-9_%@=]|[.,:/-]\d| ?[=*^\u00d7\u00f7<>\u20ac%])")
+                     r"(?![A-Za-z0-9_%@=]|[.,:/-]\d|-[A-Za-z]| ?[=*^\u00d7\u00f7<>\u20ac%])")
 _PHONE_WORDS = re.compile(
     r"\b(?:tele)?phones?\b|\btel\b|\bcall(?:ed|ing|s)?\b|\bring\b|\brang\b|\bmobiles?\b|\bcell(?:phone)?\b|\blandline|"
     r"\bfax\b|whats ?app|\btext(?:ed|ing)? (?:me|him|her|us|them|at|on|to|back)\b|\bsms\b|\bdial|\bvoicemail|"
-    r"\b(?:reach|contact) (?:me|him|her|us|them)\b|\b(?:my|his|her|our|their) number|tel[e\u00e9]fon|\bhandy|rufnummer|"
-    r"\bt\u00e9l|\bportable\b|\bm[o\u00f3]vil\b|\bcelular|\bcellulare|\bnumero\b|\bn\u00famero\b|\bmobil\b|\bmobiel|"
+    r"\b(?:reach|contact) (?:me|him|her|us|them)\b|\b(?:my|his|her|our|their) number|tel[e\u00e9]fo+n|\bhandy|"
+    r"rufnummer|\bt\u00e9l|\bportable\b|\bm[o\u00f3]vil\b|\bcelular|\bcellulare|\bnumero\b|\bn\u00famero\b|\bmobil\b|\bmobiel|"
     r"\bpuhelin|\bpuh\b|\u7535\u8bdd|\u624b\u673a|\u96fb\u8a71|\u643a\u5e2f|\uc804\ud654|"
     r"\u0442\u0435\u043b\u0435\u0444\u043e\u043d|\u0442\u0435\u043b\.", re.IGNORECASE)
 _OTHER_NUMBER = re.compile(
     r"\b(?:orders?|parts?|models?|serial|sku|items?|invoice|isbn|issn|tracking|tickets?|case|reference|ref|account|acct|"
     r"catalog(?:ue)?|routing|id|doi|patent|article|version|coordinates?|latitude|longitude|pages?|bible|score|seed|"
-    r"student|member(?:ship)?|policy|batch|lot|barcode|upc|ean|vin|licen[cs]e|flight|po)\b[^\n.;!?]{0,12}$",
+    r"student|member(?:ship)?|policy|batch|lot|barcode|zip|post(?:al )?code|cell(?= [A-Z]\d)|"
+    r"upc|ean|vin|licen[cs]e|flight|po)\b(?:no\.|nr\.|[^\n.;!?]){0,12}$",
     re.IGNORECASE)
+_TERM = re.compile(r"[-+*/=^<>\u2212] $")  # what stands before a term of a sum
 _NANP = re.compile(r"(?:\+?1[ .-]?)?(?:\(\d{3}\) ?\d{3}[-. ]\d{4}|\d{3}([-.])\d{3}\1\d{4})")
 _DATE_LIKE = re.compile(r"(?:1[5-9]|20)\d\d[-/. ](?:0?[1-9]|1[0-2])[-/. ]\d|\d{1,2}[-/.]\d{1,2}[-/.](?:1[89]|20)\d\d|"
-                        r"(?:1[0-9]|20)\d\d ?[-/ \u2013] ?(?:1[0-9]|20)\d\d\b|^0?123456789?0?$")
+                        r"(?:1[0-9]|20)\d\d ?[-/ \u2013] ?(?:1[0-9]|20)\d\d\b")
 _FREE = re.compile(r"(?:\+?1[-. ]?)?\(?8(?:00|33|44|55|66|77|88)\)?[-. ]|\(?0[89]00|\(?080[458]|1[38]00 ")
 _RANGE = re.compile(r"(\d{3,5})-(\d{3,5})")
+_FIGURE = re.compile(r"\d+\.\d+|\d(?:\D+\d)*")  # a decimal number; digits one by one
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:[ \u00a0]\d{3}){2,}")
+_COUNTED = re.compile(r"0?123456789|1234567890")
 # Where a national number is looked for, if it has no country code; roughly by number of speakers of the data at hand.
 REGIONS = ("US", "GB", "DE", "FR", "AU", "SE", "ES", "IT", "NL", "IN", "JP", "BR", "CH", "AT", "BE", "IE", "NZ", "ZA",
            "MX", "PL", "DK", "NO", "FI", "PT", "CN", "KR", "RU", "TR", "SG", "HK")
@@ -156,14 +161,13 @@ def _phones(text: str) -> list[str]:
     found = []
     for match in _NUMBER.finditer(text):
         item = match.group()
-        if _is_other(item):
-            continue
         before = text[max(0, match.start() - NEAR):match.start()]
-        if re.search(r"[-+*/=^<>\u2212] $", before[-2:]):  # a term of a sum
+        other = _OTHER_NUMBER.search(before.rstrip(" :#"))
+        if _is_other(item) or (other and not _PHONE_WORDS.search(other.group())) or _TERM.search(before):
             continue
         said = bool(_PHONE_WORDS.search(before) or _PHONE_WORDS.search(text[match.end():match.end() + NEAR // 2]))
-        if not said and _OTHER_NUMBER.search(before.rstrip(" :#")):
-            continue
+        if _THOUSANDS.fullmatch(item):  # may be a number of phones
+            said = len(item) > 10 and bool(_PHONE_WORDS.search(before[-NEAR // 2:]))
         if item.startswith(("+", "00")):
             regions: tuple[str, ...] = ("ZZ",)
         elif said and not (item.isdigit() and not 9 <= len(item) <= 11):
@@ -176,10 +180,11 @@ def _phones(text: str) -> list[str]:
 
 
 def _is_other(item: str) -> bool:
-    """Whether a number is a date, a range, or digits in a row that stand for any number."""
-    bounds = _RANGE.fullmatch(item)
-    return bool(_DATE_LIKE.search(item)) or len(set(re.sub(r"\D", "", item)[3:])) < 2 or bool(
-        bounds and len(bounds[1]) == len(bounds[2]) and int(bounds[1]) < int(bounds[2]))
+    """Whether a number is a date, a range, a figure, or digits in a row that stand for any number."""
+    digits, bounds = re.sub(r"\D", "", item), _RANGE.fullmatch(item)
+    if _DATE_LIKE.search(item) or _FIGURE.fullmatch(item) or _COUNTED.fullmatch(digits) or len(set(digits[3:])) < 2:
+        return True
+    return bounds is not None and len(bounds[1]) == len(bounds[2]) and int(bounds[1]) < int(bounds[2])
 
 
 @lru_cache(maxsize=4096)

@@ -32,6 +32,7 @@ _HINT = re.compile(
     r"xox[a-s]|xapp-|hooks\.slack|SG\.|AIza|GOCSPX|hf_|npm_|authToken|pypi-Ag|eyJ|AC[a-z0-9]{32}|SK[a-z0-9]{32}|-us\d|sq0csp|"
     r"AccountKey=|shp[acps]|do[opr]_v1|dapi|r8_|gsk_|\d{8}:|[MNO][\w-]{23,25}\.|aws.{0,20}?['\"]", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"example|your|xxxx|placeholder|redacted|\.\.\.|\*\*\*|insert|changeme", re.IGNORECASE)
+MIN_CHARS = 20  # of the shortest key; most texts have no word as long
 MIN_DISTINCT = 5  # different characters of a key; fewer stand for one
 
 
@@ -73,7 +74,7 @@ def secrets_in(text: str) -> list[str]:
 
     Of overlapping ones the first pattern's.
     """
-    if not _HINT.search(text):
+    if ("PRIVATE KEY" not in text and max(map(len, text.split()), default=0) < MIN_CHARS) or not _HINT.search(text):
         return []
     found: list[tuple[int, str]] = []
     taken: list[tuple[int, int]] = []
