@@ -156,12 +156,18 @@ def leanings(rankings: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Leaning
     return found
 
 
-def by_position(rankings: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Leaning]:
-    """The labelers whose ranks follow the order of presentation."""
+def by_position(rankings: Iterable[tuple[str, Sequence[int]]], as_shown: bool = False) -> dict[str, Leaning]:
+    """The labelers whose ranks follow the order of presentation.
+
+    Two labelers and more without a single exception are left out unless the order is known to be the one `as_shown`:
+    their rows come from a source that writes the better completion first.
+    """
     found = leanings(rankings)
     z = strict_z(len(found))
-    return {name: item for name, item in found.items()
-            if item.rows >= MIN_ROWS and item.follows_order and abs(item.z) >= z}
+    without_exception = [name for name, item in found.items() if abs(item.mean) == 1]
+    written = without_exception if len(without_exception) > 1 and not as_shown else []
+    return {name: item for name, item in found.items() if name not in written
+            and item.rows >= MIN_ROWS and item.follows_order and abs(item.z) >= z}
 
 
 def doubtful_labelers(rows: Sequence[Comparison]) -> list[str]:

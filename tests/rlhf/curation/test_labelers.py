@@ -49,6 +49,13 @@ def test_data_that_is_written_best_first_says_nothing_of_its_labelers() -> None:
     assert doubtful_labelers([*pairs("ann", 60, 1.0, rng), *pairs("unknown", 60, 0.5, rng)]) == []
 
 
+def test_a_source_that_writes_the_better_one_first_beside_another_says_nothing_of_its_labelers() -> None:
+    rng = random.Random(5)
+    rows = [*pairs("ann", 60, 1.0, rng), *pairs("bo", 60, 1.0, rng), *pairs("cy", 60, 0.5, rng)]
+    assert doubtful_labelers(rows) == []
+    assert list(by_position(((name, ranks) for name, _, _, ranks in rows), as_shown=True)) == ["ann", "bo"]
+
+
 def test_few_rankings_and_a_slight_leaning_say_nothing() -> None:
     rng = random.Random(4)
     assert doubtful_labelers([*pairs("ann", 60, 0.5, rng), *pairs("bo", 15, 1.0, rng)]) == []
