@@ -50,8 +50,9 @@ def normalised(prompt: str) -> str:
 
 
 def same_user(user_id: str) -> str:
-    """The user id as it is compared with others: NFKC, lower case, one blank for white space, none at the ends."""
-    return " ".join(_visible(unicodedata.normalize("NFKC", user_id)).casefold().split())
+    """The user id as it is compared with others: NFKC, lower case, one blank for white space, none at the ends, without
+    characters of no width and look-alike letters of other alphabets."""
+    return " ".join((user_id if user_id.isascii() else _plain_letters(user_id)).casefold().split())
 
 
 def _visible(text: str) -> str:

@@ -384,4 +384,6 @@ ppo:
         pairs = sum(1 for _ in handle)
     assert pairs < report["rm"]["read"] < pairs + 1000
     assert all(report[role]["kept"] > 0.95 * report[role]["read"] for role in ("sft", "rm", "ppo"))
-    assert {item["rule"] for item in validated(tmp_path / "out")} <= {"personal_data_in_valid"}
+    # All warn: completions of hh-rlhf begin with "Human:", and the best one of a pair is its prompt.
+    assert {item["rule"] for item in validated(tmp_path / "out")} <= {
+        "personal_data_in_valid", "turn_marks", "repeated_prompt"}
