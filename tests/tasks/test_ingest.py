@@ -35,7 +35,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def team(tmp_path: Path) -> Path:
     """A team's own files: demonstrations as CSV, rankings as Parquet, prompts as JSON Lines, and their description."""
     rng = random.Random(1)
-    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know part {number}.", "by": f"u{number % 30}"}
+    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know part {number}.",
+            "by": f"u{number % 30}"}
            for number in range(300)]
     sft[7]["answer"] = ""
     sft[8]["question"] += " Write to ann@example.org."
@@ -192,6 +193,9 @@ def test_the_embedded_source_by_description(tmp_path: Path) -> None:
     ("sft: [{files: '*'}]", "names this description itself"),
     ("sft: [{files: x, use_case: poetry}]", "use case 'poetry' must be one of generation"),
     ("ppo: [{files: x}]\nrules: {valid_share: 1.5}", "rules.valid_share = 1.5: must be float >= 0 and <= 1"),
+    ("ppo: [{files: x}]\nrules: {language: jp}", "rules.language = 'jp': must be one of .* ja, "),
+    ("ppo: [{files: x}]\nrules: {max_lost_shares: {leaks: 0.5}}", "rules.max_lost_shares: unknown rule 'leaks'"),
+    ("ppo: [{files: x}]\nrules: {max_lost_shares: {leak: most}}", "rules.max_lost_shares"),
     ("embedded: {}\nsft: [{files: x}]", "cannot be combined with other keys"),
     ("embedded: {scale: 3}", "embedded.scale = 3: must be float > 0 and <= 1"),
 ])

@@ -55,3 +55,32 @@ def test_a_dataset_may_be_in_any_language(text: str, language: str, found: str) 
 
 def test_the_languages_have_codes() -> None:
     assert {"en", "ja", "zh", "de", "sw"} <= set(languages())
+
+
+def test_nine_tenths_of_short_prompts_are_told_apart() -> None:
+    foreign = """Wie viele Einwohner hat die Stadt Hamburg heute?|Explique-moi comment fonctionne un moteur diesel.
+¿Cuál es la capital de Perú y cuántos habitantes tiene?|Escribe un poema corto sobre el mar.
+Scrivi una breve storia su un gatto nero.|Come si prepara la pasta alla carbonara?
+Skriv en kort dikt om vintern i Norrland.
+Escreva um e-mail pedindo desculpas pelo atraso.|Schrijf een kort verhaal over een hond in het bos.
+Hur gör man en god äppelkaka?|Hvordan laver man en god suppe til mange mennesker?|Napisz krótki wiersz o jesieni.
+Napiš krátkou báseň o zimě.|Írj egy rövid mesét a farkasról.|Kirjoita lyhyt runo metsästä.
+Tulis puisi pendek tentang laut.
+Bana sonbahar hakkında kısa bir şiir yaz.|Viết một bài thơ ngắn về mùa thu.|Напиши короткое стихотворение об осени.
+Напиши функцию на Python, которая сортирует список.|Γράψε ένα μικρό ποίημα για τη θάλασσα.|اكتب قصيدة قصيرة عن البحر
+שלום, כתוב שיר קצר על הים|शरद ऋतु पर एक छोटी कविता लिखो|请用Python写一个排序函数。|가을에 대한 짧은 시를 써 주세요"""
+    english = """Translate to German: I like apples.|Explain this idiom: Da liegt der Hund begraben.
+Is this correct French? Je suis allé au marché hier matin avec ma soeur.|List 5 Spanish verbs|Sushi vs sashimi
+Proofread: Ayer fui al cine con mis amigos y vimos una pelicula muy larga.
+Explain the joke: 为什么程序员总是分不清万圣节和圣诞节?
+What does "Напиши короткое стихотворение об осени" mean?|Name the language: Kirjoita lyhyt runo metsästä.
+Fix grammar: Je mange un pomme et je boit du lait tous les matins.|Who wrote Don Quijote de la Mancha?
+Rate the sentiment of this review: Das Essen war kalt und der Kellner unfreundlich, nie wieder!|Who is Jürgen Habermas?
+Barcelona Madrid train price|Recipe: Wiener Schnitzel mit Kartoffelsalat|Poem about Schadenfreude
+SELECT nombre, apellido FROM clientes WHERE pais = 'ES';|次の文の意味は何ですか — what does this mean?
+Sentiment? "La película fue aburrida y demasiado larga para los niños.\""""
+    others, own = foreign.replace("\n", "|").split("|"), english.replace("\n", "|").split("|")
+    found = sum(bool(foreign_language(text)) for text in others)
+    wrong = sum(bool(foreign_language(text)) for text in own)
+    assert found >= 0.9 * len(others)
+    assert found >= 0.9 * (found + wrong)

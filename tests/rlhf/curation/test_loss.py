@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.curation.loss import check_allowance, check_loss, is_too_much, lost_rows
+from rlhf.curation.loss import check_loss, check_rules, is_too_much, lost_rows
 from rlhf.curation.rules import RULES
 from rlhf.curation.sources.spec import RulesParams
 from rlhf.errors import UserError
@@ -46,9 +46,12 @@ def test_the_table_names_role_share_rules_and_rows() -> None:
     assert "sft" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("shares", "said"), [({"near_duplicat": 0.5}, "unknown rule 'near_duplicat'"),
-                                              ({"leak": 1.5}, "must be >= 0 and <= 1"),
-                                              ({"subsample": 0.5}, "unknown rule 'subsample'")])
-def test_an_allowance_for_no_rule_is_refused(shares: dict[str, float], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        check_allowance(replace(RulesParams(), max_lost_shares=shares))
+@pytest.mark.parametrize(("rules", "said"), [
+    ({"max_lost_shares": {"near_duplicat": 0.5}}, "max_lost_shares: unknown rule 'near_duplicat'; must be one of"),
+    ({"max_lost_shares": {"leak": 1.5}}, "must be float >= 0 and <= 1"),
+    ({"max_lost_shares": {"subsample": 0.5}}, "unknown rule 'subsample'"),
+    ({"language": "jp"}, "language = 'jp': must be one of .* ja, "),
+])
+def test_an_allowance_for_no_rule_and_an_unknown_language_are_refused(rules: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_rules(replace(RulesParams(), **rules))
