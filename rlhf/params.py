@@ -156,7 +156,8 @@ class RmParams:
         "demonstrations", "labeler demonstrations score mean 0 [InstructGPT], or the SFT policy's samples mean 0 and "
         "standard deviation 1 [Ziegler]")
     normalise_samples: int = param(512, "samples of the SFT policy, for gain_and_bias", ge=2)
-    batch_size: int = param(64, "prompts per step, with all completions of each [InstructGPT 64, best-of-4 8]", ge=1)
+    batch_size: int = param(64, "rankings per step, with all completions of each; those of one prompt come together "
+                             "[InstructGPT 64, best-of-4 8]", ge=1)
     lr: float = peak_lr(5e-4)
     max_tokens: int = max_tokens()
     checkpoint: Literal["last", "valid_accuracy"] = param(

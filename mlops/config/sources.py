@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops.config.loader import check_section, read_yaml, unknown_key
+from rlhf.curation.loss import check_rules
 from rlhf.curation.sources.columns import COMMON_FIELDS, FIELDS, needed
 from rlhf.curation.sources.layouts import LAYOUT_ROLES
 from rlhf.curation.sources.spec import Entry, RulesParams, Source
@@ -36,7 +37,12 @@ def load_source(path: Path) -> Source | IngestParams:
     entries = {role: _entries(content.get(role), path, role) for role in ROLES}
     if not any(entries[role] for role in ROLES if role != "corpus"):
         raise UserError(f"{path}: nothing to read; add at least one of sft, rm, ppo")
-    return Source(**entries, rules=check_section(RulesParams, content.get("rules") or {}, path, "rules"))
+    rules = check_section(RulesParams, content.get("rules") or {}, path, "rules")
+    try:
+        check_rules(rules)
+    except ValueError as error:
+        raise UserError(f"{path}: rules.{error}") from None
+    return Source(**entries, rules=rules)
 
 
 def _entries(content: Any, path: Path, role: str) -> list[Entry]:

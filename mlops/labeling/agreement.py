@@ -74,7 +74,7 @@ def positions(labels: Iterable[Label], assignments: Iterable[Assignment]) -> tup
     order = {(item.item_id, item.labeler_id): item.order for item in assignments}
     shown = [(label.labeler_id, [label.ranks[index] for index in order[label.item_id, label.labeler_id]])
              for label in labels if (label.item_id, label.labeler_id) in order]
-    return leanings(shown), sorted(by_position(shown))
+    return leanings(shown), sorted(by_position(shown, as_shown=True))
 
 
 def agreement_with(truth: Mapping[str, Sequence[int]], labels: Iterable[Label]) -> tuple[dict[str, Count], list[str]]:

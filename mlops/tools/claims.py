@@ -1,9 +1,9 @@
 """The paper's claims, tested on the numbers of several seeds: metrics/claims.json and docs/claims.md.
 
-A claim holds if its bar is met twice: by the 95 % interval of the mean over the seeds (Student's t, so that it holds for
-further seeds), and by each seed's own 95 % interval (over its prompts and items). `ours` is the mean; `low`, `high` are
-the ends over the seeds; `lowest`, `highest` those of the seeds' own intervals. Claims and figures are from Ouyang et al.
-2022; the last claim is from Gao et al. 2022.
+A claim holds if its bar is met twice: by the 95 % interval of the mean over the seeds (Student's t: so it holds for
+further seeds), and by each seed's own 95 % interval (over its prompts and items). `ours` is the mean; `low` and `high`
+are the ends over the seeds; `lowest` and `highest` those of the seeds' own intervals. Claims and figures are from
+Ouyang et al. 2022; the last claim is from Gao et al. 2022.
 """
 
 import math
@@ -167,8 +167,8 @@ def page(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], prof
     lines = ["# The paper's claims at small scale", "",
              f"Written by `make study` (profile `{profile}`, seeds {', '.join(map(str, seeds))}), together with",
              "`metrics/claims.json`. The embedded world is synthetic: it shows whether the recipe behaves as the paper",
-             "says, not how people would judge. *Ours* is the mean with its 95 % interval over the seeds (Student's t);",
-             "*within* goes from the lowest to the highest end of the seeds' own 95 % intervals. A claim holds if both",
+             "says, not how people would. *Ours* is the mean with its 95 % interval over the seeds (Student's t).",
+             "*Within* is from the lowest to the highest end of the seeds' own 95 % intervals. A claim holds if both",
              f"intervals meet its bar, and every seed its further conditions. {held} of {len(claims)} hold.", "",
              "| | claim | paper | ours | within | bar | holds |", "|---|---|---|---|---|---|---|"]
     for number, claim in enumerate(claims, start=1):

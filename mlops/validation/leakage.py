@@ -53,9 +53,8 @@ class PromptStaysOnItsSide(ColumnPairMapMetricProvider):
 class ExpectPromptsNotToCrossSplits(ColumnPairMapExpectation):
     """No prompt (column_A) of a train place is one of a valid place (column_B: dataset/split).
 
-    With `chars` > 0 the expectation is about near duplicates: in lower case and without punctuation they share a prefix
-    of at least `chars` characters and `share` of the longer prompt. Equal prompts are left to the expectation without
-    `chars`.
+    With `chars` > 0 the expectation is about near duplicates (`rlhf.curation.near_duplicates`), equal after
+    normalisation included. Equal prompts are left to the expectation without `chars`.
     """
 
     chars: int = 0

@@ -170,18 +170,16 @@ def fits_model(max_tokens: int) -> Expectation:
 
 def sft_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
     """Demonstrations."""
-    rules = [
+    return [
         *common_rules("sft", scale, limits),
         visible("completion", "filled_completion"),
         not_longer("completion", "completion_length", "completion", limits.max_completion_chars,
                    "max_completion_chars"),
         declared("repeated_prompt", "repeated_prompt", "no completion is its prompt or begins with it",
                  "remove the row, or the prompt from the completion"),
+        declared("truncated", "truncated", "no completion breaks off", "remove the row, or complete it"),
         shared_completion(),
     ]
-    if limits.counts == "none":  # the embedded source's labelers break off some demonstrations on purpose
-        rules.append(declared("truncated", "truncated", "no completion breaks off", "remove the row, or complete it"))
-    return rules
 
 
 def shared_completion() -> Expectation:

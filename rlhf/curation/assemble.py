@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from rlhf.curation.characters import is_visible
-from rlhf.curation.loss import EXAMPLES, Quarantine, check_allowance, check_loss, example, lost_rows
+from rlhf.curation.loss import EXAMPLES, Quarantine, check_loss, example, lost_rows
 from rlhf.curation.merge import merged_ranking
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
 from rlhf.curation.screen import Quarantined, Screened, screen_rows
@@ -44,7 +44,6 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
     processed. The bytes of the datasets depend on the rows and the seed, not on the order of the rows or on
     `processes`. Raises UserError if a source cannot be read, has no usable row, or loses more rows than it may.
     """
-    check_allowance(source.rules)
     folder.mkdir(parents=True, exist_ok=True)
     roles = [role for role in KEYS if getattr(source, role)]
     spools = {role: _Spool(folder / f"{role}.spool") for role in roles}

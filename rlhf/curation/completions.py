@@ -10,6 +10,7 @@ MIN_WORDS, MIN_CHARS = 3, 16  # shorter prompts (greetings, a word to explain) m
 MIN_SHARED_ROWS = 10
 LABEL_CHARS = 20  # shorter completions are labels or short answers, which many rows may share
 SHARED = 0.05  # the largest share of the prompts with one completion
+_OPEN = (":", "{", "(", "[", ",", ";", '"', "'")  # the end of a piece of code, which its answer may repeat whole
 _ENDS = (".", "!", "?", "。", "！", "？", "؟", "।")
 
 
@@ -52,7 +53,8 @@ def _goes_on_after(prompt: str, completion: str) -> bool:
     said, asked = completion.strip(), prompt.strip()
     if said[:len(asked)].casefold() == asked.casefold():
         rest = said[len(asked):]
-        return rest[:1].isspace() and (asked.endswith(_ENDS) or "\n" in rest[:len(rest) - len(rest.lstrip())])
+        over = asked.endswith(_ENDS) or ("\n" in rest[:len(rest) - len(rest.lstrip())] and not asked.endswith(_OPEN))
+        return rest[:1].isspace() and over
     plain = _plain(asked)
     return asked.endswith(_ENDS) and _plain(said[:2 * len(asked)]).startswith(plain + " ")
 

@@ -35,6 +35,6 @@ def truncated(text: str) -> str:
     last = text.rstrip().rsplit("\n", 1)[-1]
     if len(last.split()) < MIN_WORDS or _ADDRESS.search(last) or _EMOTICON.search(last):
         return ""
-    if last.endswith((",", "(", "[", "{")) or _UNFINISHED.search(last):
+    if (last.endswith((",", "(", "[", "{")) and last[-2] not in ".!?") or _UNFINISHED.search(last):
         return f"breaks off: ... {last[-30:]}"
     return ""

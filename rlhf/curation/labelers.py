@@ -33,18 +33,21 @@ class Count:
         self.agreed += other.agreed
         self.pairs += other.pairs
 
-    def clearly_below(self, other: "Count", z: float = Z) -> bool:
-        """Whether both have pairs and this one's interval lies below the other's."""
-        return bool(self.pairs and other.pairs) and self.interval(z)[1] < other.interval(z)[0]
+    def clearly_below(self, other: "Count") -> bool:
+        """Whether both have pairs and this one's 95 % interval lies below the other's."""
+        return bool(self.pairs and other.pairs) and self.interval()[1] < other.interval()[0]
 
     def interval(self, z: float = Z) -> tuple[float, float]:
         """Wilson's interval of the share, by default at 95 %."""
-        if not self.pairs:
-            return 0.0, 1.0
-        share, weight = self.share, z * z / self.pairs
-        middle = (share + weight / 2) / (1 + weight)
-        half = z * math.sqrt(share * (1 - share) / self.pairs + weight / (4 * self.pairs)) / (1 + weight)
-        return middle - half, middle + half
+        return wilson(self.share, self.pairs, z) if self.pairs else (0.0, 1.0)
+
+
+def wilson(share: float, trials: int, z: float) -> tuple[float, float]:
+    """Wilson's interval of a share of `trials`, `z` standard deviations to both sides."""
+    weight = z * z / trials
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
+    return middle - half, middle + half
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,15 @@ class Outlier:
     others: Count
 
 
-def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, least: int = 1) -> list[Outlier]:
+def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, judged: Mapping[str, int] | None = None,
+                least: int = 1) -> list[Outlier]:
     """Labelers who agree with the others less than these among themselves, by MIN_GAP at least, and the two intervals
     do not overlap.
 
     `agreed`: by pair of labelers, (name, name) in alphabetical order. The farthest is taken out first, and the others
-    are judged without it: agreement with someone who guesses says nothing of a labeler. `least`: pairs that it takes.
+    are judged without it: agreement with someone who guesses says nothing of a labeler. `judged`: the number of
+    different pairs of completions that a labeler judged, which are its independent trials where many labelers judge the
+    same ones; None: all comparisons count. `least`: trials that it takes.
     """
     found: list[Outlier] = []
     left = dict(agreed)
@@ -75,8 +81,9 @@ def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, least: in
         candidates = []
         for name, own in by_name.items():
             others = Count(total.agreed - own.agreed, total.pairs - own.pairs)
-            if min(own.pairs, others.pairs) >= least and others.share - own.share >= MIN_GAP \
-                    and own.clearly_below(others, z):
+            trials = min(own.pairs, judged[name]) if judged else own.pairs
+            if min(trials, others.pairs) >= max(1, least) and others.share - own.share >= MIN_GAP \
+                    and wilson(own.share, trials, z)[1] < others.interval(z)[0]:
                 candidates.append(Outlier(name, own, others))
         if not candidates:
             return sorted(found, key=lambda item: item.name)
@@ -85,12 +92,13 @@ def outliers_of(agreed: Mapping[tuple[str, str], Count], z: float = Z, least: in
 
 
 def strict_z(count: int) -> float:
-    """The two-sided 95 % quantile for `count` tests at once (Bonferroni), at least 3."""
-    return max(3.0, NormalDist().inv_cdf(1 - 0.025 / max(1, count)))
+    """The two-sided 95 % quantile for `count` tests at once (Bonferroni), at least 2.5."""
+    return max(2.5, NormalDist().inv_cdf(1 - 0.025 / max(1, count)))
 
 
-def agreement_by_pair(rows: Sequence[Comparison]) -> dict[tuple[str, str], Count]:
-    """How often each two labelers agree on a pair of completions of one prompt on which both have a preference."""
+def agreement_by_pair(rows: Sequence[Comparison]) -> tuple[dict[tuple[str, str], Count], dict[str, int]]:
+    """How often each two labelers agree on a pair of completions of one prompt on which both have a preference, and by
+    labeler on how many different pairs."""
     several = {prompt for prompt, count in Counter(prompt for _, prompt, _, _ in rows).items() if count > 1}
     votes: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
     for labeler, prompt, completions, ranks in rows:
@@ -99,10 +107,12 @@ def agreement_by_pair(rows: Sequence[Comparison]) -> dict[tuple[str, str], Count
                 if rank != other_rank and one != other:
                     votes[prompt, one, other][labeler] = 1 if rank < other_rank else -1
     counts: dict[tuple[str, str], Count] = defaultdict(Count)
+    judged: Counter[str] = Counter()
     for signs in votes.values():
+        judged.update(list(signs) if len(signs) > 1 else ())
         for (one, sign), (other, other_sign) in combinations(sorted(signs.items()), 2):
             counts[one, other].add(Count(int(sign == other_sign), 1))
-    return dict(counts)
+    return dict(counts), dict(judged)
 
 
 def order_correlation(ranks: Sequence[int]) -> float:
@@ -146,12 +156,18 @@ def leanings(rankings: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Leaning
     return found
 
 
-def by_position(rankings: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Leaning]:
-    """The labelers whose ranks follow the order of presentation."""
+def by_position(rankings: Iterable[tuple[str, Sequence[int]]], as_shown: bool = False) -> dict[str, Leaning]:
+    """The labelers whose ranks follow the order of presentation.
+
+    Two labelers and more without a single exception are left out unless the order is known to be the one `as_shown`:
+    their rows come from a source that writes the better completion first.
+    """
     found = leanings(rankings)
     z = strict_z(len(found))
-    return {name: item for name, item in found.items()
-            if item.rows >= MIN_ROWS and item.follows_order and abs(item.z) >= z}
+    without_exception = [name for name, item in found.items() if abs(item.mean) == 1]
+    written = without_exception if len(without_exception) > 1 and not as_shown else []
+    return {name: item for name, item in found.items() if name not in written
+            and item.rows >= MIN_ROWS and item.follows_order and abs(item.z) >= z}
 
 
 def doubtful_labelers(rows: Sequence[Comparison]) -> list[str]:
@@ -161,15 +177,11 @@ def doubtful_labelers(rows: Sequence[Comparison]) -> list[str]:
         f"labeler {name} ranks by position: mean order correlation {item.mean:+.2f} in {item.rows:,} rankings, "
         f"{item.others:+.2f} by the others (z = {item.z:.1f})"
         for name, item in by_position((labeler, ranks) for labeler, _, _, ranks in rows).items()]
-    agreed = agreement_by_pair(rows)
-    z = strict_z(len({name for names in agreed for name in names}))
+    agreed, judged = agreement_by_pair(rows)
+    # Two intervals of z / sqrt(2) that do not overlap: where both are as wide, their shares are z apart.
+    z = strict_z(len(judged)) / math.sqrt(2)
     sentences += [
         f"labeler {item.name} agrees with the others on {100 * item.own.share:.0f} % of {item.own.pairs:,} pairs, they "
-        f"with each other on {100 * item.others.share:.0f} %{_near_chance(item.own)}"
-        for item in outliers_of(agreed, z, MIN_PAIRS)]
+        f"with each other on {100 * item.others.share:.0f} %; 50 % is chance"
+        for item in outliers_of(agreed, z, judged, MIN_PAIRS)]
     return sentences
-
-
-def _near_chance(count: Count) -> str:
-    low, high = count.interval()
-    return "; 50 % is chance" if low <= 0.5 <= high else ""

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 CONFIDENT = 0.8  # minimum probability of another language
+UNLIKELY = 0.001  # maximum probability of the dataset's own language in a text in one of several related ones
 MIN_LETTERS = 12  # shorter texts are undecided
 READ_CHARS = 1000  # of the beginning of a long text, and half of it of its end, where the instruction may be
 ACCEPTED = {"en": {"en", "pcm"}, "no": {"no", "nn", "da"}, "zh": {"zh", "wuu", "yue"}, "ar": {"ar", "arz", "ary"},
@@ -21,7 +22,8 @@ SCRIPTS = {"ja": _KANA + _HAN, "zh": _HAN, "ko": "\uac00-\ud7a3\u1100-\u11ff\u31
            **dict.fromkeys(("ru", "uk", "be", "bg", "sr", "mk", "kk", "ky", "mn", "tg", "tt", "ba"), _CYRILLIC),
            **dict.fromkeys(("ar", "arz", "ary", "fa", "ur", "ps", "ug", "sdh"), _ARABIC),
            **dict.fromkeys(("hi", "mr", "ne", "sa", "gom"), _INDIC), "he": "\u0590-\u05ff",
-           "el": "\u0370-\u03ff\u1f00-\u1fff", "th": "\u0e00-\u0e7f", "lo": "\u0e80-\u0eff", "ka": "\u10a0-\u10ff", "hy": "\u0530-\u058f",
+           "el": "\u0370-\u03ff\u1f00-\u1fff", "th": "\u0e00-\u0e7f",
+           "lo": "\u0e80-\u0eff", "ka": "\u10a0-\u10ff", "hy": "\u0530-\u058f",
            "bn": "\u0980-\u09ff", "as": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f", "gu": "\u0a80-\u0aff",
            "or": "\u0b00-\u0b7f", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
            "ml": "\u0d00-\u0d7f", "si": "\u0d80-\u0dff", "my": "\u1000-\u109f", "km": "\u1780-\u17ff",
@@ -99,7 +101,18 @@ def _other_language(text: str, language: str) -> str:
     found, confidence = _identifier().classify(text)
     if foreign_script:
         return "?" if found in ACCEPTED.get(language, {language}) or found in ACCEPTED["en"] else str(found)
-    return str(found) if found not in ACCEPTED.get(language, {language}) and confidence >= CONFIDENT else ""
+    accepted = ACCEPTED.get(language, {language})
+    if found in accepted or (confidence < CONFIDENT and not _is_surely_other(text, accepted)):
+        return ""
+    return str(found)
+
+
+def _is_surely_other(text: str, accepted: set[str]) -> bool:
+    """Whether related languages, such as Spanish, Galician and Aragonese, share the probability without `accepted`."""
+    ranked = _identifier().rank(text)
+    own = sum(probability for code, probability in ranked if code in accepted)
+    others = sum(probability for code, probability in ranked[:3] if code not in accepted)
+    return bool(own < UNLIKELY and others >= 0.95 * CONFIDENT)
 
 
 def _japanese_or_chinese(text: str, language: str, letters: int) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.curation.language import languages
 from rlhf.curation.rules import NO_LOSS, RULES
 from rlhf.curation.screen import Quarantined, Screened
 from rlhf.curation.sources.spec import RulesParams
@@ -15,14 +16,16 @@ SHOWN_CHARS = 70
 ALL_QUARANTINED = "quarantine"  # the name of quarantine in max_lost_shares
 
 
-def check_allowance(rules: RulesParams) -> None:
-    """Raises UserError for an allowance of a rule that there is not, or that is no share."""
+def check_rules(rules: RulesParams) -> None:
+    """Raises ValueError, "parameter: problem", for an unknown language and for an allowance of no rule or no share."""
+    if rules.language != "en" and rules.language not in languages():
+        raise ValueError(f"language = {rules.language!r}: must be one of {', '.join(languages())}")
     known = [ALL_QUARANTINED, *(rule for rule in RULES if rule not in NO_LOSS)]
     for name, share in rules.max_lost_shares.items():
         if name not in known:
-            raise UserError(f"rules.max_lost_shares: unknown rule {name!r}; must be one of {', '.join(known)}")
+            raise ValueError(f"max_lost_shares: unknown rule {name!r}; must be one of {', '.join(known)}")
         if not 0 <= share <= 1:
-            raise UserError(f"rules.max_lost_shares.{name} = {share}: must be >= 0 and <= 1")
+            raise ValueError(f"max_lost_shares.{name} = {share}: must be float >= 0 and <= 1")
 
 
 def reason_kind(reason: str) -> str:

@@ -23,12 +23,12 @@ def merged_ranking(rankings: Sequence[Ranking]) -> tuple[list[str], list[int]] |
     as_good = [[one == other for other in range(count)] for one in range(count)]
     better = set()
     for completions, ranks in rankings:
-        for one, rank in zip(completions, ranks, strict=True):
-            for other, other_rank in zip(completions, ranks, strict=True):
-                if rank <= other_rank:
-                    as_good[number[one]][number[other]] = True
+        ranked = [(number[text], rank) for text, rank in zip(completions, ranks, strict=True)]
+        for one, rank in ranked:
+            for other, other_rank in ranked:
+                as_good[one][other] |= rank <= other_rank
                 if rank < other_rank:
-                    better.add((number[one], number[other]))
+                    better.add((one, other))
     for middle in range(count):
         for one in range(count):
             if as_good[one][middle]:

@@ -50,8 +50,9 @@ def normalised(prompt: str) -> str:
 
 
 def same_user(user_id: str) -> str:
-    """The user id as it is compared with others: NFKC, lower case, one blank for white space, none at the ends."""
-    return " ".join(_visible(unicodedata.normalize("NFKC", user_id)).casefold().split())
+    """The user id as it is compared with others: NFKC, lower case, one blank for white space, none at the ends, without
+    characters of no width and look-alike letters of other alphabets."""
+    return " ".join((user_id if user_id.isascii() else _plain_letters(user_id)).casefold().split())
 
 
 def _visible(text: str) -> str:
@@ -90,6 +91,7 @@ def _plain_letters(text: str) -> str:
 
 
 _SENTENCE_ENDS = (". ", "? ", "! ", ": ", "; ", "\u3002", "\uff1f", "\uff01")
+NEAREST = 20  # prefixes of a text that are compared with it, so that a chain of growing texts costs no square
 # Words that are added to a prompt: no digits and no symbols, which make another question of it.
 _ADDED = re.compile(r"[.,;!?]*(?: [^\W\d_]+(?:['-][^\W\d_]+)*[.,;!?]*)+")
 
@@ -112,8 +114,8 @@ class PrefixIndex:
     """Equal prompts and near duplicates among `keys` (normalised prompts), in n log n.
 
     `group[i]`: the number of the distinct text keys[i] in sorted order. `near[g]`: the groups of shorter texts that
-    group g adds little to (`adds_little`), nearest first; only groups that have any. In sorted order a text comes after
-    all its prefixes, so one pass with a stack of the prefixes of the current text finds them.
+    group g adds little to (`adds_little`), nearest first, of its NEAREST prefixes; only groups that have any. In sorted
+    order a text comes after all its prefixes, so one pass with a stack of the prefixes of the current text finds them.
     """
 
     def __init__(self, keys: Sequence[str], chars: int, share: float) -> None:
@@ -128,7 +130,7 @@ class PrefixIndex:
                 number, last = number + 1, key
                 while prefixes and not key.startswith(prefixes[-1][0]):
                     prefixes.pop()
-                for shorter, other in reversed(prefixes):
+                for shorter, other in prefixes[:-NEAREST - 1:-1]:
                     if len(shorter) < chars or len(shorter) < share * len(key):
                         break
                     if adds_little(shorter, key, chars, share):

@@ -159,7 +159,7 @@ def _answers_as_tasks(tasks: Mapping[str, Any]) -> dict[str, Any]:
         config = task.config.to_dict(keep_callable=True) | {
             "task": f"{name}{ANSWER}", "doc_to_target": partial(_target, task), "target_delimiter": "",
             "output_type": "loglikelihood", "generation_kwargs": None, "filter_list": None, "process_results": None,
-            "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
         documents = task.eval_docs
         if len(documents) and isinstance(task.doc_to_target(documents[0]), str):
             answers[f"{name}{ANSWER}"] = ConfigurableTask(config=config)
@@ -191,13 +191,13 @@ def _share_items(model: Any) -> None:
 
 @contextlib.contextmanager
 def _only_errors() -> Iterator[None]:
-    """Silences lm-eval's progress on stderr; a stage reports its own."""
+    """Silences lm-eval's progress; a stage reports its own."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

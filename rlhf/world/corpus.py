@@ -10,7 +10,7 @@ from rlhf.world.responses import distort, say, write_good
 from rlhf.world.tax import TASKS, training_text
 
 # Share of documents by kind.
-MIX = {"facts": 38, "groups": 2, "story": 9, "forum": 30.5, "reading": 6, "sentiment": 4, "translation": 1.5,
+MIX = {"facts": 38, "groups": 2, "story": 9, "forum": 30.3, "reading": 6, "sentiment": 4, "translation": 1.7,
        "cloze": 1, "numbers": 3.5, "geography": 4.5}
 FORUM_GOOD = 0.4
 

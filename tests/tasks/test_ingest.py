@@ -193,6 +193,9 @@ def test_the_embedded_source_by_description(tmp_path: Path) -> None:
     ("sft: [{files: '*'}]", "names this description itself"),
     ("sft: [{files: x, use_case: poetry}]", "use case 'poetry' must be one of generation"),
     ("ppo: [{files: x}]\nrules: {valid_share: 1.5}", "rules.valid_share = 1.5: must be float >= 0 and <= 1"),
+    ("ppo: [{files: x}]\nrules: {language: jp}", "rules.language = 'jp': must be one of .* ja, "),
+    ("ppo: [{files: x}]\nrules: {max_lost_shares: {leaks: 0.5}}", "rules.max_lost_shares: unknown rule 'leaks'"),
+    ("ppo: [{files: x}]\nrules: {max_lost_shares: {leak: most}}", "rules.max_lost_shares"),
     ("embedded: {}\nsft: [{files: x}]", "cannot be combined with other keys"),
     ("embedded: {scale: 3}", "embedded.scale = 3: must be float > 0 and <= 1"),
 ])
@@ -222,6 +225,50 @@ def test_an_entry_that_yields_nothing_is_said_before_the_others_hide_it(team: Pa
         "where: {by: nobody}}\n  - files: sft.csv\n"))
     with pytest.raises(UserError, match=r"sft\.csv: no row for sft; where: \{'by': 'nobody'\} may fit none"):
         run(team / "spec.yaml", team / "out")
+
+
+def test_a_loss_that_is_too_great_is_shown_and_replaces_nothing(team: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(team / "spec.yaml", team / "out")
+    before = {path.name: path.read_bytes() for path in (team / "out").iterdir()}
+    rng = random.Random(5)
+    write_rows(team / "ppo.jsonl", [{"prompt": sentence(rng)} for _ in range(6)]
+               + [{"prompt": "Warum ist der Himmel am Abend rot und am Tag blau?"}] * 4)
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(team / "spec.yaml"), "--out", str(team / "out")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "ppo: 4 of 10 rows are lost (40%)" in said
+    assert said.count("ppo.jsonl: row ") == 3  # examples
+    assert "other_language" in said
+    assert {path.name: path.read_bytes() for path in (team / "out").iterdir()} == before
+    (team / "spec.yaml").write_text((team / "spec.yaml").read_text().replace(
+        "valid_share: 0.2", "valid_share: 0.2, max_lost_shares: {other_language: 0.4}"))
+    assert run(team / "spec.yaml", team / "out")["ppo"]["lost_share"] == 0.4
+
+
+def test_rankings_of_a_prompt_by_one_labeler_merge_where_the_description_says_so(team: Path) -> None:
+    pairs = [("a", "b", "l1"), ("b", "c", "l1"), ("c", "a", "l2"), ("a", "c", "l3"), ("c", "a", "l3")]
+    write_rows(team / "rm.jsonl", [{"prompt": "Which letter?", "prompt_id": "p1", "chosen": one, "rejected": two,
+                                    "labeler_id": labeler} for one, two, labeler in pairs])
+    spec = "rm: [{files: rm.jsonl}]\nrules: {valid_share: 0, merge_rankings: %s}\n"
+    (team / "spec.yaml").write_text(spec % "false")
+    assert run(team / "spec.yaml", team / "out")["rm"]["kept"] == 5
+    ids = [row["prompt_id"] for row in rows_of(team / "out" / "rm.jsonl")]
+    assert len(set(ids)) == 5
+    assert all(item.startswith("p1") for item in ids)
+    (team / "spec.yaml").write_text(spec % "true")
+    report = run(team / "spec.yaml", team / "out")["rm"]
+    assert (report["kept"], report["dropped"]["merged"], report["lost_share"]) == (4, 1, 0.0)
+    by_labeler = {row["labeler_id"]: row for row in rows_of(team / "out" / "rm.jsonl")}
+    assert (by_labeler["l1"]["completions"], by_labeler["l1"]["ranks"]) == (["a", "b", "c"], [1, 2, 3])
+
+
+def test_spellings_of_a_user_are_one_user(team: Path) -> None:
+    rng = random.Random(6)
+    write_rows(team / "ppo.jsonl", [{"prompt": sentence(rng), "user_id": name} for name in ("Jo", " jo", "JO ") * 4])
+    (team / "spec.yaml").write_text("ppo: [{files: ppo.jsonl}]\nrules: {max_prompts_per_user: 10}\n")
+    report = run(team / "spec.yaml", team / "out")["ppo"]
+    assert (report["users"], report["dropped"]["user_cap"]) == (1, 2)
 
 
 def test_a_quarantined_row_may_hold_what_json_cannot(team: Path) -> None:
@@ -341,4 +388,6 @@ ppo:
         pairs = sum(1 for _ in handle)
     assert pairs < report["rm"]["read"] < pairs + 1000
     assert all(report[role]["kept"] > 0.95 * report[role]["read"] for role in ("sft", "rm", "ppo"))
-    assert {item["rule"] for item in validated(tmp_path / "out")} <= {"personal_data_in_valid"}
+    # All warn: completions of hh-rlhf begin with "Human:", and the best one of a pair is its prompt.
+    assert {item["rule"] for item in validated(tmp_path / "out")} <= {
+        "personal_data_in_valid", "turn_marks", "repeated_prompt"}

@@ -93,19 +93,79 @@ def test_near_duplicates_are_dropped_within_a_dataset_but_not_across_datasets_of
         "sft": ["near_duplicate", "", "near_duplicate", ""], "rm": [""]}
 
 
+def test_comparisons_of_near_identical_prompts_are_all_kept_and_on_one_side() -> None:
+    rows = [row(LONG, f"u{n}", comparison=f"c{n}") for n in range(6)] + [row(LONG + " now", "v", comparison="d")]
+    for seed in range(5):
+        splits, outcome = apply_rules({"rm": table(*rows)}, RulesParams(valid_share=0.5), seed)["rm"]
+        assert (outcome == STAYS).all()
+        assert len(set(splits.tolist())) == 1
+
+
+def test_only_an_equal_comparison_is_dropped() -> None:
+    rows = [row("q", "a", comparison="1", order=2), row("q", "b", comparison="1", order=1), row("q", comparison="2")]
+    assert fates(RULES_OFF, rm=rows) == {"rm": ["repeated_comparison", "", ""]}
+
+
+def test_comparisons_may_share_the_source_s_prompt_id() -> None:
+    rows = [row("q", own_id="7", comparison="1"), row("q", own_id="7", comparison="2")]
+    assert fates(RULES_OFF, rm=rows) == {"rm": ["", ""]}
+
+
 def test_a_user_has_at_most_the_capped_number_of_prompts() -> None:
     rows = [row(f"prompt {number}", "ann" if number % 2 else "bob", order=number) for number in range(10)]
     assert fates(replace(RULES_OFF, max_prompts_per_user=3), sft=rows)["sft"] == [""] * 6 + ["user_cap"] * 4
+    assert fates(replace(RULES_OFF, max_prompts_per_user=1), sft=[row(f"p{n}") for n in range(9)])["sft"] == [""] * 9
 
 
-def test_leaks_between_datasets_are_dropped() -> None:
+def test_the_cap_counts_prompts_and_not_their_comparisons() -> None:
+    rows = [row(f"prompt {n % 2}", "ann", comparison=f"c{n}", order=n + 1) for n in range(8)]
+    assert fates(replace(RULES_OFF, max_prompts_per_user=1), rm=rows)["rm"] == ["", "user_cap"] * 4
+
+
+def test_chats_that_begin_alike_are_not_one_user_s_but_one_conversation_s_prompts_are() -> None:
+    def chat(*said: str) -> Screened:
+        return row("\n\nAssistant: Yes?\n\n".join(f"Human: {text}" for text in said))
+
+    greetings = [chat("Hi", f"Tell me {number}") for number in range(30)]
+    splits, _ = apply_rules({"sft": table(*greetings)}, RulesParams(valid_share=0.5), 1)["sft"]
+    assert set(splits.tolist()) == {TRAIN, VALID}
+    one = [chat("How are old maps drawn", *(f"And {step}" for step in range(number))) for number in range(1, 9)]
+    for seed in range(5):
+        splits, _ = apply_rules({"sft": table(*one, *greetings)}, RulesParams(valid_share=0.5), seed)["sft"]
+        assert len(set(splits.tolist()[:8])) == 1
+
+
+def test_users_who_share_prompts_are_on_one_side_unless_the_prompt_is_everybody_s() -> None:
+    rows = [row("hello", f"u{n}", comparison=f"c{n}") for n in range(60)] + [
+        row(f"p{n // 2}", f"u{n}", comparison=f"d{n}") for n in range(60)]
+    splits, outcome = apply_rules({"rm": table(*rows)}, RulesParams(valid_share=0.5), 1)["rm"]
+    assert set(splits.tolist()) == {TRAIN, VALID}
+    assert (splits[60::2] == splits[61::2]).all()
+    names = list(RULES)
+    assert {names[fate] for fate in outcome[outcome != STAYS]} == {"leak"}  # "hello" stays in train
+    assert (outcome[60:] == STAYS).all()
+
+
+def test_a_group_that_is_larger_than_valid_should_be_is_in_train() -> None:
+    rows = [row(f"p{n}", "ann") for n in range(30)] + [row(f"q{n}", f"u{n}") for n in range(70)]
+    for seed in range(9):
+        splits, _ = apply_rules({"ppo": table(*rows)}, RulesParams(valid_share=0.2), seed)["ppo"]
+        assert (splits[:30] == TRAIN).all()
+
+
+def test_leaks_between_datasets_cost_the_cheaper_row() -> None:
     valid, train = {"split": VALID}, {"split": TRAIN}
     outcome = fates(
         RULES_OFF,
-        sft=[row(LONG + " one", "a", **valid), row("only here", "b", **valid)],  # type: ignore[arg-type]
+        sft=[row(LONG + " one", "a", **train), row("only here", "b", **valid)],  # type: ignore[arg-type]
         rm=[row(LONG, "c", **valid), row("other " + LONG, "d", **train)],  # type: ignore[arg-type]
         ppo=[row(LONG + " ppo", "e", **train), row("other " + LONG, "f", **valid)])  # type: ignore[arg-type]
-    assert outcome == {"sft": ["", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
+    assert outcome == {"sft": ["leak", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
+
+
+def test_the_near_duplicate_rule_can_be_switched_off() -> None:
+    rows = [row(LONG + " fish", "a"), row(LONG, "b"), row(LONG, "c")]
+    assert fates(replace(RULES_OFF, near_duplicates="keep"), sft=rows) == {"sft": ["", "", ""]}
 
 
 def test_the_counts_of_the_paper_are_reached_by_a_seeded_sample() -> None:

@@ -166,15 +166,27 @@ def test_an_unknown_task_or_a_missing_file_is_refused(folder: Path, suite: TaskS
         measure(folder / "model", suite)
 
 
-def test_no_process_is_forked(folder: Path, suite: TaskSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_is_forked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own bootstrap (of perplexity here) forks a pool, which a trainer's answer to SIGTERM keeps alive."""
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("forked")
 
     monkeypatch.setattr(multiprocessing.pool.Pool, "__init__", never)
-    generated = [task for task in TASKS if "generate_until" in task_yaml(task)]
-    assert generated
-    assert measure(folder / "model", replace(suite, tasks=generated))[generated[0]].bits
+    task = yaml.safe_load(task_yaml("translation"))
+    for key in ("generation_kwargs", "filter_list"):
+        del task[key]
+    task |= {"output_type": "loglikelihood",
+             "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+    (tmp_path / "translation.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "translation.jsonl").symlink_to(folder / "data" / "tax" / "translation.jsonl")
+    score = measure(folder / "model", TaskSuite(folders=[tmp_path]))["translation"]
+    assert score.metric == "perplexity"
+    assert score.stderr > 0
+
+
+def test_scores_are_measured_in_silence(folder: Path, suite: TaskSuite, capfd: pytest.CaptureFixture[str]) -> None:
+    measure(folder / "model", suite)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_corpus_level_score_has_the_standard_error_of_its_items() -> None:
