@@ -2,7 +2,8 @@
 
     python bench/data_rules.py [PROMPTS ...]        # default: 100000 1000000; writes only to a temporary folder
 
-Prompts have realistic lengths (about 25 words); a tenth are near duplicates, some contain personal data; 50,000 users.
+Prompts have realistic lengths (about 25 words); a tenth are near duplicates, some contain personal data or numbers;
+50,000 users.
 """
 
 import json
@@ -21,7 +22,7 @@ COMMON = ["the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "wit
 
 
 def prompts(count: int, seed: int, personal: bool = True) -> list[str]:
-    """English-like prompts of common and made-up words; `personal`: an e-mail address in every fiftieth."""
+    """English-like prompts of common and made-up words; `personal`: an e-mail address or phone number in some."""
     rng = random.Random(seed)
     texts: list[str] = []
     for number in range(count):
@@ -30,7 +31,11 @@ def prompts(count: int, seed: int, personal: bool = True) -> list[str]:
             continue
         words = [rng.choice(COMMON if rng.random() < 0.6 else WORDS) for _ in range(rng.randrange(8, 45))]
         if personal and number % 50 == 7:
-            words.insert(3, f"{rng.choice(WORDS)}@example.org")
+            words.insert(3, f"{rng.choice(WORDS)}@qorvexlume.org")
+        if personal and number % 50 == 31:
+            words.append(f"call me on (212) 555-{rng.randrange(100, 10_000):04}")
+        if personal and number % 20 == 3:
+            words.append(f"{rng.randrange(1000, 3000)} - {rng.randrange(100, 1000)} of {rng.randrange(10**6)}")
         texts.append(" ".join(words).capitalize() + ".")
     return texts
 

@@ -91,6 +91,7 @@ class ValidateParams:
     max_completion_chars: int = param(400, "longest completion, characters", ge=1)
     near_duplicate_chars: int = param(40, "prompts are near duplicates if they share a prefix this long ...", ge=1)
     near_duplicate_share: float = param(0.9, "... that is at least this share of the longer prompt", gt=0, le=1)
+    language: str = param("en", "ISO 639-1 code of the language that prompts must have")
     mostly: dict[str, float] = param({}, "rule: share of rows that must satisfy it, instead of all", gt=0, le=1)
     warn: list[str] = param([], "rules that only warn")
     stop: list[str] = param([], "rules that stop the run although they only warn by default")
@@ -155,7 +156,8 @@ class RmParams:
         "demonstrations", "labeler demonstrations score mean 0 [InstructGPT], or the SFT policy's samples mean 0 and "
         "standard deviation 1 [Ziegler]")
     normalise_samples: int = param(512, "samples of the SFT policy, for gain_and_bias", ge=2)
-    batch_size: int = param(64, "prompts per step, with all completions of each [InstructGPT 64, best-of-4 8]", ge=1)
+    batch_size: int = param(64, "rankings per step, with all completions of each; those of one prompt come together "
+                             "[InstructGPT 64, best-of-4 8]", ge=1)
     lr: float = peak_lr(5e-4)
     max_tokens: int = max_tokens()
     checkpoint: Literal["last", "valid_accuracy"] = param(

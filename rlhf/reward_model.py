@@ -1,8 +1,11 @@
 """The reward model: the policy's backbone, one linear head read at the last token, a K-way ranking loss."""
 
 import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,25 +41,28 @@ from rlhf.training.seeding import generator, seed_everything
 
 @dataclass(frozen=True)
 class Rankings:
-    """Tokenized completions of ranked prompts: ids[prompt][k], ranks[prompt][k]."""
+    """Tokenized completions of rankings: ids[ranking][k], ranks[ranking][k]. `prompts`: a number for each ranking, the
+    same for those of one prompt; None: each has a prompt of its own."""
 
     ids: Sequence[list[list[int]]]
     ranks: Sequence[list[int]]
     too_long: int
+    prompts: Sequence[int] | None = None
 
     @classmethod
     def encode(cls, codec: PromptCodec, rows: Iterable[dict[str, Any]], max_tokens: int,
                folder: Path | None = None) -> "Rankings":
         """Rows with a completion over the limit are left out whole and counted. The ids lie in a file in `folder`."""
-        store, too_long = TokenStore(folder), 0
+        store, too_long, prompts = TokenStore(folder), 0, array("q")
         for row, prompt, completions in encoded(codec, rows):
             longest = len(prompt) + max(map(len, completions))
             if longest <= max_tokens:
                 store.append([row["ranks"], prompt, *completions], longest)
+                prompts.append(prompt_hash(row))
             else:
                 too_long += 1
         return cls(Column(store, lambda parts: [parts[1] + completion for completion in parts[2:]]),
-                   Column(store, only), too_long)
+                   Column(store, only), too_long, prompts)
 
     def lengths(self) -> Sequence[int]:
         """Length of each prompt's longest sequence."""
@@ -71,6 +77,12 @@ class Rankings:
         ranks = torch.tensor([[*group, *[0] * (widest - len(group))] for group in groups])
         present = torch.tensor([[True] * len(group) + [False] * (widest - len(group)) for group in groups])
         return ranks.to(device()), present.to(device())
+
+
+def prompt_hash(row: Mapping[str, Any]) -> int:
+    """64 bits that tell prompts apart within this process."""
+    prompt = row["prompt"]
+    return hash(prompt if isinstance(prompt, str) else json.dumps(prompt))
 
 
 def encoded(codec: PromptCodec, rows: Iterable[dict[str, Any]]
@@ -117,7 +129,11 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     distributed.check_divides(params.batch_size, "rm.batch_size")
     prepare_training(model, params)
     lengths = data.lengths()
-    epochs = ShuffledEpochs(lambda epoch: length_batches(lengths, params.batch_size, generator(seed, "rm", epoch)))
+    # All comparisons of a prompt in one step: apart from each other, a pass over them overfits [InstructGPT §3.5]. The
+    # choices that best_of draws from one ranking are apart, as in [Ziegler].
+    together = data.prompts if params.loss == "ranking" else None
+    epochs = ShuffledEpochs(lambda epoch: length_batches(lengths, params.batch_size, generator(seed, "rm", epoch),
+                                                         together))
     loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]
 
     def loss_of_step(step: int) -> Iterator[Part]:
@@ -276,6 +292,28 @@ def accuracy(scored: Iterable[Scored]) -> float:
         for _, agrees in item.pairs():
             agreed, pairs = agreed + agrees, pairs + 1
     return agreed / max(1, pairs)
+
+
+def contradicted_pairs(scored: Iterable[Scored]) -> float:
+    """Share of the decided pairs, over all rows, that no model can order as their rankings do: of two completions of a
+    prompt it scores one higher, so of the rankings that contradict each other on them the fewer are wrong.
+
+    A lower bound: preferences that go in a circle cost further pairs. `scored` is passed over twice.
+    """
+    several = Counter(prompt_hash(item.row) for item in scored)
+    pairs = lost = 0
+    votes: dict[tuple[int, str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for row in (item.row for item in scored):
+        pairs += decided_pairs(row["ranks"])
+        ranked = list(zip(row["completions"], row["ranks"], strict=True))
+        if several[prompt_hash(row)] == 1 and len(set(row["completions"])) == len(ranked):
+            continue
+        for (one, rank), (other, other_rank) in itertools.combinations(sorted(ranked), 2):
+            if rank != other_rank and one == other:
+                lost += 1
+            elif rank != other_rank:
+                votes[prompt_hash(row), one, other][rank < other_rank] += 1
+    return (lost + sum(map(min, votes.values()))) / max(1, pairs)
 
 
 def calibration(scored: Iterable[Scored], bins: int = 10) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
     python -m tasks.ingest                                 the stage: the source that the profile names
     python -m tasks.ingest --source SPEC.yaml --out DIR    any source description, apart from DVC and parameters
+    python -m tasks.ingest --source SPEC.yaml --preview 5  its first rows, as they came in and as they would be kept
 
 docs/sources.md says how to describe a source, docs/data-rules.md what is dropped of it and why.
 """
@@ -18,6 +19,7 @@ from mlops.config.paths import FEEDBACK
 from mlops.config.sources import load_source
 from mlops.processes import die_with_parent
 from rlhf.curation.assemble import DROPPED, QUARANTINE, assemble
+from rlhf.curation.preview import preview
 from rlhf.curation.rules import RULES
 from rlhf.curation.sources.spec import Source
 from rlhf.data.schema import KEYS, read_rows, write_rows
@@ -31,8 +33,7 @@ from tasks.stage import Stage, run_stage
 
 MAX_PROCESSES = 8
 SPECS = Path("profiles/sources")
-
-
+FLAGS = ("--source", "--out", "--preview", "--seed", "-h", "--help")
 
 
 def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     with StageProgress("ingest", 0, "rows") as progress:
         report = assemble(source, root, made, seed, processes, die_with_parent,
-                          lambda role, count: progress.step(advance=count))
+                          lambda role, count: progress.step(advance=count) if count else None)
     print(as_table(report), flush=True)
     metrics: dict[str, Any] = {}
     for role, found in report.items():
@@ -49,7 +50,8 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
             continue
         metrics |= {f"ingest/{role}_rows": found["kept"], f"ingest/{role}_read": found["read"],
                     f"ingest/{role}_quarantined": sum(found["quarantined"].values()),
-                    f"ingest/{role}_english_share": found["english_share"]}
+                    f"ingest/{role}_{'english' if found['language'] == 'en' else 'language'}_share":
+                        found["language_share"]}
         metrics |= {f"ingest/{role}_dropped_{rule}": count for rule, count in found["dropped"].items()}
     return metrics
 
@@ -64,6 +66,9 @@ def as_table(report: dict[str, Any]) -> str:
     lines += [(f"dropped: {rule}", *(report[role]["dropped"][rule] for role in roles)) for rule in RULES
               if any(report[role]["dropped"][rule] for role in roles)]
     lines += [(word, *(report[role][word] for role in roles)) for word in ("kept", "train", "valid", "users")]
+    if roles and "language" in report[roles[0]]:  # of the rows read; InstructGPT: more than 96 % [§3.3]
+        lines.append((f"in the language {report[roles[0]]['language']}",
+                      *(f"{report[role]['language_share_read']:.1%}" for role in roles)))
     cells = [[str(line[0]), *(f"{item:,}" if isinstance(item, int) else str(item) for item in line[1:])]
              for line in lines]
     wide = max(len(line[0]) for line in cells)
@@ -124,7 +129,9 @@ def folder_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tasks.ingest", description=(
         "turns a source description into a folder with sft.jsonl, rm.jsonl, ppo.jsonl"))
     parser.add_argument("--source", type=Path, required=True, metavar="SPEC.yaml", help="the description")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the datasets go")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, metavar="DIR", help="where the datasets go")
+    target.add_argument("--preview", type=int, metavar="N", help="show N rows of each entry, and write nothing")
     parser.add_argument("--seed", type=int, default=1, help="splits and subsampling")
     return parser
 
@@ -155,17 +162,29 @@ def make_folder(args: argparse.Namespace) -> None:
     print(f"{args.out}: {rows}{left}")
 
 
+def show_preview(args: argparse.Namespace) -> None:
+    """The first rows of a description as they came in and as they would be kept. Raises UserError."""
+    if args.preview < 1:
+        raise UserError(f"--preview {args.preview}: must be at least 1")
+    source = load_source(args.source)
+    if isinstance(source, IngestParams):
+        raise UserError(f"{args.source}: describes the embedded source, which has no rows to map")
+    for line in preview(source, args.source.parent, args.seed, args.preview):
+        print(line)
+
+
 def _ours(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json") or path.name == "tax"
 
 
 def main(arguments: Sequence[str]) -> None:
     """The stage without flags of a folder, else the folder."""
-    if not any(item.split("=")[0] in ("--source", "--out", "--seed", "-h", "--help") for item in arguments):
+    if not any(item.split("=")[0] in FLAGS for item in arguments):
         run_stage("ingest", ingest)
         return
     try:
-        make_folder(folder_parser().parse_args(list(arguments)))
+        args = folder_parser().parse_args(list(arguments))
+        make_folder(args) if args.out else show_preview(args)
     except UserError as error:
         print(f"ingest: {error}", file=sys.stderr)
         raise SystemExit(2) from None

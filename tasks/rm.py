@@ -10,7 +10,15 @@ from typing import Any
 from rlhf.data.rows import Rows, of_split
 from rlhf.files import write_csv
 from rlhf.model.tokenizer import PromptCodec, load_tokenizer
-from rlhf.reward_model import Scored, calibration, calibration_error, sample_rows, score_rows, train_reward_model
+from rlhf.reward_model import (
+    Scored,
+    calibration,
+    calibration_error,
+    contradicted_pairs,
+    sample_rows,
+    score_rows,
+    train_reward_model,
+)
 from rlhf.world.gold import gold_labeler
 from rlhf.world.labeler import GoldLabeler
 from tasks.stage import Stage, run_stage
@@ -43,7 +51,9 @@ def labeler_demonstrations() -> Iterable[dict[str, Any]]:
 
 
 def measure(scored: Iterable[Scored], training_labelers: set[str], labeler: GoldLabeler | None) -> dict[str, float]:
-    """Accuracy on valid labels of training labelers, of held-out ones, by K, by use case, and by the gold labeler."""
+    """Accuracy on valid labels of training labelers, of held-out ones, by K, by use case, and by the gold labeler; the
+    share of the pairs that no model can get right, since their labelers contradict each other. `scored` is passed over
+    several times."""
     counts: dict[str, tuple[int, int]] = {"rm/accuracy": (0, 0)} | ({"rm/accuracy_gold": (0, 0)} if labeler else {})
 
     def count(name: str, item: Scored) -> None:
@@ -57,7 +67,8 @@ def measure(scored: Iterable[Scored], training_labelers: set[str], labeler: Gold
         count(f"rm/accuracy/{item.row['use_case']}", item)
         if labeler:
             count("rm/accuracy_gold", Scored(gold_ranked(item.row, labeler), item.scores))
-    return {name: agreed / max(1, pairs) for name, (agreed, pairs) in sorted(counts.items())}
+    rates = {name: agreed / max(1, pairs) for name, (agreed, pairs) in sorted(counts.items())}
+    return rates | {"rm/contradicted_pairs": contradicted_pairs(scored)}
 
 
 def gold_ranked(row: dict[str, Any], labeler: GoldLabeler) -> dict[str, Any]:

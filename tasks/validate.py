@@ -30,7 +30,9 @@ from tasks.stage import Stage, run_stage
 
 QUARANTINE = "quarantine.jsonl"
 NO_LIMIT = 10_000_000
+SOURCE = "source.json"  # which ingest writes beside the embedded source's datasets
 CLEAN, FOUND, UNUSABLE = 0, 1, 2
+NOT_OF_EMBEDDED = ("truncated",)  # rules that the embedded source breaks on purpose: its labelers err as people do
 
 
 def report(findings: list[Finding]) -> None:
@@ -101,6 +103,8 @@ def validate(stage: Stage) -> None:
         counter, own = token_counter(base)
         options = {"count_tokens": counter, "max_tokens": max(stages.rm.max_tokens, stages.sft.max_tokens),
                    "tokens": (*SPECIAL_TOKENS, *own)}
+    if stages.ingest.source == "embedded":
+        options["leave_out"] = NOT_OF_EMBEDDED
     outcome = validate_files(context, files, stages.ingest.scale, stages.validate,
                              say=lambda line: print(line, flush=True), **options)
     entries = row_entries(outcome.findings, files)
@@ -133,11 +137,21 @@ def folder_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-prompt-chars", type=int, default=NO_LIMIT)
     parser.add_argument("--max-completion-chars", type=int, default=NO_LIMIT)
     parser.add_argument("--max-prompts-per-user", type=int, default=ValidateParams().max_prompts_per_user)
+    parser.add_argument("--language", default=ValidateParams().language, metavar="CODE",
+                        help="language of the prompts, as ISO 639-1 code (default: en)")
     parser.add_argument("--tokenizer", default="", metavar="NAME", help="a tokenizer's folder or name on the hub")
     parser.add_argument("--max-tokens", type=int, default=2048, help="with --tokenizer: most tokens of a row")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="write the rows that break a rule there")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write Data Docs there")
     return parser
+
+
+def is_embedded(folder: Path) -> bool:
+    """Whether the datasets of a folder are the embedded source's, as the file says that it writes beside them."""
+    try:
+        return bool(json.loads((folder / SOURCE).read_text(encoding="utf-8"))["source"] == "embedded")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_folder(args: argparse.Namespace) -> int:
@@ -148,11 +162,14 @@ def check_folder(args: argparse.Namespace) -> int:
     if not files:
         raise UserError(f"{args.data}: none of {', '.join(f'{name}.jsonl' for name in KEYS)} in it")
     limits = replace(ValidateParams(), counts=args.counts, min_k=args.min_k, max_prompt_chars=args.max_prompt_chars,
-                     max_completion_chars=args.max_completion_chars, max_prompts_per_user=args.max_prompts_per_user)
+                     max_completion_chars=args.max_completion_chars, max_prompts_per_user=args.max_prompts_per_user,
+                     language=args.language)
     options: dict[str, Any] = {}
     if args.tokenizer:
         counter, own = token_counter(args.tokenizer)
         options = {"count_tokens": counter, "max_tokens": args.max_tokens, "tokens": (*SPECIAL_TOKENS, *own)}
+    if args.counts == "paper" or is_embedded(args.data):
+        options["leave_out"] = NOT_OF_EMBEDDED
     with tempfile.TemporaryDirectory(prefix="instructflow-docs-") as scratch:
         site = args.docs or Path(scratch)
         context = make_context(site)

@@ -69,7 +69,9 @@ def _source_files(params: Params, root: Path) -> Iterator[Outside]:
         for number, entry in enumerate(entries if isinstance(entries, list) else [], start=1):
             pattern = str(entry.get("files") or "") if isinstance(entry, dict) else ""
             dataset = str(entry.get("dataset") or "") if isinstance(entry, dict) else ""
-            files = sorted(glob(str(spec.parent / pattern), recursive=True)) if pattern else []
+            names = [pattern] if (spec.parent / pattern).is_file() else glob(pattern, root_dir=spec.parent,
+                                                                             recursive=True)
+            files = sorted(str(spec.parent / name) for name in names) if pattern else []
             common = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
             for file in files:  # files of one name lie in different folders
                 below = os.path.relpath(os.path.dirname(file), common)

@@ -6,6 +6,7 @@ A wrong key or value is refused in one line: the file, the key, the value and wh
 import dataclasses
 import difflib
 import re
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -126,8 +127,11 @@ def _allowed(params_class: type, name: str) -> str:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         kind = "one of " + ", ".join(map(str, typing.get_args(hint)))
+    elif origin is types.UnionType:
+        kind = "a name or a list of names"
     else:
-        values = "texts" if origin is dict and typing.get_args(hint)[1] is str else "numbers"
+        of = typing.get_args(hint)[1] if origin is dict else None
+        values = "texts" if of is str else "numbers" if of in (int, float) else "values"
         kind = {None: getattr(hint, "__name__", ""), dict: f"names and {values}", list: "a list of names"}[origin]
     return kind + (f" {limits}" if limits else "")
 

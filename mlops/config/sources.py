@@ -1,10 +1,14 @@
 """Reads a source description (profiles/sources/<name>.yaml) into the entries of `rlhf.curation.sources`."""
 
+from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from mlops.config.loader import check_section, read_yaml, unknown_key
-from rlhf.curation.sources.layouts import COMMON_FIELDS, FIELDS, LAYOUT_ROLES
+from rlhf.curation.loss import check_rules
+from rlhf.curation.sources.columns import COMMON_FIELDS, FIELDS, needed
+from rlhf.curation.sources.layouts import LAYOUT_ROLES
 from rlhf.curation.sources.spec import Entry, RulesParams, Source
 from rlhf.data.schema import USE_CASE_PERCENT
 from rlhf.errors import UserError
@@ -33,7 +37,12 @@ def load_source(path: Path) -> Source | IngestParams:
     entries = {role: _entries(content.get(role), path, role) for role in ROLES}
     if not any(entries[role] for role in ROLES if role != "corpus"):
         raise UserError(f"{path}: nothing to read; add at least one of sft, rm, ppo")
-    return Source(**entries, rules=check_section(RulesParams, content.get("rules") or {}, path, "rules"))
+    rules = check_section(RulesParams, content.get("rules") or {}, path, "rules")
+    try:
+        check_rules(rules)
+    except ValueError as error:
+        raise UserError(f"{path}: rules.{error}") from None
+    return Source(**entries, rules=rules)
 
 
 def _entries(content: Any, path: Path, role: str) -> list[Entry]:
@@ -55,26 +64,112 @@ def _entry(values: Any, path: Path, role: str, name: str) -> Entry:
     for field in entry.columns:
         if field not in known:
             raise unknown_key(path, f"{name}.columns.{field}", list(known))
-    if entry.columns and entry.layout != "columns":
-        raise UserError(f"{path}: {name}.columns: cannot be combined with layout {entry.layout} (fixed columns)")
     for case in [*entry.use_cases.values(), *([entry.use_case] if entry.use_case else [])]:
         if case not in USE_CASE_PERCENT:
             raise UserError(f"{path}: {name}: use case {case!r} must be one of {', '.join(USE_CASE_PERCENT)}")
-    _check_columns(entry, path, role, name)
+    try:
+        _check_files(entry, values, path)
+        _check_preference(entry)
+        _check_where(entry)
+        _check_columns(entry, role)
+        _check_combinations(entry, role)
+    except ValueError as error:
+        raise UserError(f"{path}: {name}{error}") from None
     return entry
 
 
-def _check_columns(entry: Entry, path: Path, role: str, name: str) -> None:
-    """Raises UserError for a column map without the role's required fields."""
+def _check_files(entry: Entry, values: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for keys that say how something else is read, and for a pattern that is the description."""
+    unused = ("revision", "config", "data_dir", "split") if entry.files else (
+        "format", "encoding", "delimiter", "quotes", "decimal", "rows", "orient")
+    for key in unused:
+        if key in values:
+            raise ValueError(f".{key}: cannot be combined with {'files' if entry.files else 'dataset'}")
+    if entry.encoding:
+        try:
+            if not "a".encode(entry.encoding):
+                raise LookupError
+        except (LookupError, UnicodeError):
+            raise ValueError(f".encoding = {entry.encoding!r}: is no encoding; write e.g. cp1252 or utf-16") from None
+    if "delimiter" in values and len(entry.delimiter) != 1:
+        raise ValueError(f".delimiter = {entry.delimiter!r}: must be one character")
+    if entry.files and path.is_file() and any(
+            path.samefile(path.parent / name) for name in [entry.files, *glob(entry.files, root_dir=path.parent,
+                                                                              recursive=True)]
+            if (path.parent / name).is_file()):
+        raise ValueError(f".files = {entry.files!r}: names this description itself; name the files with your rows")
+
+
+def _check_preference(entry: Entry) -> None:
+    vote = entry.preference
+    if not vote:
+        return
+    for key in vote:
+        if key not in ("column", "first", "second", "tie"):
+            raise ValueError(f".preference.{key}: unknown key; known keys: column, first, second, tie")
+    for key in ("column", "first", "second"):
+        if vote.get(key) is None:
+            raise ValueError(f".preference: needs {key}")
+    if not isinstance(vote["column"], str):
+        raise ValueError(f".preference.column = {vote['column']!r}: must be a name")
+    choices = [str(item) for key in ("first", "second", "tie") if key in vote
+               for item in (vote[key] if isinstance(vote[key], list) else [vote[key]])]
+    for choice in choices:
+        if choices.count(choice) > 1:
+            raise ValueError(f".preference: {choice} stands twice; a value has one meaning")
+
+
+def _check_where(entry: Entry) -> None:
+    for column, value in entry.where.items():
+        if isinstance(value, Mapping) and list(value) != ["not"]:
+            raise ValueError(f".where.{column}: must be a value, a list of values, null, or not: and one of these")
+
+
+def _check_columns(entry: Entry, role: str) -> None:
+    """Raises ValueError for a column map without the role's required fields, or with ones that contradict."""
     mapped = set(entry.columns)
+    if entry.columns and entry.layout != "columns":
+        raise ValueError(f".columns: cannot be combined with layout {entry.layout} (fixed columns)")
+    for field, names in entry.columns.items():
+        if not names:
+            raise ValueError(f".columns.{field}: names no column")
+        if isinstance(names, list) and field not in ("prompt", "completions", "scores", "ranks", "system", "text"):
+            raise ValueError(f".columns.{field}: must be one column; several are for prompt, system, text, "
+                             "completions, scores and ranks")
     if not mapped:
         return
-    enough = {
-        "sft": [{"prompt", "completion"}, {"messages"}],
-        "rm": [{"prompt", "completions", "ranks"}, {"prompt", "completions", "scores"}, {"chosen", "rejected"}],
-        "ppo": [{"prompt"}, {"messages"}],
-        "corpus": [{"text"}],
-    }[role]
-    if not any(fields <= mapped for fields in enough):
-        ways = "; or ".join(" and ".join(sorted(fields)) for fields in enough)
-        raise UserError(f"{path}: {name}.columns: needs {ways}")
+    pair = next((field for field in ("chosen", "rejected") if field in mapped), "")
+    for field, others in {"messages": ("prompt", "completion"), "ranks": ("scores",), "rank": ("score",),
+                          pair: ("completions", "ranks", "scores", "completion", "score", "rank"),
+                          "completions": ("completion", "score", "rank")}.items():
+        clash = [other for other in others if other in mapped] if field in mapped else []
+        if clash:
+            raise ValueError(f".columns: {field} cannot be combined with {', '.join(clash)}; remove one")
+    if not any(set(fields) <= mapped for fields in needed(role, entry)):
+        ways = "; or ".join(" and ".join(sorted(fields)) for fields in needed(role, entry))
+        single = "; completion with score or rank needs group_by" if "completion" in mapped and role == "rm" else ""
+        raise ValueError(f".columns: needs {ways}{single}")
+    texts, numbers = entry.columns.get("completions"), entry.columns.get("scores", entry.columns.get("ranks"))
+    if isinstance(texts, list) and isinstance(numbers, list) and len(texts) != len(numbers):
+        raise ValueError(f".columns: {len(texts)} completions, {len(numbers)} scores or ranks")
+    if entry.preference and isinstance(texts, list) and len(texts) != 2:
+        raise ValueError(f".columns.completions: {len(texts)} columns, a preference needs 2")
+
+
+def _check_combinations(entry: Entry, role: str) -> None:
+    """Raises ValueError for keys that nothing uses."""
+    columns = entry.columns
+    for key in ("group_by", "preference"):
+        if getattr(entry, key) and (role != "rm" or not columns):
+            raise ValueError(f".{key}: is for rm, with columns")
+    if entry.preference:
+        clash = [field for field in ("scores", "ranks", "chosen", "rejected") if field in columns]
+        if entry.group_by or clash:
+            raise ValueError(f".preference: cannot be combined with {', '.join(clash) or 'group_by'}; remove one")
+    if entry.labeler and role != "rm":
+        raise ValueError(".labeler: is for rm")
+    for constant, field in (("labeler", "labeler_id"), ("source", "source")):
+        if getattr(entry, constant) and field in columns:
+            raise ValueError(f".{constant}: cannot be combined with columns.{field}; remove one")
+    if entry.use_cases and (entry.layout != "columns" or (columns and "use_case" not in columns)):
+        raise ValueError(".use_cases: needs columns.use_case")

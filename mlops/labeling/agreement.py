@@ -10,47 +10,19 @@ from itertools import combinations
 
 import numpy as np
 
-from mlops.labeling.batch import Item
+from mlops.labeling.batch import Assignment, Item
 from mlops.labeling.store import Label
-
-Z = 1.959963984540054  # two-sided 95 %
-
-
-@dataclass
-class Count:
-    """Agreeing pairs among those on which both labelers have a preference."""
-
-    agreed: int = 0
-    pairs: int = 0
-
-    @property
-    def share(self) -> float:
-        return self.agreed / self.pairs if self.pairs else math.nan
-
-    def add(self, other: "Count") -> None:
-        self.agreed += other.agreed
-        self.pairs += other.pairs
-
-    def clearly_below(self, other: "Count") -> bool:
-        """Whether both have pairs and this one's 95 % interval lies below the other's."""
-        return bool(self.pairs and other.pairs) and self.interval()[1] < other.interval()[0]
-
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share."""
-        if not self.pairs:
-            return 0.0, 1.0
-        share, weight = self.share, Z * Z / self.pairs
-        middle = (share + weight / 2) / (1 + weight)
-        half = Z * math.sqrt(share * (1 - share) / self.pairs + weight / (4 * self.pairs)) / (1 + weight)
-        return middle - half, middle + half
+from rlhf.curation.labelers import Count, Leaning, by_position, leanings, outliers_of
 
 
 @dataclass(frozen=True)
 class Agreement:
     """`alpha`: Krippendorff's, of the preferences in all pairs (worse, tie, better as an ordinal scale); NaN without an
-    item that has two labels. `by_labeler`: each against all others. `adjudicate`: item ids."""
+    item that has two labels. `with_ties`: of all pairs, a tie being an answer as any other. `by_labeler`: each against
+    all others. `adjudicate`: item ids."""
 
     overall: Count
+    with_ties: Count
     alpha: float
     by_labeler: dict[str, Count]
     by_use_case: dict[str, Count]
@@ -66,33 +38,43 @@ def preferences(label: Label) -> dict[tuple[int, int], int]:
 def agreement(labels: Iterable[Label], items: Mapping[str, Item], below: float = 0.5) -> Agreement:
     """Over all items with two labels or more.
 
-    An outlier agrees with the others less than they agree among themselves, and the two 95 % intervals do not overlap.
-    An item needs adjudication where its labelers agree on less than `below` of the pairs, or have no pair in common.
+    An outlier agrees with the others less than they agree among themselves, by 10 percentage points at least, and the
+    two 95 % intervals do not overlap; one labeler is taken out after the other. An item needs adjudication where its
+    labelers say the same of less than `below` of the pairs: a tie is an answer too, so ties of all are agreement.
     """
     by_item: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
         by_item[label.item_id].append(label)
     shared = {item_id: sorted(own, key=lambda label: label.labeler_id) for item_id, own in sorted(by_item.items())
               if len(own) > 1}
-    overall = Count()
+    overall, with_ties = Count(), Count()
     by_labeler: dict[str, Count] = defaultdict(Count)
     by_use_case: dict[str, Count] = defaultdict(Count)
-    among_others: dict[str, Count] = defaultdict(Count)
-    names = sorted({label.labeler_id for own in shared.values() for label in own})
+    by_pair: dict[tuple[str, str], Count] = defaultdict(Count)
     adjudicate = []
     for item_id, own in shared.items():
         in_item = Count()
         for one, other in combinations(own, 2):
-            pair = {one.labeler_id, other.labeler_id}
-            for total in (overall, in_item, by_use_case[str(items[item_id].row["use_case"])],
-                          *(by_labeler[name] for name in pair),
-                          *(among_others[name] for name in names if name not in pair)):
+            for total in (overall, by_use_case[str(items[item_id].row.get("use_case", "other"))],
+                          by_labeler[one.labeler_id], by_labeler[other.labeler_id],
+                          by_pair[one.labeler_id, other.labeler_id]):
                 total.add(_agreeing_pairs(one, other))
-        if not in_item.pairs or in_item.share < below:
+            in_item.add(_same_answers(one, other))
+        with_ties.add(in_item)
+        if in_item.share < below:
             adjudicate.append(item_id)
-    outliers = [name for name in names if by_labeler[name].clearly_below(among_others[name])]
-    return Agreement(overall, alpha(shared.values()), dict(sorted(by_labeler.items())),
+    outliers = [item.name for item in outliers_of(by_pair)]
+    return Agreement(overall, with_ties, alpha(shared.values()), dict(sorted(by_labeler.items())),
                      dict(sorted(by_use_case.items())), outliers, adjudicate)
+
+
+def positions(labels: Iterable[Label], assignments: Iterable[Assignment]) -> tuple[dict[str, Leaning], list[str]]:
+    """How far each labeler's ranks follow the order in which the completions were shown: ({labeler: leaning}, those
+    who rank by position). Labels without an assignment are left out."""
+    order = {(item.item_id, item.labeler_id): item.order for item in assignments}
+    shown = [(label.labeler_id, [label.ranks[index] for index in order[label.item_id, label.labeler_id]])
+             for label in labels if (label.item_id, label.labeler_id) in order]
+    return leanings(shown), sorted(by_position(shown, as_shown=True))
 
 
 def agreement_with(truth: Mapping[str, Sequence[int]], labels: Iterable[Label]) -> tuple[dict[str, Count], list[str]]:
@@ -121,6 +103,12 @@ def _agreeing_pairs(one: Label, other: Label) -> Count:
     mine, theirs = preferences(one), preferences(other)
     both = [(mine[pair], theirs[pair]) for pair in mine if mine[pair] and theirs[pair]]
     return Count(sum(a == b for a, b in both), len(both))
+
+
+def _same_answers(one: Label, other: Label) -> Count:
+    """All pairs, and on how many of them both say the same: the one, the other, or a tie."""
+    mine, theirs = preferences(one), preferences(other)
+    return Count(sum(mine[pair] == theirs[pair] for pair in mine), len(mine))
 
 
 def alpha(groups: Iterable[Sequence[Label]]) -> float:

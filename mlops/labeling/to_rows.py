@@ -3,16 +3,19 @@
     python -m mlops.labeling.to_rows feedback/first           # writes rm.jsonl and agreement.json to the batch's folder
     python -m mlops.labeling.to_rows feedback/first --add     # and the rows to raw/feedback, for the next ingest
 
-rm.jsonl has the reward model's schema, one row per ranking; a ranking of ties only is left out. The datasets contain
-each prompt once, so `--add` merges several rankings of an item into one. `--adjudicate NAME` makes a batch of the
-disputed items for one labeler; these decisions then replace all labels of the item.
+rm.jsonl has the reward model's schema, one row per ranking; a ranking of ties only is left out. `--add` writes the
+rows that pass the data checks of stage validate, with `--consensus` one row per item, the labelers' mean ranks.
+`--adjudicate NAME` makes a batch of the disputed items for one labeler; these decisions then replace all labels of the
+item.
 """
 
 import argparse
 import math
 import sys
-from collections import defaultdict
+import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,13 @@ from rich.table import Table
 
 from mlops.config.loader import load_params
 from mlops.config.paths import FEEDBACK
-from mlops.labeling.agreement import Count, agreement, agreement_with
-from mlops.labeling.batch import Item, assign, read_batch, write_batch
+from mlops.labeling.agreement import Count, agreement, agreement_with, positions
+from mlops.labeling.batch import Assignment, Item, assign, read_batch, write_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
-from rlhf.curation.characters import odd_character
 from rlhf.data.schema import KEYS, write_rows
 from rlhf.errors import UserError
 from rlhf.files import write_json
+from rlhf.params import ValidateParams
 from rlhf.world.gold import DATA_SOURCE, gold_labeler
 
 CONSENSUS = "consensus"
@@ -59,9 +62,28 @@ def consensus_rows(labels: Mapping[tuple[str, str], Label], items: Mapping[str, 
     return rm_rows(merged, items)
 
 
-def fit_for_data(row: Mapping[str, Any], min_k: int) -> bool:
-    """Whether the row passes the datasets' rules: enough completions, and no broken characters."""
-    return len(row["completions"]) >= min_k and not any(map(odd_character, row["completions"]))
+def checked_rows(rows: Sequence[Mapping[str, Any]], limits: ValidateParams
+                 ) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """(the rows that pass the data checks of stage validate, the number of the others by the rule that they break).
+
+    Rules that only warn leave no row out.
+    """
+    from mlops.validation.docs import make_context  # Great Expectations, whose import takes seconds
+    from mlops.validation.run import validate_files
+
+    plain = [{key: row[key] for key in KEYS["rm"]} for row in rows]
+    if not plain:
+        return [], Counter()
+    with tempfile.TemporaryDirectory(prefix="instructflow-labels-") as folder:
+        file = Path(folder) / "rm.jsonl"
+        write_rows(file, plain)
+        outcome = validate_files(make_context(Path(folder) / "docs"), {"rm": file}, 1.0,
+                                 replace(limits, counts="none", mostly={}), say=lambda line: None)
+    broken: dict[int, str] = {}
+    for finding in outcome.findings:
+        for row in finding.rows if finding.stops else ():
+            broken.setdefault(row, finding.rule)
+    return [row for number, row in enumerate(plain, start=1) if number not in broken], Counter(broken.values())
 
 
 def gold_ranks(items: Mapping[str, Item], labels: Mapping[tuple[str, str], Label], trusted: str, seed: int
@@ -82,8 +104,9 @@ def gold_ranks(items: Mapping[str, Item], labels: Mapping[tuple[str, str], Label
 
 
 def agreement_report(items: Mapping[str, Item], labels: Mapping[tuple[str, str], Label], trusted: str, seed: int,
-                     rows: int) -> dict[str, Any]:
-    """The content of agreement.json: agreement among the labelers, and of each labeler with the gold ranks."""
+                     rows: int, assignments: Sequence[Assignment] = ()) -> dict[str, Any]:
+    """The content of agreement.json: agreement among the labelers, and of each labeler with the gold ranks; how far
+    each labeler's ranks follow the order in which the completions were shown."""
     def record(count: Count) -> dict[str, Any]:
         low, high = count.interval()
         return {"agreement": _number(count.share), "low": low, "high": high, "pairs": count.pairs}
@@ -91,11 +114,15 @@ def agreement_report(items: Mapping[str, Item], labels: Mapping[tuple[str, str],
     among = agreement(labels.values(), items)
     with_gold, outliers = agreement_with(gold_ranks(items, labels, trusted, seed),
                                          [label for label in labels.values() if label.labeler_id != trusted])
+    leaning, by_position = positions(labels.values(), assignments)
     return {"labels": len(labels), "rows": rows, "alpha": _number(among.alpha), **record(among.overall),
+            "agreement_with_ties": _number(among.with_ties.share),
             "by_labeler": {name: record(count) for name, count in among.by_labeler.items()},
             "by_use_case": {name: record(count) for name, count in among.by_use_case.items()},
             "with_gold": {name: record(count) for name, count in with_gold.items()},
-            "outliers": sorted({*among.outliers, *outliers}), "adjudicate": among.adjudicate}
+            "order_correlation": {name: {"mean": item.mean, "others": item.others, "z": item.z, "rankings": item.rows}
+                                  for name, item in leaning.items()},
+            "outliers": sorted({*among.outliers, *outliers, *by_position}), "adjudicate": among.adjudicate}
 
 
 def agreement_metrics(content: Mapping[str, Any]) -> dict[str, float]:
@@ -128,16 +155,17 @@ def show(content: Mapping[str, Any], console: Console) -> None:
 
 
 def add(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Writes the rows that pass the datasets' rules to raw/feedback/NAME.jsonl; returns a message."""
-    min_k = load_params().stages.validate.min_k
-    fit = [dict(row) for row in rows if fit_for_data(row, min_k)]
+    """Writes the rows that pass the data checks to raw/feedback/NAME.jsonl; returns a message."""
+    fit, broken = checked_rows(rows, load_params().stages.validate)
+    why = ", ".join(f"{rule} {count:,}" for rule, count in sorted(broken.items()))
     if not fit:
-        raise UserError(f"none of {len(rows)} rows has {min_k} completions (validate.min_k) without broken characters")
+        raise UserError(f"none of {len(rows)} rows passes the data checks of stage validate: {why or 'all are ties'}")
     path = FEEDBACK / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, fit)
-    return (f"{path}: {len(fit):,} rows of {len(rows):,}; the others have fewer than {min_k} completions or broken "
-            "characters. Set validate.counts to none and run `dvc repro data.dvc` for the new data version")
+    left_out = f"; left out by the data checks: {why}" if why else ""
+    return (f"{path}: {len(fit):,} rows of {len(rows):,}{left_out}. Set validate.counts to none and run "
+            "`dvc repro data.dvc` for the new data version")
 
 
 def make_adjudication(folder: Path, item_ids: Sequence[str], labeler: str) -> str:
@@ -171,6 +199,8 @@ def main() -> None:
                                      description="Turns a batch's labels into rows for the reward model.")
     parser.add_argument("folder", type=Path, help="the batch")
     parser.add_argument("--add", action="store_true", help=f"write the rows to {FEEDBACK}, which stage ingest reads")
+    parser.add_argument("--consensus", action="store_true",
+                        help="with --add: one row per item, the labelers' mean ranks, instead of every ranking")
     parser.add_argument("--gold", default="", metavar="NAME", help="a trusted labeler to screen the others against "
                         "(default: the embedded world's gold labeler, where the data comes from it)")
     parser.add_argument("--adjudicate", default="", metavar="NAME",
@@ -178,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     messages = []
     try:
-        items, _ = read_batch(options.folder)
+        items, assignments = read_batch(options.folder)
         labels = LabelStore(options.folder / LABELS).current()
         if not labels:
             raise UserError(f"{options.folder / LABELS}: no labels yet; `python -m mlops.labeling.terminal` adds them")
@@ -187,13 +217,13 @@ def main() -> None:
             check(label, items)
         rows = rm_rows(final, items)
         seed = load_params().seed if DATA_SOURCE.exists() else 0  # the seed of the embedded world
-        content = agreement_report(items, labels, options.gold, seed, len(rows))
+        content = agreement_report(items, labels, options.gold, seed, len(rows), assignments)
         write_rows(options.folder / "rm.jsonl", rows)
         write_json(options.folder / "agreement.json", content)
         if options.adjudicate:
             messages.append(make_adjudication(options.folder, content["adjudicate"], options.adjudicate))
         if options.add:
-            messages.append(add(consensus_rows(final, items), options.folder.name))
+            messages.append(add(consensus_rows(final, items) if options.consensus else rows, options.folder.name))
     except UserError as error:
         print(f"to_rows: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,4 +1,5 @@
-"""Expectations that Great Expectations lacks: visible text, repeats, quotas, groups, rankings, counts, shares.
+"""Expectations that Great Expectations lacks: visible text, repeats, quotas, groups, rankings, counts, shares, and what
+is seen only in all rows together: completions that many prompts share, labelers whose ranks mean nothing.
 
 Each is a GX expectation with its metric. A row that is unusable as a line is null in all columns but `line`, so that
 only the rule it breaks reports it: GX skips nulls.
@@ -14,6 +15,10 @@ from great_expectations.expectations.expectation import (
     ColumnMapExpectation,
     ColumnPairMapExpectation,
 )
+from great_expectations.expectations.metrics.column_aggregate_metric_provider import (
+    ColumnAggregateMetricProvider,
+    column_aggregate_value,
+)
 from great_expectations.expectations.metrics.map_metric_provider import (
     ColumnMapMetricProvider,
     ColumnPairMapMetricProvider,
@@ -21,7 +26,10 @@ from great_expectations.expectations.metrics.map_metric_provider import (
     column_pair_condition_partial,
 )
 
+from mlops.validation.reader import short
 from rlhf.curation.characters import is_visible
+from rlhf.curation.completions import shared_completions
+from rlhf.curation.labelers import doubtful_labelers
 
 PandasColumn = Any  # a pandas Series; the row number is its index
 
@@ -70,21 +78,24 @@ class ExpectPairsNotToRepeat(ColumnPairMapExpectation):
     success_keys = ("ignore_row_if", "mostly")
 
 
-class ValueWithinQuota(ColumnMapMetricProvider):
-    condition_metric_name = "column_values.within_quota"
-    condition_value_keys = ("max_rows",)
+class GroupWithinQuota(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.group_within_quota"
+    condition_value_keys = ("most",)
 
-    @column_condition_partial(engine=PandasExecutionEngine)
-    def _pandas(cls, column: PandasColumn, max_rows: int, **kwargs: Any) -> PandasColumn:
-        return column.groupby(column).cumcount() < max_rows
+    @column_pair_condition_partial(engine=PandasExecutionEngine)
+    def _pandas(cls, column_A: PandasColumn, column_B: PandasColumn, most: int, **kwargs: Any) -> PandasColumn:
+        pairs = pd.DataFrame({"group": column_A, "value": column_B})
+        first = ~pairs.duplicated()
+        return first.groupby(pairs["group"]).cumsum() <= most
 
 
-class ExpectColumnValuesToBeWithinQuota(ColumnMapExpectation):
-    """No value has more than `max_rows` rows; the rows beyond that are reported."""
+class ExpectGroupsToBeWithinQuota(ColumnPairMapExpectation):
+    """No value of column_A has more than `most` different values of column_B; the rows beyond that are reported."""
 
-    max_rows: int
-    map_metric = "column_values.within_quota"
-    success_keys = ("max_rows", "mostly")
+    most: int
+    ignore_row_if: str = "either_value_is_missing"
+    map_metric = "column_pair_values.group_within_quota"
+    success_keys = ("most", "ignore_row_if", "mostly")
 
 
 class GroupHasOneValue(ColumnPairMapMetricProvider):
@@ -115,6 +126,19 @@ RANKING_TESTS: dict[str, Callable[[tuple[int, ...], tuple[str, ...]], bool]] = {
 }
 
 
+def _similar_texts_share_ranks(ranks: tuple[int, ...], texts: tuple[str, ...]) -> bool:
+    """Whether completions that differ in case and blanks only have one rank; another test compares equal ones."""
+    first: dict[str, tuple[str, int]] = {}
+    for text, rank in zip(texts, ranks, strict=True):
+        other, its_rank = first.setdefault(" ".join(text.casefold().split()), (text, rank))
+        if other != text and its_rank != rank:
+            return False
+    return True
+
+
+RANKING_TESTS["similar_texts_equal_ranks"] = _similar_texts_share_ranks
+
+
 class RankingPassesTest(ColumnPairMapMetricProvider):
     condition_metric_name = "column_pair_values.ranking_passes"
     condition_value_keys = ("test",)
@@ -132,7 +156,7 @@ class ExpectRankingsToPass(ColumnPairMapExpectation):
 
     `dense_ranks`: the ranks are 1, 2, ... without a gap and ties share one (1, 2, 2, 3). `some_preference`: not all
     share rank 1, which would leave the reward model no pair to learn from. `equal_texts_equal_ranks`: identical
-    completions have the same rank.
+    completions have the same rank. `similar_texts_equal_ranks`: so have those that differ in case and blanks only.
     """
 
     test: str
@@ -186,3 +210,41 @@ class ExpectColumnSharesToBeNear(ValueCountsExpectation):
         shares = {value: 100 * counts.get(value, 0) / max(total, 1) for value in self.percent}
         return [f"{value} {shares[value]:.1f} %, expected {percent} %" for value, percent in self.percent.items()
                 if total and abs(shares[value] - percent) > self.tolerance]
+
+
+class SharedCompletions(ColumnAggregateMetricProvider):
+    metric_name = "column.shared_completions"
+
+    @column_aggregate_value(engine=PandasExecutionEngine)
+    def _pandas(cls, column: PandasColumn, **kwargs: Any) -> list[str]:
+        found = shared_completions((prompt, text) for _, prompt, texts, _ in column.dropna() for text in texts)
+        return [f"{short(text)} answers {count:,} of {total:,} prompts" for text, count, total in found]
+
+
+class DoubtfulLabelers(ColumnAggregateMetricProvider):
+    metric_name = "column.doubtful_labelers"
+
+    @column_aggregate_value(engine=PandasExecutionEngine)
+    def _pandas(cls, column: PandasColumn, **kwargs: Any) -> list[str]:
+        return doubtful_labelers([item for item in column.dropna() if len(item[2]) == len(item[3])])
+
+
+class SentencesExpectation(ColumnAggregateExpectation):
+    """Base of the expectations whose metric is a list of sentences, one for each fault."""
+
+    def _validate(self, metrics: dict[str, Any], runtime_configuration: dict[str, Any] | None = None,
+                  execution_engine: Any = None) -> dict[str, Any]:
+        sentences = metrics[self.metric_dependencies[0]]
+        return {"success": not sentences, "result": {"observed_value": "; ".join(sentences) or "as expected"}}
+
+
+class ExpectCompletionsNotToBeShared(SentencesExpectation):
+    """No completion answers more prompts than `rlhf.curation.completions.shared_completions` allows."""
+
+    metric_dependencies = ("column.shared_completions",)
+
+
+class ExpectLabelersToRankByContent(SentencesExpectation):
+    """No labeler ranks by position or at random (`rlhf.curation.labelers.doubtful_labelers`)."""
+
+    metric_dependencies = ("column.doubtful_labelers",)

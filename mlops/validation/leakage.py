@@ -1,8 +1,8 @@
 """Leakage: prompts and users on both sides of the train/valid split, within a dataset or between two.
 
-The rules run on one frame of all datasets with the columns `prompt`, `user_id` and `place`, which is dataset/split. Of
-a train and a valid row, the valid one is reported, since it is the one to remove. Exception: a valid prompt of the SFT
-or reward-model data among PPO's train prompts, where the PPO row is reported.
+The rules run on one frame of all datasets with the columns `prompt`, `user` (the user id as it is compared) and
+`place`, which is dataset/split. Of a train and a valid row, the valid one is reported, since it is the one to remove.
+Exception: a valid prompt of the SFT or reward-model data among PPO's train prompts, where the PPO row is reported.
 """
 
 from typing import Any
@@ -53,9 +53,8 @@ class PromptStaysOnItsSide(ColumnPairMapMetricProvider):
 class ExpectPromptsNotToCrossSplits(ColumnPairMapExpectation):
     """No prompt (column_A) of a train place is one of a valid place (column_B: dataset/split).
 
-    With `chars` > 0 the expectation is about near duplicates: in lower case and without punctuation they share a prefix
-    of at least `chars` characters and `share` of the longer prompt. Equal prompts are left to the expectation without
-    `chars`.
+    With `chars` > 0 the expectation is about near duplicates (`rlhf.curation.near_duplicates`), equal after
+    normalisation included. Equal prompts are left to the expectation without `chars`.
     """
 
     chars: int = 0

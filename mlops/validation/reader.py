@@ -1,7 +1,7 @@
 """Reads a dataset file line by line into a frame for Great Expectations; no content of the file makes it fail.
 
-The column `line` names the rule that a line breaks as a line (UTF-8, JSON, keys, types); `characters`,
-`special_tokens`, `personal_data` and `language` hold problems of its texts. AS_DECLARED means no problem.
+The column `line` names the rule that a line breaks as a line (UTF-8, JSON, keys, types); the columns of TEXT_COLUMNS
+hold problems of its texts. AS_DECLARED means no problem. `user` is the user id as it is compared.
 """
 
 import gzip
@@ -12,8 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.curation.characters import SPECIAL_TOKENS, encodes, is_visible, odd_character, special_token
+from rlhf.curation.characters import (
+    SPECIAL_TOKENS,
+    encodes,
+    is_visible,
+    odd_character,
+    special_token,
+    template_mark,
+    turn_mark,
+)
+from rlhf.curation.completions import repeats_prompt
+from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
+from rlhf.curation.near_duplicates import same_user
 from rlhf.curation.personal_data import personal_data_in
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
@@ -22,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 AS_DECLARED = "as declared"
+TEXT_COLUMNS = ("characters", "special_tokens", "turn_marks", "repeated_prompt", "truncated", "personal_data",
+                "personal_data_in_valid", "language")
 SHOWN_CHARS = 60
 MAX_LINE_BYTES = 1_000_000
 LIST_ITEMS = {"completions": str, "ranks": int}  # keys with lists and the type of their items; others hold text
@@ -144,43 +157,68 @@ def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
 
 
 def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
-               count_tokens: Callable[[list[str], list[str]], list[int]] | None = None) -> "pd.DataFrame":
+               count_tokens: Callable[[list[str], list[str]], list[int]] | None = None,
+               language: str = "en") -> "pd.DataFrame":
     """The file as a frame indexed by line number, with further columns that the rules need.
 
     A row that is unusable as a line is null except for `line`, `problem` and `split_source`. `count_tokens(prompts,
-    completions)`: tokens of each pair; the column `tokens` has those of the row's longest pair. Raises UserError.
+    completions)`: tokens of each pair; the column `tokens` has those of the row's longest pair. `language`: ISO 639-1
+    code of the prompts' language. Raises UserError.
     """
     import pandas as pd
 
     names = KEYS[dataset]
     no_row: dict[str, Any] = dict.fromkeys(names)
     rows: list[dict[str, Any]] = []
-    columns: dict[str, list[Any]] = {name: [] for name in (
-        "line", "problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")}
+    columns: dict[str, list[Any]] = {name: [] for name in ("line", "problem", *TEXT_COLUMNS)}
     for line in read_lines(file, names):
         row: dict[str, Any] = line.row or no_row
         rows.append(row)
-        columns["line"].append(line.rule or AS_DECLARED)
-        columns["problem"].append(line.problem or AS_DECLARED)
-        texts = [] if line.row is None else [row["prompt"], *row.get("completions", [row.get("completion", "")])]
-        joined = "\n".join(texts)
-        columns["characters"].append(odd_character(joined) or AS_DECLARED)
-        columns["special_tokens"].append(special_token(joined, tokens) or AS_DECLARED)
-        personal = "; ".join(dict.fromkeys(personal_data_in(joined))) or AS_DECLARED
-        in_valid = row["split"] == "valid"
-        columns["personal_data"].append(AS_DECLARED if in_valid else personal)
-        columns["personal_data_in_valid"].append(personal if in_valid else AS_DECLARED)
-        columns["language"].append((foreign_language(row["prompt"]) if texts else "") or AS_DECLARED)
+        problems = _text_problems(row, tokens, language) if line.row else {}
+        problems |= {"line": line.rule, "problem": line.problem}
+        for name, values in columns.items():
+            values.append(problems.get(name) or AS_DECLARED)
     columns |= {name: [row[name] for row in rows] for name in names if name not in LIST_ITEMS}
+    columns["user"] = [row["user_id"] and same_user(row["user_id"]) for row in rows]
     columns["side"] = [row["split"] if row["split"] in SPLITS else None for row in rows]
     columns["split_source"] = [f"{row['split']}/{row['source']}" for row in rows]
     lines = range(1, len(rows) + 1)
     frame = pd.DataFrame({name: pd.Series(values, lines, dtype="str") for name, values in columns.items()})
     if dataset == "rm":
         _add_rankings(frame, rows)
+    if dataset != "ppo":
+        frame["answers"] = pd.Series([_answers(row) for row in rows], lines, dtype="object")
     if count_tokens is not None:
         frame["tokens"] = pd.Series(_token_counts(rows, count_tokens), lines, dtype="float")
     return frame
+
+
+def _text_problems(row: dict[str, Any], tokens: Sequence[str], language: str) -> dict[str, str]:
+    """The problems of a row's texts by column of TEXT_COLUMNS; "" where there is none."""
+    prompt, completions = row["prompt"], row.get("completions", [row.get("completion", "")])
+    joined = "\n".join([prompt, *completions])
+    best = completions if "ranks" not in row else [
+        text for text, rank in zip(completions, row["ranks"], strict=False) if rank == 1]
+    personal = "; ".join(dict.fromkeys(personal_data_in(joined)))
+    in_valid = row["split"] == "valid"
+    copies = [words for text in best if (words := repeats_prompt(prompt, text))
+              and ("completion" in row or words.startswith("is "))]
+    return {"characters": odd_character(joined), "special_tokens": special_token(joined, tokens),
+            "turn_marks": next(filter(None, map(turn_mark, completions)), "") or template_mark(prompt),
+            "repeated_prompt": copies[0] if copies else "",
+            "truncated": truncated(row["completion"]) if "completion" in row else "",
+            "personal_data": "" if in_valid else personal, "personal_data_in_valid": personal if in_valid else "",
+            "language": foreign_language(prompt, language)}
+
+
+def _answers(row: dict[str, Any]) -> tuple[Any, ...] | None:
+    """(labeler, prompt, completions, ranks), hashable; of a demonstration without labeler and ranks; None without row.
+    """
+    if row["prompt"] is None:
+        return None
+    if "completion" in row:
+        return "", row["prompt"], (row["completion"],), ()
+    return row["labeler_id"], row["prompt"], tuple(row["completions"]), tuple(row["ranks"])
 
 
 def _token_counts(rows: list[dict[str, Any]], count: Callable[[list[str], list[str]], list[int]]) -> list[int | None]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.validation.docs import keep_for_docs
-from mlops.validation.reader import read_frame, short
+from mlops.validation.reader import TEXT_COLUMNS, read_frame, short
 from rlhf.curation.characters import SPECIAL_TOKENS
+from rlhf.curation.language import languages
 from rlhf.data.schema import KEYS
+from rlhf.errors import UserError
 from rlhf.params import ValidateParams
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from great_expectations.data_context import EphemeralDataContext
 
 SHOWN_ROWS = 3
-TEXT_COLUMNS = ("problem", "characters", "special_tokens", "personal_data", "personal_data_in_valid", "language")
+SHOWN_WHOLE = ("problem", *TEXT_COLUMNS)
+SHOWN_INSTEAD = {"line": "problem", "user": "user_id"}  # columns that a finding shows for another
 RESULT_FORMAT = {"result_format": "COMPLETE", "return_unexpected_index_query": False}
 CROSS = "cross"
 
@@ -61,7 +64,7 @@ def finding_of(files: dict[str, Path], frame: "pd.DataFrame", result: "Expectati
             return []
         raise RuntimeError(f"{files[default]}: {meta['rule']}: {result.exception_info}")
     columns = [config.kwargs[key] for key in ("column", "column_A", "column_B") if key in config.kwargs]
-    columns = ["problem" if name == "line" else name for name in columns]
+    columns = [SHOWN_INSTEAD.get(name, name) for name in columns]
     by_file: dict[str, list[int]] = {}
     for index in details["unexpected_index_list"]:
         by_file.setdefault(frame.at[index, "dataset"] if "dataset" in frame else default, []).append(index)
@@ -70,8 +73,8 @@ def finding_of(files: dict[str, Path], frame: "pd.DataFrame", result: "Expectati
         rows = [int(frame.at[index, "row"]) if "row" in frame else int(index) for index in indices]
         problems = []
         for index in indices:
-            values = [(name, frame.at[index, name] if name in TEXT_COLUMNS else short(frame.at[index, name]))
-                      for name in columns]
+            cells = ((name, frame.at[index, name]) for name in columns)
+            values = [(name, cell if name in SHOWN_WHOLE else short(cell)) for name, cell in cells]
             problems.append(", ".join(f"{name} {value}" if values[1:] else value for name, value in values))
         shown = [f"row {row} ({text})" for row, text in zip(rows[:SHOWN_ROWS], problems, strict=False)]
         more = f" and {len(rows) - SHOWN_ROWS:,} more" if len(rows) > SHOWN_ROWS else ""
@@ -104,16 +107,19 @@ class Outcome:
 
 def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scale: float, limits: ValidateParams, *,
                    tokens: Sequence[str] = SPECIAL_TOKENS, count_tokens: TokenCounter | None = None,
-                   max_tokens: int = 0, say: Callable[[str], None] = print) -> Outcome:
-    """Checks each dataset file, then all of them together. Raises UserError for a file that cannot be read."""
+                   max_tokens: int = 0, leave_out: Sequence[str] = (), say: Callable[[str], None] = print) -> Outcome:
+    """Checks each dataset file, then all of them together. Raises UserError for a file that cannot be read, an unknown
+    rule or language. `leave_out`: rules that are not checked."""
     import pandas as pd
 
-    from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, name_of, suite_of
+    from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, name_of, rule_names, suite_of
 
-    rules = {name: RULES[name](scale, limits) + ([fits_model(max_tokens)] if count_tokens else []) for name in files}
+    if limits.language not in languages():
+        raise UserError(f"validate.language: {limits.language!r} is no ISO 639-1 code of {', '.join(languages())}")
     across = cross_rules(limits)
-    check_names(limits, sorted({name_of(item) for some in [*rules.values(), across] for item in some}
-                               | {"fits_model"}))
+    check_names(limits, rule_names())
+    rules = {name: [*(item for item in RULES[name](scale, limits) if name_of(item) not in leave_out),
+                    *([fits_model(max_tokens)] if count_tokens else [])] for name in files}
     outcome = Outcome()
     parts = []
 
@@ -128,13 +134,14 @@ def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scal
         return failed
 
     for dataset, file in files.items():
-        frame = read_frame(dataset, file, tokens, count_tokens)
+        frame = read_frame(dataset, file, tokens, count_tokens, limits.language)
         run(dataset, rules[dataset], {dataset: file}, frame, f"{file!s:<16} {len(frame):>7,} rows")
         if not any(item.stops for item in outcome.findings):
             outcome.metrics |= {f"validate/{dataset}_{name}": value
                                 for name, value in statistics(dataset, frame).items()}
-        parts.append(pd.DataFrame({"prompt": frame["prompt"], "user_id": frame["user_id"], "row": frame.index,
-                                   "place": dataset + "/" + frame["side"], "dataset": dataset}))
+        parts.append(pd.DataFrame({"prompt": frame["prompt"], "user_id": frame["user_id"],
+                                   "user": frame["user"],
+                                   "row": frame.index, "place": dataset + "/" + frame["side"], "dataset": dataset}))
     both = pd.concat(parts, ignore_index=True)
     run(CROSS, across, files, both, f"{'all datasets':<16} {len(both):>7,} rows")
     return outcome

@@ -14,6 +14,7 @@ from great_expectations.expectations import (
     ExpectColumnValuesToBeBetween,
     ExpectColumnValuesToBeInSet,
     ExpectColumnValuesToNotBeInSet,
+    ExpectTableRowCountToBeBetween,
 )
 from great_expectations.expectations.expectation import Expectation
 
@@ -22,8 +23,10 @@ from mlops.validation.expectations import (
     ExpectColumnTextToBeVisible,
     ExpectColumnValueCountsToBe,
     ExpectColumnValuesNotToRepeat,
-    ExpectColumnValuesToBeWithinQuota,
+    ExpectCompletionsNotToBeShared,
+    ExpectGroupsToBeWithinQuota,
     ExpectGroupsToHaveOneValue,
+    ExpectLabelersToRankByContent,
     ExpectPairsNotToRepeat,
     ExpectRankingsToPass,
 )
@@ -36,7 +39,9 @@ from rlhf.params import ValidateParams
 MIX_TOLERANCE = 1.0  # percentage points
 MIX_MIN_ROWS = 1000  # with fewer rows, rounding alone exceeds the tolerance
 STOP, WARN = "stop", "warn"
-WARNINGS = ("language", "personal_data_in_valid")  # "warn" by default; all others "stop"
+# "warn" by default, since a sound row may have it too; all others "stop".
+WARNINGS = ("language", "personal_data_in_valid", "turn_marks", "repeated_prompt", "truncated", "shared_completion",
+            "similar_texts_equal_ranks", "labelers")
 
 LINE_RULES = {
     "line_length": ("no line has more than a million bytes", "check for a missing line break"),
@@ -89,6 +94,9 @@ def common_rules(dataset: str, scale: float, limits: ValidateParams) -> list[Exp
              for name, (sentence, fix) in LINE_RULES.items()]
     if limits.counts == "paper":
         rules += count_rules(rows)
+    else:
+        rules.append(rule(ExpectTableRowCountToBeBetween, "some_rows", "the file has a row",
+                          "make the dataset again, or remove the file", min_value=1))
     return [
         *rules,
         rule(ExpectColumnValuesToBeInSet, "known_source", f"source is {' or '.join(sources)}",
@@ -101,24 +109,43 @@ def common_rules(dataset: str, scale: float, limits: ValidateParams) -> list[Exp
         visible("user_id", "filled_user_id"),
         visible("prompt", "filled_prompt"),
         not_longer("prompt", "prompt_length", "prompt", limits.max_prompt_chars, "max_prompt_chars"),
-        rule(ExpectColumnValuesNotToRepeat, "unique_prompt_id", "each prompt_id appears once", column="prompt_id"),
-        rule(ExpectPairsNotToRepeat, "unique_prompt", "each prompt appears once in its split",
-             column_A="prompt", column_B="split"),
+        *repeat_rules(dataset),
         rule(ExpectGroupsToHaveOneValue, "user_in_one_split", "each user is in one split only",
-             "move all rows of the user to one split", column_A="user_id", column_B="side"),
-        rule(ExpectColumnValuesToBeWithinQuota, "prompts_per_user",
+             "move all rows of the user to one split", column_A="user", column_B="side"),
+        rule(ExpectGroupsToBeWithinQuota, "prompts_per_user",
              f"no user has more than {limits.max_prompts_per_user} prompts",
              "remove rows of the user, or raise validate.max_prompts_per_user",
-             column="user_id", max_rows=limits.max_prompts_per_user),
-        declared("characters", "characters", "texts contain no control character, byte order mark or U+FFFD"),
+             column_A="user", column_B="prompt", most=limits.max_prompts_per_user),
+        declared("characters", "characters", "texts contain no control or hidden character, byte order mark or U+FFFD"),
         declared("special_tokens", "special_tokens", "texts contain no special token of a chat format",
                  "remove the row, or the token from the text"),
         declared("personal_data", "personal_data", "train rows contain no personal data",
                  "remove the row, or the personal data from the text"),
         declared("personal_data_in_valid", "personal_data_in_valid", "valid rows contain no personal data",
                  "remove the row, or the personal data from the text"),
-        declared("language", "language", "prompts are in English", "remove the row, or translate it"),
+        declared("language", "language", f"prompts are in {language_name(limits.language)}",
+                 "remove the row, translate it, or set validate.language"),
+        declared("turn_marks", "turn_marks", "completions open no other turn, prompts hold no instruction template",
+                 "remove the row, or end the completion before the mark"),
     ]
+
+
+def language_name(code: str) -> str:
+    """"English", or the ISO 639-1 code of another language."""
+    return "English" if code == "en" else f"the language {code}"
+
+
+def repeat_rules(dataset: str) -> list[Expectation]:
+    """What may appear once. Several rankings of a prompt are no fault: only an identical one is."""
+    if dataset == "rm":
+        return [rule(ExpectGroupsToHaveOneValue, "unique_prompt_id", "each prompt_id has one prompt",
+                     column_A="prompt_id", column_B="prompt"),
+                rule(ExpectColumnValuesNotToRepeat, "unique_comparison",
+                     "no labeler has the same ranking of the same completions twice", "remove one of them",
+                     column="answers")]
+    return [rule(ExpectColumnValuesNotToRepeat, "unique_prompt_id", "each prompt_id appears once", column="prompt_id"),
+            rule(ExpectPairsNotToRepeat, "unique_prompt", "each prompt appears once in its split",
+                 column_A="prompt", column_B="split")]
 
 
 def count_rules(rows: dict[tuple[str, str], int]) -> list[Expectation]:
@@ -148,7 +175,16 @@ def sft_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
         visible("completion", "filled_completion"),
         not_longer("completion", "completion_length", "completion", limits.max_completion_chars,
                    "max_completion_chars"),
+        declared("repeated_prompt", "repeated_prompt", "no completion is its prompt or begins with it",
+                 "remove the row, or the prompt from the completion"),
+        declared("truncated", "truncated", "no completion breaks off", "remove the row, or complete it"),
+        shared_completion(),
     ]
+
+
+def shared_completion() -> Expectation:
+    return rule(ExpectCompletionsNotToBeShared, "shared_completion",
+                "no completion is the same for many prompts", "remove most of its rows", column="answers")
 
 
 def rm_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
@@ -167,6 +203,12 @@ def rm_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
         sound_ranking("dense_ranks", "ranks are 1, 2, ... without a gap, ties share a rank"),
         sound_ranking("some_preference", "not all completions of a row share a rank"),
         sound_ranking("equal_texts_equal_ranks", "equal completions of a row share a rank"),
+        sound_ranking("similar_texts_equal_ranks",
+                      "completions of a row that differ in case and blanks only share a rank"),
+        declared("repeated_prompt", "repeated_prompt", "no best completion is its prompt"),
+        shared_completion(),
+        rule(ExpectLabelersToRankByContent, "labelers", "no labeler ranks by position or at random",
+             "look at the labeler's rankings, and remove them", column="answers"),
     ]
 
 
@@ -185,7 +227,7 @@ def cross_rules(limits: ValidateParams) -> list[Expectation]:
              "no valid prompt is a near duplicate of a train prompt", fix, column_A="prompt", column_B="place",
              chars=limits.near_duplicate_chars, share=limits.near_duplicate_share),
         rule(ExpectUsersNotToCrossSplits, "user_leak", "no user is in train of one dataset and valid of another", fix,
-             column_A="user_id", column_B="place"),
+             column_A="user", column_B="place"),
     ]
 
 
@@ -212,6 +254,13 @@ def suite_of(name: str, rules: Iterable[Expectation], limits: ValidateParams) ->
             item.mostly = limits.mostly[named]
         chosen.append(item)
     return ExpectationSuite(name, expectations=chosen)
+
+
+def rule_names() -> list[str]:
+    """The names of all rules, whatever the parameters."""
+    limits = [ValidateParams(counts="paper"), ValidateParams(counts="none")]
+    rules = [item for make in RULES.values() for some in limits for item in make(1.0, some)]
+    return sorted({name_of(item) for item in [*rules, *cross_rules(limits[0]), fits_model(0)]})
 
 
 def check_names(limits: ValidateParams, known: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ Texts are spooled to files; memory holds only their normalised prompts and a few
 
 import json
 import multiprocessing
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -14,10 +15,16 @@ from typing import IO, Any
 import numpy as np
 
 from rlhf.curation.characters import is_visible
+from rlhf.curation.loss import EXAMPLES, Quarantine, check_loss, example, lost_rows
+from rlhf.curation.merge import merged_ranking
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
 from rlhf.curation.screen import Quarantined, Screened, screen_rows
-from rlhf.curation.sources.layouts import text_of, wanted
-from rlhf.curation.sources.read import name_of, parse_line, read_entry
+from rlhf.curation.sources.columns import corpus_text
+from rlhf.curation.sources.groups import build_groups
+from rlhf.curation.sources.layouts import GROUPED_BY
+from rlhf.curation.sources.map_rows import check_columns, row_of, wanted
+from rlhf.curation.sources.paths import Seen
+from rlhf.curation.sources.read import Batch, name_of, read_entry
 from rlhf.curation.sources.spec import Entry, Source
 from rlhf.curation.sources.trees import build_trees
 from rlhf.data.schema import KEYS, SPLITS
@@ -35,12 +42,12 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
 
     `root`: the folder that file patterns are relative to. `on_rows(role, count)` is called with the number of rows
     processed. The bytes of the datasets depend on the rows and the seed, not on the order of the rows or on
-    `processes`. Raises UserError if a source cannot be read or has no usable row.
+    `processes`. Raises UserError if a source cannot be read, has no usable row, or loses more rows than it may.
     """
     folder.mkdir(parents=True, exist_ok=True)
     roles = [role for role in KEYS if getattr(source, role)]
     spools = {role: _Spool(folder / f"{role}.spool") for role in roles}
-    quarantined: dict[str, Counter[str]] = {role: Counter() for role in roles}
+    lost = Quarantine()
     read: Counter[str] = Counter()
     with ExitStack() as stack:
         quarantine = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
@@ -49,32 +56,35 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
         run = _pool(processes, worker_init, stack)
         for role in roles:
             for entry in getattr(source, role):
-                before = read[role]
-                for place, screened, bad in run(_tasks(role, entry, source, root, folder, seed)):
+                before, seen = read[role], Seen()
+                for place, screened, bad, columns in run(_tasks(role, entry, source, root, folder, seed, seen)):
+                    seen.merge(columns)
                     for row in screened:
                         spools[role].add(place, row)
+                    lost.add(role, place, screened, bad)
                     for item in bad:
-                        quarantined[role][_kind(item.reason)] += 1
-                        quarantine.write(json.dumps({"dataset": role, "source": place, "row": item.number,
-                                                     "reason": item.reason, "content": item.row}, default=str) + "\n")
+                        found = {"dataset": role, "source": place, "row": item.number, "reason": item.reason}
+                        quarantine.write(json.dumps(found | {"content": item.row}, default=_shown) + "\n")
                     read[role] += len(screened) + len(bad)
                     if on_rows:
                         on_rows(role, len(screened) + len(bad))
+                check_columns(seen, role, entry, name_of(entry))
                 if read[role] == before:
                     hint = f"; where: {entry.where} may fit none" if entry.where else ""
                     raise UserError(f"{name_of(entry)}: no row for {role}{hint}")
-            if not spools[role].rows.keys:
-                names = ", ".join(name_of(entry) for entry in getattr(source, role))
-                why = f"; most rows: {quarantined[role].most_common(1)[0][0]}" if quarantined[role] else ""
-                raise UserError(f"{names}: no usable row for {role} in {read[role]:,}{why}")
+            lost.check_files(role, source.rules)
         decided = apply_rules({role: spools[role].rows for role in roles}, source.rules, seed)
         report: dict[str, Any] = {}
+        examples: dict[str, dict[str, list[str]]] = {}
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             for role in roles:
                 splits, fates = decided[role]
-                spools[role].write(folder / f"{role}.jsonl", splits, fates)
+                spools[role].write(folder / f"{role}.jsonl", splits, fates, source.rules.merge_rankings)
                 spools[role].write_dropped(dropped, role, fates)
-                report[role] = _report(spools[role].rows, read[role], quarantined[role], splits, fates)
+                report[role] = _report(spools[role].rows, read[role], lost.counts.get(role, Counter()), splits, fates,
+                                       source.rules.language)
+                examples[role] = lost.examples.get(role, {}) | spools[role].examples(fates)
+        check_loss(report, source.rules, examples)
     for spool in spools.values():
         spool.path.unlink()
     if source.corpus:
@@ -83,11 +93,9 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
     return report
 
 
-def _kind(reason: str) -> str:
-    """A reason without the details of its row, for counting."""
-    head = reason.split(":")[0]
-    return "".join("N" if character.isdigit() else character for character in head) if head.startswith(
-        "completion ") else head
+def _shown(value: Any) -> str:
+    """What JSON cannot hold, as text; of bytes, such as an image's, only the number."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
 class _Spool:
@@ -121,19 +129,67 @@ class _Spool:
         self.place_of.append(len(self.places) - 1)
         self.numbers.append(row.number)
 
-    def write(self, path: Path, splits: "np.ndarray", fates: "np.ndarray") -> None:
-        """Writes the rows that stay, each with its split, in the order of their content's hash."""
+    def line(self, index: int) -> tuple[bytes, bytes]:
+        """A row's JSON before and after its split."""
+        start, cut = self.ends[index - 1] if index else 0, self.cuts[index]
+        self.file.seek(start)
+        line = self.file.read(self.ends[index] - start)
+        return line[:cut - start], line[cut - start:]
+
+    def write(self, path: Path, splits: "np.ndarray", fates: "np.ndarray", merge: bool) -> None:
+        """Writes the rows that stay, each with its split, in the order of their content's hash.
+
+        `merge`: rankings of one prompt by one labeler become one row where their orders agree; changes `fates`.
+        """
         self.file.flush()
+        merged = self._merge(splits, fates) if merge else {}
         stay = np.flatnonzero(fates == STAYS)
         orders = np.array(self.rows.orders, np.uint64)[stay]
+        stay = stay[np.argsort(orders, kind="stable")]
+        repeated = _repeated(np.array(self.rows.own_ids, np.uint64)[stay])
         words = [f', "split": "{split}", '.encode() for split in SPLITS]
         with path.open("wb") as out:
-            for index in stay[np.argsort(orders, kind="stable")].tolist():
-                start = self.ends[index - 1] if index else 0
-                self.file.seek(start)
-                line = self.file.read(self.ends[index] - start)
-                cut = self.cuts[index] - start
-                out.write(line[:cut] + words[splits[index]] + line[cut:])
+            for index, again in zip(stay.tolist(), repeated.tolist(), strict=True):
+                head, tail = self.line(index)
+                if again:
+                    head = _with_own_id(head, self.rows.orders[index])
+                if index in merged:
+                    tail = self._merged(merged[index])
+                out.write(head + words[splits[index]] + tail)
+
+    def _merge(self, splits: "np.ndarray", fates: "np.ndarray") -> dict[int, list[int]]:
+        """The rows that become one, by the row that stands for them; the others get the fate `merged`."""
+        together: dict[tuple[int, int], list[int]] = {}
+        for index in np.flatnonzero(fates == STAYS).tolist():
+            if self.rows.rankers[index]:
+                together.setdefault((self.rows.rankers[index], int(splits[index])), []).append(index)
+        merged = {}
+        for indices in together.values():
+            indices.sort(key=self.rows.orders.__getitem__)
+            if len(indices) > 1 and self._merged(indices):
+                merged[indices[0]] = indices
+                fates[indices[1:]] = list(RULES).index("merged")
+        return merged
+
+    def _merged(self, indices: list[int]) -> bytes:
+        """The tail of the row that `indices` become, or b"" if their orders do not agree."""
+        rows = [json.loads(b"{" + self.line(index)[1]) for index in indices]
+        ranking = merged_ranking([(row["completions"], row["ranks"]) for row in rows])
+        if ranking is None:
+            return b""
+        row = rows[0] | {"completions": ranking[0], "ranks": ranking[1]}
+        return (json.dumps(row, ensure_ascii=False, separators=(", ", ": "))[1:] + "\n").encode()
+
+    def examples(self, fates: "np.ndarray") -> dict[str, list[str]]:
+        """By rule, lines that show the first rows that it dropped; of personal data only their place."""
+        shown = {}
+        for number, rule in enumerate(RULES):
+            lines = []
+            for index in np.flatnonzero(fates == number)[:EXAMPLES].tolist():
+                prompt = "" if rule == "personal_data" else json.loads(b"{" + self.line(index)[1])["prompt"]
+                lines.append(example(self.places[self.place_of[index]], self.numbers[index], prompt))
+            shown[rule] = lines
+        return shown
 
     def write_dropped(self, out: IO[str], role: str, fates: "np.ndarray") -> None:
         """Writes place and rule of the dropped rows, without their text, which may contain personal data."""
@@ -143,43 +199,82 @@ class _Spool:
                                   "row": self.numbers[index], "rule": names[fates[index]]}) + "\n")
 
 
-def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarray", fates: "np.ndarray"
+def _repeated(ids: "np.ndarray") -> "np.ndarray":
+    """Whether an id (0: none) stands at an earlier place too."""
+    first = np.zeros(len(ids), bool)
+    first[np.unique(ids, return_index=True)[1]] = True
+    return ~first & (ids != 0)
+
+
+def _with_own_id(head: bytes, order: int) -> bytes:
+    """A row's head whose prompt_id, which an earlier comparison of the prompt has, ends with the row's own hash."""
+    fields = json.loads(head + b"}")
+    fields["prompt_id"] = f"{fields['prompt_id']}-{order:016x}"
+    return json.dumps(fields, ensure_ascii=False, separators=(", ", ": "))[:-1].encode()
+
+
+def _report(rows: Rows, read: int, quarantined: Counter[str], splits: "np.ndarray", fates: "np.ndarray", language: str
             ) -> dict[str, Any]:
-    """Numbers of rows read, quarantined by reason, dropped by rule and kept."""
+    """Numbers of rows read, quarantined by reason, dropped by rule and kept; read is the sum of the others.
+
+    `users`: those that the source names.
+    """
     stay = fates == STAYS
     foreign = np.array(rows.foreign, np.bool_)
-    dropped = {name: int((fates == number).sum()) for number, name in enumerate(RULES)}
-    return {"read": read, "quarantined": dict(sorted(quarantined.items())),
-            "dropped": dropped, "kept": int(stay.sum()),
-            "users": len(np.unique(np.array(rows.users, np.uint64)[stay])),
-            **{word: int((stay & (splits == number)).sum()) for number, word in enumerate(SPLITS)},
-            "english_share_read": round(1 - float(foreign.mean()), 4),
-            "english_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
+    users = np.array(rows.users, np.uint64)[stay]
+    report: dict[str, Any] = {
+        "read": read, "quarantined": dict(sorted(quarantined.items())),
+        "dropped": {name: int((fates == number).sum()) for number, name in enumerate(RULES)}, "kept": int(stay.sum()),
+        "users": len(np.unique(users[users != 0])),
+        **{word: int((stay & (splits == number)).sum()) for number, word in enumerate(SPLITS)}}
+    return report | {
+        "lost_share": round(lost_rows(report) / max(read, 1), 4), "language": language,
+        "language_share_read": round(1 - float(foreign.mean()), 4) if len(foreign) else 1.0,
+        "language_share": round(1 - float(foreign[stay].mean()), 4) if stay.any() else 1.0}
 
 
-def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int
+def _tasks(role: str, entry: Entry, source: Source, root: Path, folder: Path, seed: int, seen: Seen
            ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    batches = read_entry(entry, root)
-    if entry.layout == "oasst_messages":
-        batches = build_trees(_as_rows(batches), folder)
-    for place, numbers, rows in batches:
+    for place, numbers, rows in batches_of(entry, root, folder, seen):
         yield place, (role, entry, source.rules, seed, numbers, rows)
 
 
-def _as_rows(batches: Iterable[tuple[str, list[int], list[Any]]]) -> Iterator[tuple[str, list[int], list[Any]]]:
-    """Parses JSON lines of a message table before they are grouped into trees. Raises UserError for a bad line."""
+def batches_of(entry: Entry, root: Path, folder: Path, seen: Seen, most: int = sys.maxsize) -> Iterator[Batch]:
+    """Batches of an entry's rows, its first `most` or more; made into trees or groups on disk where they are such.
+
+    `seen` learns the columns of grouped rows. Raises UserError.
+    """
+    batches = _first(read_entry(entry, root), most)
+    if entry.layout == "oasst_messages":
+        batches = build_trees(_as_rows(batches, entry), folder)
+    grouped_by = [GROUPED_BY[entry.layout]] if entry.layout in GROUPED_BY else entry.groups()
+    if grouped_by:
+        batches = build_groups(batches, entry, grouped_by, folder, seen)
+    return batches
+
+
+def _first(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        most -= len(batch[1])
+        if most <= 0:
+            return
+
+
+def _as_rows(batches: Iterable[Batch], entry: Entry) -> Iterator[Batch]:
+    """Parses the rows of a message table before they are grouped into trees. Raises UserError for a bad one."""
     for place, numbers, rows in batches:
         parsed = []
         for number, row in zip(numbers, rows, strict=True):
             try:
-                parsed.append(parse_line(row) if isinstance(row, str) else row)
+                parsed.append((number, row_of(row, entry)))
             except ValueError as error:
                 raise UserError(f"{place}: row {number}: {error}; a tree cannot be built without it") from None
-        yield place, numbers, parsed
+        yield place, [number for number, row in parsed if row], [row for _, row in parsed if row]
 
 
 Screen = Callable[[Iterator[tuple[str, tuple[Any, ...]]]],
-                  Iterator[tuple[str, list[Screened], list[Quarantined]]]]
+                  Iterator[tuple[str, list[Screened], list[Quarantined], Seen]]]
 
 
 def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitStack) -> Screen:
@@ -188,7 +283,8 @@ def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitSta
         return lambda tasks: ((place, *screen_rows(*arguments)) for place, arguments in tasks)
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, worker_init))
 
-    def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]) -> Iterator[tuple[str, list[Screened], list[Quarantined]]]:
+    def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]
+            ) -> Iterator[tuple[str, list[Screened], list[Quarantined], Seen]]:
         pending: deque[tuple[str, Any]] = deque()
         for place, arguments in tasks:
             pending.append((place, pool.apply_async(screen_rows, arguments)))
@@ -206,15 +302,22 @@ def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
     written = 0
     with path.open("w", encoding="utf-8") as out:
         for entry in entries:
-            column = entry.columns.get("text", "text")
+            seen, bad = Seen(), None
             for place, numbers, rows in read_entry(entry, root):
-                for number, row in zip(numbers, rows, strict=True):
+                for number, item in zip(numbers, rows, strict=True):
                     try:
-                        row = parse_line(row) if isinstance(row, str) else row
-                        text = text_of(row, column) if wanted(row, entry) else ""
+                        row = row_of(item, entry)
+                        if row is None:
+                            continue
+                        seen.add(row, entry.paths())
+                        text = corpus_text(row, entry) if wanted(row, entry) else ""
                     except ValueError as error:
-                        raise UserError(f"{place}: row {number}: {error}") from None
+                        bad = bad or UserError(f"{place}: row {number}: {error}")
+                        continue
                     if is_visible(text):
                         out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                         written += 1
+            check_columns(seen, "corpus", entry, name_of(entry))  # says more than the first row that lacks one
+            if bad:
+                raise bad
     return written

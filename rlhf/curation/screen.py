@@ -4,7 +4,6 @@ The rules that compare rows (near duplicates, users, splits) are in `rlhf.curati
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,25 +11,28 @@ from hashlib import blake2b
 from typing import Any
 
 from rlhf.curation.characters import encodes, is_visible, odd_character, special_token
+from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
-from rlhf.curation.near_duplicates import normalised
+from rlhf.curation.near_duplicates import normalised, same_user
 from rlhf.curation.personal_data import personal_data_in
-from rlhf.curation.sources.layouts import LAYOUTS, Record, wanted
-from rlhf.curation.sources.read import parse_line
+from rlhf.curation.sources.map_rows import map_rows
+from rlhf.curation.sources.paths import Seen
+from rlhf.curation.sources.records import Record
 from rlhf.curation.sources.spec import Entry, RulesParams
-from rlhf.curation.transcripts import first_said
+from rlhf.curation.transcripts import first_said, split_text
 from rlhf.data.schema import MAX_K, SPLITS
 
 UNDECIDED = -1
-# Words with which no English sentence ends.
-_UNFINISHED = re.compile(r"\b(?:the|a|an|and|or|because|their|your|my|our|than|whose|although|unless|into)$",
-                         re.IGNORECASE)
-_FENCE = re.compile(r"^\s*```", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Screened:
-    """A valid row. `head` and `tail`: its JSON before and after the split. `order`: a seeded hash of its content."""
+    """A valid row. `head` and `tail`: its JSON before and after the split. `order`: a seeded hash of its content.
+
+    Hashes, 0 for none: `user` of the user id that the source names, `own_id` of its prompt_id; `opening` and `branch`
+    of the conversation up to the first and to the second message of the human; of a ranking `comparison` (prompt,
+    completions, ranks, labeler) and `ranker` (prompt, labeler).
+    """
 
     number: int
     head: bytes
@@ -43,31 +45,26 @@ class Screened:
     foreign: bool
     personal: bool
     too_long: str
+    opening: int = 0
+    branch: int = 0
+    comparison: int = 0
+    ranker: int = 0
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and why. `fits`: it fits its layout, and its texts are at fault."""
 
     number: int
     reason: str
     row: Any
+    fits: bool = False
 
 
 def hashed(text: str, seed: int = 0) -> int:
     """64 bits of BLAKE2b, keyed by the seed."""
     key = seed.to_bytes(8, "big") if seed else b""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest(), "big")
-
-
-def truncated(text: str) -> str:
-    """Why a completion seems truncated, or "": an open code block, a last word or mark that ends no sentence."""
-    if len(_FENCE.findall(text)) % 2:
-        return "breaks off inside a code block"
-    last = text.rstrip().rsplit("\n", 1)[-1]
-    if last.endswith((",", "(", "[", "{")) or _UNFINISHED.search(last):
-        return f"breaks off: ... {last[-30:]}"
-    return ""
 
 
 def problem_of(record: Record, role: str, rules: RulesParams) -> str:
@@ -86,8 +83,8 @@ def problem_of(record: Record, role: str, rules: RulesParams) -> str:
         return f"holds {odd}"
     if token:
         return f"holds the special token {token}"
-    if role == "sft" and truncated(record.completions[0]):
-        return truncated(record.completions[0])
+    if role == "sft" and rules.broken_endings == "quarantine" and (ending := truncated(record.completions[0])):
+        return ending
     if role == "rm":
         count = len(record.completions)
         if not rules.min_k <= count <= MAX_K:
@@ -126,57 +123,64 @@ def _json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False, separators=(", ", ": "))
 
 
+def openings(prompt: str) -> tuple[int, int]:
+    """Hashes of the conversation up to the human's first message and up to the second; equal if there is one only."""
+    try:
+        turns = split_text(prompt)
+    except ValueError:  # no conversation
+        turns = [("Human", prompt)]
+    ends = [place for place, (role, _) in enumerate(turns, start=1) if role == "Human"] or [len(turns)]
+    said = [normalised(text) for _, text in turns]
+    first, second = ("\x1f".join(said[:end]) for end in (ends[0], ends[min(1, len(ends) - 1)]))
+    return hashed(first), hashed(second)
+
+
 def _screened(record: Record, number: int, role: str, entry: Entry, rules: RulesParams, seed: int,
               too_long: str) -> Screened:
     prompt = record.prompt
-    user = record.user or f"anon-{hashed(normalised(first_said(prompt))):016x}"
-    content = "\x1f".join([role, user, prompt, *record.completions, *map(str, record.ranks)])
     key = normalised(prompt)
+    user = record.user or f"anon-{hashed(key):016x}"
+    labeler = entry.labeler or record.labeler or "unknown"
+    answers = [*record.completions, *map(str, record.ranks)]
+    content = "\x1f".join([role, user, *([labeler] if role == "rm" else []), prompt, *answers])
     head: dict[str, Any] = {"prompt_id": record.prompt_id or f"{role}-{hashed(content):016x}", "user_id": user}
     if role == "rm":
-        head["labeler_id"] = entry.labeler or record.labeler or "unknown"
+        head["labeler_id"] = labeler
     head["source"] = "customer" if role == "ppo" else entry.source or record.source
     chat = prompt != first_said(prompt)
     tail: dict[str, Any] = {"use_case": record.use_case or entry.use_case or ("chat" if chat else "other"),
                             "prompt": prompt}
+    comparison = ranker = 0
     if role == "sft":
         tail["completion"] = record.completions[0]
     if role == "rm":
         tail |= {"completions": record.completions, "ranks": record.ranks}
+        ranker = hashed(f"{prompt}\x1f{labeler}")
+        ranked = sorted(zip(record.ranks, record.completions, strict=True))
+        comparison = hashed("\x1f".join([prompt, labeler, *(f"{rank} {text}" for rank, text in ranked)]))
+    opening, branch = openings(prompt)
     return Screened(
-        number, _json(head)[:-1].encode(), (_json(tail)[1:] + "\n").encode(), key, hashed(user), hashed(content, seed),
+        number, _json(head)[:-1].encode(), (_json(tail)[1:] + "\n").encode(), key,
+        hashed(same_user(record.user)) if record.user else 0, hashed(content, seed),
         hashed(record.prompt_id) if record.prompt_id else 0,
         SPLITS.index(record.split) if record.split else UNDECIDED,
-        bool(foreign_language(prompt)), bool(personal_data_in("\n".join([prompt, *record.completions]))), too_long)
+        bool(foreign_language(prompt, rules.language)),
+        bool(personal_data_in("\n".join([prompt, *record.completions]))), too_long, opening, branch, comparison, ranker)
 
 
 def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers: Sequence[int], rows: Sequence[Any]
-                ) -> tuple[list[Screened], list[Quarantined]]:
+                ) -> tuple[list[Screened], list[Quarantined], Seen]:
     """Maps and screens a batch of rows of an entry. A pure function, so batches can run in several processes."""
+    mapped = map_rows(role, entry, numbers, rows)
     sound: list[tuple[int, Record]] = []
-    quarantined: list[Quarantined] = []
-    layout = LAYOUTS[entry.layout]
-    for number, row in zip(numbers, rows, strict=True):
-        try:
-            if isinstance(row, str):
-                if not row.strip():
-                    continue
-                if "\ufffd" in row:
-                    raise ValueError("not UTF-8, or it holds U+FFFD")
-                row = parse_line(row)
-            if not wanted(row, entry):
-                continue
-            records = list(layout(row, role, entry))
-        except (ValueError, AttributeError, TypeError) as error:  # a row that does not fit its layout
-            quarantined.append(Quarantined(number, str(error), row))
-            continue
-        for record in records:
-            problem = problem_of(record, role, rules)
-            if problem:
-                content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
-                quarantined.append(Quarantined(number, problem, content))
-            else:
-                sound.append((number, record))
+    quarantined = [Quarantined(*item) for item in mapped.quarantined]
+    for number, record in mapped.records:
+        problem = problem_of(record, role, rules)
+        if problem:
+            content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
+            quarantined.append(Quarantined(number, problem, content, fits=True))
+        else:
+            sound.append((number, record))
     too_long = _lengths([record for _, record in sound], rules)
     return [_screened(record, number, role, entry, rules, seed, length)
-            for (number, record), length in zip(sound, too_long, strict=True)], quarantined
+            for (number, record), length in zip(sound, too_long, strict=True)], quarantined, mapped.seen

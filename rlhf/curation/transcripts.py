@@ -5,29 +5,102 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 ROLES = {"human": "Human", "user": "Human", "prompter": "Human", "assistant": "Assistant", "gpt": "Assistant",
-         "bot": "Assistant", "model": "Assistant", "chatbot": "Assistant", "system": "System"}
+         "bot": "Assistant", "model": "Assistant", "chatbot": "Assistant", "system": "System", "developer": "System"}
+# Roles of calls of tools and of their answers (OpenAI, ShareGPT, Llama 3.1, Cohere).
+TOOL_CALLS = ("function_call", "tool_call", "tool_calls")
+TOOL_ANSWERS = ("tool", "function", "observation", "ipython", "tool_response", "tool_result", "tool_results", "tools")
+_CALL_KEYS = ("tool_calls", "function_call")
+_MEDIA = ("image", "audio", "video", "file", "document")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "function_call", "function_call_output")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]*")
+_EMPTY_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
+_LONE_SPACE, _INDENTED = re.compile(r" \S"), re.compile(r"\n[ \t]")
 
 Turn = tuple[str, str]
 
 
-def turns_of(messages: Iterable[Mapping[str, Any]]) -> list[Turn]:
+class ContentError(ValueError):
+    """A row that fits its layout, and cannot be used for what it says: its reason. Other rows of its file may do."""
+
+
+def trimmed(text: str) -> str:
+    """The text without empty lines before it and white space after it; its first line keeps its indentation.
+
+    One space before a text none of whose other lines is indented separates it from a prompt and goes.
+    """
+    text = _EMPTY_LINES.sub("", text.replace("\r\n", "\n")).rstrip()
+    return text[1:] if _LONE_SPACE.match(text) and not _INDENTED.search(text) else text
+
+
+def turns_of(messages: Iterable[Mapping[str, Any]], drop_tools: bool = False) -> list[Turn]:
     """(role, text) of chat messages with the keys of OpenAI (role, content) or ShareGPT (from, value).
 
-    Raises ValueError with the reason for anything else.
+    `drop_tools`: calls of tools and their answers are left out. Raises ValueError with the reason for anything else.
     """
     turns = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
             raise ValueError(f"message {number} is not an object")
-        role = message.get("role", message.get("from"))
-        text = message.get("content", message.get("value", message.get("text")))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise ValueError(f"message {number} has the unknown role {role!r}")
-        if not isinstance(text, str):
-            raise ValueError(f"message {number} has no text")
-        turns.append((ROLES[role.lower()], text.strip()))
+        role = message.get("role") or message.get("from")
+        if not isinstance(role, str):
+            raise ValueError(f"message {number} has an unknown role: {role!r}")
+        content = _content(message)
+        tool = _tool(role.strip().lower(), message, content)
+        if tool and drop_tools:
+            continue
+        if tool:
+            raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out")
+        if role.strip().lower() not in ROLES:
+            raise ValueError(f"message {number} has an unknown role: {role!r}")
+        text = trimmed(_text(content, number))
+        spoken = ROLES[role.strip().lower()]
+        turns.append((spoken, text if spoken == "Assistant" else text.strip()))
     return turns
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    return next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
+
+
+def _tool(role: str, message: Mapping[str, Any], content: Any) -> str:
+    if role in TOOL_ANSWERS:
+        return "the answer of a tool"
+    parts = [part.get("type") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    if role in TOOL_CALLS or any(_filled(message.get(key)) for key in _CALL_KEYS) or set(parts) & {*_TOOL_PARTS}:
+        return "a call of a tool"
+    return ""
+
+
+def _filled(value: Any) -> bool:
+    """Whether a call is there: Parquet gives every message the key, and the call without a name."""
+    if isinstance(value, Mapping):
+        return any(map(_filled, value.values()))
+    return bool(value)
+
+
+def _text(content: Any, number: int) -> str:
+    """The text of a message's content: a text, or a list of parts. Raises ValueError."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"message {number} has no text")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = str(part.get("type") or "text") if isinstance(part, Mapping) else type(part).__name__
+        medium = next((name for name in _MEDIA if name in kind.lower()), "")
+        if medium:
+            raise ContentError(f"message {number} holds {'an' if medium[0] in 'ai' else 'a'} {medium}")
+        said = (part.get("text") or part.get("refusal")) if kind in _TEXT_PARTS else None
+        if not isinstance(said, str):
+            raise ContentError(f"message {number} holds a part that is no text: {kind}")
+        texts.append(said)
+    return "\n\n".join(texts)
 
 
 def as_text(turns: list[Turn]) -> str:
@@ -37,16 +110,65 @@ def as_text(turns: list[Turn]) -> str:
     for _, text in turns:
         mark = _TURN.search("\n\n" + text)
         if mark:
-            raise ValueError(f"a message holds the mark of a turn, {mark.group(1)}:")
+            raise ContentError(f"a message holds the mark of a turn, {mark.group(1)}:")
     return "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
 def split_text(text: str) -> list[Turn]:
     """The turns of a transcript in the format of hh-rlhf and Nectar. Raises ValueError if it is none."""
-    parts = _TURN.split("\n\n" + text.strip())
+    parts = _TURN.split("\n\n" + text.replace("\r\n", "\n").strip())
     if parts[0].strip() or len(parts) < 3:
         raise ValueError("does not begin with a turn, Human: or Assistant:")
     return [(role, said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def prompt_of(turns: list[Turn]) -> str:
+    """The prompt of the turns before an answer. Raises ValueError if they do not end with the human."""
+    if not any(role == "Human" for role, _ in turns):
+        raise ContentError("no message of the user before the answer")
+    if turns[-1][0] != "Human":
+        raise ContentError("the prompt does not end with the user")
+    return as_text(turns)
+
+
+def before_answer(turns: list[Turn]) -> tuple[list[Turn], str]:
+    """(the turns before the last assistant turn, its text). Raises ValueError if the conversation has none."""
+    if not turns or turns[-1][0] != "Assistant":
+        raise ContentError("does not end with the assistant")
+    if not any(role == "Human" for role, _ in turns[:-1]):
+        raise ContentError("the assistant answers nobody")
+    return turns[:-1], turns[-1][1]
+
+
+def common_beginning(befores: list[list[Turn]]) -> list[Turn]:
+    """What conversations that answer differently share. Raises ValueError if they differ before their last answer."""
+    if any(before != befores[0] for before in befores[1:]):
+        raise ContentError("the conversations differ before their last answer")
+    return befores[0]
+
+
+def with_prompt(prompt: list[Turn], before: list[Turn]) -> list[Turn]:
+    """The turns before the answer, where a column holds the prompt and another the conversation, each part once.
+
+    The prompt is the conversation's beginning, one of its questions, or what goes before it. Raises ValueError.
+    """
+    is_question = len(prompt) == 1 and prompt[0][0] == "Human" and prompt[0] in before
+    if is_question or prompt == before[:len(prompt)]:
+        return before
+    if prompt and prompt[-1][0] != "Human" and prompt[-1] not in before:
+        return [*prompt, *before]
+    raise ContentError("the prompt column differs from the conversation")
+
+
+def with_system(system: str, turns: list[Turn]) -> list[Turn]:
+    """The turns with the system's text of a column of its own first. Raises ValueError if they have another one."""
+    if not system.strip():
+        return turns
+    if turns and turns[0][0] == "System":
+        if turns[0][1] != system.strip():
+            raise ContentError("the system column differs from the conversation's system turn")
+        return turns
+    return [("System", system.strip()), *turns]
 
 
 def first_said(prompt: str) -> str:

@@ -59,23 +59,35 @@ class Batches(Sequence[list[int]]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None) -> Batches:
+def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None,
+                   groups: Sequence[int] | None = None) -> Batches:
     """Indices in batches of similar length: shuffled, sorted within buckets of 16 batches, batches shuffled.
 
     `shuffle` None: sorted by length, every index once, for evaluation. With shuffling the last, smaller batch
-    is dropped unless it is the only one.
+    is dropped unless it is the only one. `groups`: a number for each index; indices of one group come in one batch, in
+    consecutive places, or in two where a batch ends among them.
     """
     count = len(lengths)
     sizes = np.asarray(lengths)
     if shuffle is None:
         return Batches(np.argsort(sizes, kind="stable"), batch_size)  # ties by index
-    order = torch.randperm(count, generator=shuffle)[: max(count - count % batch_size, min(count, batch_size))].numpy()
+    group = np.arange(count) if groups is None else _numbered(groups)
+    drawn = np.argsort(torch.randperm(int(group.max(initial=-1)) + 1, generator=shuffle).numpy())
+    order = np.argsort(drawn[group], kind="stable")[: max(count - count % batch_size, min(count, batch_size))]
+    longest = np.zeros(len(drawn), sizes.dtype)
+    np.maximum.at(longest, group, sizes)
     window = batch_size * BUCKET_BATCHES
     for start in range(0, len(order), window):
-        bucket = np.sort(order[start:start + window])
-        order[start:start + window] = bucket[np.argsort(sizes[bucket], kind="stable")]
+        bucket = order[start:start + window]
+        order[start:start + window] = bucket[np.lexsort((bucket, group[bucket], longest[group[bucket]]))]
     places = torch.randperm(-(-len(order) // batch_size), generator=shuffle).numpy()
     return Batches(order, batch_size, places)
+
+
+def _numbered(groups: Sequence[int]) -> np.ndarray:
+    """The groups numbered from 0 in the order of their first index."""
+    _, first, inverse = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first, kind="stable"), kind="stable")[inverse]
 
 
 class ShuffledEpochs:

@@ -21,8 +21,7 @@ from rlhf.params import Profile
 from tasks.stage import Stage, run_stage
 from tasks.validate import report as stop_at
 
-# In rows of a batch these say nothing against it: some prompts have several labelers, a model may write anything.
-EXPECTED = ("unique_prompt_id", "unique_prompt", "characters")
+EXPECTED = ("characters",)  # says nothing against labels: a model may write anything
 
 
 def ingest(stage: Stage) -> None:
@@ -43,7 +42,7 @@ def ingest(stage: Stage) -> None:
     write_rows(stage.scratch / "new.jsonl", rows)
     validate_rows(stage.scratch / "new.jsonl", stage.params.stages, stage.scratch)
     write_rows(stage.scratch / "rm.jsonl", [*earlier, *rows])
-    content = agreement_report(items, labels, rounds.trusted, stage.params.seed, len(rows))
+    content = agreement_report(items, labels, rounds.trusted, stage.params.seed, len(rows), assignments)
     write_json(stage.scratch / "agreement.json", content)
     for name in ("rm.jsonl", "agreement.json"):
         stage.publish(name, f"feedback/{stage.key}/{name}")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rlhf.reward_model import (
     best_of_groups,
     calibration,
     calibration_error,
+    contradicted_pairs,
     reference_samples,
     score_rows,
     train_reward_model,
@@ -223,6 +225,44 @@ def test_accuracy_counts_decided_pairs_and_equal_scores_as_wrong() -> None:
     assert accuracy(items) == pytest.approx(sum(a > b for a, b in pairs) / len(pairs))
     assert accuracy([Scored({"ranks": [1, 2]}, [1.0, 1.0])]) == 0
     assert accuracy([Scored({"ranks": [1, 1]}, [1.0, 2.0])]) == 0
+
+
+def test_the_pairs_on_which_labelers_contradict_each_other_are_out_of_reach_for_any_model() -> None:
+    """By hand: of nine decided pairs on "p" and "q" three are a minority's, and one prefers a text to itself."""
+    def item(prompt: str, completions: list[str], ranks: list[int]) -> Scored:
+        return Scored({"prompt": prompt, "completions": completions, "ranks": ranks}, [0.0] * len(ranks))
+
+    items = [item("p", ["a", "b"], [1, 2]), item("p", ["b", "a"], [2, 1]), item("p", ["a", "b"], [2, 1]),
+             item("q", ["a", "b", "c"], [1, 2, 3]), item("q", ["c", "b", "a"], [1, 2, 2]),
+             item("r", ["a", "b"], [2, 1]), item("s", ["x", "x"], [1, 2])]
+    assert contradicted_pairs(items) == pytest.approx((1 + 2 + 1) / (3 + 3 + 2 + 1 + 1))
+    assert contradicted_pairs(items[3:4]) == 0
+    best = max(accuracy([Scored(one.row, [values[text] for text in one.row["completions"]]) for one in items[:3]])
+               for values in ({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}))
+    assert best == pytest.approx(1 - contradicted_pairs(items[:3]))
+
+
+def test_rankings_of_one_prompt_are_trained_on_in_one_step(policy_folder: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six pairs made of four answers came in up to six steps."""
+    rows = [{"prompt": f"what {word} {other}?", "completions": list(pair), "ranks": [1, 2], "split": "train",
+             "labeler_id": "l", "use_case": "other"} for word, other in itertools.permutations(WORDS[:5], 2)
+            for pair in itertools.combinations(("red red red", "red red", "red", "fish"), 2)]
+    random.Random(1).shuffle(rows)
+    batches: list[list[int]] = []
+    real = rlhf.reward_model.length_batches
+
+    def noted(*arguments: Any) -> Any:
+        made = real(*arguments)
+        batches.extend(made)
+        return made
+
+    monkeypatch.setattr(rlhf.reward_model, "length_batches", noted)
+    params = RmParams(batch_size=12, lr=1e-3, precision="fp32", max_tokens=60, epochs=1)
+    train_reward_model(params, rows, DEMONSTRATIONS, policy_folder, 3, tmp_path)
+    assert len(batches) == 10
+    steps = Counter(prompt for batch in batches for prompt in {rows[index]["prompt"] for index in batch})
+    assert set(steps.values()) == {1}
 
 
 def test_calibration_by_plain_loops() -> None:

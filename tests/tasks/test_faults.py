@@ -30,6 +30,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = World(1)
     for name, maker in (("sft", sft_rows), ("rm", rm_rows), ("ppo", ppo_rows)):
         write_rows(folder / f"{name}.jsonl", maker(world, SCALE))
+    (folder / "source.json").write_text('{"source": "embedded"}\n')
     return folder
 
 
@@ -129,7 +130,7 @@ ROW_DEFECTS: dict[str, tuple[str, Edit, str]] = {
     "negative rank": ("rm", ranking(-1, 1, 2, 3), "dense_ranks"),
     "ties only": ("rm", ranking(1, 1, 1, 1), "some_preference"),
     "equal completions, different ranks": ("rm", ranking(1, 2, 3, 4, texts="abba"), "equal_texts_equal_ranks"),
-    "e-mail in a prompt": ("sft", put(prompt="write to jane.doe@example.org for me"), "personal_data"),
+    "e-mail in a prompt": ("sft", put(prompt="write to jane.doe@qorvexlume-post.net for me"), "personal_data"),
     "phone number in a prompt": ("ppo", put(prompt="call (415) 555-2671 and ask"), "personal_data"),
     "card number in a completion": ("rm", put(completions=["pay 4111 1111 1111 1111.", "b.", "c.", "d."],
                                               ranks=[1, 2, 3, 4]), "personal_data"),
@@ -211,6 +212,16 @@ def test_a_row_too_few_is_about_the_file(data: Path, name: str, lost: int) -> No
     assert findings(data, "--counts", "none") == (0, [])
 
 
+def test_broken_endings_are_faults_but_for_the_embedded_source(data: Path) -> None:
+    edit_row(data, "sft", ROW, put(completion="the dog went to the island and"))
+    keep_only(data, "sft")
+    assert findings(data, "--counts", "none") == (0, [])
+    (data / "source.json").unlink()
+    code, found = findings(data, "--counts", "none")
+    assert code == 1
+    assert ("sft", ROW, "truncated") in found
+
+
 def test_a_row_too_many(data: Path) -> None:
     _, row = row_of(data, "ppo", "train")
     with (data / "ppo.jsonl").open("a") as handle:
@@ -223,7 +234,7 @@ def test_an_empty_file(data: Path) -> None:
     (data / "ppo.jsonl").write_bytes(b"")
     keep_only(data, "ppo")
     assert findings(data) == (1, [("ppo", None, "row_counts")])
-    assert findings(data, "--counts", "none") == (0, [])
+    assert findings(data, "--counts", "none") == (1, [("ppo", None, "some_rows")])
 
 
 @pytest.mark.parametrize(("key", "rule"), [("prompt_id", "unique_prompt_id"), ("prompt", "unique_prompt")])
@@ -292,7 +303,7 @@ def test_a_train_prompt_of_one_dataset_in_valid_of_another(data: Path) -> None:
 
 def test_personal_data_of_a_valid_row_is_a_rule_of_its_own(data: Path) -> None:
     number, _ = row_of(data, "ppo", "valid")
-    edit_row(data, "ppo", number, put(prompt="write to jane.doe@example.org for me"))
+    edit_row(data, "ppo", number, put(prompt="write to jane.doe@qorvexlume-post.net for me"))
     assert findings(data) == (1, [("ppo", number, "personal_data_in_valid")])
 
 
@@ -318,7 +329,7 @@ def test_pairs_are_declared(data: Path) -> None:
 
 def test_several_defects_are_all_reported(data: Path) -> None:
     edit_row(data, "sft", 3, put(prompt=""))
-    edit_row(data, "sft", 4, put(completion="see jane@example.org"))
+    edit_row(data, "sft", 4, put(completion="see jane@qorvexlume-post.net"))
     edit_bytes(data, "ppo", 5, lambda raw: b"?\n")
     assert findings(data) == (1, [("sft", 3, "filled_prompt"), ("sft", 4, "personal_data"), ("ppo", 5, "json")])
 

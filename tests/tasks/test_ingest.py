@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def team(tmp_path: Path) -> Path:
     """A team's own files: demonstrations as CSV, rankings as Parquet, prompts as JSON Lines, and their description."""
     rng = random.Random(1)
-    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know this.", "by": f"u{number % 30}"}
+    sft = [{"question": sentence(rng), "answer": f"Of {rng.choice(WORDS)} I know part {number}.",
+            "by": f"u{number % 30}"}
            for number in range(300)]
     sft[7]["answer"] = ""
     sft[8]["question"] += " Write to ann@example.org."
@@ -158,9 +160,42 @@ def test_the_embedded_source_by_description(tmp_path: Path) -> None:
     ("sft: [{files: x, layout: dully}]", "must be one of columns, dolly"),
     ("sft: [{files: x, columns: {promt: q}}]", r"unknown key sft\[1\]\.columns\.promt; did you mean prompt\?"),
     ("sft: [{files: x, columns: {prompt: q}}]", r"sft\[1\]\.columns: needs completion and prompt; or messages"),
-    ("sft: [{files: x, columns: {prompt: [q]}}]", "columns"),
+    ("sft: [{files: x, columns: {prompt: [], completion: a}}]", r"sft\[1\]\.columns\.prompt: names no column"),
+    ("sft: [{files: x, columns: {prompt: 3, completion: a}}]", "columns"),
+    ("sft: [{files: x, columns: {prompt: q, completion: [a, b]}}]", "completion: must be one column; several are for"),
+    ("sft: [{files: x, columns: {messages: m, completion: a}}]", "messages cannot be combined with completion"),
+    ("sft: [{files: x, columns: {messages: m, prompt: q}}]", "messages cannot be combined with prompt"),
+    ("rm: [{files: x, columns: {chosen: a, rejected: b, scores: s}}]", "chosen cannot be combined with scores"),
+    ("rm: [{files: x, columns: {completions: a, ranks: r, scores: s}}]", "ranks cannot be combined with scores"),
+    ("rm: [{files: x, columns: {prompt: p, completion: a, score: s}}]", "needs .* completion with score .* group_by"),
+    ("rm: [{files: x, group_by: p, columns: {prompt: p, completion: a}}]", "needs completion and prompt and score"),
+    ("rm: [{files: x, group_by: p}]", "group_by: is for rm, with columns"),
+    ("ppo: [{files: x, group_by: p, columns: {prompt: p}}]", "group_by: is for rm, with columns"),
+    ("rm: [{files: x, columns: {prompt: p, completions: [a, b], scores: [s]}}]", "2 completions, 1 scores"),
+    ("rm: [{files: x, columns: {completions: [a, b]}, preference: {column: v, first: 1}}]", "preference: needs second"),
+    ("rm: [{files: x, columns: {completions: [a, b]}, preference: {column: v, first: 1, second: 1}}]",
+     "1 stands twice"),
+    ("rm: [{files: x, columns: {completions: [a, b]}, preference: {colum: v, first: 1, second: 2}}]",
+     "preference.colum: unknown key"),
+    ("rm: [{files: x, columns: {completions: [a, b, c]}, preference: {column: v, first: 1, second: 2}}]",
+     "3 columns, a preference needs 2"),
+    ("rm: [{files: x, columns: {completions: a, ranks: r}, preference: {column: v, first: 1, second: 2}}]",
+     "preference: cannot be combined with ranks"),
+    ("sft: [{files: x, labeler: ann}]", "labeler: is for rm"),
+    ("rm: [{files: x, labeler: ann, columns: {chosen: a, rejected: b, labeler_id: who}}]", "columns.labeler_id"),
+    ("sft: [{files: x, columns: {prompt: p, completion: c}, use_cases: {a: chat}}]", "needs columns.use_case"),
+    ("sft: [{files: x, revision: abc}]", "revision: cannot be combined with files"),
+    ("sft: [{dataset: x, delimiter: ';'}]", "delimiter: cannot be combined with dataset"),
+    ("sft: [{files: x, delimiter: ';;'}]", "delimiter = ';;': must be one character"),
+    ("sft: [{files: x, encoding: utf-88}]", "encoding = 'utf-88': is no encoding"),
+    ("sft: [{files: x, where: {a: {b: 1}}}]", r"where\.a: must be a value, a list of values, null, or not"),
+    ("sft: [{files: spec.yaml}]", "names this description itself"),
+    ("sft: [{files: '*'}]", "names this description itself"),
     ("sft: [{files: x, use_case: poetry}]", "use case 'poetry' must be one of generation"),
     ("ppo: [{files: x}]\nrules: {valid_share: 1.5}", "rules.valid_share = 1.5: must be float >= 0 and <= 1"),
+    ("ppo: [{files: x}]\nrules: {language: jp}", "rules.language = 'jp': must be one of .* ja, "),
+    ("ppo: [{files: x}]\nrules: {max_lost_shares: {leaks: 0.5}}", "rules.max_lost_shares: unknown rule 'leaks'"),
+    ("ppo: [{files: x}]\nrules: {max_lost_shares: {leak: most}}", "rules.max_lost_shares"),
     ("embedded: {}\nsft: [{files: x}]", "cannot be combined with other keys"),
     ("embedded: {scale: 3}", "embedded.scale = 3: must be float > 0 and <= 1"),
 ])
@@ -178,7 +213,7 @@ def test_a_source_that_fails_leaves_the_folder_as_it_was(team: Path, capsys: pyt
     with pytest.raises(SystemExit) as stop:
         main(["--source", str(team / "spec.yaml"), "--out", str(team / "out")])
     assert stop.value.code == 2
-    assert "ppo.jsonl: no usable row for ppo in 3; most rows: no prompt" in capsys.readouterr().err
+    assert "ppo.jsonl: no columns prompt; or messages; there are question; map them" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (team / "out").iterdir()} == before
     assert not (team / "out.making").exists()
 
@@ -192,14 +227,122 @@ def test_an_entry_that_yields_nothing_is_said_before_the_others_hide_it(team: Pa
         run(team / "spec.yaml", team / "out")
 
 
+def test_a_loss_that_is_too_great_is_shown_and_replaces_nothing(team: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(team / "spec.yaml", team / "out")
+    before = {path.name: path.read_bytes() for path in (team / "out").iterdir()}
+    rng = random.Random(5)
+    write_rows(team / "ppo.jsonl", [{"prompt": sentence(rng)} for _ in range(6)]
+               + [{"prompt": "Warum ist der Himmel am Abend rot und am Tag blau?"}] * 4)
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(team / "spec.yaml"), "--out", str(team / "out")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "ppo: 4 of 10 rows are lost (40%)" in said
+    assert said.count("ppo.jsonl: row ") == 3  # examples
+    assert "other_language" in said
+    assert {path.name: path.read_bytes() for path in (team / "out").iterdir()} == before
+    (team / "spec.yaml").write_text((team / "spec.yaml").read_text().replace(
+        "valid_share: 0.2", "valid_share: 0.2, max_lost_shares: {other_language: 0.4}"))
+    assert run(team / "spec.yaml", team / "out")["ppo"]["lost_share"] == 0.4
+
+
+def test_rankings_of_a_prompt_by_one_labeler_merge_where_the_description_says_so(team: Path) -> None:
+    pairs = [("a", "b", "l1"), ("b", "c", "l1"), ("c", "a", "l2"), ("a", "c", "l3"), ("c", "a", "l3")]
+    write_rows(team / "rm.jsonl", [{"prompt": "Which letter?", "prompt_id": "p1", "chosen": one, "rejected": two,
+                                    "labeler_id": labeler} for one, two, labeler in pairs])
+    spec = "rm: [{files: rm.jsonl}]\nrules: {valid_share: 0, merge_rankings: %s}\n"
+    (team / "spec.yaml").write_text(spec % "false")
+    assert run(team / "spec.yaml", team / "out")["rm"]["kept"] == 5
+    ids = [row["prompt_id"] for row in rows_of(team / "out" / "rm.jsonl")]
+    assert len(set(ids)) == 5
+    assert all(item.startswith("p1") for item in ids)
+    (team / "spec.yaml").write_text(spec % "true")
+    report = run(team / "spec.yaml", team / "out")["rm"]
+    assert (report["kept"], report["dropped"]["merged"], report["lost_share"]) == (4, 1, 0.0)
+    by_labeler = {row["labeler_id"]: row for row in rows_of(team / "out" / "rm.jsonl")}
+    assert (by_labeler["l1"]["completions"], by_labeler["l1"]["ranks"]) == (["a", "b", "c"], [1, 2, 3])
+
+
+def test_spellings_of_a_user_are_one_user(team: Path) -> None:
+    rng = random.Random(6)
+    write_rows(team / "ppo.jsonl", [{"prompt": sentence(rng), "user_id": name} for name in ("Jo", " jo", "JO ") * 4])
+    (team / "spec.yaml").write_text("ppo: [{files: ppo.jsonl}]\nrules: {max_prompts_per_user: 10}\n")
+    report = run(team / "spec.yaml", team / "out")["ppo"]
+    assert (report["users"], report["dropped"]["user_cap"]) == (1, 2)
+
+
 def test_a_quarantined_row_may_hold_what_json_cannot(team: Path) -> None:
     rows = pd.DataFrame([{"prompt": None, "written": pd.Timestamp("2026-11-20")},
                          {"prompt": sentence(random.Random(4)), "written": pd.Timestamp("2026-11-21")}])
     rows.to_parquet(team / "ppo.parquet")
-    (team / "spec.yaml").write_text("ppo: [{files: ppo.parquet, columns: {prompt: prompt, user_id: written}}]\n")
+    (team / "spec.yaml").write_text("ppo: [{files: ppo.parquet, columns: {prompt: prompt, user_id: written}}]\n"
+                                     "rules: {max_lost_share: 0.5}\n")
     run(team / "spec.yaml", team / "out")
     bad, = rows_of(team / "out" / "quarantine.jsonl")
     assert bad["content"]["written"].startswith("2026-11-20")
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_preview_shows_rows_as_they_came_in_and_as_they_would_be_kept(team: Path, capsys: pytest.CaptureFixture[str]
+                                                                        ) -> None:
+    before = everything(team)
+    main(["--source", str(team / "spec.yaml"), "--preview", "9"])
+    said = capsys.readouterr().out
+    assert everything(team) == before
+    assert "sft: sft.csv: prompt = question; completion = answer; user_id = by" in said
+    assert "ppo: ppo.jsonl: columns with the fields' names" in said
+    assert said.count("came in: ") == 27
+    lines = said.splitlines()
+    first = lines.index(f"  {team / 'sft.csv'} row 1")
+    came, kept = (json.loads(lines[first + place].split(": ", 1)[1]) for place in (1, 2))
+    assert (came["question"], came["by"]) == (kept["prompt"], kept["user_id"])
+    assert lines[lines.index(f"  {team / 'sft.csv'} row 8") + 2] == "    quarantined: empty completion"
+    assert "  quarantined: empty completion: 1" in lines
+    assert any(line.startswith("sft: of 300 rows read ") for line in lines)
+
+
+def test_a_preview_reads_only_the_first_rows_and_refuses_what_ingest_refuses(
+        team: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = team / "spec.yaml"
+    spec.write_text(spec.read_text().replace("user_id: by", "user_id: buy"))
+    for arguments in (["--preview", "1"], ["--out", str(team / "out")]):
+        with pytest.raises(SystemExit) as stop:
+            main(["--source", str(spec), *arguments])
+        assert stop.value.code == 2
+        assert "sft.csv: column buy: no row has it; there are question, answer, by" in capsys.readouterr().err
+    monkeypatch.setattr("rlhf.curation.preview.SAMPLE", 100)  # where more follow, they may have it
+    main(["--source", str(spec), "--preview", "1"])
+    said = capsys.readouterr().out
+    assert "column buy: no row has it; there are question, answer, by; did you mean by? (of the first 100)" in said
+    assert "sft: of 100 rows read" in said
+
+
+def test_what_one_wrong_file_holds_is_said_in_one_line_and_nothing_is_replaced(
+        team: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A very long line, half an archive, an archive of many files, a description that names itself."""
+    run(team / "spec.yaml", team / "out")
+    before = everything(team / "out")
+    whole = gzip.compress((team / "ppo.jsonl").read_bytes())
+    (team / "long.jsonl").write_text(json.dumps({"prompt": "x" * 10 * 2**20}) + "\n")
+    (team / "half.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    with zipfile.ZipFile(team / "many.zip", "w") as archive:
+        for name in ("a.jsonl", "b.jsonl"):
+            archive.write(team / "ppo.jsonl", name)
+    (team / "own.yaml").write_text("ppo: [{files: own.yaml, format: text}]\n")
+    for name, said in (("long.jsonl", "line 1: longer than"), ("half.jsonl.gz", "cannot be read"),
+                       ("many.zip", "holds 2 files"), ("own.yaml", "names this description itself")):
+        (team / "own.yaml").write_text(f"ppo: [{{files: {name}}}]\n")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["--source", str(team / "own.yaml"), "--out", str(team / "out")])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2
+        assert name in error
+        assert said in error
+        assert everything(team / "out") == before
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(team: Path) -> None:
@@ -245,4 +388,6 @@ ppo:
         pairs = sum(1 for _ in handle)
     assert pairs < report["rm"]["read"] < pairs + 1000
     assert all(report[role]["kept"] > 0.95 * report[role]["read"] for role in ("sft", "rm", "ppo"))
-    assert {item["rule"] for item in validated(tmp_path / "out")} <= {"personal_data_in_valid"}
+    # All warn: completions of hh-rlhf begin with "Human:", and the best one of a pair is its prompt.
+    assert {item["rule"] for item in validated(tmp_path / "out")} <= {
+        "personal_data_in_valid", "turn_marks", "repeated_prompt"}

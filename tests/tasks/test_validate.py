@@ -14,8 +14,8 @@ import pytest
 from mlops.config.loader import load_params
 from mlops.validation.docs import make_context
 from mlops.validation.reader import read_frame
-from mlops.validation.run import Finding, check
-from mlops.validation.suites import RULES, suite_of
+from mlops.validation.run import Finding, Outcome, check, validate_files
+from mlops.validation.suites import RULES, WARNINGS, suite_of
 from rlhf.data.schema import PAPER_ROWS, USE_CASE_PERCENT, expected_rows, split_by_shares, write_rows
 from rlhf.errors import UserError
 from rlhf.params import ValidateParams
@@ -102,7 +102,8 @@ DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
     "empty user_id": ("ppo", put(7, user_id=""), "filled_user_id", [7]),
     "long prompt": ("ppo", put(7, prompt="é" * 401), "prompt_length", [7]),
     "repeated prompt_id": ("rm", repeat("prompt_id"), "unique_prompt_id", [9]),
-    "repeated prompt": ("rm", repeat("prompt"), "unique_prompt", [9]),
+    "repeated prompt": ("sft", repeat("prompt"), "unique_prompt", [9]),
+    "repeated comparison": ("rm", repeat("prompt"), "unique_comparison", [9]),
     "user in two splits": (
         "ppo", lambda rows: rows[-1].update(user_id=rows[0]["user_id"]), "user_in_one_split",
         [sum(expected_rows("ppo", SCALE).values())]),
@@ -123,6 +124,23 @@ DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
     "all tied": ("rm", rank(1, 1, 1, 1), "some_preference", [7]),
     "equal completions, other ranks": (
         "rm", rank(1, 2, 3, 4, completions=["a", "b", "b", "c"]), "equal_texts_equal_ranks", [7]),
+    "completions that differ in case": (
+        "rm", rank(1, 2, 3, 4, completions=["a b", "c", "A  b\n", "d"]), "similar_texts_equal_ranks", [7]),
+    "best completion is the prompt": (
+        "rm", rank(2, 1, 3, 4, completions=["a", "WHAT is rm 7", "c", "d"]), "repeated_prompt", [7]),
+    "turn in a completion": (
+        "rm", rank(1, 2, 3, 4, completions=["a", "b\n\nHuman: c", "d", "e"]), "turn_marks", [7]),
+    "hidden character in a completion": (
+        "rm", rank(1, 2, 3, 4, completions=["a", "b", "sp\u200bam", "e"]), "characters", [7]),
+    "two prompts of one id": ("rm", put(9, prompt_id="rm-3"), "unique_prompt_id", [9]),
+    "prompt said back": ("sft", put(7, completion="what is sft 7? A number."), "repeated_prompt", [7]),
+    "instruction template": ("sft", put(7, prompt="### Instruction:\nsay seven"), "turn_marks", [7]),
+    "user in two splits in other letters": (
+        "ppo", lambda rows: rows[-1].update(user_id=f" {rows[0]['user_id'].upper()}\u200b"), "user_in_one_split",
+        [sum(expected_rows("ppo", SCALE).values())]),
+    "one completion for many prompts": (
+        "sft", lambda rows: [row.update(completion="I am sorry, I cannot help.") for row in rows[:20]],
+        "shared_completion", []),
 }
 
 
@@ -138,6 +156,67 @@ def test_the_right_rule_reports_the_row(tmp_path: Path, defect: str) -> None:
     assert "\n" not in message
     assert all(f"row {line} (" in message for line in lines)
     assert "()" not in message
+    assert findings[0].severity == ("warn" if name in WARNINGS else "stop")
+
+
+def test_several_rankings_of_a_prompt_are_no_fault(tmp_path: Path) -> None:
+    """Other labelers, other completions, and the same user, who is not over the cap on prompts for it."""
+    rows = make_rows("rm")
+    shared = {key: rows[0][key] for key in ("prompt_id", "user_id", "source", "split", "use_case", "prompt")}
+    for number, row in enumerate(rows[:30]):
+        row.update(shared, labeler_id=f"labeler-{number}")
+    rows[30].update(shared, completions=["one", "two", "four", "three"])
+    assert run_rules(tmp_path, "rm", rows) == []
+
+
+def any_folder(tmp_path: Path, limits: ValidateParams, **datasets: Rows) -> Outcome:
+    files = {name: tmp_path / f"{name}.jsonl" for name in datasets}
+    for name, rows in datasets.items():
+        write_rows(files[name], rows)
+    return validate_files(make_context(tmp_path / "docs"), files, 1.0, limits, say=lambda line: None)
+
+
+def test_an_empty_file_beside_a_whole_one_is_a_fault(tmp_path: Path) -> None:
+    outcome = any_folder(tmp_path, ValidateParams(counts="none"), sft=make_rows("sft"), rm=[])
+    assert [(finding.file.name, finding.rule, finding.stops) for finding in outcome.findings] == [
+        ("rm.jsonl", "some_rows", True)]
+
+
+def test_broken_endings_are_reported_as_ingest_does(tmp_path: Path) -> None:
+    rows = make_rows("sft")
+    rows[6]["completion"] = "You need flour, butter and the"
+    outcome = any_folder(tmp_path, ValidateParams(counts="none"), sft=rows)
+    assert [(finding.rule, finding.rows, finding.stops) for finding in outcome.findings] == [("truncated", [7], False)]
+
+
+def test_the_language_of_the_data_is_named(tmp_path: Path) -> None:
+    rows = make_rows("ppo")[:10]
+    for number, row in enumerate(rows):
+        row["prompt"] = f"Wie viele Beine hat die Spinne, die in Zimmer {number} an der Wand sitzt?"
+    assert not any_folder(tmp_path, ValidateParams(counts="none", language="de"), ppo=rows).findings
+    [finding] = any_folder(tmp_path, ValidateParams(counts="none"), ppo=rows).findings
+    assert (finding.rule, len(finding.rows)) == ("language", 10)
+    with pytest.raises(UserError, match=r"validate\.language: 'deutsch' is no ISO 639-1 code"):
+        any_folder(tmp_path, ValidateParams(counts="none", language="deutsch"), ppo=rows)
+
+
+def test_rules_of_other_datasets_and_of_either_counts_are_known_by_name(tmp_path: Path) -> None:
+    """A profile's `warn: [truncated]` stopped the rounds, which check rankings only."""
+    limits = ValidateParams(counts="none", warn=["truncated", "row_counts", "some_rows"])
+    assert not any_folder(tmp_path, limits, rm=make_rows("rm")[:20]).findings
+    with pytest.raises(UserError, match=r"validate\.warn: unknown rule 'truncate'"):
+        any_folder(tmp_path, ValidateParams(warn=["truncate"]), rm=make_rows("rm")[:20])
+
+
+def test_a_labeler_who_ranks_by_position_is_named_with_the_statistic(tmp_path: Path) -> None:
+    rows = make_rows("rm")[:90]
+    for number, row in enumerate(rows):
+        row["labeler_id"] = f"labeler-{number % 3}"
+        if number % 3 and number % 2:
+            row["ranks"] = [3, 2, 2, 1]
+    [finding] = any_folder(tmp_path, ValidateParams(counts="none"), rm=rows).findings
+    assert (finding.rule, finding.stops) == ("labelers", False)
+    assert "labeler labeler-0 ranks by position: mean order correlation +0.83 in 30 rankings" in finding.message
 
 
 SHAPES: list[tuple[str, Callable[[Rows], Any], str, str]] = [
@@ -226,7 +305,7 @@ def test_success_writes_the_same_metrics_twice(root: Path, capsys: pytest.Captur
     assert (root / "metrics" / "validate.json").read_bytes() == written
     metrics = json.loads(written)
     assert metrics["validate/success"] == 1
-    assert metrics["validate/expectations"] == 34 + 40 + 32 + 3  # the mix is left out of so small datasets
+    assert metrics["validate/expectations"] == 37 + 45 + 33 + 3  # the mix is left out of so small datasets
     assert [metrics[f"validate/{name}_rows"] for name in PAPER_ROWS] == [
         sum(expected_rows(name, SCALE).values()) for name in PAPER_ROWS]
     assert metrics["validate/rm_tied_pairs"] == round(1 / 6, 4)

@@ -3,23 +3,38 @@
 A function yields records; for a row that does not fit it raises ValueError with the reason, and the row is quarantined.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rlhf.curation.sources.columns import columns, text_or_nothing
+from rlhf.curation.sources.paths import Row
+from rlhf.curation.sources.records import (
+    Group,
+    Record,
+    answer_of,
+    answer_turns,
+    compared,
+    conversation,
+    conversation_record,
+    dense_ranks,
+    list_of,
+    number_of,
+    plain,
+    text_of,
+)
 from rlhf.curation.sources.spec import Entry
-from rlhf.curation.transcripts import Turn, as_text, split_text, turns_of
-from rlhf.data.schema import USE_CASE_PERCENT
-
-Row = Mapping[str, Any]
-
-FIELDS = {
-    "sft": ("prompt", "messages", "completion"),
-    "rm": ("prompt", "messages", "completions", "ranks", "scores", "chosen", "rejected", "labeler_id"),
-    "ppo": ("prompt", "messages"),
-    "corpus": ("text",),
-}
-COMMON_FIELDS = ("prompt_id", "user_id", "source", "split", "use_case")
+from rlhf.curation.transcripts import (
+    ContentError,
+    Turn,
+    as_text,
+    before_answer,
+    common_beginning,
+    prompt_of,
+    split_text,
+    turns_of,
+    with_system,
+)
 
 USE_CASES = {
     "dolly": {"closed_qa": "closed_qa", "open_qa": "open_qa", "general_qa": "open_qa",
@@ -31,55 +46,20 @@ USE_CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
-    """One row of a role before the rules, with the values of the source; "" if it has none.
-
-    `ranks`: 1 is best, equal for ties, dense. `user`: who wrote the prompt; all rows of a user stay on one side of the
-    split.
-    """
-
-    prompt: str
-    completions: tuple[str, ...] = ()
-    ranks: tuple[int, ...] = ()
-    prompt_id: str = ""
-    user: str = ""
-    labeler: str = ""
-    source: str = "customer"
-    split: str = ""
-    use_case: str = ""
-
-
-def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:
-    """Ranks 1, 2, ... without gaps, the least value first; equal values share a rank."""
-    order = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
-    return tuple(order[value] for value in values)
-
-
-def text_of(row: Row, name: str) -> str:
-    """The text in a column. Raises ValueError if there is none."""
-    value = row.get(name)
-    if value is None:
-        raise ValueError(f"no {name}")
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {type(value).__name__}, not text")
-    return value.strip()
-
-
 def dolly(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     """databricks-dolly-15k: instruction, context, response, category."""
     context = text_of(row, "context") if row.get("context") else ""
     instruction = text_of(row, "instruction")
     prompt = f"{instruction}\n\n{context}" if context else instruction
-    completions = (text_of(row, "response"),) if role == "sft" else ()
+    completions = (answer_of(row, "response"),) if role == "sft" else ()
     yield Record(prompt, completions, source="labeler",
                  use_case=USE_CASES["dolly"].get(str(row.get("category")), "other"))
 
 
 def no_robots(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     """HuggingFaceH4/no_robots: messages (system, user, assistant, ...), category, prompt_id."""
-    turns = turns_of(_list(row.get("messages"), "messages"))
-    prompt, completion = _last_answer(turns)
+    before, completion = before_answer(conversation(row.get("messages"), "messages", entry))
+    prompt = prompt_of(before)
     yield Record(prompt, (completion,) if role == "sft" else (), source="labeler",
                  use_case=USE_CASES["no_robots"].get(str(row.get("category")), "other"))
 
@@ -94,7 +74,7 @@ def dolly_hhrlhf(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     if start < 0 or end < start:
         raise ValueError("the prompt lacks its frame of ### Instruction: and ### Response:")
     prompt = text[start + len(INSTRUCTION):end].strip()
-    yield Record(prompt, (text_of(row, "response"),) if role == "sft" else ())
+    yield Record(prompt, (answer_of(row, "response"),) if role == "sft" else ())
 
 
 def nectar(row: Row, role: str, entry: Entry) -> Iterator[Record]:
@@ -106,21 +86,19 @@ def nectar(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     answers = row.get("answers")
     if not isinstance(answers, Sequence) or not answers:
         raise ValueError("no answers")
-    texts = tuple(text_of(answer, "answer") for answer in answers)
-    yield Record(prompt, texts, dense_ranks([_number(answer.get("rank"), "rank") for answer in answers]),
+    texts = tuple(answer_of(answer, "answer") for answer in answers)
+    yield Record(prompt, texts, dense_ranks([number_of(answer.get("rank"), "rank") for answer in answers]),
                  labeler="gpt-4")
 
 
 def hh_rlhf(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     """Anthropic/hh-rlhf: two transcripts, chosen and rejected, that differ in the last assistant turn."""
-    (prompt, chosen), (other, rejected) = (_last_answer(split_text(text_of(row, name)))
+    (before, chosen), (other, rejected) = (before_answer(split_text(text_of(row, name)))
                                            for name in ("chosen", "rejected"))
     if role == "ppo":
-        yield Record(prompt)
+        yield Record(prompt_of(before))
         return
-    if prompt != other:
-        raise ValueError("chosen and rejected differ before their last answer")
-    yield Record(prompt, (chosen, rejected), (1, 2), labeler="hh-rlhf")
+    yield Record(prompt_of(common_beginning([before, other])), (chosen, rejected), (1, 2), labeler="hh-rlhf")
 
 
 def oasst_trees(row: Row, role: str, entry: Entry) -> Iterator[Record]:
@@ -144,7 +122,7 @@ def oasst_trees(row: Row, role: str, entry: Entry) -> Iterator[Record]:
             prompt = as_text(turns)
             case = "chat" if len(turns) > 1 else ""
             ranked = sorted((item for item in replies if item.get("rank") is not None), key=lambda item: item["rank"])
-            texts = tuple(text_of(item, "text") for item in ranked)
+            texts = tuple(answer_of(item, "text") for item in ranked)
             if role == "ppo":
                 yield Record(prompt, user=user, use_case=case)
             elif role == "sft" and ranked:
@@ -158,117 +136,139 @@ def oasst_trees(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     yield from walk(root, [])
 
 
-def columns(row: Row, role: str, entry: Entry) -> Iterator[Record]:
-    """Any table, by the entry's column map; the fields are those of FIELDS and COMMON_FIELDS."""
-    named = entry.columns or {field: field for field in (*FIELDS[role], *COMMON_FIELDS) if row.get(field) is not None}
-
-    def value(field: str) -> Any:
-        return _at(row, named[field]) if field in named else None
-
-    prompt, completions, ranks = _prompt_and_answers(role, value)
-    case = str(value("use_case") or entry.use_case)
-    labeler = "" if value("labeler_id") is None else str(value("labeler_id"))
-    yield Record(
-        prompt, completions, ranks, prompt_id=_plain(value("prompt_id")), user=_plain(value("user_id")),
-        labeler=labeler, source=_plain(value("source")) or "customer", split=_split(value("split")),
-        use_case=entry.use_cases.get(case, case if case in USE_CASE_PERCENT else "other") if case else "")
-
-
-def _prompt_and_answers(role: str, value: Callable[[str], Any]) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
-    """(prompt, completions, ranks) from the mapped columns. Raises ValueError."""
-    prompt = value("prompt")
-    before: str | None = None if prompt is None else _as_prompt(prompt)
-    if value("messages") is not None:
-        turns = turns_of(_list(value("messages"), "messages"))
-        if role != "ppo":
-            before, answer = _last_answer(turns)
-            return before, (answer,), ()
-        while turns and turns[-1][0] == "Assistant":
-            turns.pop()
-        before = as_text(turns) if turns else ""
-    if role == "sft":
-        return _needed(before), (_answer(value("completion"), "completion")[1],), ()
+def ultrafeedback(row: Row, role: str, entry: Entry) -> Iterator[Record]:
+    """openbmb/UltraFeedback: instruction, completions as {model, response, overall_score, ...}; scores by GPT-4."""
+    prompt = text_of(row, "instruction")
     if role == "ppo":
-        return _needed(before), (), ()
-    if value("chosen") is not None or value("rejected") is not None:
-        (own, chosen), (_, rejected) = (_answer(value(name), name) for name in ("chosen", "rejected"))
-        return _needed(before or own), (chosen, rejected), (1, 2)
-    texts = tuple(_answer(item, "completions")[1] for item in _list(value("completions"), "completions"))
-    if value("ranks") is not None:
-        order = [_number(item, "ranks") for item in _list(value("ranks"), "ranks")]
+        yield Record(prompt)
+        return
+    answers = list_of(row.get("completions"), "completions")
+    if not all(isinstance(answer, Mapping) for answer in answers):
+        raise ValueError("completions holds no objects")
+    texts = tuple(answer_of(answer, "response") for answer in answers)
+    scores = [number_of(answer.get("overall_score"), "overall_score") for answer in answers]
+    yield Record(prompt, texts, dense_ranks([-score for score in scores]), labeler="gpt-4")
+
+
+_EXTRA_ID = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
+
+
+def helpsteer(row: Row | Group, role: str, entry: Entry) -> Iterator[Record]:
+    """nvidia/HelpSteer and HelpSteer2: prompt, response, helpfulness 0 to 4; the rows of one prompt are grouped."""
+    rows = row.rows if isinstance(row, Group) else [row]
+    parts = _EXTRA_ID.split(text_of(rows[0], "prompt"))
+    roles = {"User": "Human", "Assistant": "Assistant"}
+    turns = [("Human", parts[0].strip()),
+             *((roles[name], said.strip()) for name, said in zip(parts[1::2], parts[2::2], strict=True))]
+    if turns[-1] == ("Assistant", ""):
+        turns.pop()
+    if role == "ppo":
+        yield Record(prompt_of(turns))
+        return
+    answers = sorted((answer_of(item, "response"), number_of(item.get("helpfulness"), "helpfulness")) for item in rows)
+    yield Record(prompt_of(turns), tuple(text for text, _ in answers), dense_ranks([-score for _, score in answers]),
+                 labeler="helpsteer")
+
+
+def alpaca(row: Row, role: str, entry: Entry) -> Iterator[Record]:
+    """tatsu-lab/alpaca: instruction, input, output. Also LLaMA-Factory's system, history and, for RM, chosen, rejected.
+
+    `history`: a list of [instruction, response].
+    """
+    given = text_or_nothing(row.get("input"), "input")
+    instruction = text_of(row, "instruction")
+    turns: list[Turn] = []
+    for pair in list_of(row.get("history") or [], "history"):
+        asked, said = [*list_of(pair, "history"), "", ""][:2]
+        turns += [("Human", str(asked).strip()), ("Assistant", str(said).strip())]
+    turns.append(("Human", f"{instruction}\n\n{given}" if given else instruction))
+    prompt = prompt_of(with_system(text_or_nothing(row.get("system"), "system"), turns))
+    if role == "rm":
+        yield Record(prompt, (answer_of(row, "chosen"), answer_of(row, "rejected")), (1, 2))
     else:
-        order = [-_number(item, "scores") for item in _list(value("scores"), "scores")]
-    if len(order) != len(texts):
-        raise ValueError(f"{len(texts)} completions, {len(order)} ranks or scores")
-    return _needed(before), texts, dense_ranks(order)
+        yield Record(prompt, (answer_of(row, "output"),) if role == "sft" else ())
 
 
-def _needed(prompt: str | None) -> str:
-    if prompt is None:
-        raise ValueError("no prompt")
-    return prompt
+def sharegpt(row: Row, role: str, entry: Entry) -> Iterator[Record]:
+    """ShareGPT's conversations of {from, value}, with LLaMA-Factory's system and, for RM, chosen and rejected."""
+    yield _chat(row, role, entry, "conversations", ("chosen", "rejected"))
 
 
-def _as_prompt(value: Any) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    return as_text(turns_of(_list(value, "prompt")))
+def openai_messages(row: Row, role: str, entry: Entry) -> Iterator[Record]:
+    """OpenAI's fine-tuning files: messages of {role, content}; for RM input, preferred_output, non_preferred_output."""
+    if role == "rm":
+        asked = row.get("input")
+        if not isinstance(asked, Mapping):
+            raise ValueError("no input")
+        yield _chat({**row, "messages": asked.get("messages")}, role, entry, "messages",
+                    ("preferred_output", "non_preferred_output"))
+        return
+    messages = list_of(row.get("messages"), "messages")
+    if role == "sft" and messages and isinstance(messages[-1], Mapping) and messages[-1].get("weight") == 0:
+        raise ContentError("the last answer has weight 0, which excludes it from training")
+    yield _chat(row, role, entry, "messages", ())
 
 
-def _answer(value: Any, name: str) -> tuple[str | None, str]:
-    """(the prompt if the value is a conversation, else None; the answer). Raises ValueError."""
-    if isinstance(value, str):
-        return None, value.strip()
-    if value is None:
-        raise ValueError(f"no {name}")
-    if isinstance(value, Mapping):
-        return None, turns_of([value])[0][1]
-    turns = turns_of(_list(value, name))
-    if len(turns) == 1:
-        return None, turns[0][1]
-    return _last_answer(turns)
+def _chat(row: Row, role: str, entry: Entry, column: str, pair: tuple[str, ...]) -> Record:
+    system = text_or_nothing(row.get("system"), "system")
+    turns = with_system(system, conversation(row.get(column), column, entry))
+    if role != "rm":
+        return conversation_record(turns, role)
+    answers = [answer_turns(row.get(name), name, entry) for name in pair]
+    before, texts = compared(turns, answers, column)
+    return Record(prompt_of(before), texts, (1, 2))
 
 
-def _list(value: Any, name: str) -> list[Any]:
-    if value is None:
-        raise ValueError(f"no {name}")
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} is {type(value).__name__}, not a list")
-    return list(value)
+WINNERS = {"model_a": (1, 2), "model_b": (2, 1), "tie": (1, 1), "tie (bothbad)": (1, 1), "both_bad": (1, 1)}
 
 
-def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} holds {value!r}, not a number") from None
-    if number != number:
-        raise ValueError(f"{name} holds NaN")
-    return number
+def arena(row: Row, role: str, entry: Entry) -> Iterator[Record]:
+    """lmsys/chatbot_arena_conversations, lmsys/mt_bench_human_judgments, lmsys/lmsys-arena-human-preference-55k.
+
+    Two conversations, winner, judge and turn (the judged one is the last); or prompt, response_a and response_b as
+    lists of texts with winner_model_a, winner_model_b, winner_tie.
+    """
+    sides = _arena_sides(row, entry)
+    answers = []
+    for turns in sides:
+        answers.append(before_answer(turns))
+    before = answers[0][0] if role == "ppo" else common_beginning([item for item, _ in answers])
+    judge = plain(row.get("judge"))
+    user = judge if judge.startswith("arena_user") else ""  # elsewhere the judge is not who asked
+    if role == "ppo":
+        yield Record(prompt_of(before), user=user)
+        return
+    winner = plain(row.get("winner"))
+    if not winner:
+        winner = next((name.removeprefix("winner_") for name in ("winner_model_a", "winner_model_b", "winner_tie")
+                       if number_of(row.get(name), name) == 1), "")
+    if winner not in WINNERS:
+        raise ValueError(f"the winner is none of {', '.join(WINNERS)}: {winner!r}")
+    yield Record(prompt_of(before), tuple(text for _, text in answers), WINNERS[winner], user=user, labeler=judge)
 
 
-def _plain(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+def _arena_sides(row: Row, entry: Entry) -> list[list[Turn]]:
+    """The turns of both models, up to the judged turn."""
+    if row.get("conversation_a") is None and row.get("prompt") is not None:
+        asked = list_of(row["prompt"], "prompt")
+        sides = []
+        for name in ("response_a", "response_b"):
+            said = list_of(row.get(name), name)
+            messages = [{"role": role, "content": text} for pair in zip(asked, said, strict=True)
+                        for role, text in zip(("user", "assistant"), pair, strict=True)]
+            sides.append(turns_of(messages))
+        return sides
+    sides = [conversation(row.get(name), name, entry) for name in ("conversation_a", "conversation_b")]
+    turn = row.get("turn")
+    if isinstance(turn, int) and not isinstance(turn, bool) and turn > 0:
+        sides = [_until(side, turn) for side in sides]
+    return sides
 
 
-def _split(value: Any) -> str:
-    """train or valid, by the usual names of splits; "" if the column is empty."""
-    name = _plain(value).lower()
-    known = {"": "", "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
-             "dev": "valid", "test": "valid", "eval": "valid"}
-    if name not in known:
-        raise ValueError(f"split is {value!r}, neither train nor valid")
-    return known[name]
-
-
-def _last_answer(turns: list[Turn]) -> tuple[str, str]:
-    """(prompt, the last assistant turn). Raises ValueError."""
-    if not turns or turns[-1][0] != "Assistant":
-        raise ValueError("does not end with the assistant")
-    before = turns[:-1]
-    if not any(role == "Human" for role, _ in before):
-        raise ValueError("the assistant answers nobody")
-    return as_text(before), turns[-1][1]
+def _until(turns: list[Turn], answers: int) -> list[Turn]:
+    """The turns up to the nth answer."""
+    places = [place for place, (role, _) in enumerate(turns) if role == "Assistant"]
+    return turns[:places[answers - 1] + 1] if answers <= len(places) else turns
 
 
 def _transcript_prompt(text: str) -> str:
@@ -280,26 +280,16 @@ def _transcript_prompt(text: str) -> str:
     return as_text(turns)
 
 
-def _at(row: Row, path: str) -> Any:
-    """The value at a.b.c, or None. A column whose name contains the dots takes precedence."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def wanted(row: Row, entry: Entry) -> bool:
-    """Whether the row has the values in the entry's `where`."""
-    return all(str(_at(row, path)) == value for path, value in entry.where.items())
-
-
-Layout = Callable[[Row, str, Entry], Iterator[Record]]
+Layout = Callable[[Any, str, Entry], Iterator[Record]]
 
 LAYOUTS: dict[str, Layout] = {"columns": columns, "dolly": dolly, "no_robots": no_robots, "dolly_hhrlhf": dolly_hhrlhf,
                               "nectar": nectar, "oasst_trees": oasst_trees, "oasst_messages": oasst_trees,
-                              "hh_rlhf": hh_rlhf}
+                              "hh_rlhf": hh_rlhf, "ultrafeedback": ultrafeedback, "helpsteer": helpsteer,
+                              "alpaca": alpaca, "sharegpt": sharegpt, "openai_messages": openai_messages,
+                              "arena": arena}
 LAYOUT_ROLES = {"columns": ("sft", "rm", "ppo", "corpus"), "dolly": ("sft", "ppo"), "no_robots": ("sft", "ppo"),
                 "dolly_hhrlhf": ("sft", "ppo"), "nectar": ("rm", "ppo"), "oasst_trees": ("sft", "rm", "ppo"),
-                "oasst_messages": ("sft", "rm", "ppo"), "hh_rlhf": ("rm", "ppo")}
+                "oasst_messages": ("sft", "rm", "ppo"), "hh_rlhf": ("rm", "ppo"), "ultrafeedback": ("rm", "ppo"),
+                "helpsteer": ("rm", "ppo"), "alpaca": ("sft", "rm", "ppo"), "sharegpt": ("sft", "rm", "ppo"),
+                "openai_messages": ("sft", "rm", "ppo"), "arena": ("rm", "ppo")}
+GROUPED_BY = {"helpsteer": "prompt"}  # layouts with a row for each response

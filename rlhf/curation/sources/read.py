@@ -1,28 +1,26 @@
-"""Streams the rows of an entry with `datasets`: from the hub or from files, compressed or not.
+"""Streams the rows of an entry: from files, from folders of datasets, or with `datasets` from the hub.
 
 JSON Lines are read as text lines and parsed here: `datasets` infers one type for the whole file, which nested rows
-(reply trees) do not have. No dataset is downloaded whole and no file is held in memory.
+(reply trees) do not have. No dataset is downloaded whole.
 """
 
-import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+from rlhf.curation.sources.formats import BATCH, file_rows
 from rlhf.curation.sources.spec import Entry
 from rlhf.errors import UserError
 
-BATCH = 1000
-FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv",
-           ".tsv": "tsv"}
-COMPRESSED = (".gz", ".zst")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_BATCH_CHARS = 32_000_000  # of JSON lines, so that long ones do not fill the memory
 
 Row = dict[str, Any]
+Batch = tuple[str, list[int], list[Any]]
 
 
 def name_of(entry: Entry) -> str:
@@ -32,102 +30,85 @@ def name_of(entry: Entry) -> str:
     return f"{entry.dataset}/{entry.data_dir}" if entry.data_dir else entry.dataset
 
 
-def read_entry(entry: Entry, root: Path) -> Iterator[tuple[str, list[int], list[Any]]]:
-    """Batches of (place, row numbers from 1, rows); a row is a dict, or the text of one JSON line.
+def read_entry(entry: Entry, root: Path) -> Iterator[Batch]:
+    """Batches of (place, row numbers from 1, rows); a row is a dict, the text of one JSON line, or Unreadable.
 
     `root`: the folder that file patterns are relative to. Raises UserError for missing, unreadable or truncated files.
     """
     if entry.dataset:
         yield from _hub(entry, root)
         return
-    files = sorted(glob(str(root / entry.files), recursive=True)) if entry.files else []
+    for file in files_of(entry, root):
+        with _user_errors(file):
+            yield from _batches(str(file), file_rows(entry, file))
+
+
+def files_of(entry: Entry, root: Path) -> list[Path]:
+    """The files of an entry in the order of their names. Raises UserError if there is none."""
+    exact = root / entry.files
+    if exact.is_file():
+        return [exact]
+    if exact.is_dir():
+        raise UserError(f"{exact}: is a folder; name its files, such as {entry.files.rstrip('/')}/*.parquet, or write "
+                        f"dataset: {entry.files}")
+    names = glob(entry.files, root_dir=root, recursive=True)
+    files = sorted(path for path in (root / name for name in names) if path.is_file())
     if not files:
-        raise UserError(f"{root / entry.files}: no such file; a pattern is relative to the source's description")
-    for file in files:
-        yield from _file(entry, Path(file))
+        raise UserError(f"{exact}: no such file; a pattern is relative to the source's description")
+    return files
 
 
-def _format(entry: Entry, file: Path) -> str:
-    if entry.format != "auto":
-        return entry.format
-    name = file.name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    kind = FORMATS.get(Path(name).suffix)
-    if kind is None:
-        raise UserError(f"{file}: unknown kind of file; give format: jsonl, parquet, csv or tsv")
-    return kind
+def _batches(place: str, rows: Iterable[Any]) -> Iterator[Batch]:
+    numbers: list[int] = []
+    batch: list[Any] = []
+    size = 0
+    for number, row in enumerate(rows, start=1):
+        numbers.append(number)
+        batch.append(row)
+        size += len(row) if isinstance(row, str) else 0
+        if len(batch) == BATCH or size > _BATCH_CHARS:
+            yield place, numbers, batch
+            numbers, batch, size = [], [], 0
+    if batch:
+        yield place, numbers, batch
 
 
-def _file(entry: Entry, file: Path) -> Iterator[tuple[str, list[int], list[Any]]]:
-    kind = _format(entry, file)
-    if kind == "parquet" and file.suffix in COMPRESSED:
-        raise UserError(f"{file}: Parquet is compressed inside; unpack this file first (its parts are read at random)")
-    if file.stat().st_size == 0:
-        return
-    with _user_errors(file):
-        if kind == "jsonl":
-            stream = _stream("text", file, encoding_errors="replace")
-        elif kind == "parquet":
-            stream = _stream("parquet", file)
-        else:
-            separator = "," if kind == "csv" else "\t"
-            stream = _stream("csv", file, sep=separator, keep_default_na=False, na_filter=False,
-                             features=_all_text(_header(file, separator)))
-        for first, rows in _batches(stream):
-            yield str(file), list(range(first + 1, first + 1 + len(rows))), rows
-
-
-def _stream(builder: str, file: Path, **options: Any) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset(builder, data_files={"train": [str(file)]}, split="train", streaming=True, **options)
-
-
-def _batches(stream: Any) -> Iterator[tuple[int, list[Any]]]:
-    first = 0
-    for batch in stream.iter(batch_size=BATCH):
-        columns = list(batch)
-        size = len(batch[columns[0]])
-        if columns == ["text"]:
-            rows: list[Any] = batch["text"]
-        else:
-            rows = [{name: batch[name][index] for name in columns} for index in range(size)]
-        yield first, rows
-        first += size
-
-
-def _header(file: Path, separator: str) -> list[str]:
-    import fsspec
-
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8", newline="") as handle:
-        return next(csv.reader(handle, delimiter=separator))
-
-
-def _all_text(columns: list[str]) -> Any:
-    from datasets import Features, Value
-
-    return Features({name: Value("string") for name in columns})
-
-
-def _hub(entry: Entry, root: Path) -> Iterator[tuple[str, list[int], list[Any]]]:
-    from datasets import load_dataset
-
+def _hub(entry: Entry, root: Path) -> Iterator[Batch]:
     folder = root / entry.dataset
     local = folder.is_dir()
     if not local and not _COMMIT.fullmatch(entry.revision):
-        raise UserError(f"{entry.dataset}: revision {entry.revision!r} must be a commit, 40 hex digits (a branch "
-                        "moves, and the run could not be reproduced)")
+        raise UserError(f"{entry.dataset}: no such folder; and of a dataset of the hub the revision "
+                        f"{entry.revision!r} must be a commit, 40 hex digits (a branch moves, and the run could not "
+                        "be reproduced)")
     place = name_of(entry)
     with _user_errors(place):
-        stream = load_dataset(str(folder) if local else entry.dataset, entry.config or None,
-                              data_dir=entry.data_dir or None, revision=None if local else entry.revision,
-                              split=None, streaming=True)
+        splits = _saved(folder / entry.data_dir, entry) if local else None
+        if splits is None:
+            from datasets import load_dataset
+
+            splits = load_dataset(str(folder) if local else entry.dataset, entry.config or None,
+                                  data_dir=entry.data_dir or None, revision=None if local else entry.revision,
+                                  split=None, streaming=True)
         for name in entry.split.split("+"):
-            if name not in stream:
-                raise UserError(f"{place}: no split {name!r}; it has {', '.join(stream)}")
-            for first, rows in _batches(stream[name]):
-                yield f"{place}:{name}", list(range(first + 1, first + 1 + len(rows))), rows
+            if name not in splits:
+                raise UserError(f"{place}: no split {name!r}; it has {', '.join(splits)}")
+            yield from _batches(f"{place}:{name}", _table_rows(splits[name]))
+
+
+def _saved(folder: Path, entry: Entry) -> Mapping[str, Any] | None:
+    """The splits of a folder that `save_to_disk` wrote; None for another folder."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    from datasets import Dataset, load_from_disk
+
+    saved = load_from_disk(str(folder))
+    return {entry.split: saved} if isinstance(saved, Dataset) else saved
+
+
+def _table_rows(stream: Any) -> Iterator[Any]:
+    """The rows of a dataset as they are stored: images and sounds are not decoded."""
+    for table in stream.with_format("arrow").iter(batch_size=BATCH):
+        yield from table.to_pylist()
 
 
 @contextmanager

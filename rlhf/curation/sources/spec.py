@@ -1,31 +1,58 @@
 """The fields of a source description (profiles/sources/<name>.yaml) with their types, limits and help texts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.params import param
 
-Layout = Literal["columns", "dolly", "no_robots", "dolly_hhrlhf", "nectar", "oasst_trees", "oasst_messages", "hh_rlhf"]
+Layout = Literal["columns", "dolly", "no_robots", "dolly_hhrlhf", "nectar", "oasst_trees", "oasst_messages", "hh_rlhf",
+                 "ultrafeedback", "helpsteer", "alpaca", "sharegpt", "openai_messages", "arena"]
 
 
 @dataclass(frozen=True)
 class Entry:
     """Rows for one role: a dataset of the hub, or files."""
 
-    dataset: str = param("", "name of a hub dataset, or a folder with the same layout")
+    dataset: str = param("", "name of a hub dataset, or a folder with the same layout or that save_to_disk wrote")
     revision: str = param("", "commit of the hub dataset, 40 hex digits")
     config: str = param("", "configuration of the dataset, if it has several")
     data_dir: str = param("", "folder inside the dataset")
     split: str = param("train", "splits of the dataset to read, joined by +")
     files: str = param("", "a file or a pattern with * or ?, relative to the description")
-    format: Literal["auto", "jsonl", "parquet", "csv", "tsv"] = param("auto", "auto: by the file name")
+    format: Literal["auto", "jsonl", "json", "parquet", "arrow", "csv", "tsv", "text"] = param(
+        "auto", "auto: by the file name")
+    encoding: str = param("", "encoding of text files, e.g. cp1252; empty: UTF-8, or what a byte order mark says")
+    delimiter: str = param("", "what separates the columns of a CSV file; empty: a comma, of .tsv a tab")
+    quotes: bool = param(True, "whether quotation marks enclose values in a CSV file, or are plain characters")
+    decimal: Literal[".", ","] = param(".", "the decimal mark of scores and ranks that are text")
+    rows: str = param("", "key of the list of rows in a JSON object that has several lists")
+    orient: Literal["", "index", "columns", "split"] = param("", "pandas' orient of a JSON object that has no list")
     layout: Layout = param("columns", "how a row is read")
-    columns: dict[str, str] = param({}, "field: its column, for layout columns")
-    where: dict[str, str] = param({}, "column: value that a row must have to be read; a.b is key b of column a")
+    columns: dict[str, str | list[str]] = param({}, "field: its column, for layout columns; several columns are joined")
+    json_columns: list[str] = param([], "columns whose text is JSON that is to be read; other texts stay as they are")
+    group_by: str | list[str] = param("", "column whose equal values make one ranking of several rows")
+    preference: dict[str, Any] = param({}, "column of votes, and its values for first, second and tie")
+    where: dict[str, Any] = param({}, "column: value that a row must have to be read; a.b is key b of column a")
+    tool_turns: Literal["quarantine", "drop"] = param("quarantine", "rows with calls of tools, or only these turns")
     use_cases: dict[str, str] = param({}, "value of the use-case column: one of the ten use cases")
     use_case: str = param("", "use case of all rows, if no column has it")
     source: Literal["", "labeler", "customer"] = param("", "who wrote the prompts; empty: the default of the layout")
     labeler: str = param("", "labeler_id of all rankings, if no column has it")
+
+    def groups(self) -> list[str]:
+        """The columns of `group_by`."""
+        return [self.group_by] if isinstance(self.group_by, str) and self.group_by else list(self.group_by)
+
+    def column_paths(self, field: str) -> list[str]:
+        """The columns that are mapped to a field."""
+        mapped = self.columns.get(field, [])
+        return [mapped] if isinstance(mapped, str) else mapped
+
+    def paths(self) -> list[str]:
+        """All columns that the description names, each once."""
+        mapped = [path for field in self.columns for path in self.column_paths(field)]
+        vote = [self.preference["column"]] if self.preference else []
+        return list(dict.fromkeys([*mapped, *self.groups(), *vote, *self.where, *self.json_columns]))
 
 
 @dataclass(frozen=True)
@@ -34,12 +61,20 @@ class RulesParams:
 
     valid_share: float = param(0.1, "share of users whose rows go to valid, if no column has the split", ge=0, le=1)
     rows: Literal["all", "paper"] = param("all", "all, or at most as many per dataset and split as InstructGPT")
+    max_lost_share: float = param(0.2, "share of a role's rows that quarantine and rules other than subsample may take",
+                                  ge=0, le=1)
+    max_lost_shares: dict[str, float] = param({}, "rule, or quarantine: share that it may take beside max_lost_share")
     max_prompts_per_user: int = param(200, "maximum prompts per user in a dataset", ge=1)
-    near_duplicate_chars: int = param(40, "prompts are near duplicates if they share a prefix this long ...", ge=1)
-    near_duplicate_share: float = param(0.9, "... that is at least this share of the longer prompt", gt=0, le=1)
-    min_english_share: float = param(1.0, "prompts in other languages are dropped until this share is English",
-                                     ge=0, le=1)
-    personal_data: Literal["drop", "keep"] = param("drop", "train rows with personal data")
+    near_duplicates: Literal["drop", "keep"] = param("drop", "SFT and PPO prompts that are near duplicates")
+    near_duplicate_chars: int = param(40, "near duplicates share a last sentence of at least this many characters ...",
+                                      ge=1)
+    near_duplicate_share: float = param(0.9, "... that is at least this share of the longer one", gt=0, le=1)
+    merge_rankings: bool = param(False, "merge rankings of a prompt by one labeler whose orders agree (at most 9)")
+    language: str = param("en", "ISO 639-1 code of the language of the prompts")
+    min_language_share: float = param(1.0, "prompts wholly in other languages are dropped until this share is left",
+                                      ge=0, le=1)
+    personal_data: Literal["drop", "keep"] = param("drop", "train rows with personal data or secrets")
+    broken_endings: Literal["quarantine", "keep"] = param("quarantine", "demonstrations that break off")
     min_k: int = param(2, "minimum completions per ranking", ge=2, le=9)
     tokenizer: str = param("", "tokenizer (folder or name) that counts tokens; empty: no token limits")
     max_prompt_tokens: int = param(1000, "longest prompt, tokens", ge=1)

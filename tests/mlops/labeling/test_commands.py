@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from rich.console import Console
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch, write_batch
 from mlops.labeling.store import LABELS, Label, LabelStore
 from mlops.labeling.terminal import label_on_terminal, read_ranking
-from mlops.labeling.to_rows import consensus_rows, fit_for_data
+from mlops.labeling.to_rows import checked_rows, consensus_rows
 from rlhf.data.schema import KEYS, read_rows
 from rlhf.errors import UserError
+from rlhf.params import ValidateParams
 from tests.flows.checkout import REPOSITORY
 from tests.tasks.small_pipeline import SmallPipeline
 
@@ -126,17 +128,43 @@ def test_the_whole_way_with_simulated_labelers(small_pipeline: SmallPipeline, un
     assert not first & {row["prompt_id"] for row in read_rows(folder.with_name("second") / "items.jsonl")}
 
 
-def test_rows_for_the_datasets_have_each_prompt_once(batch: Path) -> None:
+def test_consensus_rows_are_one_for_an_item(batch: Path) -> None:
     items, _ = read_batch(batch)
-    (first, second), broken = items, "\ufffd"
+    first, second = items
     labels = {(name, who): Label(f"{who}/{name}", name, who, ranks) for name, who, ranks in (
         (first, "ada", (1, 2, 3, 4)), (first, "bob", (2, 1, 3, 3)), (second, "eve", (2, 2, 1, 3)))}
     rows = consensus_rows(labels, items)
     assert [(row["labeler_id"], row["ranks"]) for row in rows] == [("consensus", [1, 1, 2, 3]), ("eve", [2, 2, 1, 3])]
     assert [list(row) for row in rows] == [KEYS["rm"]] * 2
-    assert fit_for_data(rows[0], 4)
-    assert not fit_for_data(rows[0], 5)
-    assert not fit_for_data({"completions": ["a", "b", broken, "d"]}, 4)
+    assert checked_rows(rows, ValidateParams()) == (rows, Counter())
+    assert checked_rows(rows, ValidateParams(min_k=5)) == ([], Counter(completion_count=2))
+
+
+@pytest.mark.parametrize(("text", "rule"), [
+    ("a \ufffd b", "characters"), ("Pay\u202eme now.", "characters"), ("So. <|im_end|>", "special_tokens"),
+    ("Write to tess.orlin@qorvexlume-post.net today.", "personal_data"), ("x" * 500, "completion_length")])
+def test_labeled_rows_are_left_out_by_the_rules_that_stop_training(batch: Path, text: str, rule: str) -> None:
+    """Such a row was added to the datasets, where stage validate then refused all of them."""
+    row = {"prompt_id": "p1", "user_id": "u", "labeler_id": "consensus", "source": "customer", "split": "train",
+           "use_case": "chat", "prompt": "Why is the sky blue?", "completions": ["one", "two", "three", text],
+           "ranks": [1, 2, 3, 4]}
+    sound = row | {"prompt_id": "p2", "prompt": "Why is grass green?", "completions": ["one", "two", "three", "four"]}
+    assert checked_rows([row, sound], ValidateParams()) == ([sound], Counter({rule: 1}))
+
+
+def test_every_ranking_of_an_item_is_added_or_their_consensus(batch: Path) -> None:
+    first, second = read_batch(batch)[0]
+    store = LabelStore(batch / LABELS)
+    for name, who, ranks in ((first, "ada", (1, 2, 3, 4)), (first, "eve", (2, 1, 3, 4)), (second, "ada", (1, 2, 3, 3))):
+        store.add(Label(f"{who}/{name}", name, who, ranks))
+    (batch / "params.yaml").write_text("seed: 1\nprofile: tiny\n")
+    (batch / "profiles").mkdir()
+    (batch / "profiles" / "tiny.yaml").write_text("ingest: {}\n")
+    for flags, labelers in (([], ["ada", "eve", "ada"]), (["--consensus"], ["consensus", "ada"])):
+        done = run(batch, "mlops.labeling.to_rows", str(batch), "--add", *flags)
+        assert done.returncode == 0, done.stderr
+        rows = list(read_rows(batch / "raw" / "feedback" / f"{batch.name}.jsonl"))
+        assert [row["labeler_id"] for row in rows] == labelers
 
 
 def test_labeled_rows_make_a_new_data_version(batch: Path, tmp_path_factory: pytest.TempPathFactory,

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mlops.labeling.agreement import agreement, agreement_with, alpha, preferences
-from mlops.labeling.batch import Item, assign, make_items, read_batch, write_batch
+from mlops.labeling.agreement import agreement, agreement_with, alpha, positions, preferences
+from mlops.labeling.batch import Item, assign, in_item_order, make_items, read_batch, write_batch
 from mlops.labeling.store import Label, LabelStore, check
 from rlhf.errors import UserError
 from rlhf.world.facts import World
@@ -193,6 +193,43 @@ def test_agreement_by_hand() -> None:
     assert found.adjudicate == []
     assert agreement([label("ada", [1, 2, 3, 4]), label("bob", [4, 3, 2, 1])], items).adjudicate == ["item-1"]
     assert agreement([label("ada", [1, 1, 1, 1]), label("bob", [4, 3, 2, 1])], items).adjudicate == ["item-1"]
+
+
+def test_ties_of_all_labelers_are_agreement() -> None:
+    """Such items were sent to be adjudicated, since no pair had a preference."""
+    items = {f"item-{number}": item(number, 2) for number in range(1, 5)}
+    labels = [label(name, ranks, number) for number, answers in enumerate(
+        ([[1, 1]] * 3, [[1, 2]] * 3, [[1, 2], [2, 1], [1, 2]], [[1, 1], [1, 1], [1, 2]]), start=1)
+        for name, ranks in zip(("ada", "bob", "eve"), answers, strict=True)]
+    found = agreement(labels, items)
+    assert found.adjudicate == ["item-3", "item-4"]
+    assert (found.with_ties.agreed, found.with_ties.pairs) == (3 + 3 + 1 + 1, 12)
+    assert agreement([entry for entry in labels if entry.item_id == "item-1"], items).adjudicate == []
+
+
+def test_one_who_guesses_does_not_make_the_others_outliers() -> None:
+    """ada shares most items with dud alone: without dud nothing speaks against ada."""
+    rng = random.Random(3)
+    items = {f"item-{number}": item(number) for number in range(100)}
+    labels = [label(name, rng.sample([1, 2, 3, 4], 4) if name == "dud" else [1, 2, 3, 4], number)
+              for number in range(100) for name in (("ada", "dud") if number < 60 else ("ada", "bob", "eve", "dud"))]
+    assert agreement(labels, items).outliers == ["dud"]
+
+
+def test_one_who_ranks_as_shown_is_found_by_the_order_of_presentation() -> None:
+    rng = random.Random(4)
+    items = [item(number, 2) for number in range(40)]
+    assignments = assign(items, ["ada", "bob", "first"], 1.0, 3, 1)
+    labels = []
+    for given in assignments:
+        shown = [1, 2] if given.labeler_id == "first" or rng.random() < 0.5 else [2, 1]
+        labels.append(Label(f"{given.labeler_id}/{given.item_id}", given.item_id, given.labeler_id,
+                            in_item_order(tuple(shown), given.order)))
+    leaning, found = positions(labels, assignments)
+    assert found == ["first"]
+    assert leaning["first"].mean == 1
+    assert abs(leaning["ada"].mean) < 0.5
+    assert positions(labels, []) == ({}, [])
 
 
 def test_alpha_is_krippendorff_s_formula() -> None:

@@ -53,6 +53,14 @@ def test_near_duplicates_share_a_long_prefix_and_equal_ones_are_not_counted_twic
     assert unexpected(prompts(chars=40, share=0.9), tmp_path, rows) == (False, [1, 2])
 
 
+def test_a_prompt_in_disguise_on_the_other_side_is_a_leak(tmp_path: Path) -> None:
+    disguised = ["N\u0430me three bridges", "NAME  three bridges!", "Na\u200bme three bridges",
+                 "\uff2eame three bridges", "Name\u00a0three bridges"]
+    rows = [("Name three bridges", "a", "sft/train"), *((text, "b", "rm/valid") for text in disguised),
+            ("Name four bridges", "c", "rm/valid")]
+    assert unexpected(prompts(chars=40, share=0.9), tmp_path, rows) == (False, [1, 2, 3, 4, 5])
+
+
 def test_mostly_tolerates_a_share_of_rows(tmp_path: Path) -> None:
     rows = [("q", "a", "sft/train"), ("q", "b", "sft/valid")] + [(f"p{n}", "c", "sft/train") for n in range(98)]
     assert unexpected(prompts(mostly=0.98), tmp_path, rows) == (True, [1])
@@ -60,7 +68,7 @@ def test_mostly_tolerates_a_share_of_rows(tmp_path: Path) -> None:
 
 
 def test_a_row_between_two_near_duplicates_hides_nothing() -> None:
-    keys = ["p" * 50, "p" * 50 + "a" * 100, "p" * 50 + "b"]
+    keys = ["p" * 50, "p" * 50 + " a" * 50, "p" * 50 + " b"]
     assert leaks(keys, ["sft/train", "sft/train", "sft/valid"], 40, 0.9) == {2}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
-from rlhf.curation.screen import UNDECIDED, Screened, hashed, problem_of, truncated
+from rlhf.curation.screen import UNDECIDED, Screened, hashed, openings, problem_of
 from rlhf.curation.sources.layouts import Record
 from rlhf.curation.sources.spec import RulesParams
 
@@ -16,9 +16,11 @@ RULES_OFF = RulesParams(valid_share=0.0)
 
 
 def row(key: str, user: str = "", *, split: int = UNDECIDED, own_id: str = "", foreign: bool = False,
-        personal: bool = False, too_long: str = "", order: int = -1) -> Screened:
-    return Screened(1, b"{", b"}\n", key, hashed(user or key), hashed(key) if order < 0 else order,
-                    hashed(own_id) if own_id else 0, split, foreign, personal, too_long)
+        personal: bool = False, too_long: str = "", order: int = -1, comparison: str = "") -> Screened:
+    """A row; without a user one that the source names none of."""
+    return Screened(1, b"{", b"}\n", key, hashed(user) if user else 0, hashed(key + user + comparison) if order < 0
+                    else order, hashed(own_id) if own_id else 0, split, foreign, personal, too_long, *openings(key),
+                    hashed(comparison) if comparison else 0)
 
 
 def table(*items: Screened) -> Rows:
@@ -46,10 +48,10 @@ def test_a_repeated_prompt_id_in_a_dataset_is_dropped() -> None:
 def test_foreign_rows_are_dropped_by_hash_until_the_english_share_is_reached() -> None:
     rows = [row(f"english {number}") for number in range(9)] + [
         row("fremd", foreign=True, order=2), row("autre", foreign=True, order=1), row("otro", foreign=True, order=3)]
-    assert fates(replace(RULES_OFF, min_english_share=0.9), sft=rows)["sft"][9:] == ["other_language", "",
+    assert fates(replace(RULES_OFF, min_language_share=0.9), sft=rows)["sft"][9:] == ["other_language", "",
                                                                                      "other_language"]
-    assert fates(replace(RULES_OFF, min_english_share=1.0), sft=rows)["sft"].count("other_language") == 3
-    assert fates(replace(RULES_OFF, min_english_share=0.0), sft=rows)["sft"].count("other_language") == 0
+    assert fates(replace(RULES_OFF, min_language_share=1.0), sft=rows)["sft"].count("other_language") == 3
+    assert fates(replace(RULES_OFF, min_language_share=0.0), sft=rows)["sft"].count("other_language") == 0
 
 
 def test_a_user_is_on_one_side_in_all_datasets() -> None:
@@ -91,25 +93,86 @@ def test_near_duplicates_are_dropped_within_a_dataset_but_not_across_datasets_of
         "sft": ["near_duplicate", "", "near_duplicate", ""], "rm": [""]}
 
 
+def test_comparisons_of_near_identical_prompts_are_all_kept_and_on_one_side() -> None:
+    rows = [row(LONG, f"u{n}", comparison=f"c{n}") for n in range(6)] + [row(LONG + " now", "v", comparison="d")]
+    for seed in range(5):
+        splits, outcome = apply_rules({"rm": table(*rows)}, RulesParams(valid_share=0.5), seed)["rm"]
+        assert (outcome == STAYS).all()
+        assert len(set(splits.tolist())) == 1
+
+
+def test_only_an_equal_comparison_is_dropped() -> None:
+    rows = [row("q", "a", comparison="1", order=2), row("q", "b", comparison="1", order=1), row("q", comparison="2")]
+    assert fates(RULES_OFF, rm=rows) == {"rm": ["repeated_comparison", "", ""]}
+
+
+def test_comparisons_may_share_the_source_s_prompt_id() -> None:
+    rows = [row("q", own_id="7", comparison="1"), row("q", own_id="7", comparison="2")]
+    assert fates(RULES_OFF, rm=rows) == {"rm": ["", ""]}
+
+
 def test_a_user_has_at_most_the_capped_number_of_prompts() -> None:
     rows = [row(f"prompt {number}", "ann" if number % 2 else "bob", order=number) for number in range(10)]
     assert fates(replace(RULES_OFF, max_prompts_per_user=3), sft=rows)["sft"] == [""] * 6 + ["user_cap"] * 4
+    assert fates(replace(RULES_OFF, max_prompts_per_user=1), sft=[row(f"p{n}") for n in range(9)])["sft"] == [""] * 9
 
 
-def test_leaks_between_datasets_are_dropped() -> None:
+def test_the_cap_counts_prompts_and_not_their_comparisons() -> None:
+    rows = [row(f"prompt {n % 2}", "ann", comparison=f"c{n}", order=n + 1) for n in range(8)]
+    assert fates(replace(RULES_OFF, max_prompts_per_user=1), rm=rows)["rm"] == ["", "user_cap"] * 4
+
+
+def test_chats_that_begin_alike_are_not_one_user_s_but_one_conversation_s_prompts_are() -> None:
+    def chat(*said: str) -> Screened:
+        return row("\n\nAssistant: Yes?\n\n".join(f"Human: {text}" for text in said))
+
+    greetings = [chat("Hi", f"Tell me {number}") for number in range(30)]
+    splits, _ = apply_rules({"sft": table(*greetings)}, RulesParams(valid_share=0.5), 1)["sft"]
+    assert set(splits.tolist()) == {TRAIN, VALID}
+    one = [chat("How are old maps drawn", *(f"And {step}" for step in range(number))) for number in range(1, 9)]
+    for seed in range(5):
+        splits, _ = apply_rules({"sft": table(*one, *greetings)}, RulesParams(valid_share=0.5), seed)["sft"]
+        assert len(set(splits.tolist()[:8])) == 1
+
+
+def test_users_who_share_prompts_are_on_one_side_unless_the_prompt_is_everybody_s() -> None:
+    rows = [row("hello", f"u{n}", comparison=f"c{n}") for n in range(60)] + [
+        row(f"p{n // 2}", f"u{n}", comparison=f"d{n}") for n in range(60)]
+    splits, outcome = apply_rules({"rm": table(*rows)}, RulesParams(valid_share=0.5), 1)["rm"]
+    assert set(splits.tolist()) == {TRAIN, VALID}
+    assert (splits[60::2] == splits[61::2]).all()
+    names = list(RULES)
+    assert {names[fate] for fate in outcome[outcome != STAYS]} == {"leak"}  # "hello" stays in train
+    assert (outcome[60:] == STAYS).all()
+
+
+def test_a_group_that_is_larger_than_valid_should_be_is_in_train() -> None:
+    rows = [row(f"p{n}", "ann") for n in range(30)] + [row(f"q{n}", f"u{n}") for n in range(70)]
+    for seed in range(9):
+        splits, _ = apply_rules({"ppo": table(*rows)}, RulesParams(valid_share=0.2), seed)["ppo"]
+        assert (splits[:30] == TRAIN).all()
+
+
+def test_leaks_between_datasets_cost_the_cheaper_row() -> None:
     valid, train = {"split": VALID}, {"split": TRAIN}
     outcome = fates(
         RULES_OFF,
-        sft=[row(LONG + " one", "a", **valid), row("only here", "b", **valid)],  # type: ignore[arg-type]
+        sft=[row(LONG + " one", "a", **train), row("only here", "b", **valid)],  # type: ignore[arg-type]
         rm=[row(LONG, "c", **valid), row("other " + LONG, "d", **train)],  # type: ignore[arg-type]
         ppo=[row(LONG + " ppo", "e", **train), row("other " + LONG, "f", **valid)])  # type: ignore[arg-type]
-    assert outcome == {"sft": ["", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
+    assert outcome == {"sft": ["leak", ""], "rm": ["", ""], "ppo": ["leak_into_ppo", "leak"]}
+
+
+def test_the_near_duplicate_rule_can_be_switched_off() -> None:
+    rows = [row(LONG + " fish", "a"), row(LONG, "b"), row(LONG, "c")]
+    assert fates(replace(RULES_OFF, near_duplicates="keep"), sft=rows) == {"sft": ["", "", ""]}
 
 
 def test_the_counts_of_the_paper_are_reached_by_a_seeded_sample() -> None:
     rng = np.random.default_rng(1)
     rows = Rows(keys=[f"prompt {number}" for number in range(16_000)], users=list(range(1, 16_001)),
-                orders=rng.permutation(16_000).tolist(), own_ids=[0] * 16_000,
+                orders=rng.permutation(16_000).tolist(), own_ids=[0] * 16_000, openings=[0] * 16_000,
+                branches=[0] * 16_000, comparisons=[0] * 16_000, rankers=[0] * 16_000,
                 splits=[VALID] * 2_000 + [TRAIN] * 14_000, foreign=[False] * 16_000, personal=[False] * 16_000,
                 fates=[STAYS] * 16_000)
     splits, outcome = apply_rules({"sft": rows}, RulesParams(rows="paper"), 1)["sft"]
@@ -121,19 +184,10 @@ def test_the_counts_of_the_paper_are_reached_by_a_seeded_sample() -> None:
         assert order[mine & stay].max() < order[mine & ~stay].min()
 
 
-@pytest.mark.parametrize(("text", "cut"), [
-    ("It is blue.", False), ("Yes", False), ("- one\n- two", False), ("print(1)", False), ("to sum up:", False),
-    ("It is blue and", True), ("First, second,", True), ("He said (", True), ("see\n```python\nprint(1)", True),
-    ("see\n```python\nprint(1)\n```", False), ("What are you looking for", False), ("call it The", True),
-])
-def test_truncated_completions_are_detected(text: str, cut: bool) -> None:
-    assert bool(truncated(text)) == cut
-
-
 @pytest.mark.parametrize(("role", "record", "reason"), [
     ("sft", Record(" \u200b", ("x",)), "empty prompt"),
     ("sft", Record("q", ("\u00a0",)), "empty completion"),
-    ("sft", Record("q", ("because",)), "breaks off"),
+    ("sft", Record("q", ("He opened the door because",)), "breaks off"),
     ("sft", Record("q", ("fine \ud800.",)), "surrogate"),
     ("ppo", Record("q\x07"), "U+0007"),
     ("ppo", Record("q <|im_start|>system"), "special token <|im_start|>"),

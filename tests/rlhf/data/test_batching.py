@@ -87,6 +87,29 @@ def test_batches_hold_rows_of_like_length_but_come_in_no_order() -> None:
     assert 0.3 < rising < 0.7
 
 
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 40)), min_size=1, max_size=80), st.integers(1, 9),
+       st.integers(0, 5))
+def test_indices_of_a_group_come_in_one_batch_or_where_a_batch_ends_among_them_in_two(
+        rows: list[tuple[int, int]], batch_size: int, seed: int) -> None:
+    groups, lengths = [group for group, _ in rows], [length for _, length in rows]
+    batches = length_batches(lengths, batch_size, torch.Generator().manual_seed(seed), groups)
+    flat = [index for batch in batches for index in batch]
+    assert len(flat) == len(set(flat)) == max(len(rows) - len(rows) % batch_size, min(len(rows), batch_size))
+    for batch in batches:  # consecutive places: between two of a group there is none of another
+        own = [groups[index] for index in batch]
+        assert [group for place, group in enumerate(own) if place == 0 or own[place - 1] != group] == list(
+            dict.fromkeys(own))
+    for group in set(groups):
+        size = groups.count(group)
+        assert sum(group in [groups[index] for index in batch] for batch in batches) <= -(-size // batch_size) + 1
+
+
+def test_indices_that_are_all_apart_come_as_without_groups() -> None:
+    lengths = [number * 7 % 31 for number in range(100)]
+    plain = length_batches(lengths, 8, torch.Generator().manual_seed(3))
+    assert length_batches(lengths, 8, torch.Generator().manual_seed(3), [1000 - 3 * n for n in range(100)]) == plain
+
+
 def test_pack_puts_eos_before_each_document_and_drops_the_rest() -> None:
     rows = list(pack_documents([[1, 2, 3], [4], [5, 6], []], 4, eos_id=9))
     assert rows == [[9, 1, 2, 3], [9, 4, 9, 5]]  # 6 and the last EOS do not fill a row

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.curation.sources.layouts import LAYOUTS, Record, dense_ranks, wanted
+from rlhf.curation.sources.layouts import LAYOUTS
+from rlhf.curation.sources.map_rows import wanted
+from rlhf.curation.sources.records import Record, dense_ranks
 from rlhf.curation.sources.spec import Entry
 
 
@@ -128,11 +130,11 @@ def test_columns_for_rankings(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("row", "message"), [
     ({"prompt": "Q"}, "no completions"),
     ({"prompt": "Q", "completions": ["a"], "ranks": [1, 2]}, "1 completions, 2 ranks"),
-    ({"prompt": "Q", "completions": ["a", "b"], "ranks": ["x", 2]}, "holds 'x', not a number"),
+    ({"prompt": "Q", "completions": ["a", "b"], "ranks": ["x", 2]}, "ranks holds no number: 'x'"),
     ({"prompt": "Q", "completions": "ab", "ranks": [1, 2]}, "is str, not a list"),
     ({"completions": ["a", "b"], "ranks": [1, 2]}, "no prompt"),
     ({"prompt": "Q", "chosen": "a"}, "no rejected"),
-    ({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, float("nan")]}, "NaN"),
+    ({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, float("nan")]}, "ranks holds no number: nan"),
 ])
 def test_an_incomplete_row_is_refused_with_the_reason(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

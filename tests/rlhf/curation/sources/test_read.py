@@ -1,8 +1,10 @@
 """Every file format, compressed or not, gives the same rows; a broken file is an error of one line."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +83,28 @@ def test_a_hub_dataset_needs_a_commit(tmp_path: Path) -> None:
     ("rows.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 50_000)[:-40], "cannot be read: EOFError"),
     ("rows.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"q": 1}\n' * 50_000)[:-8] + b"12345678",
      "cannot be read"),
-    ("rows.csv", b'q,a\n1,2\n1,2,3,4\n', "cannot be read: ParserError.*line 3"),
+    ("rows.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"q": 1}\n' * 50_000)[:-8], "cannot be read"),
+    ("rows.jsonl.bz2", bz2.compress(b'{"q": 1}\n' * 50_000)[:-40], "cannot be read: EOFError"),
+    ("rows.jsonl.xz", lzma.compress(b'{"q": 1}\n' * 50_000)[:-40], "cannot be read: EOFError"),
+    ("rows.zip", b"PK\x03\x04 half of it", "cannot be read: BadZipFile"),
+    ("rows.jsonl", gzip.compress(b'{"q": 1}'), "is gzip; its name must end in .gz"),
+    ("rows.jsonl", b'{"q": "' + b"x" * 10_000_000 + b'"}\n', "line 1: longer than 8,000,000 characters"),
+    ("rows.csv", b'q,a\n1,"' + b"x\n" * 5_000_000, "line .*: field larger than field limit"),
+    ("rows.json", b'[{"q": "' + b"x" * 10_000_000 + b'"}]', "longer than 8,000,000 characters"),
+    ("rows.csv", b'q,a\n1,"2', "unexpected end of data; where quotation marks are plain characters write quotes"),
+    ("rows.csv", b'"q";"a"\n1;2\n', 'write delimiter: ";"'),
+    ("rows.csv", b'q,q\n1,2\n', "the header has column q 2 times"),
+    ("rows.jsonl", b'[{"q": 1}]', "is a JSON array, not JSON Lines; write format: json"),
+    ("rows.json", b'[{"q": 1}, {"q": ]', "not JSON: Expecting value"),
+    ("rows.json", b'[{"q": 1}', "not JSON: expected , or ], found the end of the file"),
+    ("rows.json", b'[{"q": 1}]\n[{"q": 2}]', "more follows the end of the array"),
+    ("rows.json", b'{"a": [{"q": 1}], "b": [{"q": 1}]}', "lists of rows in a, b; name one: rows: a"),
+    ("rows.json", b'{"q": {"0": "x"}, "a": {"0": "y"}}', "write orient: index .* or orient: columns"),
+    ("rows.jsonl", "q".encode("utf-16-le") * 50, "UTF-16 without a byte order mark: write encoding: utf-16-le"),
     ("rows.parquet", b"PAR1 nothing", "cannot be read"),
     ("rows.parquet.gz", b"x", "unpack this file first"),
     ("rows.xlsx", b"x", "unknown kind of file"),
-    ("rows.csv", b'q,a\n"\xff\xfe",2\n', "cannot be read: UnicodeDecodeError"),
+    ("rows.csv", b'q,a\n"\xff\xfe",2\n', "line 2, byte 2: not UTF-8"),
 ])
 def test_a_broken_file_is_an_error_of_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
