@@ -5,10 +5,12 @@ Texts are spooled to files; memory holds only their normalised prompts and a few
 
 import json
 import multiprocessing
+import multiprocessing.pool
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,7 @@ from rlhf.files import write_json
 
 QUARANTINE, DROPPED, REPORT = "quarantine.jsonl", "dropped.jsonl", "rules.json"
 AHEAD = 4  # batches in flight per process
+FEW = 3  # batches of an entry that are screened without a pool
 
 
 def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int = 1,
@@ -278,16 +281,24 @@ Screen = Callable[[Iterator[tuple[str, tuple[Any, ...]]]],
 
 
 def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitStack) -> Screen:
-    """Runs `screen_rows` over tasks in order: here, or in processes with a bounded number of batches in flight."""
-    if processes <= 1:
-        return lambda tasks: ((place, *screen_rows(*arguments)) for place, arguments in tasks)
-    pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, worker_init))
+    """Runs `screen_rows` over an entry's batches in order: a few here, many in processes with a bounded number of
+    batches in flight, for the start of the processes takes seconds."""
+    started: list[multiprocessing.pool.Pool] = []
+
+    def pool() -> multiprocessing.pool.Pool:
+        if not started:
+            started.append(stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, worker_init)))
+        return started[0]
 
     def run(tasks: Iterator[tuple[str, tuple[Any, ...]]]
             ) -> Iterator[tuple[str, list[Screened], list[Quarantined], Seen]]:
+        few = list(islice(tasks, FEW))
+        if processes <= 1 or len(few) < FEW:
+            yield from ((place, *screen_rows(*arguments)) for place, arguments in chain(few, tasks))
+            return
         pending: deque[tuple[str, Any]] = deque()
-        for place, arguments in tasks:
-            pending.append((place, pool.apply_async(screen_rows, arguments)))
+        for place, arguments in chain(few, tasks):
+            pending.append((place, pool().apply_async(screen_rows, arguments)))
             if len(pending) >= AHEAD * processes:
                 first, result = pending.popleft()
                 yield (first, *result.get())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing.pool
 import random
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import rlhf.curation.assemble
 from mlops.config.sources import load_source
 from rlhf.curation.rules import RULES
 from rlhf.errors import UserError
@@ -98,9 +100,16 @@ def test_a_team_s_files_become_datasets_that_validation_finds_nothing_in(team: P
     assert "ann@example.org" not in (team / "out" / "dropped.jsonl").read_text()
 
 
+def no_pool(*arguments: object, **options: object) -> None:
+    raise AssertionError("a small source needs no processes")
+
+
 def test_neither_order_nor_processes_change_a_byte(team: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(team / "spec.yaml", team / "one")
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 2)
+        patch.setattr(rlhf.curation.assemble, "FEW", 0)  # also so few rows go through the pool
+        run(team / "spec.yaml", team / "one")
+    monkeypatch.setattr(multiprocessing.pool.Pool, "__init__", no_pool)
     rng = random.Random(2)
     for name, load, save in (("sft.csv", pd.read_csv, lambda frame, path: frame.to_csv(path, index=False)),
                              ("rm.parquet", pd.read_parquet, lambda frame, path: frame.to_parquet(path))):
