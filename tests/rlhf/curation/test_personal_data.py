@@ -8,9 +8,6 @@ import pytest
 from rlhf.curation.personal_data import personal_data_in
 from rlhf.curation.secrets import secrets_in
 
-FIXTURE = Path(__file__).parent / "personal_data.jsonl"
-SNIPPETS = [json.loads(line) for line in FIXTURE.read_text("utf-8").splitlines()]
-
 
 @pytest.mark.parametrize(("text", "item"), [
     ("write to jane.doe+news@mail.qorvexlume.org please", "e-mail: jane.doe+news@mail.qorvexlume.org"),
@@ -45,20 +42,16 @@ def test_other_numbers_are_not_personal_data(text: str) -> None:
     assert personal_data_in(text) == []
 
 
-def precision_and_recall(kind: str = "") -> tuple[float, float]:
-    """Over the snippets; of one kind, its recall, and precision among those of the kind and its hard negatives."""
-    chosen = [item for item in SNIPPETS if kind in ("", item["kind"])]
-    found = [bool(personal_data_in(item["text"])) for item in chosen]
-    hits = sum(flag and item["personal"] for flag, item in zip(found, chosen, strict=True))
-    return hits / max(1, sum(found)), hits / max(1, sum(item["personal"] for item in chosen))
-
-
-def test_precision_and_recall_on_labelled_snippets_are_at_least_nine_tenths() -> None:
-    assert len(SNIPPETS) == 300
-    assert sum(item["personal"] for item in SNIPPETS) == 150
-    precision, recall = precision_and_recall()
-    assert precision >= 0.9
-    assert recall >= 0.9
+@pytest.mark.parametrize(("file", "size"), [("personal_data.jsonl", 300), ("personal_data_held_out.jsonl", 60)])
+def test_precision_and_recall_on_labelled_snippets_are_at_least_nine_tenths(file: str, size: int) -> None:
+    lines = (Path(__file__).parent / file).read_text("utf-8").splitlines()
+    snippets = [(item["text"], item["personal"]) for item in map(json.loads, lines)]
+    found = [(bool(personal_data_in(text)), personal) for text, personal in snippets]
+    assert len(snippets) == size
+    assert sum(personal for _, personal in snippets) == size // 2
+    hits = found.count((True, True))
+    assert hits >= 0.9 * sum(flag for flag, _ in found)  # precision
+    assert hits >= 0.9 * size / 2  # recall
 
 
 def test_detect_secrets_alone_finds_fewer_keys_than_with_the_newer_forms() -> None:
