@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-# Calls of tools, which rows in a tokenizer's own tool format contain on purpose.
+# Marks of calls of tools and of their answers.
 TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "[TOOL_CALLS]", "[TOOL_RESULTS]",
                "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CONTENT]", "<|python_tag|>")
 # Tokens by which well-known chat formats separate turns; callers may add those of a tokenizer. Left out are names that
