@@ -31,7 +31,8 @@ def tiny(profile: Profile) -> dict[str, Any]:
     return {"sft": replace(profile.sft, **one, max_tokens=96, batch_size=8, epochs=min(1, profile.sft.epochs)),
             "rm": replace(profile.rm, **one, max_tokens=96, max_prompts=16, epochs=1),
             "ppo": replace(arm, **one, batch_size=8 * ratio, minibatch_size=8, micro_batch_size=4, episodes=16 * ratio,
-                           rollout_batch_size=16, max_prompt_tokens=64, max_new_tokens=6, kl_limit=0.0)}
+                           rollout_batch_size=16, max_prompt_tokens=64, max_new_tokens=6, kl_limit=0.0,
+                           value_warmup_iterations=min(1, arm.value_warmup_iterations))}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
