@@ -105,7 +105,11 @@ def test_people_s_data_has_no_gold_score_and_no_made_up_tax(
         source.write_text(before)
         tax.rmdir()
         (small_pipeline.root / "tax").rename(tax)
-    assert not [name for name in (*ppo, *found) if "gold" in name or "tax" in name or "win_rate" in name]
+        small_pipeline.finish("ppo")  # as it was, for the tests after this one
+    assert small_pipeline.files("ppo") == undisturbed["ppo"]
+    assert not [name for name in (*ppo, *found) if "gold" in name or "win_rate" in name
+                or name.startswith(("tax", "answer_bits"))]
+    assert found["corpus_bits_tax/ppo_low"] <= found["corpus_bits_tax/ppo_high"]  # their own text can be measured
     assert 0 <= found["eval/rm_prefers_vs_sft_low"] <= found["eval/rm_prefers_vs_sft_high"] <= 1
     assert "Not measured: no win rate against SFT." in page
 
