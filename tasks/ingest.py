@@ -184,6 +184,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     try:
         args = folder_parser().parse_args(list(arguments))
+        if not args.source.is_file():
+            raise UserError(f"{args.source}: {'is a folder' if args.source.is_dir() else 'no such file'}; "
+                            "give the description's YAML file")
         make_folder(args) if args.out else show_preview(args)
     except UserError as error:
         print(f"ingest: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ from rlhf.curation.sources.records import Record
 from rlhf.curation.sources.spec import Entry, RulesParams
 from rlhf.curation.transcripts import first_said, split_text
 from rlhf.data.schema import MAX_K, SPLITS
+from rlhf.errors import UserError
 
 UNDECIDED = -1
 
@@ -100,7 +101,10 @@ def problem_of(record: Record, role: str, rules: RulesParams) -> str:
 def _codec(name: str) -> Any:
     from rlhf.model.tokenizer import PromptCodec, load_with_pad
 
-    return PromptCodec(load_with_pad(name))
+    try:
+        return PromptCodec(load_with_pad(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"rules.tokenizer = {name!r}: cannot be used: {str(error).strip().splitlines()[0]}") from None
 
 
 def _lengths(records: list[Record], rules: RulesParams) -> list[str]:

@@ -55,6 +55,10 @@ def turns_of(messages: Iterable[Mapping[str, Any]], drop_tools: bool = False) ->
             raise ValueError(f"message {number} has an unknown role: {role!r}")
         text = trimmed(_text(content, number))
         spoken = ROLES[role.strip().lower()]
+        if not text.strip():
+            if spoken == "System":
+                continue
+            raise ContentError(f"message {number} is empty")
         turns.append((spoken, text if spoken == "Assistant" else text.strip()))
     return turns
 
@@ -120,6 +124,17 @@ def split_text(text: str) -> list[Turn]:
     if parts[0].strip() or len(parts) < 3:
         raise ValueError("does not begin with a turn, Human: or Assistant:")
     return [(role, said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def transcript_prompt(text: str) -> list[Turn] | None:
+    """The turns of a prompt that is written as a transcript, also with an open "Assistant:" at its end; else None."""
+    try:
+        turns = split_text(text)
+    except ValueError:
+        return None
+    if turns[-1] == ("Assistant", ""):
+        return turns[:-1] if turns[:-1] and turns[-2][0] == "Human" else None
+    return turns if len(turns) > 1 and turns[-1][0] == "Human" else None
 
 
 def prompt_of(turns: list[Turn]) -> str:

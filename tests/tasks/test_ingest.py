@@ -400,3 +400,20 @@ ppo:
     # All warn: completions of hh-rlhf begin with "Human:", and the best one of a pair is its prompt.
     assert {item["rule"] for item in validated(tmp_path / "out")} <= {
         "personal_data_in_valid", "turn_marks", "repeated_prompt"}
+
+
+@pytest.mark.parametrize("how", [["--out", "out"], ["--preview", "2"]])
+def test_a_tokenizer_or_description_that_cannot_be_used_is_one_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "sft.jsonl", [{"prompt": "p?", "completion": "c."}])
+    (tmp_path / "spec.yaml").write_text("sft: [{files: sft.jsonl}]\nrules: {tokenizer: ./nothing}\n")
+    for source, said in (("spec.yaml", "rules.tokenizer = './nothing': cannot be used"), (".", "is a folder"),
+                         ("none.yaml", "no such file")):
+        with pytest.raises(SystemExit) as stop:
+            main(["--source", source, *how])
+        assert stop.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ingest: ")]
+        assert len(lines) == 1
+        assert said in lines[0]
+    assert not (tmp_path / "out").exists()

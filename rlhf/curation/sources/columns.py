@@ -9,6 +9,7 @@ from rlhf.curation.sources.records import (
     Group,
     Record,
     answer_turns,
+    check_weight,
     compared,
     conversation,
     conversation_record,
@@ -62,14 +63,18 @@ def columns(row: Row | Group, role: str, entry: Entry) -> Iterator[Record]:
     system = text_or_nothing(value("system"), "system")
     values = _common(value, entry)
     if role != "rm" and value("messages") is not None:
+        if role == "sft":
+            check_weight(as_list(value("messages")))
         yield conversation_record(with_system(system, conversation(value("messages"), "messages", entry)), role,
                                   **values)
         return
     prompt = _prompt(value, entry)
     if role == "rm":
         answers = _answers(value, entry)
-        if prompt is None and all(before is None for before, _ in answers):
-            answers = [_transcript(text) for _, text in answers]
+        if all(before is None for before, _ in answers):
+            transcripts = [_transcript(text) for _, text in answers]
+            if prompt is None or all(before is not None for before, _ in transcripts):
+                answers = transcripts
         turns, texts = compared(prompt, answers, "prompt")
         yield Record(prompt_of(with_system(system, turns)), texts, _ranks(value, row, entry, len(texts)), **values)
         return

@@ -14,6 +14,7 @@ from rlhf.curation.sources.records import (
     Record,
     answer_of,
     answer_turns,
+    check_weight,
     compared,
     conversation,
     conversation_record,
@@ -25,7 +26,6 @@ from rlhf.curation.sources.records import (
 )
 from rlhf.curation.sources.spec import Entry
 from rlhf.curation.transcripts import (
-    ContentError,
     Turn,
     as_text,
     before_answer,
@@ -204,8 +204,8 @@ def openai_messages(row: Row, role: str, entry: Entry) -> Iterator[Record]:
                     ("preferred_output", "non_preferred_output"))
         return
     messages = list_of(row.get("messages"), "messages")
-    if role == "sft" and messages and isinstance(messages[-1], Mapping) and messages[-1].get("weight") == 0:
-        raise ContentError("the last answer has weight 0, which excludes it from training")
+    if role == "sft":
+        check_weight(messages)
     yield _chat(row, role, entry, "messages", ())
 
 

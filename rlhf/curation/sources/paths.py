@@ -1,8 +1,11 @@
 """Columns by name: `a.b` is key b of column a, `list[].text` the text of each object of a list, `turns[0]` an item."""
 
 import ast
+import io
+import itertools
 import json
 import re
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -33,9 +36,20 @@ def as_list(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         try:
-            return ast.literal_eval(value.strip())
+            found = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return value
+        if _joins_texts(value.strip()):
+            raise ValueError("a list of texts without commas, as numpy prints it, cannot be read; save the column as "
+                             f"JSON: {value.strip()[:40]}") from None
+        return found
+
+
+def _joins_texts(source: str) -> bool:
+    """Whether two texts stand side by side, which Python would join: a list that numpy has printed."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type not in (tokenize.NL, tokenize.NEWLINE)]
+    return any(one == other == tokenize.STRING for one, other in itertools.pairwise(kinds))
 
 
 def value_at(row: Row, path: str) -> Any:

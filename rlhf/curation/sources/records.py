@@ -15,6 +15,7 @@ from rlhf.curation.transcripts import (
     before_answer,
     common_beginning,
     prompt_of,
+    transcript_prompt,
     trimmed,
     turns_of,
     with_prompt,
@@ -116,15 +117,22 @@ def conversation(value: Any, name: str, entry: Entry) -> list[Turn]:
     return turns_of(list_of(value, name), entry.tool_turns == "drop")
 
 
+def check_weight(messages: Any) -> None:
+    """Raises ValueError where the last answer is marked as none to train on (OpenAI's `weight: 0`)."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if isinstance(last, Mapping) and last.get("weight") == 0:
+        raise ContentError("the last answer has weight 0, which excludes it from training")
+
+
 def prompt_turns(value: Any, entry: Entry, name: str = "prompt") -> list[Turn]:
     """The turns of a prompt: a text, a list of one text, or messages."""
     if isinstance(value, str):
-        return [("Human", value.replace("\r\n", "\n").strip())]
+        return transcript_prompt(value) or [("Human", value.replace("\r\n", "\n").strip())]
     items = list_of(value, name)
     if items and all(isinstance(item, str) for item in items):
         if len(items) > 1:
             raise ValueError(f"{name} is a list of {len(items)} texts; name one of them, such as {name}[0]")
-        return [("Human", items[0].strip())]
+        return transcript_prompt(items[0]) or [("Human", items[0].strip())]
     return turns_of(items, entry.tool_turns == "drop")
 
 

@@ -212,6 +212,47 @@ def grouped(rows: list[Any], tmp_path: Path, by: Any = "q", **entry: Any) -> Map
     return whole
 
 
+@pytest.mark.parametrize("prompt", ["\n\nHuman: Is it far?\n\nAssistant:", "Is it far?"])
+def test_a_prompt_beside_transcripts_is_their_beginning(prompt: str) -> None:
+    """hh-rlhf as some tools write it: the transcripts in two columns, the part that they share in a third."""
+    row = {"prompt": prompt, "chosen": "\n\nHuman: Is it far?\n\nAssistant: A mile.",
+           "rejected": "\n\nHuman: Is it far?\n\nAssistant: No idea."}
+    assert record("rm", row) == Record("Is it far?", ("A mile.", "No idea."), (1, 2))
+    assert "differs" in reason("rm", row | {"prompt": "Human: Is it near?\n\nAssistant:"})
+
+
+def test_a_prompt_with_an_open_turn_is_the_question() -> None:
+    asked = "Human: Hello.\n\nAssistant: Hi.\n\nHuman: Is it far?"
+    assert record("ppo", {"prompt": "\n\nHuman: Is it far?\n\nAssistant:"}).prompt == "Is it far?"
+    assert record("ppo", {"prompt": f"{asked}\n\nAssistant:"}).prompt == asked
+    assert record("ppo", {"prompt": asked}).prompt == asked
+    assert record("ppo", {"prompt": "Human: a word with a mark"}).prompt == "Human: a word with a mark"
+
+
+def test_an_answer_of_weight_0_is_no_demonstration() -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad", "weight": 0}]
+    assert "weight 0" in reason("sft", {"messages": messages})
+    assert record("ppo", {"messages": messages}).prompt == "q"
+
+
+def test_blank_turns() -> None:
+    """A system turn without text says nothing; a user or an assistant who says nothing is no turn to train on."""
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert record("sft", {"messages": [{"role": "system", "content": " "}, user, answer]}) == Record("a", ("b",))
+    for blank in ("user", "assistant"):
+        said = [user, {"role": "assistant", "content": "" if blank == "assistant" else "b"},
+                {"role": "user", "content": "" if blank == "user" else "c"}, answer]
+        assert "is empty" in reason("sft", {"messages": said})
+
+
+def test_a_list_that_numpy_has_printed_is_refused() -> None:
+    """Python would join its texts into one."""
+    row = {"prompt": "p", "answers": "['good answer' 'bad answer']"}
+    assert "as numpy prints it" in reason("sft", row, columns={"prompt": "prompt", "completion": "answers[0]"})
+    both = {"prompt": "p", "completions": "['a'\n 'b']", "scores": [2, 1]}
+    assert "as numpy prints it" in reason("rm", both)
+
+
 def test_rows_of_one_value_make_a_ranking_wherever_they_stand_and_in_whatever_order(tmp_path: Path) -> None:
     rows = [{"q": f"q{number % 40}", "r": f"answer {number}", "s": number // 40, "who": "l"} for number in range(160)]
     found = grouped([json.dumps(row) for row in rows], tmp_path)
