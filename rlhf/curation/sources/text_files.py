@@ -84,11 +84,22 @@ def _encoding(file: Path, named: str) -> tuple[str, int]:
                 raise UserError(f"{file}: begins with the byte order mark of {encoding}, encoding is {named}; "
                                 "remove encoding from the description")
             return encoding, len(mark) if encoding == "utf-8" else 0
+    if named and not codecs.lookup(named).name.startswith("utf") and not start.isascii() and _is_utf8(start):
+        raise UserError(f"{file}: is UTF-8, encoding is {named}; remove encoding, or give the file an entry of its own")
     zeros = start[0::2].count(0), start[1::2].count(0)
     if not named and max(zeros) > 0.2 * len(start) / 2:
         kind = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
         raise UserError(f"{file}: is not UTF-8; it looks like UTF-16 without a byte order mark: write encoding: {kind}")
     return named or "utf-8", 0
+
+
+def _is_utf8(start: bytes) -> bool:
+    """Whether bytes begin a UTF-8 text, whose last character may be cut off. Text of a code page hardly ever does."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def likely_encodings(text: bytes) -> list[str]:

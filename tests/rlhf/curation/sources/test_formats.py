@@ -90,6 +90,16 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, kind: str, encoding
         asked(tmp_path, f"a.{kind}", encoding="cp1252")
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "cp932"])
+def test_an_encoding_that_would_garble_utf_8_is_refused(tmp_path: Path, encoding: str) -> None:
+    """One of several files of a pattern is in UTF-8, and the description names the encoding of the others."""
+    (tmp_path / "a.csv").write_text("text\nWas heißt Käse?\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"is UTF-8, encoding is {encoding}"):
+        read(tmp_path, "a.csv", encoding=encoding)
+    (tmp_path / "a.csv").write_text("text\nplain\n", encoding="ascii")
+    assert read(tmp_path, "a.csv", encoding=encoding) == [{"text": "plain"}]
+
+
 @pytest.mark.parametrize(("encoding", "text"), [
     ("cp1252", "Describe a café at closing time; “ready for bed”"), ("cp1251", "Расскажи мне о городе и его истории"),
     ("cp932", "日本の首都について教えてください。東京です。"), ("cp1250", "Zażółć gęślą jaźń i proszę o opis kawiarni"),
