@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlhf.curation.sources.layouts import dense_ranks
+from rlhf.curation.sources.records import dense_ranks
 from rlhf.data.schema import MAX_K
 
 Ranking = tuple[Sequence[str], Sequence[int]]  # completions, their ranks; 1 is best

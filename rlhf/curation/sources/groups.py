@@ -20,7 +20,8 @@ def build_groups(batches: Iterable[Batch], entry: Entry, by: list[str], folder: 
     """Batches of groups, each at the place and with the number of its first row, in the order of reading.
 
     A row that cannot be read, or has no value to group by, comes by itself as Unreadable. The rows are stored in a
-    temporary database in `folder`; `seen` learns which columns they have.
+    temporary database in `folder`, pickled, since Parquet's have bytes and dates: only this function writes and reads
+    it. `seen` learns which columns they have.
     """
     file = folder / "groups.sqlite"
     file.unlink(missing_ok=True)
