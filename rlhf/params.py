@@ -20,7 +20,7 @@ def param(default: Any, help: str, *, gt: float | None = None, ge: float | None 
 
 # --- parameters of several sections ----------------------------------------------------------------------------------
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def processes(help: str = "processes per machine that share each batch; one per GPU, or one thread each on CPU") -> Any:
@@ -28,7 +28,7 @@ def processes(help: str = "processes per machine that share each batch; one per 
 
 
 def precision(default: Precision) -> Any:
-    return param(default, "precision of the forward pass (weights stay fp32)")
+    return param(default, "precision of the forward pass (weights stay fp32); auto: bf16 where the machine has it")
 
 
 def gradient_checkpointing() -> Any:
@@ -115,7 +115,7 @@ class PretrainParams:
     warmup_steps: int = param(50, "steps of linear warm-up", ge=0)
     weight_decay: float = param(0.01, "weight decay of Muon", ge=0, le=10)
     processes: int = processes()
-    precision: Precision = precision("bf16")
+    precision: Precision = precision("auto")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class SftParams:
     micro_batch_size: int = micro_batch_size("demonstrations")
     processes: int = processes()
     shard: bool = shard()
-    precision: Precision = precision("bf16")
+    precision: Precision = precision("auto")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class RmParams:
     micro_batch_size: int = micro_batch_size("prompts")
     processes: int = processes()
     shard: bool = shard()
-    precision: Precision = precision("bf16")
+    precision: Precision = precision("auto")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class PpoParams:
     ptx_row_tokens: int = pretrain_row_tokens()
     processes: int = processes()
     shard: bool = shard()
-    precision: Precision = precision("bf16")
+    precision: Precision = precision("auto")
 
 
 @dataclass(frozen=True)

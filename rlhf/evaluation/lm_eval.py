@@ -24,7 +24,7 @@ import yaml
 
 from rlhf.errors import UserError
 from rlhf.files import hash_paths, write_json
-from rlhf.model.device import device
+from rlhf.model.device import device, in_bf16
 from rlhf.model.load import load_policy
 from rlhf.model.tokenizer import load_tokenizer
 from rlhf.training import distributed
@@ -131,7 +131,7 @@ def _run(model_folder: Path, names: Sequence[str], suite: TaskSuite) -> dict[str
         loaded = {name: _load(name, manager, suite, Path(scratch)) for name in names}
         model = HFLM(pretrained=load_policy(model_folder), tokenizer=load_tokenizer(model_folder),
                      batch_size=suite.batch_size, device=str(device()),
-                     mixed_precision_dtype="bfloat16" if suite.precision == "bf16" else None)
+                     mixed_precision_dtype="bfloat16" if in_bf16(suite.precision) else None)
         _share_items(model)
         tasks = {task: content for group in loaded.values() for task, content in group.items()}
         tasks |= _answers_as_tasks(tasks)

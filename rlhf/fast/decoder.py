@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.model.device import in_bf16
+
 Affine = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
 FIXED_ROPES = ("default", "linear", "llama3")
 
@@ -52,12 +54,12 @@ class KVCache:
 
 
 class Decoder:
-    """Built from a model's weights as they are now; matrices are kept in bfloat16 where `precision` is bf16, keys and
+    """Built from a model's weights as they are now; matrices are kept in bfloat16 where `in_bf16(precision)`, keys and
     values too unless the steps run on a CPU and are not `compiled`."""
 
     def __init__(self, model: PreTrainedModel, precision: str, compiled: bool = False) -> None:
         config = model.config
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if in_bf16(precision) else torch.float32
         # On a CPU torch's products with single rows are faster in float32 than in bfloat16.
         self.kept = self.dtype if compiled or model.device.type == "cuda" else torch.float32
         self.heads = config.num_attention_heads

@@ -93,7 +93,7 @@ def test_defaults_are_within_their_own_limits() -> None:
     ("sft:\n  epochs:\n", ["sft.epochs = None", "must be int"]),
     ("ppo:\n  gamma: .nan\n", ["ppo.gamma = nan", "must be float > 0"]),
     ("ppo:\n  max_grad_norm: .inf\n", ["ppo.max_grad_norm = inf", "must be float > 0"]),
-    ("sft:\n  precision: fp8\n", ["sft.precision = 'fp8'", "must be one of fp32, bf16"]),
+    ("sft:\n  precision: fp8\n", ["sft.precision = 'fp8'", "must be one of auto, fp32, bf16"]),
     ("sft: 3\n", ["mine.yaml", "sft: expected keys and values, found 3"]),
     ("- sft\n", ["mine.yaml", "expected keys and values, found list"]),
     ("sft: {\n", ["mine.yaml", "not valid YAML"]),
