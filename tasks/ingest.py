@@ -72,7 +72,11 @@ def as_table(report: dict[str, Any]) -> str:
     cells = [[str(line[0]), *(f"{item:,}" if isinstance(item, int) else str(item) for item in line[1:])]
              for line in lines]
     wide = max(len(line[0]) for line in cells)
-    return "\n".join(line[0].ljust(wide) + "".join(item.rjust(11) for item in line[1:]) for line in cells)
+    table = [line[0].ljust(wide) + "".join(item.rjust(11) for item in line[1:]) for line in cells]
+    if "corpus" in report:
+        found = report["corpus"]
+        table.append(f"corpus: {found['read']:,} texts read, {found['documents']:,} kept, {found['empty']:,} empty")
+    return "\n".join(table)
 
 
 def ingest(stage: Stage) -> None:

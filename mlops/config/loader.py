@@ -115,7 +115,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: expected keys and values, found {found}")
     return {str(key): value for key, value in content.items()}
 
 
@@ -126,7 +127,7 @@ def _allowed(params_class: type, name: str) -> str:
     hint = get_type_hints(params_class)[name]
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
-        kind = "one of " + ", ".join(map(str, typing.get_args(hint)))
+        kind = "one of " + ", ".join(str(item) or "nothing" for item in typing.get_args(hint))
     elif origin is types.UnionType:
         kind = "a name or a list of names"
     else:

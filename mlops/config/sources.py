@@ -9,6 +9,7 @@ from mlops.config.loader import check_section, read_yaml, unknown_key
 from rlhf.curation.loss import check_rules
 from rlhf.curation.sources.columns import COMMON_FIELDS, FIELDS, needed
 from rlhf.curation.sources.layouts import LAYOUT_ROLES
+from rlhf.curation.sources.paths import is_bad_comparison
 from rlhf.curation.sources.spec import Entry, RulesParams, Source
 from rlhf.data.schema import USE_CASE_PERCENT
 from rlhf.errors import UserError
@@ -81,7 +82,7 @@ def _entry(values: Any, path: Path, role: str, name: str) -> Entry:
 def _check_files(entry: Entry, values: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError for keys that say how something else is read, and for a pattern that is the description."""
     unused = ("revision", "config", "data_dir", "split") if entry.files else (
-        "format", "encoding", "delimiter", "quotes", "decimal", "rows", "orient")
+        "format", "encoding", "delimiter", "quotes", "escape", "decimal", "rows", "orient")
     for key in unused:
         if key in values:
             raise ValueError(f".{key}: cannot be combined with {'files' if entry.files else 'dataset'}")
@@ -93,6 +94,8 @@ def _check_files(entry: Entry, values: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f".encoding = {entry.encoding!r}: is no encoding; write e.g. cp1252 or utf-16") from None
     if "delimiter" in values and len(entry.delimiter) != 1:
         raise ValueError(f".delimiter = {entry.delimiter!r}: must be one character")
+    if "escape" in values and (len(entry.escape) != 1 or entry.escape == '"'):
+        raise ValueError(f".escape = {entry.escape!r}: must be one character other than a quotation mark")
     if entry.files and path.is_file() and any(
             path.samefile(path.parent / name) for name in [entry.files, *glob(entry.files, root_dir=path.parent,
                                                                               recursive=True)]
@@ -123,6 +126,11 @@ def _check_where(entry: Entry) -> None:
     for column, value in entry.where.items():
         if isinstance(value, Mapping) and list(value) != ["not"]:
             raise ValueError(f".where.{column}: must be a value, a list of values, null, or not: and one of these")
+        said = value["not"] if isinstance(value, Mapping) else value
+        for item in said if isinstance(said, list) else [said]:
+            if is_bad_comparison(item):
+                raise ValueError(f".where.{column} = {item!r}: < and > compare with a number; for other values make a "
+                                 "column of true and false in your data")
 
 
 def _check_columns(entry: Entry, role: str) -> None:

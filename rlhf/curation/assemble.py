@@ -91,7 +91,7 @@ def assemble(source: Source, root: Path, folder: Path, seed: int, processes: int
     for spool in spools.values():
         spool.path.unlink()
     if source.corpus:
-        report["corpus"] = {"documents": _write_corpus(source.corpus, root, folder / "corpus.jsonl")}
+        report["corpus"] = _write_corpus(source.corpus, root, folder / "corpus.jsonl")
     write_json(folder / REPORT, report)
     return report
 
@@ -308,9 +308,12 @@ def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitSta
     return run
 
 
-def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
-    """Writes the pretraining texts in reading order, one {"text"} per line; returns their number. Raises UserError."""
-    written = 0
+def _write_corpus(entries: list[Entry], root: Path, path: Path) -> dict[str, int]:
+    """Writes the pretraining texts in reading order, one {"text"} per line; returns their number and that of empty ones.
+
+    Raises UserError for a row without a text, and where there is none at all.
+    """
+    read = written = 0
     with path.open("w", encoding="utf-8") as out:
         for entry in entries:
             seen, bad = Seen(), None
@@ -321,7 +324,10 @@ def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
                         if row is None:
                             continue
                         seen.add(row, entry.paths())
-                        text = corpus_text(row, entry) if wanted(row, entry) else ""
+                        if not wanted(row, entry):
+                            continue
+                        read += 1
+                        text = corpus_text(row, entry)
                     except ValueError as error:
                         bad = bad or UserError(f"{place}: row {number}: {error}")
                         continue
@@ -331,4 +337,6 @@ def _write_corpus(entries: list[Entry], root: Path, path: Path) -> int:
             check_columns(seen, "corpus", entry, name_of(entry))  # says more than the first row that lacks one
             if bad:
                 raise bad
-    return written
+    if not written:
+        raise UserError(f"{name_of(entries[0])}: no text for corpus")
+    return {"read": read, "documents": written, "empty": read - written}

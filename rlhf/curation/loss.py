@@ -1,5 +1,6 @@
 """Rows that are lost to quarantine and rules: counted, shown by example, and refused where they are too many."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from rlhf.curation.sources.spec import RulesParams
 from rlhf.errors import UserError
 
 EXAMPLES = 3  # rows shown of each rule
-SHOWN_CHARS = 70
+SHOWN_CHARS, DETAIL_CHARS = 70, 30
+_NUMBERED = re.compile(r"\A(completion|message) \d+")
 ALL_QUARANTINED = "quarantine"  # the name of quarantine in max_lost_shares
 
 
@@ -30,9 +32,12 @@ def check_rules(rules: RulesParams) -> None:
 
 def reason_kind(reason: str) -> str:
     """A reason without the details of its row, for counting."""
-    head = reason.split(":")[0]
-    return "".join("N" if character.isdigit() else character for character in head) if head.startswith(
-        ("completion ", "message ")) else head
+    return _NUMBERED.sub(r"a \1", reason.split(":")[0])
+
+
+def detail_of(reason: str) -> str:
+    """What a reason says of its row, such as a value that is not known; "" if nothing."""
+    return reason.partition(": ")[2]
 
 
 def lost_rows(report: Mapping[str, Any]) -> int:
@@ -72,7 +77,7 @@ class Quarantine:
             shown = examples.setdefault(f"quarantined: {kind}", [])
             if len(shown) < EXAMPLES:
                 content = item.row.get("prompt", item.row) if isinstance(item.row, Mapping) else item.row
-                shown.append(example(place, item.number, str(content)))
+                shown.append(example(place, item.number, str(content), detail_of(item.reason)))
 
     def check_files(self, role: str, rules: RulesParams) -> None:
         """Raises UserError for a file of which no row fits its layout, unless the description allows the loss."""
@@ -87,10 +92,15 @@ class Quarantine:
                 raise UserError("\n".join(lines))
 
 
-def example(place: str, number: int, text: str) -> str:
-    """A line that shows a lost row."""
+def example(place: str, number: int, text: str, detail: str = "") -> str:
+    """A line that shows a lost row; `detail`: of the reason."""
+    detail = f"({_short(detail, DETAIL_CHARS)}) " if detail else ""
+    return f"{place}: row {number}: {detail}{_short(text, SHOWN_CHARS)}"
+
+
+def _short(text: str, most: int) -> str:
     text = " ".join(text.split())
-    return f"{place}: row {number}: {text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + ' ...'}"
+    return text if len(text) <= most else text[:most] + " ..."
 
 
 def check_loss(report: Mapping[str, Any], rules: RulesParams, examples: Mapping[str, Mapping[str, Iterable[str]]]

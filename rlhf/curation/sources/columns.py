@@ -18,6 +18,7 @@ from rlhf.curation.sources.records import (
     number_of,
     plain,
     prompt_turns,
+    source_of,
     split_of,
 )
 from rlhf.curation.sources.spec import Entry
@@ -41,6 +42,7 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 GROUPED = (("prompt", "completion", "score"), ("prompt", "completion", "rank"))
 VOTED = (("completions",),)
+OF_ANSWERS = ("completions", "scores", "ranks")
 
 Value = Callable[[str], Any]
 
@@ -99,11 +101,21 @@ def _values(row: Row, role: str, entry: Entry) -> Value:
         if isinstance(mapped, str):
             return value_at(row, mapped)
         found = [(path, value_at(row, path)) for path in mapped]
-        if field in ("completions", "scores", "ranks"):
-            return [item for _, item in found]
+        if field in OF_ANSWERS:
+            gone = _absent_answers(row, entry)
+            return [item for place, (_, item) in enumerate(found) if place not in gone]
         return _joined(found)
 
     return value
+
+
+def _absent_answers(row: Row, entry: Entry) -> set[int]:
+    """Of three or more columns of answers, the places where a row has none: no text, and no score or rank."""
+    lists = [entry.columns[field] for field in OF_ANSWERS if field in entry.columns]
+    if len(lists) < 2 or any(isinstance(names, str) or len(names) < 3 for names in lists):
+        return set()
+    return {place for place, paths in enumerate(zip(*lists, strict=True))
+            if all(plain(value_at(row, path)) == "" for path in paths)}
 
 
 def _joined(found: Sequence[tuple[str, Any]]) -> str | None:
@@ -132,11 +144,12 @@ def _prompt(value: Value, entry: Entry) -> list[Turn] | None:
 
 
 def _common(value: Value, entry: Entry) -> dict[str, Any]:
-    case = plain(value("use_case")) or entry.use_case
+    case = plain(value("use_case"))
+    if case and case not in entry.use_cases and case not in USE_CASE_PERCENT:
+        raise ValueError(f"use_case is none of the ten, nor in the description's use_cases: {case}")
     return {"prompt_id": plain(value("prompt_id")), "user": plain(value("user_id")),
-            "labeler": plain(value("labeler_id")), "source": plain(value("source")) or "customer",
-            "split": split_of(value("split")),
-            "use_case": entry.use_cases.get(case, case if case in USE_CASE_PERCENT else "other") if case else ""}
+            "labeler": plain(value("labeler_id")), "source": source_of(value("source")),
+            "split": split_of(value("split")), "use_case": entry.use_cases.get(case, case) or entry.use_case}
 
 
 def _answers(value: Value, entry: Entry) -> list[tuple[list[Turn] | None, str]]:
@@ -145,7 +158,7 @@ def _answers(value: Value, entry: Entry) -> list[tuple[list[Turn] | None, str]]:
         return [answer_turns(value(name), name, entry) for name in ("chosen", "rejected")]
     names = entry.columns.get("completions")
     items = list_of(value("completions"), "completions")
-    labels = names if isinstance(names, list) else ["completions"] * len(items)
+    labels = names if isinstance(names, list) and len(names) == len(items) else ["completions"] * len(items)
     return [answer_turns(item, label, entry) for item, label in zip(items, labels, strict=True)]
 
 

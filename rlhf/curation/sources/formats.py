@@ -23,7 +23,7 @@ FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "
 ADVICE = {".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8", ".pkl": "save it as Parquet",
           ".pickle": "save it as Parquet", ".tar": "unpack it first", ".tgz": "unpack it first"}
 _EXCEL_HINT = re.compile(r'"?sep=(.)"?')
-_FIT = {"delimiter": ("csv", "tsv"), "quotes": ("csv", "tsv"), "rows": ("json",), "orient": ("json",),
+_FIT = {"delimiter": ("csv", "tsv"), "quotes": ("csv", "tsv"), "escape": ("csv", "tsv"), "rows": ("json",), "orient": ("json",),
         "encoding": ("jsonl", "json", "csv", "tsv", "text")}
 
 
@@ -122,20 +122,27 @@ def _csv(file: Path, entry: Entry, delimiter: str) -> Iterator[Any]:
         delimiter = entry.delimiter or hint[1]
         first = next(lines, "")
     reader = csv.reader(_with_first(first, lines), delimiter=delimiter, strict=entry.quotes,
-                        quoting=csv.QUOTE_MINIMAL if entry.quotes else csv.QUOTE_NONE)
+                        escapechar=entry.escape or None, quoting=csv.QUOTE_MINIMAL if entry.quotes else csv.QUOTE_NONE)
     try:
         names = [name.strip() for name in next(reader)]
         _check_header(file, entry, names)
+        empty = 0  # rows of empty cells; a spreadsheet's last rows are often such
         for cells in reader:
+            if not any(cells):
+                empty += bool(cells)
+                continue
+            yield from ({name: "" for name in names} for _ in range(empty))
+            empty = 0
             if len(cells) == len(names):
-                if any(cells):
-                    yield dict(zip(names, cells, strict=True))
-            elif any(cells):
+                yield dict(zip(names, cells, strict=True))
+            else:
                 yield Unreadable(f"another number of fields than the header: {len(cells)}, not {len(names)}", cells)
     except csv.Error as error:
         advice = separator_advice([first]) if reader.line_num == 1 and not entry.delimiter else ""
         if not advice and entry.quotes:
-            advice = "; where quotation marks are plain characters write quotes: false"
+            advice = "; where quotation marks are plain characters write quotes: false" if entry.escape else \
+                "; where quotation marks are plain characters write quotes: false, where \\\" stands for one in a " \
+                "value (as Spark writes it) escape: \"\\\\\""
         raise UserError(f"{file}: line {reader.line_num + bool(hint)}: {error}{advice}") from None
 
 

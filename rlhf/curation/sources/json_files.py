@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.curation.sources.paths import unique_keys
 from rlhf.curation.sources.text_files import MAX_LINE, text_chunks, text_lines
 from rlhf.errors import UserError
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _BLANK = " \t\r\n"
 _TAIL = 16  # characters in which a number or a word that was cut off goes on
 
@@ -64,6 +65,8 @@ class _Scanner:
                     raise self.error(error.msg) from None
             except RecursionError:
                 raise self.error("nested too deep") from None
+            except ValueError as error:  # of unique_keys
+                raise UserError(f"{self.file}: {error}") from None
             if len(self.text) - self.at > MAX_LINE:
                 raise self.error(f"a value is longer than {MAX_LINE:,} characters")
             self._read_more()
@@ -183,7 +186,7 @@ def _only_list(file: Path, encoding: str) -> str | None:
 def _oriented(file: Path, encoding: str, orient: str) -> Iterator[Any]:
     scanner = _Scanner(file, encoding)
     try:
-        whole = json.loads("".join([scanner.text, *scanner.chunks]))
+        whole = json.loads("".join([scanner.text, *scanner.chunks]), object_pairs_hook=unique_keys)
         if orient == "index":
             yield from whole.values()
         elif orient == "split":

@@ -22,6 +22,15 @@ _COMPARISON = re.compile(r"(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text (`object_pairs_hook`). Raises ValueError for a key that stands twice in it."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has a key twice: {next(key for key in found if keys.count(key) > 1)}")
+    return found
+
+
 @lru_cache(maxsize=512)
 def steps_of(path: str) -> tuple[str | int | None, ...]:
     """The steps of a path: a key, an index, or None for each item of a list."""
@@ -33,8 +42,8 @@ def as_list(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return json.loads(value, object_pairs_hook=unique_keys)
+    except (json.JSONDecodeError, RecursionError):
         try:
             found = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -146,6 +155,12 @@ def same(value: Any, wanted: Any) -> bool:
         number = as_number(value)
         return number is not None and number == as_number(wanted)
     return str(value) == str(wanted)
+
+
+def is_bad_comparison(wanted: Any) -> bool:
+    """Whether a text of a description seems to compare with something else than a number, as "> 2024-01-01" does."""
+    return isinstance(wanted, str) and bool(re.fullmatch(r"(<=|>=|<|>)\s*[^\s<>][^<>]*", wanted.strip())) and \
+        not _COMPARISON.fullmatch(wanted.strip())
 
 
 def _compares(value: float | None, sign: str, limit: float) -> bool:

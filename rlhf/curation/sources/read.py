@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.curation.sources.formats import BATCH, file_rows
+from rlhf.curation.sources.paths import unique_keys
 from rlhf.curation.sources.spec import Entry
 from rlhf.errors import UserError
 
@@ -129,7 +130,7 @@ def _user_errors(place: Path | str) -> Iterator[None]:
 def parse_line(line: str) -> Row:
     """One JSON line as a row; a line that is only a string is {"text": string}. Raises ValueError with the reason."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

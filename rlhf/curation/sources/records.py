@@ -102,6 +102,14 @@ def plain(value: Any) -> str:
     return str(value).strip()
 
 
+def source_of(value: Any) -> str:
+    """Who wrote the prompt, labeler or customer; customer if the column is empty."""
+    name = plain(value).lower() or "customer"
+    if name not in ("labeler", "customer"):
+        raise ValueError(f"source is neither labeler nor customer: {value!r}")
+    return name
+
+
 def split_of(value: Any) -> str:
     """train or valid, by the usual names of splits; "" if the column is empty."""
     name = plain(value).lower()

@@ -24,6 +24,7 @@ class Entry:
     encoding: str = param("", "encoding of text files, e.g. cp1252; empty: UTF-8, or what a byte order mark says")
     delimiter: str = param("", "what separates the columns of a CSV file; empty: a comma, of .tsv a tab")
     quotes: bool = param(True, "whether quotation marks enclose values in a CSV file, or are plain characters")
+    escape: str = param("", "character before a quotation mark inside a value of a CSV file; empty: it is doubled")
     decimal: Literal[".", ","] = param(".", "the decimal mark of scores and ranks that are text")
     rows: str = param("", "key of the list of rows in a JSON object that has several lists")
     orient: Literal["", "index", "columns", "split"] = param("", "pandas' orient of a JSON object that has no list")
