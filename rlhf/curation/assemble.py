@@ -309,7 +309,7 @@ def _pool(processes: int, worker_init: Callable[[], None] | None, stack: ExitSta
 
 
 def _write_corpus(entries: list[Entry], root: Path, path: Path) -> dict[str, int]:
-    """Writes the pretraining texts in reading order, one {"text"} per line; returns their number and that of empty ones.
+    """Writes the pretraining texts in reading order, one {"text"} a line; returns their numbers.
 
     Raises UserError for a row without a text, and where there is none at all.
     """

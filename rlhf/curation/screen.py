@@ -82,7 +82,7 @@ def problem_of(record: Record, role: str, rules: RulesParams) -> str:
     odd, token = odd_character(joined), special_token(joined)
     if odd:
         return f"holds {odd}"
-    if token:
+    if token and rules.special_tokens == "quarantine":
         return f"holds the special token {token}"
     if role == "sft" and rules.broken_endings == "quarantine" and (ending := truncated(record.completions[0])):
         return ending

@@ -31,21 +31,21 @@ def muon_and_adamw(model: PreTrainedModel, lr: float, muon_lr: float,
     matrices = [item for item in model.parameters() if item.dim() == 2 and id(item) not in embeddings]
     with_muon = {id(item) for item in matrices}
     if not has_bf16():  # torch's is in bfloat16 whatever the machine
-        torch.optim._muon._zeropower_via_newtonschulz = orthogonalised  # type: ignore[attr-defined]
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonalised
     rest = [item for item in model.parameters() if id(item) not in with_muon]
     return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
-def orthogonalised(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def orthogonalised(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
     """The matrix with its singular values brought near 1 by Newton-Schulz steps, in its own precision.
 
     A step is x -> a x + (b G + c G^2) x with G = x x^T [Muon: Jordan et al., 2024].
     """
-    a, b, c = coefficients
+    a, b, c = ns_coefficients
     wide = grad if grad.shape[0] <= grad.shape[1] else grad.T
     x = wide / wide.norm().clamp(min=eps)
-    for _ in range(steps):
+    for _ in range(ns_steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide is grad else x.T

@@ -159,7 +159,7 @@ def test_the_embedded_source_by_description(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("", "expected keys and values"),
+    ("", "expected keys and values, found nothing"),
     ("stf: []", "unknown key stf; did you mean sft?"),
     ("rules: {}", "nothing to read; add at least one of sft, rm, ppo"),
     ("sft: {files: x}", "sft: must be a list"),
@@ -198,6 +198,10 @@ def test_the_embedded_source_by_description(tmp_path: Path) -> None:
     ("sft: [{files: x, delimiter: ';;'}]", "delimiter = ';;': must be one character"),
     ("sft: [{files: x, encoding: utf-88}]", "encoding = 'utf-88': is no encoding"),
     ("sft: [{files: x, where: {a: {b: 1}}}]", r"where\.a: must be a value, a list of values, null, or not"),
+    ("sft: [{files: x, where: {day: '> 2024-01-01'}}]", r"where\.day = '> 2024-01-01': < and > compare with a number"),
+    ("sft: [{files: x, where: {day: {not: ['1', '<= x']}}}]", r"where\.day = '<= x'"),
+    ("sft: [{files: x, escape: '\"'}]", r"escape = '\"': must be one character"),
+    ("sft: [{files: x, source: crowd}]", "source = 'crowd': must be one of nothing, labeler, customer"),
     ("sft: [{files: spec.yaml}]", "names this description itself"),
     ("sft: [{files: '*'}]", "names this description itself"),
     ("sft: [{files: x, use_case: poetry}]", "use case 'poetry' must be one of generation"),
@@ -234,6 +238,33 @@ def test_an_entry_that_yields_nothing_is_said_before_the_others_hide_it(team: Pa
         "where: {by: nobody}}\n  - files: sft.csv\n"))
     with pytest.raises(UserError, match=r"sft\.csv: no row for sft; where: \{'by': 'nobody'\} may fit none"):
         run(team / "spec.yaml", team / "out")
+
+
+def test_texts_of_the_corpus_are_counted_and_values_that_are_not_known_are_shown(
+        team: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(team / "corpus.jsonl", [{"text": text, "keep": keep} for text, keep in (
+        ("one", 1), (" ", 1), ("two", 1), ("three", 0))])
+    spec = (team / "spec.yaml").read_text()
+    (team / "spec.yaml").write_text(spec + "corpus: [{files: corpus.jsonl, columns: {text: text}, where: {keep: 1}}]\n")
+    assert run(team / "spec.yaml", team / "out")["corpus"] == {"read": 3, "documents": 2, "empty": 1}
+    assert "corpus: 3 texts read, 2 kept, 1 empty" in capsys.readouterr().out
+    (team / "spec.yaml").write_text(spec + "corpus: [{files: corpus.jsonl, columns: {text: text}, where: {keep: 2}}]\n")
+    with pytest.raises(UserError, match=r"corpus\.jsonl: no text for corpus"):
+        run(team / "spec.yaml", team / "out")
+    write_rows(team / "prompts.jsonl", [{"prompt": f"Say what number {number} is good for.", "use_case": kind}
+                                        for number, kind in enumerate(["poems"] * 3 + ["chat"] * 7)])
+    (team / "spec.yaml").write_text("ppo: [{files: prompts.jsonl}]\n")
+    with pytest.raises(UserError) as caught:
+        run(team / "spec.yaml", team / "out")
+    assert "quarantined: use_case is none of the ten, nor in the description's use_cases" in str(caught.value)
+    assert "prompts.jsonl: row 1: (poems) " in str(caught.value)
+
+
+def test_special_tokens_are_text_where_the_description_says_so(team: Path) -> None:
+    write_rows(team / "prompts.jsonl", [{"prompt": "What does </s> mean in HTML?"}, {"prompt": "Name a fine bird."}])
+    for rules, kept in (("{max_lost_share: 0.5}", 1), ("{special_tokens: keep}", 2)):
+        (team / "spec.yaml").write_text(f"ppo: [{{files: prompts.jsonl}}]\nrules: {rules}\n")
+        assert run(team / "spec.yaml", team / "out")["ppo"]["kept"] == kept
 
 
 def test_a_loss_that_is_too_great_is_shown_and_replaces_nothing(team: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,11 +218,12 @@ def _of_group(group: Group, entry: Entry) -> Record:
 
 
 def _shared(key: str, values: list[str], entry: Entry) -> str:
-    """What the rows of a group share; several labelers are named together. Raises ValueError for other differences."""
+    """What the rows of a group share. Raises ValueError where they differ: scores of two labelers have no scale."""
     found = sorted(set(values))
-    if len(found) > 1 and key != "labeler":
-        raise ValueError(f"rows of one {' and '.join(entry.groups())} differ in {key}: {found[0]}, {found[1]}")
-    return "+".join(found)
+    if len(found) > 1:
+        advice = "; add the labeler's column to group_by" if key == "labeler" else ""
+        raise ValueError(f"rows of one {' and '.join(entry.groups())} differ in {key}{advice}: {found[0]}, {found[1]}")
+    return found[0]
 
 
 def read_json_columns(row: Row, entry: Entry) -> Row:

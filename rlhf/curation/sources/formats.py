@@ -23,7 +23,7 @@ FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "
 ADVICE = {".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8", ".pkl": "save it as Parquet",
           ".pickle": "save it as Parquet", ".tar": "unpack it first", ".tgz": "unpack it first"}
 _EXCEL_HINT = re.compile(r'"?sep=(.)"?')
-_FIT = {"delimiter": ("csv", "tsv"), "quotes": ("csv", "tsv"), "escape": ("csv", "tsv"), "rows": ("json",), "orient": ("json",),
+_FIT = {**dict.fromkeys(("delimiter", "quotes", "escape"), ("csv", "tsv")), "rows": ("json",), "orient": ("json",),
         "encoding": ("jsonl", "json", "csv", "tsv", "text")}
 
 
@@ -131,7 +131,7 @@ def _csv(file: Path, entry: Entry, delimiter: str) -> Iterator[Any]:
             if not any(cells):
                 empty += bool(cells)
                 continue
-            yield from ({name: "" for name in names} for _ in range(empty))
+            yield from (dict.fromkeys(names, "") for _ in range(empty))
             empty = 0
             if len(cells) == len(names):
                 yield dict(zip(names, cells, strict=True))

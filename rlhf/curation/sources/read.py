@@ -117,9 +117,11 @@ def _user_errors(place: Path | str) -> Iterator[None]:
     """Turns any error of a broken file, a missing dataset or the network into a UserError that names the place."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) and not type(error).__module__.startswith("pyarrow"):
+            raise  # pyarrow's is of a damaged file that asks for a size of its own making
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

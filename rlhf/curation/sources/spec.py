@@ -76,6 +76,7 @@ class RulesParams:
                                       ge=0, le=1)
     personal_data: Literal["drop", "keep"] = param("drop", "train rows with personal data or secrets")
     broken_endings: Literal["quarantine", "keep"] = param("quarantine", "demonstrations that break off")
+    special_tokens: Literal["quarantine", "keep"] = param("quarantine", "texts with a special token of a chat format")
     min_k: int = param(2, "minimum completions per ranking", ge=2, le=9)
     tokenizer: str = param("", "tokenizer (folder or name) that counts tokens; empty: no token limits")
     max_prompt_tokens: int = param(1000, "longest prompt, tokens", ge=1)

@@ -13,14 +13,14 @@ from rlhf.curation.secrets import secrets_in
     ("write to jane.doe+news@mail.qorvexlume.org please", "e-mail: jane.doe+news@mail.qorvexlume.org"),
     ("call me at (415) 555-2671 tomorrow", "phone number: (415) 555-2671"),
     ("my number is +44 20 7946 0958.", "phone number: +44 20 7946 0958"),
-    ("pay with 4111 1111 1111 1111 now", "card number: 4111 1111 1111 1111"),
-    ("amex 378282246310005", "card number: 378282246310005"),
+    ("pay with 4539 5789 2140 6176 now", "card number: 4539 5789 2140 6176"),
+    ("amex 371482175398412", "card number: 371482175398412"),
     ("send it to DE89 3704 0044 0532 0130 00 today", "account number: DE89 3704 0044 0532 0130 00"),
     ("my ssn is 536-90-4399", "account number: 536-90-4399"),
     ("ping 23.45.67.89 for me", "IP address: 23.45.67.89"),
     ("host 2a02:8108:85a3::8a2e:370:7334 is down", "IP address: 2a02:8108:85a3::8a2e:370:7334"),
     ("i live at 221 Baker Street in town", "street address: 221 Baker Street"),
-    ("1600 Pennsylvania Ave. is white", "street address: 1600 Pennsylvania Ave."),
+    ("1642 Pennsylvania Ave. is white", "street address: 1642 Pennsylvania Ave."),
     ("Ann Smith, date of birth 3 May 1984", "date of birth: date of birth 3 May 1984"),
     ("use ghp_FakeFakeFakeFakeFakeFakeFakeFake0123", "secret: GitHub Token, ghp_Fake..."),
 ])
@@ -36,6 +36,9 @@ def test_personal_data_is_detected(text: str, item: str) -> None:
     "pi is 3.14159265358979", "id 123456789012", "2023-10-05 14:22:10", "GB00 AAAA 0000 0000 0000 00", "000-12-3456",
     "first 2 Street fighters", "10 drive", "isbn 978-3-16-148410-0", "the 2010 Supreme Court decision",
     "write to jane@mail.example.org", "ping 203.0.113.77", "the router at 192.168.1.10.", "host 2001:db8:85a3::7334",
+    # those that everybody knows: cards of payment services' tests, addresses of stories
+    "pay with 4111 1111 1111 1111", "amex 378282246310005", "221B Baker Street", "1600 Pennsylvania Ave. is white",
+    "upgrade to Ubuntu 20.04.1.25",
     "800 - 555 - 1234 = -989", "7.  123456789\n8.  1234567",
 ])
 def test_other_numbers_are_not_personal_data(text: str) -> None:

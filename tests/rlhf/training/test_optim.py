@@ -28,7 +28,7 @@ def test_newton_schulz_acts_on_the_singular_values(shape: tuple[int, int]) -> No
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_muon_is_in_float32_only_where_bfloat16_is_emulated(
         monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., Any], has_bf16: bool) -> None:
-    torchs = torch.optim._muon._zeropower_via_newtonschulz  # type: ignore[attr-defined]
+    torchs = torch.optim._muon._zeropower_via_newtonschulz
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", torchs)  # puts it back afterwards
     monkeypatch.setattr(optim, "has_bf16", lambda: has_bf16)
     muon, _ = muon_and_adamw(make_policy("gpt_neox"), 1e-3, 0.02, 0.0)

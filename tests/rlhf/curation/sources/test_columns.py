@@ -279,7 +279,8 @@ def test_groups_are_by_several_columns_and_must_agree_in_their_prompt(tmp_path: 
             {"id": 1, "q": "p", "r": "y", "s": 0, "who": "a"}, {"id": 1, "q": "p", "r": "x", "s": 0, "who": "b"}]
     both = grouped(rows, tmp_path, by=["id", "who"])
     assert sorted(item.labeler for _, item in both.records) == ["a", "b"]
-    assert [item.labeler for _, item in grouped(rows[:2], tmp_path, by="id").records] == ["a+b"]
+    (_, said, *_), = grouped(rows[:2], tmp_path, by="id").quarantined  # the scores of two people have no common scale
+    assert said == "rows of one id differ in labeler; add the labeler's column to group_by: a, b"
     rows[1] |= {"q": "another"}
     (_, said, content, _), = grouped(rows, tmp_path, by="id").quarantined
     assert said == "rows of one id have different prompts: 4 rows"
@@ -382,3 +383,18 @@ def test_a_row_whose_content_is_at_fault_fits_its_layout(row: dict[str, Any], fi
     """A file of such rows alone is loss; one of which no row fits its layout is a wrong description."""
     (_, _, _, found), = mapped("sft", row).quarantined
     assert found is fits
+
+
+def test_of_three_or_more_columns_of_answers_some_may_be_empty() -> None:
+    """Rankings of two to four answers in one table; an answer without a score, or a score without one, is a fault."""
+    names = {"prompt": "q", "completions": ["a", "b", "c"], "scores": ["x", "y", "z"]}
+    rows = [{"q": "p", "a": "good", "b": "bad", "c": "ugly", "x": 3, "y": 2, "z": 1},
+            {"q": "p", "a": "good", "b": "", "c": "ugly", "x": "3", "y": "", "z": "1"},
+            {"q": "p", "a": "good", "b": "bad", "c": None, "x": 2, "y": 3, "z": None},
+            {"q": "p", "a": "good", "b": "bad", "c": None, "x": 2, "y": 3, "z": 4},
+            {"q": "p", "a": "good", "b": "bad", "c": "ugly", "x": 2, "y": 3, "z": None}]
+    found = mapped("rm", *rows, columns=names)
+    assert [(item.completions, item.ranks) for _, item in found.records] == [
+        (("good", "bad", "ugly"), (1, 2, 3)), (("good", "ugly"), (1, 2)), (("good", "bad"), (2, 1))]
+    assert [(number, said) for number, said, *_ in found.quarantined] == [
+        (4, "no c"), (5, "scores holds no number: None")]

@@ -175,6 +175,32 @@ def test_excel_s_files_are_read(tmp_path: Path) -> None:
     row, = read(tmp_path, "a.csv")
     assert row["ask"].replace("\r\n", "\n") == "one\ntwo"
     assert row["score"] == "3,5"
+    (tmp_path / "b.csv").write_text("ask,score\none,1\n,\ntwo,2\n,\n,\n")
+    assert [row["ask"] for row in read(tmp_path, "b.csv")] == ["one", "", "two"]  # row 3 stays row 3
+
+
+def test_spark_s_quotation_marks_are_read_where_the_description_names_their_escape(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('ask,reply\n"say \\"hi\\", then go","a\\\\b"\n')
+    with pytest.raises(UserError, match=r'a\.csv: line 2: .*escape: "\\\\"'):
+        list(read(tmp_path, "a.csv"))
+    assert read(tmp_path, "a.csv", escape="\\") == [{"ask": 'say "hi", then go', "reply": "a\\b"}]
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="is read as jsonl, which has no escape"):
+        read(tmp_path, "a.jsonl", escape="\\")
+
+
+def test_a_key_that_stands_twice_in_an_object_is_a_fault(tmp_path: Path) -> None:
+    """JSON libraries keep the last one in silence."""
+    with pytest.raises(ValueError, match="an object has a key twice: q"):
+        parse_line('{"q": "one", "a": {"x": 1}, "q": "two"}')
+    with pytest.raises(ValueError, match="an object has a key twice: x"):
+        parse_line('{"q": "one", "a": [{"x": 1, "y": 2, "x": 1}]}')
+    (tmp_path / "a.json").write_text('[{"q": 1}, {"q": 1, "q": 2}]')
+    with pytest.raises(UserError, match=r"a\.json: an object has a key twice: q"):
+        list(read(tmp_path, "a.json"))
+    (tmp_path / "b.json").write_text('{"a": {"q": 1, "q": 2}}')
+    with pytest.raises(UserError, match="key twice: q"):
+        list(read(tmp_path, "b.json", orient="index"))
 
 
 def test_rows_with_more_or_fewer_fields_are_unreadable_and_blank_lines_are_none(tmp_path: Path) -> None:

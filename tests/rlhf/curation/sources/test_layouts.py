@@ -104,7 +104,11 @@ def test_columns_for_demonstrations() -> None:
     row = {"q": " Q ", "a": {"text": "A"}, "who": 17, "kind": "Sum", "part": "test", "id": 3, "by": "labeler"}
     assert read("columns", "sft", row, columns=names, use_cases={"Sum": "summarization"}) == [Record(
         "Q", ("A",), prompt_id="3", user="17", source="labeler", split="valid", use_case="summarization")]
-    assert read("columns", "sft", row | {"kind": "odd"}, columns=names)[0].use_case == "other"
+    with pytest.raises(ValueError, match=r"use_case is none of the ten, .*: odd"):
+        read("columns", "sft", row | {"kind": "odd"}, columns=names)
+    assert read("columns", "sft", row | {"kind": None}, columns=names, use_case="chat")[0].use_case == "chat"
+    with pytest.raises(ValueError, match="source is neither labeler nor customer: 'crowd'"):
+        read("columns", "sft", row | {"kind": "chat", "by": "crowd"}, columns=names)
     chat = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     assert read("columns", "sft", chat, columns={"messages": "messages"}) == [Record("Q", ("A",))]
     assert read("columns", "ppo", chat, columns={"messages": "messages"}) == [Record("Q")]
