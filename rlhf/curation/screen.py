@@ -123,16 +123,19 @@ def _lengths(records: list[Record], rules: RulesParams) -> list[str]:
             for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def _json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False, separators=(", ", ": "))
+_json = json.JSONEncoder(ensure_ascii=False, separators=(", ", ": ")).encode
 
 
-def openings(prompt: str) -> tuple[int, int]:
-    """Hashes of the conversation up to the human's first message and up to the second; equal if there is one only."""
+def openings(prompt: str, key: str) -> tuple[int, int]:
+    """Hashes of the conversation up to the human's first message and up to the second; equal if there is one only.
+
+    `key`: the normalised prompt.
+    """
     try:
         turns = split_text(prompt)
     except ValueError:  # no conversation
-        turns = [("Human", prompt)]
+        opening = hashed(key)
+        return opening, opening
     ends = [place for place, (role, _) in enumerate(turns, start=1) if role == "Human"] or [len(turns)]
     said = [normalised(text) for _, text in turns]
     first, second = ("\x1f".join(said[:end]) for end in (ends[0], ends[min(1, len(ends) - 1)]))
@@ -162,7 +165,7 @@ def _screened(record: Record, number: int, role: str, entry: Entry, rules: Rules
         ranker = hashed(f"{prompt}\x1f{labeler}")
         ranked = sorted(zip(record.ranks, record.completions, strict=True))
         comparison = hashed("\x1f".join([prompt, labeler, *(f"{rank} {text}" for rank, text in ranked)]))
-    opening, branch = openings(prompt)
+    opening, branch = openings(prompt, key)
     return Screened(
         number, _json(head)[:-1].encode(), (_json(tail)[1:] + "\n").encode(), key,
         hashed(same_user(record.user)) if record.user else 0, hashed(content, seed),

@@ -120,9 +120,10 @@ def as_text(turns: list[Turn]) -> str:
 
 def split_text(text: str) -> list[Turn]:
     """The turns of a transcript in the format of hh-rlhf and Nectar. Raises ValueError if it is none."""
-    parts = _TURN.split("\n\n" + text.replace("\r\n", "\n").strip())
-    if parts[0].strip() or len(parts) < 3:
+    text = text.replace("\r\n", "\n").strip()
+    if not text.startswith(("Human:", "Assistant:", "System:")):
         raise ValueError("does not begin with a turn, Human: or Assistant:")
+    parts = _TURN.split("\n\n" + text)
     return [(role, said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 

@@ -95,7 +95,7 @@ def _parquet(file: Path) -> Iterator[Any]:
 
 
 def _arrow(file: Path) -> Iterator[Any]:
-    """Arrow's file format (Feather too) or its stream format."""
+    """Arrow's file format (Feather too) or its stream format; each batch is checked, for Arrow trusts its numbers."""
     from pyarrow import ArrowInvalid, ipc, memory_map
 
     with memory_map(str(file)) as source:
@@ -104,11 +104,12 @@ def _arrow(file: Path) -> Iterator[Any]:
         except ArrowInvalid:
             source.seek(0)
             table = ipc.open_stream(source)
-            for batch in table:
-                yield from batch.to_pylist()
-            return
-        for number in range(table.num_record_batches):
-            yield from table.get_batch(number).to_pylist()
+            batches = iter(table)
+        else:
+            batches = map(table.get_batch, range(table.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
+            yield from batch.to_pylist()
 
 
 def _csv(file: Path, entry: Entry, delimiter: str) -> Iterator[Any]:

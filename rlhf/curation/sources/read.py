@@ -17,6 +17,7 @@ from rlhf.curation.sources.paths import unique_keys
 from rlhf.curation.sources.spec import Entry
 from rlhf.errors import UserError
 
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BATCH_CHARS = 32_000_000  # of JSON lines, so that long ones do not fill the memory
 
@@ -132,7 +133,7 @@ def _user_errors(place: Path | str) -> Iterator[None]:
 def parse_line(line: str) -> Row:
     """One JSON line as a row; a line that is only a string is {"text": string}. Raises ValueError with the reason."""
     try:
-        row = json.loads(line, object_pairs_hook=unique_keys)
+        row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

@@ -31,6 +31,7 @@ def test_auto_follows_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_what_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_bf16", lambda: False)
-    assert in_bf16("bf16") and not in_bf16("fp32")
+    assert in_bf16("bf16")
+    assert not in_bf16("fp32")
     monkeypatch.setattr(device, "has_bf16", lambda: True)
     assert not in_bf16("fp32")
