@@ -23,7 +23,7 @@ from rlhf.evaluation.generate import answer
 from rlhf.evaluation.lm_eval import TaskSuite, measure
 from rlhf.evaluation.preference import gold_judge
 from rlhf.evaluation.statistics import with_interval
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.chat_format import load_codec
 from rlhf.ppo.run import train_ppo
 from rlhf.reward_model import Scored, accuracy, sample_rows, score_rows, train_reward_model
 from rlhf.sft import sft
@@ -73,7 +73,7 @@ def run(name: str, changes: dict[str, Any], folder: Path, labeler: GoldLabeler) 
         model, _ = train_reward_model(rm, rows, shown, start, seed, folder / "rm")
         reward_model = folder / "rm" / "model"
         valid = sample_rows([row for row in rows if row["split"] == "valid"], rm.max_valid_prompts, seed)
-        scored = score_rows(model, PromptCodec(load_tokenizer(start)), valid, rm)
+        scored = score_rows(model, load_codec(start), valid, rm)
         gold = [Scored({**item.row, "ranks": labeler.rank(item.row["prompt"], item.row["completions"])}, item.scores)
                 for item in scored]
         results |= {"rm_accuracy": round(accuracy(scored), 3), "rm_accuracy_gold": round(accuracy(gold), 3)}

@@ -116,6 +116,7 @@ class PretrainParams:
     weight_decay: float = param(0.01, "weight decay of Muon", ge=0, le=10)
     processes: int = processes()
     precision: Precision = precision("auto")
+    template_date: str = param("2024-07-26", "of base_model: the date for a chat template that asks for today's")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The base model: a small GPT trained on a corpus, or a Hugging Face model taken as it is."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from rlhf.data.corpus import corpus_texts, held_out_count
 from rlhf.data.packing import document_positions
 from rlhf.data.token_store import Column, TokenStore, chunks, only
 from rlhf.errors import UserError
+from rlhf.files import is_writer
 from rlhf.losses import completion_loss
+from rlhf.model.chat_format import ChatFormatError, PromptCodec, codec_with_pad
 from rlhf.model.device import autocast, device
 from rlhf.model.forward import next_token_logits
 from rlhf.model.load import load_policy, save_model, small_gpt
 from rlhf.model.log_probs import token_log_probs
-from rlhf.model.tokenizer import load_with_pad, text_ids, train_tokenizer
+from rlhf.model.tokenizer import text_ids, train_tokenizer
+from rlhf.model.vocabulary import check_untrained, check_vocabulary, describe
 from rlhf.params import PretrainParams
 from rlhf.training import distributed
 from rlhf.training.loop import Part, train_loop
@@ -47,6 +51,8 @@ def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Pa
     if not rows or not valid_rows:
         raise UserError(f"data/corpus.jsonl: its documents fill no row of pretrain.context = {params.context} tokens")
     model = small_gpt(params, tokenizer)
+    parameters = model.num_parameters()
+    describe(model, tokenizer, PromptCodec(tokenizer).stop_ids)
     distributed.check_divides(params.batch_size, "pretrain.batch_size")
     model.train()
 
@@ -62,7 +68,7 @@ def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Pa
     model.eval()
     save_model(model, tokenizer, folder / "model")
     return {"pretrain/valid_loss": rows_loss(model, valid_rows, params, eos_id), "pretrain/tokens": params.steps
-            * params.batch_size * params.context, "pretrain/parameters": model.num_parameters()}
+            * params.batch_size * params.context, "pretrain/parameters": parameters}
 
 
 def stored_texts(texts: Iterable[str], folder: Path) -> Column[str]:
@@ -145,21 +151,34 @@ def rows_loss(model: PreTrainedModel, rows: Sequence[list[int]], params: Pretrai
 
 
 def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
-    """Saves a Hugging Face model as the base in `folder`/model, with a PAD token that is not its EOS."""
+    """Saves a Hugging Face model as the base in `folder`/model, ready for chat: with a PAD token of its own, a chat
+    template whose date is fixed, and the tokens that end an answer.
+
+    Raises UserError for a model that cannot be loaded, a template that cannot be used, and a tokenizer without EOS or
+    with more tokens than the model.
+    """
+    name = params.base_model
     try:
-        tokenizer: PreTrainedTokenizerBase = load_with_pad(params.base_model)
-        model = load_policy(params.base_model)
+        codec = codec_with_pad(name, date.fromisoformat(params.template_date))
+        model = load_policy(name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"pretrain.base_model = {params.base_model!r}: cannot be loaded: {first}") from None
+        said = first if isinstance(error, ChatFormatError) else f"cannot be loaded: {first}"
+        raise UserError(f"pretrain.base_model = {name!r}: {said}") from None
     except UserError as error:
         raise UserError(f"pretrain.base_model: {error}") from None
-    known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():  # PAD's row is never read, and must not be random
+    tokenizer, known = codec.tokenizer, model.get_input_embeddings().num_embeddings
+    check_vocabulary(model, tokenizer, f"pretrain.base_model = {name!r}")
+    named = check_untrained(model, tokenizer, name)
+    if named and is_writer():
+        print(named, flush=True)
+    if tokenizer.pad_token_id >= known:
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        with torch.no_grad():  # as transformers does, but without its random part
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                layer.weight[known:] = 0
+                layer.weight[known:] = layer.weight[:known].mean(dim=0)
     model.config.pad_token_id = tokenizer.pad_token_id
+    parameters = model.num_parameters()
+    describe(model, tokenizer, codec.stop_ids)
     save_model(model, tokenizer, folder / "model")
-    return {"pretrain/parameters": model.num_parameters()}
+    return {"pretrain/parameters": parameters}

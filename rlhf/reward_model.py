@@ -19,6 +19,7 @@ from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
+from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.load import (
     check_length,
@@ -31,7 +32,6 @@ from rlhf.model.load import (
 )
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_groups, score_together
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import RmParams
 from rlhf.training import distributed
 from rlhf.training.loop import BestCheckpoint, Part, train_loop
@@ -114,8 +114,8 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     [Ziegler]. Raises UserError where no row fits or nothing can be normalised by, before anything is trained.
     """
     seed_everything(seed)
-    tokenizer = load_tokenizer(policy_folder)
-    codec = PromptCodec(tokenizer)
+    codec = load_codec(policy_folder)
+    tokenizer = codec.tokenizer
     train_rows = sample_rows(of_split(rows, "train"), params.max_prompts, seed)
     valid_rows = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, seed)
     if params.loss == "best_of":
@@ -227,7 +227,7 @@ def reference_samples(policy_folder: Path, codec: PromptCodec, prompts: list[str
     if not encoded:
         raise UserError(f"data/rm.jsonl: no valid prompt of fewer than rm.max_tokens = {params.max_tokens} tokens")
     room = max(1, params.max_tokens - max(map(len, encoded)))
-    sampling = Sampling(room, (codec.eos_id,), codec.pad_id, precision=params.precision)
+    sampling = Sampling(room, codec.stop_ids, codec.pad_id, precision=params.precision)
     responses = sample_responses(load_policy(policy_folder), encoded, sampling, generator(seed, "rm", "samples"))
     return [prompt + response for prompt, response in zip(encoded, responses, strict=True)]
 

@@ -16,6 +16,7 @@ from rlhf.data.packing import PackedBatch, check_packing, pack_rows, shuffled_ba
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
+from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import (
@@ -29,7 +30,6 @@ from rlhf.model.load import (
 )
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import SftParams
 from rlhf.pretrain import corpus_batch, corpus_losses, read_corpus
 from rlhf.training import distributed
@@ -98,8 +98,8 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     are nats per completion token on the valid split, after and before. Raises UserError where no row fits.
     """
     seed_everything(seed)
-    tokenizer = load_tokenizer(base_folder)
-    codec = PromptCodec(tokenizer)
+    codec = load_codec(base_folder)
+    tokenizer = codec.tokenizer
     train, valid = (Demonstrations.of_rows(codec, of_split(rows, split), params.max_tokens, folder)
                     for split in ("train", "valid"))
     if not train.ids or not valid.ids:
@@ -173,7 +173,7 @@ def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, c
     first = islice(zip(valid.ids, valid.prompt_lengths, strict=True), SCORED_PROMPTS)
     prompts = [ids[:length] for ids, length in first]
     room = max(1, params.max_tokens - max(map(len, prompts)))
-    sampling = Sampling(room, (codec.eos_id,), codec.pad_id, precision=params.precision)
+    sampling = Sampling(room, codec.stop_ids, codec.pad_id, precision=params.precision)
     responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))
     sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     scores = score_sequences(load_scorer(params.reward_model), sequences, codec.pad_id, params.precision)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.data.rows import Rows, of_split
 from rlhf.files import write_csv
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.chat_format import load_codec
 from rlhf.reward_model import (
     Scored,
     calibration,
@@ -33,7 +33,7 @@ def train(stage: Stage) -> None:
     model, metrics = train_reward_model(params, rows, labeler_demonstrations(), Path("models/sft"), stage.params.seed,
                                         stage.scratch)
     valid = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, stage.params.seed)
-    scored = score_rows(model, PromptCodec(load_tokenizer("models/sft")), valid, params, stage.scratch)
+    scored = score_rows(model, load_codec("models/sft"), valid, params, stage.scratch)
     metrics |= measure(scored, {row["labeler_id"] for row in of_split(rows, "train")}, gold_labeler(stage.params.seed))
     curve = calibration(scored)
     metrics["rm/calibration_error"] = calibration_error(curve)

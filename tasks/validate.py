@@ -76,10 +76,10 @@ def quarantine(entries: list[dict[str, Any]], files: dict[str, Path], target: Pa
 
 def token_counter(name: str) -> tuple[TokenCounter, list[str]]:
     """A counter for a tokenizer (a folder, or a name of the hub), and its own special tokens. Raises UserError."""
-    from rlhf.model.tokenizer import PromptCodec, load_with_pad
+    from rlhf.model.chat_format import codec_with_pad
 
     try:
-        codec = PromptCodec(load_with_pad(name))
+        codec = codec_with_pad(name)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name}: cannot be used: {str(error).strip().splitlines()[0]}") from None
 

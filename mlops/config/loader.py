@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -155,7 +156,7 @@ def check_section(params_class: type, values: Any, path: Path, section: str) -> 
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {section}: expected keys and values, found {values!r}")
-    values = {str(key): value for key, value in values.items()}
+    values = {str(key): value.isoformat() if type(value) is date else value for key, value in values.items()}
     known = get_type_hints(params_class)
     for name, value in values.items():
         if isinstance(value, bool) and known.get(name) in (int, float):  # pydantic would read true as 1
@@ -266,6 +267,13 @@ def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
             raise UserError(f"{path}: {message}")
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _check_together(profile: Profile, path: Path) -> None:
     """The rules between parameters of several sections; those between PPO's first. Raises UserError."""
     pretrain = profile.pretrain
@@ -273,6 +281,8 @@ def _check_together(profile: Profile, path: Path) -> None:
     rules = [
         (pretrain.n_embd % pretrain.n_head == 0,
          f"pretrain.n_embd = {pretrain.n_embd}: must be a multiple of pretrain.n_head = {pretrain.n_head}"),
+        (_is_date(pretrain.template_date),
+         f"pretrain.template_date = {pretrain.template_date!r}: must be a date such as 2024-07-26"),
     ]
     described = profile.ingest.source != "embedded"
     rules += [

@@ -10,9 +10,9 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, sample_responses
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.training.seeding import generator
 
 
@@ -21,12 +21,12 @@ class Policy(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         folder = Path(context.artifacts["model"])
-        self.codec, self.model = PromptCodec(load_tokenizer(folder)), load_policy(folder)
+        self.codec, self.model = load_codec(folder), load_policy(folder)
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame,
                 params: dict[str, Any] | None = None) -> list[str]:
         options = {"max_new_tokens": 64, "temperature": 1.0, "seed": 1, **(params or {})}
-        sampling = Sampling(int(options["max_new_tokens"]), (self.codec.eos_id,), self.codec.pad_id,
+        sampling = Sampling(int(options["max_new_tokens"]), self.codec.stop_ids, self.codec.pad_id,
                             float(options["temperature"]))
         prompts = self.codec.prompts([str(text) for text in model_input["prompt"]])
         responses = sample_responses(self.model, prompts, sampling, generator(int(options["seed"]), "served"))

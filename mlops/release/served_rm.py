@@ -7,9 +7,9 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_scorer
 from rlhf.model.scoring import score_sequences
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 
 
 class RewardModel(PythonModel):
@@ -17,7 +17,7 @@ class RewardModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         folder = Path(context.artifacts["model"])
-        self.codec, self.model = PromptCodec(load_tokenizer(folder)), load_scorer(folder)
+        self.codec, self.model = load_codec(folder), load_scorer(folder)
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame,
                 params: dict[str, Any] | None = None) -> list[float]:

@@ -42,13 +42,13 @@ class Speaker:
 
 def load(name: str) -> Speaker:
     """Loads a stage's model or a model folder. Raises UserError where there is none."""
+    from rlhf.model.chat_format import load_codec
     from rlhf.model.load import load_policy
-    from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 
     folder = folders().get(name, Path(name))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model; run `make run`, or name {', '.join(folders())} or a model folder")
-    return Speaker(name, PromptCodec(load_tokenizer(folder)), load_policy(folder))
+    return Speaker(name, load_codec(folder), load_policy(folder))
 
 
 def reply(speaker: Speaker, prompt: str, options: argparse.Namespace, turn: int) -> str:
@@ -57,7 +57,7 @@ def reply(speaker: Speaker, prompt: str, options: argparse.Namespace, turn: int)
     from rlhf.model.tokenizer import newline_ids
     from rlhf.training.seeding import generator
 
-    stops = (speaker.codec.eos_id, *(newline_ids(speaker.codec.tokenizer) if speaker.name == "base" else ()))
+    stops = (*speaker.codec.stop_ids, *(newline_ids(speaker.codec.tokenizer) if speaker.name == "base" else ()))
     sampling = Sampling(options.max_new_tokens, stops, speaker.codec.pad_id, options.temperature)
     ids = sample_responses(speaker.model, speaker.codec.prompts([prompt]), sampling,
                            generator(options.seed, "chat", turn))

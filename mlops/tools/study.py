@@ -31,7 +31,7 @@ from rlhf.evaluation.lm_eval import TaskScore, TaskSuite, measure
 from rlhf.evaluation.metrics import gold_metrics, preference_metrics, safety_metrics, tax_metrics
 from rlhf.evaluation.preference import compare_all, gold_judge
 from rlhf.files import write_json
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.chat_format import load_codec
 from rlhf.params import PpoParams, Profile
 from rlhf.ppo.run import train_ppo
 from rlhf.pretrain import pretrain
@@ -153,7 +153,7 @@ def _reward_model(seed: Seed, folder: Path) -> dict[str, float]:
     shown = [row for row in seed.rows("sft", "valid") if row["source"] == "labeler"]
     model, _ = train_reward_model(params, rows, shown, seed.path("sft/model"), seed.number, folder)
     valid = sample_rows([row for row in rows if row["split"] == "valid"], params.max_valid_prompts, seed.number)
-    scored = score_rows(model, PromptCodec(load_tokenizer(seed.path("sft/model"))), valid, params)
+    scored = score_rows(model, load_codec(seed.path("sft/model")), valid, params)
     training = {row["labeler_id"] for row in rows if row["split"] == "train"}
     accuracies = {}
     for name, is_training in (("training", True), ("held_out", False)):

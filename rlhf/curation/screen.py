@@ -99,10 +99,10 @@ def problem_of(record: Record, role: str, rules: RulesParams) -> str:
 
 @lru_cache(maxsize=2)
 def _codec(name: str) -> Any:
-    from rlhf.model.tokenizer import PromptCodec, load_with_pad
+    from rlhf.model.chat_format import codec_with_pad
 
     try:
-        return PromptCodec(load_with_pad(name))
+        return codec_with_pad(name)
     except (OSError, ValueError) as error:
         raise UserError(f"rules.tokenizer = {name!r}: cannot be used: {str(error).strip().splitlines()[0]}") from None
 

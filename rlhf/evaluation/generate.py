@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import pass_batches
+from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.forward import LOGITS_AT_ONCE
 from rlhf.model.load import load_policy, load_scorer
 from rlhf.model.responses import (
@@ -23,7 +24,7 @@ from rlhf.model.responses import (
 )
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_together
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer, newline_ids, text_ids
+from rlhf.model.tokenizer import newline_ids, text_ids
 from rlhf.params import EvaluateParams
 from rlhf.training import distributed
 from rlhf.training.seeding import generator
@@ -47,9 +48,8 @@ def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: Evalua
     for InstructGPT's prompted base model; as many as leave room for prompt and response. `form`: template with {prompt}
     that replaces the chat format, for a base model pretrained on questions in another one.
     """
-    tokenizer = load_tokenizer(folder)
-    codec, model = PromptCodec(tokenizer), load_policy(folder)
-    stops = (codec.eos_id, *(newline_ids(tokenizer) if ends_at_newline else ()))
+    codec, model = load_codec(folder), load_policy(folder)
+    stops = (*codec.stop_ids, *(newline_ids(codec.tokenizer) if ends_at_newline else ()))
     sampling = Sampling(params.max_new_tokens, stops, codec.pad_id, params.temperature, params.precision,
                         params.batch_size)
     prompt_ids = format_prompts(codec, prompts, form)
@@ -88,7 +88,7 @@ def few_shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str,
 
 def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precision: str) -> list[float]:
     """The reward model's score of each response."""
-    codec = PromptCodec(load_tokenizer(folder))
+    codec = load_codec(folder)
     pairs = zip(codec.prompts(list(prompts)), codec.completions(list(texts)), strict=True)
     sequences = [prompt + text for prompt, text in pairs]
     return score_together(load_scorer(folder), sequences, codec.pad_id, precision).tolist()
@@ -97,8 +97,8 @@ def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precis
 def sample_several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int
                    ) -> list[list[str]]:
     """`count` samples for each prompt, e.g. for best-of-n."""
-    codec = PromptCodec(load_tokenizer(folder))
-    sampling = Sampling(params.max_new_tokens, (codec.eos_id,), codec.pad_id, params.temperature, params.precision,
+    codec = load_codec(folder)
+    sampling = Sampling(params.max_new_tokens, codec.stop_ids, codec.pad_id, params.temperature, params.precision,
                         params.batch_size)
     ids = [one for one in codec.prompts(list(prompts)) for _ in range(count)]
     responses = sample_shared(load_policy(folder), ids, sampling, generator(seed, "best of n"))
@@ -123,7 +123,7 @@ class Kl:
 def kl_to_reference(folder: Path, reference: Path, prompts: Sequence[str], answers: Answers, precision: str,
                     temperature: float) -> Kl:
     """KL of the policy in `folder` to the reference, on the policy's own answers. Processes share the prompts."""
-    codec = PromptCodec(load_tokenizer(folder))
+    codec = load_codec(folder)
     models = (load_policy(folder), load_policy(reference))
     at_once = max(1, LOGITS_AT_ONCE // models[0].config.vocab_size)
 

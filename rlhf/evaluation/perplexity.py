@@ -11,7 +11,7 @@ import torch
 from rlhf.data.batching import length_batches
 from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import context_of, load_policy
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer, text_ids
+from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.training import distributed
 
 LN2 = 0.6931471805599453
@@ -25,7 +25,7 @@ def document_bits(folder: Path, texts: Sequence[str], precision: str) -> list[fl
     A document longer than the model's context is cut there. Processes share the documents.
     """
     tokenizer, model = load_tokenizer(folder), load_policy(folder)
-    pad_id, context = PromptCodec(tokenizer).pad_id, context_of(model)
+    pad_id, context = tokenizer.pad_token_id, context_of(model)
     rows = [[tokenizer.eos_token_id, *ids][:context] for ids in text_ids(tokenizer, list(texts))]
 
     def bits(mine: Sequence[list[int]]) -> list[float]:

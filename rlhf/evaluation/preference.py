@@ -12,9 +12,10 @@ import numpy as np
 from scipy.optimize import minimize
 
 from rlhf.evaluation.multiple_choice import continuation_log_probs
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_policy, load_scorer
 from rlhf.model.scoring import score_sequences
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer, text_ids
+from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.training import distributed
 from rlhf.world.labeler import GoldLabeler, compare
 
@@ -36,7 +37,7 @@ def gold_judge(labeler: GoldLabeler) -> Judge:
 
 def reward_judge(folder: Path, precision: str) -> Judge:
     """A reward model: the higher score is preferred. It is no independent judge of a policy trained on it."""
-    codec, model = PromptCodec(load_tokenizer(folder)), load_scorer(folder)
+    codec, model = load_codec(folder), load_scorer(folder)
 
     def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         ids = codec.prompts(list(prompts))

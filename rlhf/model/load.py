@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.files import is_writer
 from rlhf.model.device import device
 from rlhf.model.forward import prepare
+from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
 
@@ -91,8 +92,11 @@ def _named(tensors: Sequence[str]) -> str:
 
 
 def load_policy(folder: str | Path) -> PreTrainedModel:
-    """A causal language model in float32, dropout off. Raises UserError for a model that is not whole (`_load`)."""
-    return prepare(_load(AutoModelForCausalLM, folder)).to(device()).eval()
+    """A causal language model in float32, dropout off, the rows that nobody trained masked (rlhf/model/vocabulary.py).
+
+    Raises UserError for a model that is not whole (`_load`).
+    """
+    return mask_untrained(prepare(_load(AutoModelForCausalLM, folder)).to(device()).eval())
 
 
 def load_scorer(folder: str | Path, new_head: bool = False) -> PreTrainedModel:
@@ -123,7 +127,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     `untie`: an output layer that shares its weights with the embeddings is written as one of its own.
     """
-    weights = {name: value for name, value in model.state_dict().items() if name != "score.bias"}
+    masks = {f"{name}.bias" for name, module in model.named_modules() if is_mask(module)}
+    weights = {name: value for name, value in model.state_dict().items() if name not in {"score.bias", *masks}}
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     if distributed.sharded(model):  # gathered, tied weights are no longer one tensor: only the first name stays
         weights = {name: distributed.full_tensor(value) for name, value in weights.items() if untie or name not in tied}

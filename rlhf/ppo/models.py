@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import (
     check_length,
     compile_model,
@@ -21,7 +22,6 @@ from rlhf.model.load import (
 )
 from rlhf.model.lora import add_adapter
 from rlhf.model.responses import Prompts, Responses, response_log_probs, response_values
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import PpoParams
 from rlhf.training import distributed
 from rlhf.training.seeding import generator
@@ -36,8 +36,8 @@ class PpoModels:
     def __init__(self, params: PpoParams, sft_folder: Path, rm_folder: Path, seed: int,
                  begin_with: Path | None = None) -> None:
         self.params = params
-        self.tokenizer = load_tokenizer(sft_folder)
-        self.codec = PromptCodec(self.tokenizer)
+        self.codec = load_codec(sft_folder)
+        self.tokenizer = self.codec.tokenizer
         self.policy = load_policy(begin_with or sft_folder)
         check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
                      "ppo.max_prompt_tokens + ppo.max_new_tokens")

@@ -140,7 +140,7 @@ def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[li
             grid["ref_log_probs"][batch], _ = models.log_probs(reference, some, answers, width)
     scores = torch.tensor(score_sequences(models.reward_model, sequences, models.codec.pad_id, params.precision),
                           device=device())
-    ended = torch.tensor([response[-1] == models.codec.eos_id for response in responses], device=device())
+    ended = torch.tensor([response[-1] in models.codec.stop_ids for response in responses], device=device())
     scores = torch.where(ended, scores, scores.clamp(max=params.no_eos_score))
     on_cpu = {name: (values * mask).cpu() for name, values in grid.items()}
     return on_cpu | {"scores": scores.unsqueeze(1).cpu()}, reusable

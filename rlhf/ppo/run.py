@@ -11,8 +11,8 @@ import torch
 from rlhf.data.token_store import Column, TokenStore, chunks
 from rlhf.errors import TrainingFailed, UserError
 from rlhf.files import write_json
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import context_of
-from rlhf.model.tokenizer import PromptCodec
 from rlhf.params import PpoParams
 from rlhf.ppo.health import check_bounds, hacking_alarm, length_controlled
 from rlhf.ppo.kl_controller import RULES, Rule

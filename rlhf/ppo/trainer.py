@@ -113,7 +113,7 @@ class Trainer:
                         if value.requires_grad} if params.ema_decay else {}
         self.beta = beta_rule(params)
         codec = self.models.codec
-        self.sampling = Sampling(params.max_new_tokens, (codec.eos_id,), codec.pad_id, params.temperature,
+        self.sampling = Sampling(params.max_new_tokens, codec.stop_ids, codec.pad_id, params.temperature,
                                  params.precision, params.rollout_batch_size, params.compile_rollouts)
         self.server = VllmServer(params.vllm_url, self.models.policy.config.vocab_size) if params.vllm_url else None
         if self.server is not None and distributed.is_main():
@@ -150,7 +150,7 @@ class Trainer:
                 updates.append(self.update(rollouts, order[start:start + params.minibatch_size], targets.advantages,
                                            targets.returns, (iteration, epoch, len(updates)), train_policy))
         means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-        lengths, eos = mask.sum(dim=1), self.models.codec.eos_id
+        lengths, stops = mask.sum(dim=1), self.models.codec.stop_ids
         return {
             "ppo/kl": kl,
             "ppo/kl_k3": response_kl_k3(rollouts.log_probs, rollouts.ref_log_probs, mask).mean().item(),
@@ -160,7 +160,7 @@ class Trainer:
             "ppo/value_loss": means["value_loss"], "ppo/policy_loss": means["policy_loss"],
             "ppo/ptx_loss": means["ptx_loss"], "ppo/explained_variance": targets.explained_variance,
             "ppo/grad_norm": means["grad_norm"], "ppo/response_length": lengths.mean().item(),
-            "ppo/eos_rate": sum(response[-1] == eos for response in rollouts.responses) / len(lengths),
+            "ppo/eos_rate": sum(response[-1] in stops for response in rollouts.responses) / len(lengths),
             "ppo/ratio_first": updates[0]["ratio"], "ppo/lr": params.lr * lr_factor * train_policy,
         } | ({} if rollouts.sampler_gap is None else {"ppo/sampler_gap": rollouts.sampler_gap})
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from mlops.labeling.batch import read_batch
 from rlhf.data.rows import Rows, of_split
 from rlhf.files import publish, write_json
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_scorer
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.reward_model import accuracy, sample_rows, score_rows, train_reward_model
 from rlhf.world.gold import gold_labeler
 from tasks.rm import labeler_demonstrations, measure
@@ -32,7 +32,7 @@ def train(stage: Stage) -> None:
     params = replace(stage.params.stages.rm, epochs=rounds.rm_epochs, max_prompts=0)
     rows = Rows(Path("feedback") / stage.key / "rm.jsonl")
     model, metrics = train_reward_model(params, rows, labeler_demonstrations(), SFT, seed, stage.scratch)
-    codec = PromptCodec(load_tokenizer(SFT))
+    codec = load_codec(SFT)
     valid = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, seed)
     if any(True for _ in valid):
         metrics |= {name: value for name, value in measure(

@@ -14,8 +14,8 @@ from rlhf.evaluation.generate import answer, kl_to_reference, sample_several
 from rlhf.evaluation.held_out import held_out_rows, judge_of
 from rlhf.evaluation.preference import compare_all, outcome
 from rlhf.evaluation.statistics import with_interval
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_scorer
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
 from rlhf.params import EvaluateParams
 from rlhf.reward_model import accuracy, score_rows
 from rlhf.training.seeding import seed_everything
@@ -58,7 +58,7 @@ def accuracy_on(policy: Path, rm: Path, prompts: Sequence[str], labeler: GoldLab
     texts = sample_several(policy, prompts, SAMPLES, params, stage.params.seed)
     rows = [gold_ranked({"prompt": prompt, "completions": list(dict.fromkeys(some))}, labeler)
             for prompt, some in zip(prompts, texts, strict=True)]
-    return accuracy(score_rows(load_scorer(rm), PromptCodec(load_tokenizer(rm)),
+    return accuracy(score_rows(load_scorer(rm), load_codec(rm),
                                [row for row in rows if len(row["completions"]) > 1], stage.params.stages.rm))
 
 

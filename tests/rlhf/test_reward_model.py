@@ -19,9 +19,10 @@ import rlhf.reward_model
 from rlhf.errors import UserError
 from rlhf.fast.packed_attention import NAME
 from rlhf.losses import best_of_loss
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy, load_scorer, new_scorer, no_dropout, save_memory
 from rlhf.model.scoring import score_groups, score_sequences
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.params import RmParams
 from rlhf.reward_model import (
     Scored,

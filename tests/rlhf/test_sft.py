@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.data.batching import length_batches
 from rlhf.errors import UserError
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.params import SftParams
 from rlhf.pretrain import corpus_batch, read_corpus
 from rlhf.sft import Demonstrations, batch_loss, sft

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, sample_responses
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.training.seeding import generator
 from tests.tasks.small_pipeline import PROFILE, SmallPipeline, Undisturbed
 

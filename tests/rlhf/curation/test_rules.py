@@ -19,7 +19,8 @@ def row(key: str, user: str = "", *, split: int = UNDECIDED, own_id: str = "", f
         personal: bool = False, too_long: str = "", order: int = -1, comparison: str = "") -> Screened:
     """A row; without a user one that the source names none of."""
     return Screened(1, b"{", b"}\n", key, hashed(user) if user else 0, hashed(key + user + comparison) if order < 0
-                    else order, hashed(own_id) if own_id else 0, split, foreign, personal, too_long, *openings(key, key),
+                    else order, hashed(own_id) if own_id else 0, split, foreign, personal, too_long,
+                    *openings(key, key),
                     hashed(comparison) if comparison else 0)
 
 

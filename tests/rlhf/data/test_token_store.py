@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rlhf.data.batching import BUCKET_BATCHES, length_batches
 from rlhf.data.rows import Drawn, Rows, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy
-from rlhf.model.tokenizer import PromptCodec
 from rlhf.ppo.run import encode_prompts
 from rlhf.reward_model import Rankings, sample_rows
 from rlhf.sft import Demonstrations

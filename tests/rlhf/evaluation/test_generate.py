@@ -9,9 +9,10 @@ import torch
 
 from rlhf.evaluation.generate import answer, few_shot_ids, format_prompts, kl_to_reference, rm_scores, sample_several
 from rlhf.evaluation.statistics import bootstrap
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy, load_scorer
 from rlhf.model.scoring import score_sequences
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer, text_ids
+from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.params import EvaluateParams
 
 PARAMS = EvaluateParams(max_new_tokens=10)

@@ -20,9 +20,10 @@ from rlhf.evaluation.preference import (
     ranking,
     reward_judge,
 )
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy, load_scorer
 from rlhf.model.scoring import score_sequences
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer, text_ids
+from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 import rlhf.ppo.vllm_sampler
 from mlops.tools.vllm_copy import vllm_copy
 from rlhf.errors import UserError
+from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import load_policy, save_model
 from rlhf.model.sampling import Sampling, sample_responses
-from rlhf.model.tokenizer import PromptCodec, load_tokenizer
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.ppo.trainer import Trainer
 from rlhf.ppo.vllm_sampler import Sampled, VllmServer, sample_on
 from rlhf.training import distributed

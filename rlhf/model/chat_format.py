@@ -1,0 +1,328 @@
+"""Conversations as token ids: those that the tokenizer's own chat template gives, in which no text can open a turn.
+
+A conversation is rendered by the template and tokenized whole, so its ids are those of `apply_chat_template`. Text
+that holds the name of a special token, or a mark by which the template opens a turn, is cut inside that name and
+tokenized in pieces: it stays text. An answer ends with the token that the template puts there.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf.model.tokenizer import OWN_TEMPLATE, give_pad, load_tokenizer
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]  # a text is one turn of the user; messages end before the answer
+
+ROLES = ("system", "user", "assistant", "tool")
+BOS = "{{ bos_token }}"  # before it, where the tokenizer puts BOS before a text
+DATE = date(2024, 7, 26)  # of templates that ask for today's; Llama 3.2's when it is told none
+_CLOCK = "strftime_now"
+_CODES = {"%d": "%d", "%m": "%m", "%Y": "%Y", "%y": "%y", "%B": "%B", "%b": "%b", "%A": "%A", "%a": "%a", "%j": "%j",
+          "%H": "%H", "%M": "%M", "%S": "%S"}
+_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+_MARK_LIKE = re.compile(r"(?=.{2,30}\Z)(?=.*[A-Za-z])(?:[\[<#|{*=].*|.*[:\]>|}])\Z")  # [INST], <<SYS>>, Human:
+_BRACKETED = re.compile(r"[\[<{|].*[A-Za-z].*[\]>}|]\Z")
+MOST_WORDS = 3  # of a mark
+_ANSWER, _ASKED = "\u27e6answer\u27e7", "\u27e6asked\u27e7"
+
+
+class ChatFormatError(ValueError):
+    """A template that cannot be used, or that refuses a conversation: why."""
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of a model that has none: OWN_TEMPLATE, after BOS where the tokenizer puts that before texts."""
+    starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return (BOS if starts_with_bos else "") + OWN_TEMPLATE
+
+
+def with_fixed_date(template: str, day: date = DATE) -> str:
+    """The template with `day` wherever it asks for today's date: a run of tomorrow, or in another time zone, has the
+    same prompts."""
+    macro = f"{{%- macro {_CLOCK}(format) -%}}"
+    if _CLOCK not in template or template.startswith(macro):
+        return template
+    filled = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in _CODES)
+    return f"{macro}{{{{ format{filled} }}}}{{%- endmacro -%}}{template}"
+
+
+def messages_of(prompt: Prompt) -> list[dict[str, str]]:
+    """A prompt as messages. Raises ChatFormatError for what is neither a text nor messages with role and content."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for number, message in enumerate(prompt, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ChatFormatError(f"message {number} has no content that is text")
+        if message.get("role") not in ROLES:
+            raise ChatFormatError(f"message {number} has an unknown role: {message.get('role')!r}")
+        messages.append(dict(message))
+    return messages
+
+
+class PromptCodec:
+    """Ids of prompts and answers, in the tokenizer's chat template, or in `own_template` where it has none.
+
+    `stops`: further tokens that end an answer, beside EOS and the one that the template puts there (`end_id`);
+    `stop_ids` are all of them. `marks`: the names that are broken up in texts. Raises ChatFormatError for a tokenizer
+    without EOS or PAD, or whose PAD ends answers, and for a template that does not render a user's turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = (), day: date = DATE,
+                 needs_pad: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if self.eos_id is None:
+            raise ChatFormatError("its tokenizer has no EOS; name the token that ends a text as eos_token in "
+                                  "tokenizer_config.json")
+        self.template = with_fixed_date(tokenizer.get_chat_template() if tokenizer.chat_template
+                                        else own_template(tokenizer), day)
+        self._as_parts = False
+        self._as_parts = not self._renders_text()
+        self._counts: dict[tuple[Any, ...], int] = {}
+        self._added = {token: index for token, index in tokenizer.get_added_vocab().items() if token.strip()}
+        self._special = {*tokenizer.all_special_ids,
+                         *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        self._frame()
+        self.stop_ids = tuple(sorted({self.eos_id, self.end_id, *stops}))
+        if needs_pad and (self.pad_id is None or self.pad_id in self.stop_ids):
+            raise ChatFormatError("its tokenizer needs a PAD token that differs from those that end an answer")
+
+    # --- the template's frame --------------------------------------------------------------------------------
+
+    def _renders_text(self) -> bool:
+        """Whether the template takes contents that are text; False where it wants lists of parts. Raises."""
+        refusals = []
+        for as_parts in (False, True):
+            self._as_parts = as_parts
+            try:
+                if _ASKED in self._render([[{"role": "user", "content": _ASKED}]], True)[0]:
+                    return not as_parts
+                refusals.append("it leaves the user's text out")
+            except ChatFormatError as error:
+                refusals.append(str(error))
+        raise ChatFormatError(f"its chat template cannot be used: {refusals[0]}")
+
+    def _frame(self) -> None:
+        """Learns what the template puts around turns: its tokens, its marks that are text, the end of an answer."""
+        asked = [{"role": "user", "content": _ASKED}]
+        self._opening = self._render([asked], True)[0]  # the prompt that answers are tokenized after
+        whole = self._render([[*asked, {"role": "assistant", "content": _ANSWER}]], False)[0]
+        if _ANSWER not in whole:
+            raise ChatFormatError("its chat template leaves the assistant's text out")
+        before, self._closing = whole.split(_ANSWER, 1)
+        self._lead = before[len(self._opening):] if before.startswith(self._opening) else ""
+        texts = [whole, self._opening, *self._probes()]
+        ids = {index for text in texts for index in self._ids([text])[0]}
+        frame = {token: index for token, index in self._added.items() if index in ids and len(token.strip()) > 1}
+        self.frame_ids = frozenset(index for index in ids if index in self._special or index in frame.values())
+        self._protected = frozenset({*self._special, *frame.values()})
+        names = {self.tokenizer.convert_ids_to_tokens(index) for index in self._protected} | frame.keys()
+        tokens = {name for name in names if name and name.strip()}
+        boundaries = [part for text in texts for part in re.split("\u27e6[a-z]+\u27e7", text)[1:-1]]
+        inside = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        plain = set()
+        if any(part.strip() and not inside.search(part) for part in boundaries):
+            lines = {line.strip() for text in texts for part in re.split("\u27e6[a-z]+\u27e7", text)
+                     for piece in inside.split(part) for line in piece.splitlines() if len(line.split()) <= MOST_WORDS}
+            plain = {*filter(_MARK_LIKE.match, lines),
+                     *(word for line in lines for word in line.split() if _BRACKETED.match(word))}
+        self.marks = sorted(tokens | plain)
+        self._mark = re.compile("|".join(map(re.escape, sorted(self.marks, key=lambda mark: (-len(mark), mark)))))
+        self._cuts = {mark: self._cut_of(mark) for mark in plain}
+        self._lead_ids = self._ids([self._lead])[0] if self._lead else []
+        closing = [index for index in self._ids([self._closing])[0] if index in self._protected]
+        self.end_id: int = closing[0] if closing else self.eos_id
+        self._ends_itself = bool(closing)
+
+    def _probes(self) -> list[str]:
+        """Conversations of several turns, with a system's turn too where the template has one."""
+        turns = [{"role": role, "content": f"\u27e6{role}\u27e7"} for role in ("system", "user", "assistant", "user")]
+        found = []
+        for some in (turns, turns[1:]):
+            try:
+                found.append(self._render([some], True)[0])
+            except ChatFormatError:
+                continue
+        return found
+
+    def _cut_of(self, mark: str) -> int:
+        """Where a mark that is plain text is cut so that its pieces have other ids than the whole; 0: nowhere."""
+        whole = {tuple(self._ids([before + mark])[0]) for before in ("", " ", "\n")}
+        for cut in sorted(range(1, len(mark)), key=lambda place: abs(place - len(mark) / 2)):
+            pieces = {tuple(self._ids([before + mark[:cut]])[0] + self._following(mark[cut:]))
+                      for before in ("", " ", "\n")}
+            if not pieces & whole:
+                return cut
+        return 0
+
+    # --- rendering and tokenizing ----------------------------------------------------------------------------
+
+    def _render(self, conversations: Sequence[Sequence[Message]], open_answer: bool) -> list[str]:
+        if self._as_parts:
+            conversations = [[{**message, "content": [{"type": "text", "text": message["content"]}]}  # type: ignore
+                              for message in turns] for turns in conversations]
+        try:
+            return list(self.tokenizer.apply_chat_template(
+                [list(turns) for turns in conversations], chat_template=self.template, tokenize=False,
+                add_generation_prompt=open_answer))
+        except _FAULTS as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            if len(conversations) > 1:  # names the one that is at fault
+                return [self._render([turns], open_answer)[0] for turns in conversations]
+            roles = ", ".join(message["role"] for message in conversations[0])
+            raise ChatFormatError(f"its chat template refuses a conversation of {roles}: {said}") from None
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    @cached_property
+    def _adds_blank(self) -> bool:
+        """Whether the tokenizer puts a blank before a text, as SentencePiece does."""
+        first = self.tokenizer.convert_ids_to_tokens(self._ids(["x"])[0])[0]
+        return first.startswith("\u2581")
+
+    def _following(self, text: str) -> list[int]:
+        """Ids of a text that follows another."""
+        if not self._adds_blank or not text:
+            return self._ids([text])[0]
+        for other in ("\u6f22", "\n", "x"):  # one that no piece joins with what follows
+            before, whole = self._ids([other, other + text])
+            if whole[:len(before)] == before:
+                return whole[len(before):]
+        return self._ids([text])[0]
+
+    def _broken_up(self, text: str, everywhere: bool, gap: str) -> str:
+        """The text with `gap` inside each mark, or after each character that is no letter, digit or blank."""
+        if everywhere:
+            return re.sub(r"([^\w\s])", rf"\1{gap}", text)
+        pieces = []
+        while match := self._mark.search(text):
+            cut = self._cuts.get(match.group(), 1)
+            if not cut:
+                raise ChatFormatError(f"a text holds {match.group()}, by which the chat template opens a turn: its "
+                                      "tokens cannot be told from the template's")
+            pieces.append(text[:match.start() + cut])
+            text = text[match.start() + cut:]
+        return gap.join([*pieces, text])
+
+    def _encode(self, conversations: Sequence[Sequence[Message]], open_answer: bool) -> list[list[int]]:
+        """Ids of conversations, each tokenized whole but where a text holds a mark."""
+        rendered = self._render(conversations, open_answer) if conversations else []
+        ids = self._ids(rendered)
+        for number, turns in enumerate(conversations):
+            if any(self._mark.search(message["content"]) for message in turns) or self._tampered(
+                    turns, open_answer, ids[number]):
+                ids[number] = self._encode_hostile(turns, open_answer)
+        return ids
+
+    def _encode_hostile(self, turns: Sequence[Message], open_answer: bool) -> list[int]:
+        text = "".join(message["content"] for message in turns)
+        gap = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+        for everywhere in (False, True):
+            cut = [{**message, "content": self._broken_up(message["content"], everywhere, gap)} for message in turns]
+            first, *others = self._render([cut], open_answer)[0].split(gap)
+            ids = self._ids([first])[0] + [index for piece in others for index in self._following(piece)]
+            if not self._tampered(turns, open_answer, ids):
+                return ids
+        raise ChatFormatError(f"a text would become a token of the chat format: {text[:60]!r}")
+
+    def _tampered(self, turns: Sequence[Message], open_answer: bool, ids: list[int]) -> bool:
+        """Whether the ids hold more, or fewer, tokens of the frame than plain texts in the same turns would."""
+        key = (open_answer, *((message["role"], bool(message["content"].strip())) for message in turns))
+        if key not in self._counts:
+            plain = [{**message, "content": "x" if message["content"].strip() else ""} for message in turns]
+            self._counts[key] = self._tokens_of_frame(self._ids(self._render([plain], open_answer))[0])
+        return self._tokens_of_frame(ids) != self._counts[key]
+
+    def _tokens_of_frame(self, ids: list[int]) -> int:
+        return sum(index in self._protected and index != self.tokenizer.unk_token_id for index in ids)
+
+    # --- what training, sampling and serving use -------------------------------------------------------------
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Ids that an answer to each prompt follows. Raises ChatFormatError for one that the template refuses."""
+        return self._encode([messages_of(prompt) for prompt in prompts], True)
+
+    def completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of answers, which follow a prompt's, up to and with the token that ends an answer.
+
+        They are the template's of prompt and answer together, but where a token would hold the prompt's end and the
+        answer's beginning: a model is asked after the prompt's ids, so it is trained there.
+        """
+        conversations = [[{"role": "user", "content": _ASKED}, {"role": "assistant", "content": text}]
+                         for text in texts]
+        [start] = self._ids([self._opening])
+        return [self._ended(ids[len(start):] if ids[:len(start)] == start else self._apart(turns))
+                for ids, turns in zip(self._encode(conversations, False), conversations, strict=True)]
+
+    def _apart(self, turns: Sequence[Message]) -> list[int]:
+        """Ids of the last turn's text and what the template puts around it, tokenized apart from the prompt."""
+        text = turns[-1]["content"]
+        gap = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+        safe = {**turns[-1], "content": self._broken_up(text, False, gap)}
+        whole = self._render([[*turns[:-1], safe]], False)[0]
+        answer = whole[len(self._opening):] if whole.startswith(self._opening) else safe["content"] + self._closing
+        return [index for piece in answer.split(gap) for index in self._following(piece)]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """The ids of an answer up to its end, which is EOS where the template has none."""
+        if not self._ends_itself:
+            return [*ids, self.end_id]
+        return ids[:ids.index(self.end_id) + 1]
+
+    def answers_of(self, prompt: Prompt, completion: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a whole conversation, and (start, end) of each answer in it, earlier ones included, their ends too.
+
+        An earlier answer that the template renders differently once others follow (reasoning that it leaves out) is not
+        among them: nobody is ever asked to give it in that form.
+        """
+        messages = messages_of(prompt)
+        [asked], [answer] = self.prompts([messages]), self.completions([completion])
+        ids = asked + answer
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" or not number:
+                continue
+            [before] = self.prompts([messages[:number]])
+            if ids[:len(before)] == before and self.end_id in ids[len(before):len(asked)]:
+                spans.append((len(before), ids.index(self.end_id, len(before)) + 1))
+        return ids, [*spans, (len(asked), len(ids))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer without special tokens, the template's lead and outer white space."""
+        ids = [index for index in ids if index not in self.stop_ids]
+        if self._lead_ids and ids[:len(self._lead_ids)] == self._lead_ids:
+            ids = ids[len(self._lead_ids):]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def load_codec(folder: str | Path) -> PromptCodec:
+    """The codec of a model folder (or hub name): its tokenizer, and the stop tokens of its generation_config.json."""
+    return PromptCodec(load_tokenizer(folder), stops_of(folder))
+
+
+def codec_with_pad(name: str | Path, day: date = DATE) -> PromptCodec:
+    """The codec of a base model as it comes: a PAD token of its own is found or added, and the tokenizer gets the
+    template that the codec uses. `day`: what a template that asks for the date is told. Raises ChatFormatError."""
+    tokenizer, stops = load_tokenizer(name), stops_of(name)
+    codec = PromptCodec(tokenizer, stops, day, needs_pad=False)
+    give_pad(tokenizer, {*codec.stop_ids, *codec.frame_ids})
+    tokenizer.chat_template = codec.template
+    return PromptCodec(tokenizer, stops)
+
+
+def stops_of(folder: str | Path) -> list[int]:
+    """The tokens that end an answer by a model's generation_config.json; none where it has no such file."""
+    try:
+        found = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    except (OSError, ValueError):
+        return []
+    return [found] if isinstance(found, int) else list(found or [])
