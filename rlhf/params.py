@@ -257,6 +257,7 @@ class EvaluateParams:
     tax_tasks: list[str] = param([], "lm-eval tasks that count as alignment tax, in addition to those of data/tax")
     other_tasks: list[str] = param([], "lm-eval tasks that are only reported (truthfulness, toxicity, bias)")
     task_data: dict[str, str] = param({}, "task: JSON Lines file that replaces its hub dataset, in the same format")
+    chat_tasks: list[str] = param([], "tasks asked in the chat format; the others are plain text [InstructGPT App. E]")
     tax_items: int = param(0, "items per task, 0 for all", ge=0)
     few_shot: int = param(0, "few-shot examples before each task item", ge=0, le=100)
     task_batch_size: int = param(128, "sequences per forward pass of the tasks", ge=1)

@@ -111,7 +111,7 @@ def _folder(name: str, path: str) -> Path:
 
 def harness(params: EvaluateParams, tasks: Sequence[str]) -> TaskSuite:
     return TaskSuite(tasks, [TAX, BENCHMARKS], params.task_data, params.tax_items, params.few_shot,
-                   params.task_batch_size, params.precision)
+                   params.task_batch_size, params.precision, params.chat_tasks)
 
 
 def tax_harness(params: EvaluateParams) -> TaskSuite:

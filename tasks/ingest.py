@@ -43,6 +43,10 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
         report = assemble(source, root, made, seed, processes, die_with_parent,
                           lambda role, count: progress.step(advance=count) if count else None)
     print(as_table(report), flush=True)
+    for role, found in report.items():
+        if role != "corpus" and found["kept"] and not found["valid"] and source.rules.valid_share:
+            print(f"{role}: no row is in valid, which training needs: too few users or prompts for valid_share = "
+                  f"{source.rules.valid_share:g}", flush=True)
     metrics: dict[str, Any] = {}
     for role, found in report.items():
         if role == "corpus":

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.types.schema import Array, Object, Property
 
 from mlops.tracking.mlflow_client import RUN_NAME_TAG, experiment_id, tracking_uri
 from rlhf.errors import UserError
@@ -31,12 +32,16 @@ CONTENT_TAG = "instructflow.content"
 FOLDER = "model"  # the artifact's name inside the pyfunc model
 SERVED = {"policy": "served_policy.py", "rm": "served_rm.py"}
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
+ASKED: list[ColSpec | TensorSpec] = [
+    ColSpec(DataType.string, "prompt", required=False),
+         ColSpec(Array(Object([Property("role", DataType.string), Property("content", DataType.string)])), "messages",
+                 required=False)]
 SIGNATURES = {
     "policy": ModelSignature(
-        Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string, "response")]),
+        Schema(ASKED), Schema([ColSpec(DataType.string, "response")]),
         ParamSchema([ParamSpec("max_new_tokens", DataType.long, 64), ParamSpec("temperature", DataType.double, 1.0),
                      ParamSpec("seed", DataType.long, 1)])),
-    "rm": ModelSignature(Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.string, "completion")]),
+    "rm": ModelSignature(Schema([*ASKED, ColSpec(DataType.string, "completion")]),
                          Schema([ColSpec(DataType.double, "score")])),
 }
 

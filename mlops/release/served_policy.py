@@ -1,5 +1,6 @@
 """The policy as `mlflow models serve` runs it: {"dataframe_records": [{"prompt": ...}]} -> responses.
 
+A row has `prompt`, a text, or `messages`, a conversation as in OpenAI's API.
 MLflow executes this file when it loads a version; `rlhf` and the Hugging Face folder are logged with it.
 """
 
@@ -10,7 +11,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from rlhf.model.chat_format import load_codec
+from rlhf.model.chat_format import asked, load_codec
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.training.seeding import generator
@@ -28,7 +29,7 @@ class Policy(PythonModel):
         options = {"max_new_tokens": 64, "temperature": 1.0, "seed": 1, **(params or {})}
         sampling = Sampling(int(options["max_new_tokens"]), self.codec.stop_ids, self.codec.pad_id,
                             float(options["temperature"]))
-        prompts = self.codec.prompts([str(text) for text in model_input["prompt"]])
+        prompts = self.codec.prompts([asked(row) for row in model_input.to_dict("records")])
         responses = sample_responses(self.model, prompts, sampling, generator(int(options["seed"]), "served"))
         return [self.codec.decode(ids) for ids in responses]
 

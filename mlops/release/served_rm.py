@@ -1,4 +1,7 @@
-"""The reward model as `mlflow models serve` runs it: {"dataframe_records": [{"prompt", "completion"}]} -> scores."""
+"""The reward model as `mlflow models serve` runs it: {"dataframe_records": [{"prompt", "completion"}]} -> scores.
+
+`messages`, as in OpenAI's API, may stand in the place of `prompt`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from rlhf.model.chat_format import load_codec
+from rlhf.model.chat_format import asked, load_codec
 from rlhf.model.load import load_scorer
 from rlhf.model.scoring import score_sequences
 
@@ -21,7 +24,7 @@ class RewardModel(PythonModel):
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame,
                 params: dict[str, Any] | None = None) -> list[float]:
-        prompts = self.codec.prompts([str(text) for text in model_input["prompt"]])
+        prompts = self.codec.prompts([asked(row) for row in model_input.to_dict("records")])
         completions = self.codec.completions([str(text) for text in model_input["completion"]])
         return score_sequences(self.model, [prompt + completion for prompt, completion in
                                             zip(prompts, completions, strict=True)], self.codec.pad_id, "fp32")

@@ -4,7 +4,8 @@
     python -m mlops.tools.chat sft ppo            # SFT and an arm of PPO; a model folder works too
     echo "a prompt" | python -m mlops.tools.chat base sft ppo --temperature 0
 
-Each line of input is a separate prompt, as in the training data; an empty line or Ctrl-D ends the chat.
+Each line goes on with the conversation, of which every model sees its own answers; /reset begins another. With
+--separate each line is a conversation of its own. An empty line or Ctrl-D ends the chat.
 """
 
 import argparse
@@ -51,32 +52,45 @@ def load(name: str) -> Speaker:
     return Speaker(name, load_codec(folder), load_policy(folder))
 
 
-def reply(speaker: Speaker, prompt: str, options: argparse.Namespace, turn: int) -> str:
-    """The model's response; equal prompt, seed and turn give an equal response."""
+def reply(speaker: Speaker, messages: list[dict[str, str]], options: argparse.Namespace, turn: int) -> str:
+    """The model's response; an equal conversation, seed and turn give an equal response.
+
+    Raises UserError for a conversation that is longer than the model's context, or that its template refuses.
+    """
+    from rlhf.model.chat_format import ChatFormatError
+    from rlhf.model.load import context_of
     from rlhf.model.sampling import Sampling, sample_responses
     from rlhf.model.tokenizer import newline_ids
     from rlhf.training.seeding import generator
 
     stops = (*speaker.codec.stop_ids, *(newline_ids(speaker.codec.tokenizer) if speaker.name == "base" else ()))
     sampling = Sampling(options.max_new_tokens, stops, speaker.codec.pad_id, options.temperature)
-    ids = sample_responses(speaker.model, speaker.codec.prompts([prompt]), sampling,
-                           generator(options.seed, "chat", turn))
+    try:
+        prompt_ids = speaker.codec.prompts([messages])
+    except ChatFormatError as error:
+        raise UserError(f"{speaker.name}: {error}") from None
+    room = context_of(speaker.model) - options.max_new_tokens
+    if len(prompt_ids[0]) > room:
+        raise UserError(f"{speaker.name}: the conversation has {len(prompt_ids[0])} tokens, and the model's context "
+                        f"has room for {room}; /reset begins another")
+    ids = sample_responses(speaker.model, prompt_ids, sampling, generator(options.seed, "chat", turn))
     return str(speaker.codec.decode(ids[0]))
 
 
-def scores(speaker: Speaker, prompt: str, responses: list[str]) -> list[float]:
+def scores(prompts: list[Any], responses: list[str]) -> list[float]:
     """The reward model's scores of the responses; NaN without a reward model."""
     from rlhf.evaluation.generate import rm_scores
 
     if not (RM / "config.json").is_file():
         return [float("nan")] * len(responses)
-    return rm_scores(RM, [prompt] * len(responses), responses, "fp32")
+    return rm_scores(RM, prompts, responses, "fp32")
 
 
 def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console) -> None:
     """Reads prompts until the end of input and shows the responses."""
     interactive = sys.stdin.isatty()
     turn = 0
+    said: list[list[dict[str, str]]] = [[] for _ in speakers]
     while True:
         try:
             prompt = console.input("[bold]prompt> [/bold]") if interactive else sys.stdin.readline()
@@ -85,14 +99,27 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
         prompt = prompt.rstrip("\n")
         if not prompt.strip():
             return
+        if options.separate or prompt.strip() == "/reset":
+            said = [[] for _ in speakers]
+            if prompt.strip() == "/reset":
+                continue
         turn += 1
-        responses = [reply(speaker, prompt, options, turn) for speaker in speakers]
+        prompts = [[*messages, {"role": "user", "content": prompt}] for messages in said]
+        try:
+            responses = [reply(speaker, messages, options, turn)
+                         for speaker, messages in zip(speakers, prompts, strict=True)]
+        except UserError as error:
+            if not interactive:
+                raise
+            console.print(Text(str(error), style="red"))
+            continue
+        said = [[*messages, {"role": "assistant", "content": response}]
+                for messages, response in zip(prompts, responses, strict=True)]
         if not interactive:
             console.print(Text(prompt, style="bold"))
         boxes = [Panel(Text(response or "(empty)"), title=speaker.name, subtitle=f"rm {value:.2f}",
                        width=min(console.width, max(30, console.width // len(speakers) - 1)))
-                 for speaker, response, value in zip(speakers, responses, scores(speakers[0], prompt, responses),
-                                                     strict=True)]
+                 for speaker, response, value in zip(speakers, responses, scores(prompts, responses), strict=True)]
         console.print(Columns(boxes))
 
 
@@ -102,6 +129,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy decoding")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--separate", action="store_true", help="each line is a conversation of its own")
     options = parser.parse_args()
     try:
         names = options.models or (["promoted"] if (PROMOTED / "config.json").is_file()

@@ -32,6 +32,12 @@ _WORD = re.compile(r"[^\W\d_]+")
 _TYPOGRAPHY = str.maketrans({**dict.fromkeys("\u2018\u2019\u201a\u201b\u2032", "'"),
                              **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"'),
                              **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")})
+_FLOAT_ID = re.compile(r"\A(\d+)\.0\Z")
+# NFKC makes digits of superscripts and subscripts, and 22 is not two squared.
+_RAISED = str.maketrans({**{mark: f"^{digit}" for digit, mark in enumerate("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076"
+                                                                           "\u2077\u2078\u2079")},
+                         **{chr(0x2080 + digit): f"_{digit}" for digit in range(10)}, "\u207b": "^-", "\u208b": "_-"})
+_FACTORIAL = re.compile(r"(?<=[0-9)])!+\Z")
 _FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # blanks that are no white space to Unicode
 _CLOSING = " .,;:!?\u3002\u3001\uff61\u061f\u061b\u06d4\u0964\u0965"
 _OPENING = " \u00a1\u00bf"
@@ -46,13 +52,15 @@ def normalised(prompt: str) -> str:
     """
     text = prompt if prompt.isascii() else _plain_letters(prompt)
     text = " ".join(text.casefold().split())
-    return text.rstrip(_CLOSING).lstrip(_OPENING) or text
+    factorial = _FACTORIAL.search(text)
+    return (text if factorial else text.rstrip(_CLOSING)).lstrip(_OPENING) or text
 
 
 def same_user(user_id: str) -> str:
     """The user id as it is compared with others: NFKC, lower case, one blank for white space, none at the ends, without
-    characters of no width and look-alike letters of other alphabets."""
-    return " ".join((user_id if user_id.isascii() else _plain_letters(user_id)).casefold().split())
+    characters of no width and look-alike letters of other alphabets; 17.0, as pandas writes 17, is 17."""
+    plain = " ".join((user_id if user_id.isascii() else _plain_letters(user_id)).casefold().split())
+    return _FLOAT_ID.sub(r"\1", plain)
 
 
 def _visible(text: str) -> str:
@@ -66,7 +74,7 @@ def _visible(text: str) -> str:
 
 def _plain_letters(text: str) -> str:
     """NFKC of the visible text, with plain quotes and dashes and without look-alike letters in Latin words."""
-    text = unicodedata.normalize("NFKC", _visible(text)).translate(_TYPOGRAPHY)
+    text = unicodedata.normalize("NFKC", _visible(text).translate(_RAISED)).translate(_TYPOGRAPHY)
     if text.isascii():
         return text
     other = sum(character > "\u024f" and character.isalpha() for character in text)

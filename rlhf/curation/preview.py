@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from rlhf.curation.assemble import batches_of
-from rlhf.curation.loss import reason_kind
+from rlhf.curation.loss import is_too_much, lost_rows, reason_kind
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
 from rlhf.curation.screen import Screened, screen_rows
 from rlhf.curation.sources.map_rows import check_columns
 from rlhf.curation.sources.paths import Seen
 from rlhf.curation.sources.read import name_of
 from rlhf.curation.sources.records import Group
-from rlhf.curation.sources.spec import Entry, Source
+from rlhf.curation.sources.spec import Entry, RulesParams, Source
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 
@@ -53,7 +53,7 @@ def preview(source: Source, root: Path, seed: int, count: int) -> Iterator[str]:
     decided = apply_rules({role: samples[role].rows for role in roles}, source.rules, seed)
     for role in roles:
         splits, fates = decided[role]
-        yield from _of_role(role, samples[role], splits, fates)
+        yield from _of_role(role, samples[role], splits, fates, source.rules)
 
 
 def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder: Path) -> _Sample:
@@ -89,7 +89,7 @@ def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder
     return sample
 
 
-def _of_role(role: str, sample: _Sample, splits: np.ndarray, fates: np.ndarray) -> Iterator[str]:
+def _of_role(role: str, sample: _Sample, splits: np.ndarray, fates: np.ndarray, rules: RulesParams) -> Iterator[str]:
     names, said = list(RULES), None
     for entry, place, row, results in sample.shown:
         if entry is not said:
@@ -111,6 +111,11 @@ def _of_role(role: str, sample: _Sample, splits: np.ndarray, fates: np.ndarray) 
     yield f"{role}: of {sample.read:,} rows read {int((fates == STAYS).sum()):,} would be kept"
     yield from (f"  quarantined: {reason}: {number:,}" for reason, number in sample.quarantined.most_common())
     yield from (f"  dropped: {rule}: {number:,}" for rule, number in dropped.most_common())
+    counts = {"read": sample.read, "quarantined": sample.quarantined, "dropped": dropped,
+              "kept": int((fates == STAYS).sum())}
+    if sample.read and is_too_much(counts, rules):
+        yield (f"  would be refused: {lost_rows(counts):,} rows are lost, more than the rules allow (max_lost_share = "
+               f"{rules.max_lost_share:g})")
 
 
 def mapping_of(entry: Entry) -> str:

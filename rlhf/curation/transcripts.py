@@ -53,8 +53,10 @@ def turns_of(messages: Iterable[Mapping[str, Any]], drop_tools: bool = False) ->
             raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out")
         if role.strip().lower() not in ROLES:
             raise ValueError(f"message {number} has an unknown role: {role!r}")
-        text = trimmed(_text(content, number))
         spoken = ROLES[role.strip().lower()]
+        if spoken == "System" and content is None:
+            continue
+        text = trimmed(_text(content, number))
         if not text.strip():
             if spoken == "System":
                 continue
@@ -104,7 +106,11 @@ def _text(content: Any, number: int) -> str:
         if not isinstance(said, str):
             raise ContentError(f"message {number} holds a part that is no text: {kind}")
         texts.append(said)
-    return "\n\n".join(texts)
+    joined = texts[0]
+    for text in texts[1:]:  # a sentence that goes on in the next part is one; else a part is a paragraph
+        goes_on = not joined or not text or joined[-1].isspace() or text[0].isspace() or text[0] in ".,;:!?)"
+        joined += text if goes_on else f"\n\n{text}"
+    return joined
 
 
 def as_text(turns: list[Turn]) -> str:

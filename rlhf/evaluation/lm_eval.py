@@ -60,7 +60,8 @@ class TaskSuite:
     """The tasks and how they are run.
 
     `tasks`: names; None for every task of `folders`. `data`: task name -> JSON Lines file that replaces its hub
-    dataset. `limit`: items per task, 0 for all.
+    dataset. `limit`: items per task, 0 for all. `chat`: tasks that are asked in the tokenizer's chat template; the
+    others are plain text, after BOS where the tokenizer puts it.
     """
 
     tasks: Sequence[str] | None = None
@@ -70,6 +71,7 @@ class TaskSuite:
     few_shot: int = 0
     batch_size: int = 64
     precision: str = "fp32"
+    chat: Sequence[str] = ()
 
 
 def measure(model_folder: Path, suite: TaskSuite, cache: Path | None = None) -> dict[str, TaskScore]:
@@ -104,7 +106,8 @@ def _cache_key(name: str, model_hash: str, suite: TaskSuite) -> str:
     if name in suite.data:
         inputs.append(Path(suite.data[name]))
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs if path.is_file()]
-    text = json.dumps([name, model_hash, contents, suite.limit, suite.few_shot, suite.precision, version("lm_eval")])
+    text = json.dumps([name, model_hash, contents, suite.limit, suite.few_shot, suite.precision, version("lm_eval"),
+                       name in suite.chat])
     return f"{name.replace('/', '_')[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -135,15 +138,21 @@ def _run(model_folder: Path, names: Sequence[str], suite: TaskSuite) -> dict[str
         _share_items(model)
         tasks = {task: content for group in loaded.values() for task, content in group.items()}
         tasks |= _answers_as_tasks(tasks)
+        in_chat = {task for name, group in loaded.items() if name in suite.chat for task in group}
+        results: dict[str, Any] = {}
         try:
-            results = evaluator.simple_evaluate(model, tasks=list(tasks.values()), num_fewshot=suite.few_shot or None,
-                                                limit=suite.limit or None, bootstrap_iters=BOOTSTRAP,
-                                                task_manager=manager)  # without it lm-eval scans all tasks again
+            for chat in (False, True):
+                some = {task: item for task, item in tasks.items() if (task.removesuffix(ANSWER) in in_chat) == chat}
+                found = evaluator.simple_evaluate(
+                    model, tasks=list(some.values()), num_fewshot=suite.few_shot or None, limit=suite.limit or None,
+                    bootstrap_iters=BOOTSTRAP, apply_chat_template=chat,
+                    task_manager=manager) if some else None  # without the manager lm-eval scans all tasks again
+                results |= dict.fromkeys(some, found) if found else {}
         except AssertionError as error:  # lm-eval's error for a text that is too long
             message = f"{', '.join(tasks)}: an item is longer than the {model.max_length} tokens of {model_folder}"
             distributed.all_gather((None, message))  # the other processes wait in `gather`
             raise UserError(message) from error
-    return distributed.broadcast({} if results is None else {  # None in all processes but the main one
+    return distributed.broadcast({} if not results else {  # empty in all processes but the main one
         name: {task: _score(task, results, group[task]) for task in group} for name, group in loaded.items()})
 
 
@@ -240,8 +249,12 @@ def _with_rows(task: Path, name: str, rows: Path, scratch: Path) -> Path:
     return path
 
 
-def _score(task: str, results: Mapping[str, Any], loaded: Any) -> TaskScore:
-    """The task's main metric with its standard error: that of the mean over items, else a bootstrap."""
+def _score(task: str, found: Mapping[str, Mapping[str, Any]], loaded: Any) -> TaskScore:
+    """The task's main metric with its standard error: that of the mean over items, else a bootstrap.
+
+    `found`: the results of lm-eval's run that each task was part of.
+    """
+    results = found[task]
     metric, variant = main_metric(results["results"][task])
     value = float(results["results"][task][f"{metric},{variant}"])
     samples = sorted((sample for sample in results["samples"][task] if sample["filter"] == variant),

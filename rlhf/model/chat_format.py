@@ -67,6 +67,20 @@ def messages_of(prompt: Prompt) -> list[dict[str, str]]:
     return messages
 
 
+def asked(request: Mapping[str, Any]) -> Prompt:
+    """The prompt of a request to a served model: its `messages`, as in OpenAI's API, or its `prompt`, a text.
+
+    Raises ChatFormatError where there is neither, or both.
+    """
+    found = {key: value for key in ("prompt", "messages")
+             if (value := request.get(key)) is not None and value == value}  # a table has NaN where a row has none
+    if len(found) != 1:
+        raise ChatFormatError(f"{'both prompt and messages' if found else 'neither prompt nor messages'}; give one")
+    if "messages" in found:
+        return messages_of(list(found["messages"]))
+    return str(found["prompt"])
+
+
 class PromptCodec:
     """Ids of prompts and answers, in the tokenizer's chat template, or in `own_template` where it has none.
 

@@ -27,6 +27,7 @@ from rlhf.training import distributed
 READY_SECONDS = 300.0  # for a server that is still starting
 ANSWER_SECONDS = 1800.0  # for one answer: new weights, or a response among all the others
 AT_ONCE = 256  # requests under way, at most
+LEAST_BIAS = -100.0  # of vLLM's logit_bias
 LARGEST_GAP = 0.1  # between a server's log-probs and ours; bfloat16 on either side makes a tenth of that
 
 Sampled = tuple[list[int], list[float]]  # a response's tokens and their log-probs
@@ -42,6 +43,7 @@ class VllmServer:
         self.url, self.vocabulary = url.rstrip("/"), vocabulary
         if not self.url.startswith(("http://", "https://")):
             raise self._error("must be like http://127.0.0.1:8000")
+        self.suppressed: tuple[int, ...] = ()  # rows of the policy that nobody trained
         self.opener = build_opener(ProxyHandler({}))
 
     def _error(self, message: object) -> UserError:
@@ -105,13 +107,15 @@ class VllmServer:
                 pool.shutdown(cancel_futures=True)  # after an error the other requests are not even sent
 
     def _complete(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Sampled:
-        """One prompt's response. Whatever generation_config.json says is overridden: it is the plain softmax."""
+        """One prompt's response. Whatever generation_config.json says is overridden: it is the plain softmax, in which
+        the rows that nobody trained have no part."""
         answer = self._post("/v1/completions", {
             "prompt": list(prompt), "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
             "seed": seed, "stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "top_p": 1.0, "top_k": 0,
             "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "add_special_tokens": False, "skip_special_tokens": False, "include_stop_str_in_output": True,
-            "return_token_ids": True, "logprobs": 0})
+            "return_token_ids": True, "logprobs": 0,
+            "logit_bias": {str(index): LEAST_BIAS for index in self.suppressed}})
         try:
             choice = answer["choices"][0]
             response = [int(token) for token in choice["token_ids"]]
@@ -154,6 +158,7 @@ def sample_on(server: VllmServer, policy: PreTrainedModel, adapter: Any, tokeniz
             del merged
         if distributed.is_main():
             try:
+                server.suppressed = tuple(policy.generation_config.suppress_tokens or ())
                 server.load(Path(folder))
                 answer = server.sample(prompts, sampling, noise)
             except UserError as error:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf.model.device import has_bf16
 
+_IN_BF16 = torch.optim._muon._zeropower_via_newtonschulz
 
 def adamw(model: PreTrainedModel, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
           weight_decay: float = 0.0) -> torch.optim.AdamW:
@@ -30,8 +31,8 @@ def muon_and_adamw(model: PreTrainedModel, lr: float, muon_lr: float,
     embeddings |= {id(item) for name, item in model.named_parameters() if "wpe" in name}
     matrices = [item for item in model.parameters() if item.dim() == 2 and id(item) not in embeddings]
     with_muon = {id(item) for item in matrices}
-    if not has_bf16():  # torch's is in bfloat16 whatever the machine
-        torch.optim._muon._zeropower_via_newtonschulz = orthogonalised
+    # torch's is in bfloat16 whatever the machine
+    torch.optim._muon._zeropower_via_newtonschulz = _IN_BF16 if has_bf16() else orthogonalised
     rest = [item for item in model.parameters() if id(item) not in with_muon]
     return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]

@@ -14,6 +14,7 @@ from rlhf.curation.sources.records import (
     conversation,
     conversation_record,
     dense_ranks,
+    id_of,
     list_of,
     number_of,
     plain,
@@ -147,13 +148,17 @@ def _common(value: Value, entry: Entry) -> dict[str, Any]:
     case = plain(value("use_case"))
     if case and case not in entry.use_cases and case not in USE_CASE_PERCENT:
         raise ValueError(f"use_case is none of the ten, nor in the description's use_cases: {case}")
-    return {"prompt_id": plain(value("prompt_id")), "user": plain(value("user_id")),
-            "labeler": plain(value("labeler_id")), "source": source_of(value("source")),
+    return {"prompt_id": id_of(value("prompt_id"), "prompt_id"), "user": id_of(value("user_id"), "user_id"),
+            "labeler": id_of(value("labeler_id"), "labeler_id"), "source": source_of(value("source")),
             "split": split_of(value("split")), "use_case": entry.use_cases.get(case, case) or entry.use_case}
 
 
 def _answers(value: Value, entry: Entry) -> list[tuple[list[Turn] | None, str]]:
-    """The completions of a row, of a pair or of a list."""
+    """The completions of a row, of a pair or of a list. Raises ValueError where columns without a map say both."""
+    if not entry.columns:
+        for one, other in (("chosen", "completions"), ("ranks", "scores")):
+            if value(one) is not None and value(other) is not None:
+                raise ValueError(f"both {one} and {other} are there; say with columns which counts")
     if "completions" not in entry.columns and (value("chosen") is not None or value("rejected") is not None):
         return [answer_turns(value(name), name, entry) for name in ("chosen", "rejected")]
     names = entry.columns.get("completions")

@@ -122,8 +122,8 @@ def _csv(file: Path, entry: Entry, delimiter: str) -> Iterator[Any]:
     if hint:
         delimiter = entry.delimiter or hint[1]
         first = next(lines, "")
-    reader = csv.reader(_with_first(first, lines), delimiter=delimiter, strict=entry.quotes,
-                        escapechar=entry.escape or None, quoting=csv.QUOTE_MINIMAL if entry.quotes else csv.QUOTE_NONE)
+    reader = csv.reader(_unescaped(_with_first(first, lines), entry.escape), delimiter=delimiter, strict=entry.quotes,
+                        quoting=csv.QUOTE_MINIMAL if entry.quotes else csv.QUOTE_NONE)
     try:
         names = [name.strip() for name in next(reader)]
         _check_header(file, entry, names)
@@ -134,17 +134,37 @@ def _csv(file: Path, entry: Entry, delimiter: str) -> Iterator[Any]:
                 continue
             yield from (dict.fromkeys(names, "") for _ in range(empty))
             empty = 0
+            if delimiter == "\t" and entry.quotes and any("\t" in cell and "\n" in cell for cell in cells):
+                raise UserError(f"{file}: line {reader.line_num + bool(hint)}: a value with tabs and line breaks, from "
+                                "one quotation mark to the next; where these are plain characters write quotes: false")
             if len(cells) == len(names):
                 yield dict(zip(names, cells, strict=True))
             else:
                 yield Unreadable(f"another number of fields than the header: {len(cells)}, not {len(names)}", cells)
     except csv.Error as error:
-        advice = separator_advice([first]) if reader.line_num == 1 and not entry.delimiter else ""
+        if "new-line character" in str(error):
+            raise UserError(f"{file}: its lines end with carriage returns, as an old Mac's; save it with line feeds"
+                            ) from None
+        alone = not entry.delimiter and delimiter not in first
+        advice = separator_advice([first.strip()]) if alone else ""
         if not advice and entry.quotes:
             advice = "; where quotation marks are plain characters write quotes: false" if entry.escape else \
                 "; where quotation marks are plain characters write quotes: false, where \\\" stands for one in a " \
                 "value (as Spark writes it) escape: \"\\\\\""
         raise UserError(f"{file}: line {reader.line_num + bool(hint)}: {error}{advice}") from None
+
+
+def _unescaped(lines: Iterator[str], escape: str) -> Iterator[str]:
+    """The lines with quotation marks doubled where `escape` stands before them; elsewhere it is a plain character.
+
+    Of several before a mark two stand for one, as Spark writes a value that ends with one.
+    """
+    if not escape:
+        yield from lines
+        return
+    run = re.compile(f'({re.escape(escape)}+)"')
+    for line in lines:
+        yield run.sub(lambda match: escape * (len(match[1]) // 2) + '"' * (1 + len(match[1]) % 2), line)
 
 
 def _with_first(first: str, others: Iterator[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.curation.sources.formats import Unreadable
 from rlhf.curation.sources.map_rows import row_of, wanted
 from rlhf.curation.sources.paths import Seen, value_at
-from rlhf.curation.sources.records import Group
+from rlhf.curation.sources.records import Group, same_id
 from rlhf.curation.sources.spec import Entry
 
 BATCH = 200
@@ -63,7 +63,7 @@ def _key(row: Any, by: list[str]) -> str:
     for path, value in zip(by, values, strict=True):
         if value is None or value == "":
             raise ValueError(f"no {path} to group by")
-    return repr([str(value).strip() for value in values])
+    return repr([same_id(value) for value in values])
 
 
 def _groups(database: sqlite3.Connection) -> Iterator[Batch]:

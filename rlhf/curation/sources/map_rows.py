@@ -7,7 +7,7 @@ from typing import Any
 from rlhf.curation.sources.columns import COMMON_FIELDS, FIELDS, needed, read_json_columns
 from rlhf.curation.sources.formats import Unreadable
 from rlhf.curation.sources.layouts import LAYOUTS
-from rlhf.curation.sources.paths import Row, Seen, same, value_at
+from rlhf.curation.sources.paths import Row, Seen, same, separator_advice, value_at
 from rlhf.curation.sources.read import parse_line
 from rlhf.curation.sources.records import Group, Record, check_media
 from rlhf.curation.sources.spec import Entry
@@ -79,4 +79,5 @@ def check_columns(seen: Seen, role: str, entry: Entry, place: str) -> None:
     if not any(set(fields) <= set(known) for fields in needed(role, entry)):
         ways = "; or ".join(" and ".join(fields) for fields in needed(role, entry))
         there = ", ".join(list(seen.columns)[:40])
-        raise UserError(f"{place}: no columns {ways}; there are {there}; map them with columns: {{field: column}}")
+        advice = separator_advice(list(seen.columns)) or "; map them with columns: {field: column}"
+        raise UserError(f"{place}: no columns {ways}; there are {there}{advice}")

@@ -19,7 +19,8 @@ Row = Mapping[str, Any]
 MAX_NAMES = 40  # of columns in a message
 _STEP = re.compile(r"([^.\[\]]+)|\[(-?\d*)\]")
 _COMPARISON = re.compile(r"(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)")
-_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
+          "false": False, "no": False, "off": False, "0": False, "0.0": False}
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,9 +143,9 @@ def same(value: Any, wanted: Any) -> bool:
         return wanted is None and (value is None or value == "" or value != value)
     if isinstance(wanted, bool):
         said = _TRUTH.get(value.strip().lower()) if isinstance(value, str) else value
-        return isinstance(said, bool) and said == wanted
-    if isinstance(value, bool):
-        return str(wanted).strip().lower() == str(value).lower()
+        return said in (0, 1) and bool(said) == wanted
+    if isinstance(value, bool) and isinstance(wanted, str) and not _COMPARISON.fullmatch(wanted.strip()):
+        return wanted.strip().lower() == str(value).lower()
     if isinstance(wanted, str):
         comparison = _COMPARISON.fullmatch(wanted.strip())
         if comparison:

@@ -3,6 +3,7 @@
 All functions raise ValueError with the reason for a value that does not fit; the row is then quarantined.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from rlhf.curation.transcripts import (
 )
 
 _MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+_NULLS = ("nan", "null", "none", "n/a", "na", "<na>", "nat", "\\n")
+_LISTED = re.compile(r"\s*\[\s*\{")
 _PLACEHOLDERS = ("<image>", "<audio>", "<video>")
 
 
@@ -102,6 +105,20 @@ def plain(value: Any) -> str:
     return str(value).strip()
 
 
+def same_id(value: Any) -> str:
+    """A value to group by as text; 17.0, as pandas writes 17 where a row has none, is 17."""
+    text = plain(value)
+    return text.removesuffix(".0") if text.removesuffix(".0").isdigit() else text
+
+
+def id_of(value: Any, name: str) -> str:
+    """An id as text, "" if there is none, also where a text says so (nan, NULL). Raises ValueError for a list."""
+    if isinstance(value, bool | list | tuple | Mapping):
+        raise ValueError(f"{name} is {type(value).__name__}, neither text nor number")
+    text = plain(value)
+    return "" if text.lower() in _NULLS else text
+
+
 def source_of(value: Any) -> str:
     """Who wrote the prompt, labeler or customer; customer if the column is empty."""
     name = plain(value).lower() or "customer"
@@ -132,9 +149,22 @@ def check_weight(messages: Any) -> None:
         raise ContentError("the last answer has weight 0, which excludes it from training")
 
 
+def check_no_messages(text: str, name: str) -> None:
+    """Raises ValueError for a text that is a list of messages, as CSV files hold them: it would be read as its letters.
+
+    A text that is other JSON stays as it is.
+    """
+    if _LISTED.match(text):
+        found = as_list(text)
+        if isinstance(found, list) and all(isinstance(item, Mapping) and item.keys() & {"role", "from"}
+                                           for item in found):
+            raise ValueError(f"{name} is a text that holds a list of messages; name its column in json_columns")
+
+
 def prompt_turns(value: Any, entry: Entry, name: str = "prompt") -> list[Turn]:
     """The turns of a prompt: a text, a list of one text, or messages."""
     if isinstance(value, str):
+        check_no_messages(value, name)
         return transcript_prompt(value) or [("Human", value.replace("\r\n", "\n").strip())]
     items = list_of(value, name)
     if items and all(isinstance(item, str) for item in items):
@@ -147,6 +177,7 @@ def prompt_turns(value: Any, entry: Entry, name: str = "prompt") -> list[Turn]:
 def answer_turns(value: Any, name: str, entry: Entry) -> tuple[list[Turn] | None, str]:
     """(the turns before it if the value is a whole conversation, else None; the answer)."""
     if isinstance(value, str):
+        check_no_messages(value, name)
         return None, trimmed(value)
     if value is None:
         raise ValueError(f"no {name}")

@@ -20,6 +20,7 @@ from rlhf.errors import UserError
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 MAX_LINE = 8_000_000  # characters or bytes; no row is that long unless a line break or a quotation mark is missing
 _SAMPLE = 65_536
+FEW_BYTES = 8  # bytes beyond ASCII; fewer do not show an encoding
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _MAGIC = ((b"\x1f\x8b", "gzip", ".gz"), (b"PK\x03\x04", "a zip archive", ".zip"), (b"\xfd7zXZ", "xz data", ".xz"),
@@ -106,10 +107,20 @@ def likely_encodings(text: bytes) -> list[str]:
     """The encodings that bytes which are not UTF-8 are probably in; the commonest first of those that fit alike."""
     from charset_normalizer import from_bytes
 
+    if sum(byte > 127 for byte in text) < FEW_BYTES:  # too few to tell by: all that can be
+        return [name for name in _LIKELY if _decodes(text, name)]
     found = list(from_bytes(text, cp_isolation=_LIKELY))
     alike = {name for match in found if (match.chaos, match.coherence) == (found[0].chaos, found[0].coherence)
              for name in (match.encoding, *match.could_be_from_charset)}
     return [name for name in _LIKELY if name in alike]
+
+
+def _decodes(text: bytes, encoding: str) -> bool:
+    try:
+        text.decode(encoding)
+    except UnicodeError:
+        return False
+    return True
 
 
 def _not_utf8(file: Path, where: str, text: bytes) -> UserError:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.curation.sources.formats import Unreadable
+
 BATCH = 200
 FIELDS = ("text", "role", "rank", "deleted", "user_id", "lang")
 
@@ -58,6 +60,7 @@ def _trees(database: sqlite3.Connection, place: str) -> Iterator[tuple[str, list
 
 
 def _add_tree(messages: list[tuple[str, str, str, int, str]], numbers: list[int], trees: list[Any]) -> None:
+    """Adds the tree of some messages; one whose parent is not there comes by itself, as Unreadable."""
     nodes = {name: json.loads(body) | {"replies": []} for _, name, _, _, body in messages}
     for _, name, parent, number, _ in messages:
         if parent in nodes:
@@ -65,3 +68,6 @@ def _add_tree(messages: list[tuple[str, str, str, int, str]], numbers: list[int]
         elif not parent:
             numbers.append(number)
             trees.append({"prompt": nodes[name]})
+        else:
+            numbers.append(number)
+            trees.append(Unreadable("answers a message that is not there", nodes[name] | {"parent_id": parent}))

@@ -107,3 +107,15 @@ def test_symbols_digits_and_other_alphabets_count(one: str, other: str) -> None:
 def test_spellings_of_one_user_id_are_one_user() -> None:
     assert same_user(" Ann\u00a0Lee ") == same_user("ann  lee") == same_user("\uff21nn Lee\u200b") == "ann lee"
     assert same_user("ann.lee") != same_user("annlee")
+
+
+def test_raised_and_lowered_digits_and_factorials_count() -> None:
+    for one, other in (("What is 2\u00b2?", "What is 22?"), ("10\u207b\u00b3", "10-3"),
+                       ("H\u2082O", "H2O"), ("x = 5!", "x = 5")):
+        assert normalised(one) != normalised(other)
+    assert normalised("Say hello!") == normalised("say hello")
+
+
+def test_a_user_whose_number_became_a_float_is_the_same() -> None:
+    assert same_user("17.0") == same_user(" 17 ") == "17"
+    assert same_user("17.5") != same_user("17")

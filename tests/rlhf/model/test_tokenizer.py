@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.model.tokenizer import EOS, PAD, give_pad, load_tokenizer, newline_ids, text_ids, train_tokenizer
 
+
 def test_training_is_deterministic(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
     again = train_tokenizer(texts, 320)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

@@ -49,7 +49,9 @@ def test_a_path_leads_into_objects_lists_and_lists_written_as_text(path: str, va
 
 
 @pytest.mark.parametrize(("value", "wanted", "fits"), [
-    (True, True, True), ("True", True, True), ("no", False, True), (1, True, False), (False, True, False),
+    (True, True, True), ("True", True, True), ("no", False, True), (1, True, True),
+    ("1", True, True), (0, True, False), (2, True, False), (2, False, False),
+    (True, 1, True), (True, "> 0", True), (False, 0, True), (False, True, False),
     (3, 3, True), ("3", 3, True), (3, "3", True), (3.0, "3", True), ("3.50", 3.5, True), ("x", 3, False),
     ("a", ["b", "a"], True), ("c", ["b", "a"], False), (None, None, True), ("", None, True), (float("nan"), None, True),
     (0, None, False), ("x", {"not": None}, True), (None, {"not": None}, False), ("de", {"not": ["de", "fr"]}, False),
@@ -398,3 +400,32 @@ def test_of_three_or_more_columns_of_answers_some_may_be_empty() -> None:
         (("good", "bad", "ugly"), (1, 2, 3)), (("good", "ugly"), (1, 2)), (("good", "bad"), (2, 1))]
     assert [(number, said) for number, said, *_ in found.quarantined] == [
         (4, "no c"), (5, "scores holds no number: None")]
+
+
+@pytest.mark.parametrize("role", ["sft", "rm", "ppo"])
+def test_messages_that_are_text_are_refused_and_not_read_as_letters(role: str) -> None:
+    """As pandas writes a column of messages into CSV; a text that is other JSON stays text."""
+    for text in ("[{'role': 'user', 'content': 'Q'}]", '[{"from": "human", "value": "Q"}]'):
+        rows = {"sft": {"prompt": text, "completion": "A"}, "ppo": {"prompt": text},
+                "rm": {"prompt": "Q", "chosen": text, "rejected": "B"}}
+        (_, said, *_), = mapped(role, rows[role]).quarantined
+        assert "is a text that holds a list of messages; name its column in json_columns" in said
+    for text in ('[{"name": "x"}]', "[{ is how a list begins", "[1, 2]"):
+        assert record("ppo", {"prompt": text}).prompt == text
+
+
+def test_ids_are_texts_or_numbers_and_words_for_nothing_are_none() -> None:
+    for value, user in (("jo", "jo"), (17, "17"), (17.0, "17"), ("nan", ""), ("NULL", ""), ("\\N", ""), (None, "")):
+        assert record("ppo", {"prompt": "Q", "user_id": value}).user == user
+    for value in ([], ["a"], {"a": 1}, False):
+        (_, said, *_), = mapped("ppo", {"prompt": "Q", "user_id": value}).quarantined
+        assert said.startswith("user_id is ")
+
+
+def test_columns_without_a_map_that_contradict_each_other_are_refused() -> None:
+    row = {"prompt": "Q", "completions": ["a", "b"], "scores": [2, 1]}
+    assert record("rm", row).ranks == (1, 2)
+    for more, said in (({"ranks": [2, 1]}, "both ranks and scores are there"),
+                       ({"chosen": "b", "rejected": "a"}, "both chosen and completions are there")):
+        (_, found, *_), = mapped("rm", row | more).quarantined
+        assert said in found

@@ -180,10 +180,11 @@ def test_excel_s_files_are_read(tmp_path: Path) -> None:
 
 
 def test_spark_s_quotation_marks_are_read_where_the_description_names_their_escape(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('ask,reply\n"say \\"hi\\", then go","a\\\\b"\n')
+    (tmp_path / "a.csv").write_text('ask,reply\n"say \\"hi\\", then go","C:\\new\\\\"\nuse \\alpha,$\\frac{a}{b}$\n')
     with pytest.raises(UserError, match=r'a\.csv: line 2: .*escape: "\\\\"'):
         list(read(tmp_path, "a.csv"))
-    assert read(tmp_path, "a.csv", escape="\\") == [{"ask": 'say "hi", then go', "reply": "a\\b"}]
+    assert read(tmp_path, "a.csv", escape="\\") == [{"ask": 'say "hi", then go', "reply": "C:\\new\\"},
+                                                    {"ask": "use \\alpha", "reply": "$\\frac{a}{b}$"}]
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="is read as jsonl, which has no escape"):
         read(tmp_path, "a.jsonl", escape="\\")
@@ -339,3 +340,22 @@ def test_a_damaged_file_is_read_or_an_error_of_one_line(tmp_path_factory: pytest
         message = str(error)
     assert "\n" not in message
     assert not message or f"a.{kind}" in message
+
+
+def test_quotation_marks_that_swallow_rows_of_a_tab_separated_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('ask\treply\n"Why\tso\nhow\tso\nit is\tthis"\tx\n')
+    with pytest.raises(UserError, match=r"a\.tsv: line \d: a value with tabs and line breaks.*quotes: false"):
+        read(tmp_path, "a.tsv")
+    assert len(read(tmp_path, "a.tsv", quotes=False)) == 3 - 1 + 1
+
+
+def test_few_letters_beyond_ascii_do_not_show_an_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("ask,reply\nWelche Größe?,Grün\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"probably encoding: cp1252 \(or cp1250, .*gb18030"):
+        read(tmp_path, "a.csv")
+
+
+def test_an_old_mac_s_line_ends_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"ask,reply\ra,b\rc,d\r")
+    with pytest.raises(UserError, match="its lines end with carriage returns"):
+        read(tmp_path, "a.csv")

@@ -137,8 +137,9 @@ def test_trees_are_built_from_messages_in_any_order(tmp_path: Path) -> None:
         places = list(order)
         batches = [("set:train", [place + 1], [table[place]]) for place in places]
         (name, numbers, trees), = build_trees(batches, tmp_path)
-        assert (name, numbers) == ("set:train", [1, 3])
-        first, second = (item["prompt"] for item in trees)
+        assert (name, numbers) == ("set:train", [1, 3, 7])
+        assert trees[2].reason == "answers a message that is not there"  # and is counted as quarantined
+        first, second = (item["prompt"] for item in trees[:2])
         assert [reply["text"] for reply in first["replies"]] == ["a1", "a2"]
         assert [reply["text"] for reply in first["replies"][1]["replies"]] == ["a3"]
         assert [reply["rank"] for reply in second["replies"]] == [0]
