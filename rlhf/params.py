@@ -231,6 +231,9 @@ class PpoParams:
     kl_limit: float = param(20.0, "stop when an iteration's KL exceeds this many times kl_goal; 0: never", ge=0)
     entropy_floor: float = param(0.02, "stop when entropy falls below this share of the first iteration's; 0: never",
                                  ge=0, lt=1)
+    min_entropy: float = param(0.001, "stop when entropy falls below this, nats a token; 0: never", ge=0)
+    min_eos_rate: float = param(0.005, "stop when, of the responses of ten iterations (at least 256), fewer end; 0: "
+                                "never", ge=0, lt=1)
     ptx_coef: float = param(0.0, "weight of the pretraining loss [InstructGPT 27.8; 0 is plain PPO]", ge=0)
     ptx_batch_size: int = param(0, "pretraining rows per minibatch where ptx_coef > 0; 0: 8 per episode [InstructGPT]",
                                 ge=0)

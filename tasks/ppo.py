@@ -45,4 +45,4 @@ def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage("ppo", train, of_an_arm=True)
+    run_stage("ppo", train, of_an_arm=True, shows=("ppo", "models/sft"))

@@ -77,4 +77,4 @@ def gold_ranked(row: dict[str, Any], labeler: GoldLabeler) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_stage("rm", train)
+    run_stage("rm", train, shows=("rm", "models/sft"))

@@ -1,6 +1,7 @@
 """Fine-tunes the base model on the demonstrations: models/sft.
 
     python -m tasks.sft
+    python -m tasks.sft --show 3    # only what training makes of the first rows: text, ids, tokens, mask of the loss
 """
 
 from pathlib import Path
@@ -19,4 +20,4 @@ def fine_tune(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("sft", fine_tune)
+    run_stage("sft", fine_tune, shows=("sft", "models/pretrain"))

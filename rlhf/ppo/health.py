@@ -8,12 +8,17 @@ import numpy as np
 from rlhf.errors import TrainingFailed
 from rlhf.params import PpoParams
 
-WINDOW = 10  # iterations that the alarm looks at
+WINDOW = 10  # iterations that the alarm looks at, and that the share of ended responses is taken of
+LEAST_RESPONSES = 256  # fewer do not show that share
 SURE = 2.0  # standard errors by which a slope must differ from 0
 
 
-def check_bounds(values: dict[str, float], first_entropy: float, params: PpoParams, iteration: int) -> None:
-    """Raises TrainingFailed, which says why, where an iteration is beyond what a sound run shows."""
+def check_bounds(values: dict[str, float], history: Sequence[dict[str, float]], params: PpoParams, iteration: int
+                 ) -> None:
+    """Raises TrainingFailed, which says why, where an iteration is beyond what a sound run shows.
+
+    `history`: the iterations before.
+    """
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         raise TrainingFailed(f"iteration {iteration}: {', '.join(wrong)}: not a finite number")
@@ -21,9 +26,18 @@ def check_bounds(values: dict[str, float], first_entropy: float, params: PpoPara
     if params.kl_limit and kl > params.kl_limit * params.kl_goal:
         raise TrainingFailed(f"iteration {iteration}: KL {kl:.3g} nats is beyond ppo.kl_limit = {params.kl_limit:g} "
                              f"times the goal {params.kl_goal:g}; raise ppo.beta or lower ppo.lr")
+    first_entropy = (*history, values)[0]["ppo/entropy"]
     if entropy < params.entropy_floor * first_entropy:
         raise TrainingFailed(f"iteration {iteration}: entropy fell from {first_entropy:.3g} to {entropy:.3g} nats, "
                              f"below ppo.entropy_floor = {params.entropy_floor:g} of it: too sure of itself")
+    if entropy < params.min_entropy:
+        raise TrainingFailed(f"iteration {iteration}: entropy is {entropy:.2g} nats a token, below ppo.min_entropy = "
+                             f"{params.min_entropy:g}: the policy gives one answer only; look at models/sft")
+    rates = [row["ppo/eos_rate"] for row in (*history, values)[-WINDOW:]]
+    if len(rates) * params.batch_size >= LEAST_RESPONSES and sum(rates) / len(rates) < params.min_eos_rate:
+        raise TrainingFailed(f"iteration {iteration}: {sum(rates) / len(rates):.1%} of the responses end, fewer than "
+                             f"ppo.min_eos_rate = {params.min_eos_rate:g}: raise ppo.max_new_tokens, or train "
+                             "models/sft longer")
 
 
 def length_controlled(scores: Sequence[float], lengths: Sequence[float], at: float) -> float:

@@ -106,7 +106,7 @@ def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_fo
             try:
                 rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration)
                 add_watched(values, history, trainer, rollouts, [encoded[row][0] for row in rows], gold)
-                check_bounds(values, (history or [values])[0]["ppo/entropy"], params, iteration + 1)
+                check_bounds(values, history, params, iteration + 1)
             except TrainingFailed as error:
                 trainer.save(folder / "failed")
                 raise TrainingFailed(f"{error}; the policy as it was is in {folder / 'failed'}") from None

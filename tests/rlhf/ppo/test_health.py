@@ -68,23 +68,38 @@ def test_the_alarm_rises_where_the_proxy_rises_and_what_it_stands_for_falls(scor
     assert hacking_alarm(history(score, gold, controlled)[:3]) == 0
 
 
-SOUND = {"ppo/kl": 1.0, "ppo/entropy": 2.0}
+SOUND = {"ppo/kl": 1.0, "ppo/entropy": 2.0, "ppo/eos_rate": 0.5}
 
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"ppo/kl": 40.1}, "KL 40.1 nats is beyond ppo.kl_limit = 20 times the goal 2"),
     ({"ppo/entropy": 0.03}, "entropy fell from 2 to 0.03 nats, below ppo.entropy_floor = 0.02"),
+    ({"ppo/eos_rate": 0.001}, "0.1% of the responses end, fewer than ppo.min_eos_rate = 0.005: raise"),
     ({"ppo/policy_loss": math.nan}, "ppo/policy_loss: not a finite number"),
 ])
 def test_bounds_say_what_is_wrong(change: dict[str, float], said: str) -> None:
-    check_bounds(SOUND, 2.0, PpoParams(), 7)
+    history = [SOUND] * 6 if "ppo/eos_rate" not in change else []
+    check_bounds(SOUND, history, PpoParams(), 7)
     with pytest.raises(TrainingFailed, match="iteration 7: ") as caught:
-        check_bounds(SOUND | change, 2.0, PpoParams(), 7)
+        check_bounds(SOUND | change, history, PpoParams(), 7)
     assert said in str(caught.value)
 
 
+def test_a_run_that_learned_nothing_from_the_start_is_stopped() -> None:
+    """Its entropy cannot fall, and never does an answer end: nothing is relative to a first iteration."""
+    with pytest.raises(TrainingFailed, match=r"entropy is 1e-05 nats a token, below ppo\.min_entropy = 0\.001"):
+        check_bounds(SOUND | {"ppo/entropy": 1e-5}, [], PpoParams(), 1)
+    few = PpoParams(batch_size=64, minibatch_size=64)
+    silent = SOUND | {"ppo/eos_rate": 0.0}
+    check_bounds(silent, [silent] * 2, few, 3)  # 192 responses
+    with pytest.raises(TrainingFailed, match=r"0\.0% of the responses end"):
+        check_bounds(silent, [silent] * 3, few, 4)
+    check_bounds(silent, [*[silent] * 3, SOUND], few, 5)
+
+
 def test_bounds_can_be_switched_off() -> None:
-    check_bounds({"ppo/kl": 1e6, "ppo/entropy": 0.0}, 2.0, PpoParams(kl_limit=0, entropy_floor=0), 1)
+    off = PpoParams(kl_limit=0, entropy_floor=0, min_entropy=0, min_eos_rate=0)
+    check_bounds({"ppo/kl": 1e6, "ppo/entropy": 0.0, "ppo/eos_rate": 0.0}, [SOUND] * 9, off, 10)
 
 
 @pytest.mark.usefixtures("save_every_step")

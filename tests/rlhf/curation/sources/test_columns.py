@@ -415,10 +415,11 @@ def test_messages_that_are_text_are_refused_and_not_read_as_letters(role: str) -
 
 
 def test_ids_are_texts_or_numbers_and_words_for_nothing_are_none() -> None:
-    for value, user in (("jo", "jo"), (17, "17"), (17.0, "17"), ("nan", ""), ("NULL", ""), ("\\N", ""), (None, "")):
+    ids = [("jo", "jo"), (17, "17"), (17.0, "17"), ("nan", ""), ("NULL", ""), ("\\N", ""), (None, "")]
+    for value, user in ids:
         assert record("ppo", {"prompt": "Q", "user_id": value}).user == user
-    for value in ([], ["a"], {"a": 1}, False):
-        (_, said, *_), = mapped("ppo", {"prompt": "Q", "user_id": value}).quarantined
+    for other in ([], ["a"], {"a": 1}, False):
+        (_, said, *_), = mapped("ppo", {"prompt": "Q", "user_id": other}).quarantined
         assert said.startswith("user_id is ")
 
 
