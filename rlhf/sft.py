@@ -16,7 +16,7 @@ from rlhf.data.packing import PackedBatch, check_packing, pack_rows, shuffled_ba
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
-from rlhf.model.chat_format import PromptCodec, load_codec
+from rlhf.model.chat_format import Prompt, PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import (
@@ -49,7 +49,7 @@ class Demonstrations:
     too_long: int
 
     @classmethod
-    def encode(cls, codec: PromptCodec, prompts: Iterable[str], completions: Iterable[str], max_tokens: int,
+    def encode(cls, codec: PromptCodec, prompts: Iterable[Prompt], completions: Iterable[str], max_tokens: int,
                folder: Path | None = None) -> "Demonstrations":
         """The ids lie in a file in `folder` (rlhf/data/token_store.py)."""
         store, prompt_lengths, too_long = TokenStore(folder), array("i"), 0

@@ -24,10 +24,11 @@ import yaml
 
 from rlhf.errors import UserError
 from rlhf.files import hash_paths, write_json
-from rlhf.model.device import device, in_bf16
+from rlhf.model.device import device
 from rlhf.model.load import load_policy
 from rlhf.model.tokenizer import load_tokenizer
 from rlhf.training import distributed
+from rlhf.training.hardware import in_bf16
 
 METRICS = ("f1", "best_f1", "bleu", "acc_norm", "acc", "exact_match", "mc2", "em", "score", "rougeL_acc", "bleu_acc",
            "likelihood_diff", "pct_stereotype", "toxicity", "perplexity")  # first reported one is used

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.model.device import in_bf16
+from rlhf.training.hardware import in_bf16
 
 Affine = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
 FIXED_ROPES = ("default", "linear", "llama3")

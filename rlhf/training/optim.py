@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.model.device import has_bf16
+from rlhf.training.hardware import has_bf16
 
 _IN_BF16 = torch.optim._muon._zeropower_via_newtonschulz
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlhf.model import device
-from rlhf.model.device import autocast, has_bf16, in_bf16
+from rlhf.model.device import autocast
+from rlhf.training import hardware
+from rlhf.training.hardware import has_bf16, in_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +31,8 @@ def test_auto_follows_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_what_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "has_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "has_bf16", lambda: False)
     assert in_bf16("bf16")
     assert not in_bf16("fp32")
-    monkeypatch.setattr(device, "has_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "has_bf16", lambda: True)
     assert not in_bf16("fp32")
