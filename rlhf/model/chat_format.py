@@ -30,6 +30,7 @@ _FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, Index
 _MARK_LIKE = re.compile(r"(?=.{2,30}\Z)(?=.*[A-Za-z])(?:[\[<#|{*=].*|.*[:\]>|}])\Z")  # [INST], <<SYS>>, Human:
 _BRACKETED = re.compile(r"[\[<{|].*[A-Za-z].*[\]>}|]\Z")
 MOST_WORDS = 3  # of a mark
+_SHORT: list[Message] = [{"role": "user", "content": "x"}]
 _ANSWER, _ASKED = "\u27e6answer\u27e7", "\u27e6asked\u27e7"
 
 
@@ -126,18 +127,21 @@ class PromptCodec:
 
     def _frame(self) -> None:
         """Learns what the template puts around turns: its tokens, its marks that are text, the end of an answer."""
-        asked = [{"role": "user", "content": _ASKED}]
-        self._opening = self._render([asked], True)[0]  # the prompt that answers are tokenized after
-        whole = self._render([[*asked, {"role": "assistant", "content": _ANSWER}]], False)[0]
+        self._opening = self._render([_SHORT], True)[0]  # the prompt that answers are tokenized after
+        [self._start] = self._ids([self._opening])
+        whole = self._render([[*_SHORT, {"role": "assistant", "content": _ANSWER}]], False)[0]
         if _ANSWER not in whole:
             raise ChatFormatError("its chat template leaves the assistant's text out")
         before, self._closing = whole.split(_ANSWER, 1)
         self._lead = before[len(self._opening):] if before.startswith(self._opening) else ""
-        texts = [whole, self._opening, *self._probes()]
+        asked = [{"role": "user", "content": _ASKED}]
+        texts = [self._render([[*asked, {"role": "assistant", "content": _ANSWER}]], False)[0],
+                 self._render([asked], True)[0], *self._probes()]
         ids = {index for text in texts for index in self._ids([text])[0]}
         frame = {token: index for token, index in self._added.items() if index in ids and len(token.strip()) > 1}
         self.frame_ids = frozenset(index for index in ids if index in self._special or index in frame.values())
         self._protected = frozenset({*self._special, *frame.values()})
+        self._counted = self._protected - {self.tokenizer.unk_token_id}
         names = {self.tokenizer.convert_ids_to_tokens(index) for index in self._protected} | frame.keys()
         tokens = {name for name in names if name and name.strip()}
         boundaries = [part for text in texts for part in re.split("\u27e6[a-z]+\u27e7", text)[1:-1]]
@@ -180,6 +184,10 @@ class PromptCodec:
     # --- rendering and tokenizing ----------------------------------------------------------------------------
 
     def _render(self, conversations: Sequence[Sequence[Message]], open_answer: bool) -> list[str]:
+        if self.template == OWN_TEMPLATE:  # what jinja would make of it, in less time
+            eos = self.tokenizer.eos_token
+            return ["".join([message["content"] + ("\n" if message["role"] == "user" else eos) for message in turns])
+                    for turns in conversations]
         if self._as_parts:
             conversations = [[{**message, "content": [{"type": "text", "text": message["content"]}]}  # type: ignore
                               for message in turns] for turns in conversations]
@@ -257,7 +265,8 @@ class PromptCodec:
         return self._tokens_of_frame(ids) != self._counts[key]
 
     def _tokens_of_frame(self, ids: list[int]) -> int:
-        return sum(index in self._protected and index != self.tokenizer.unk_token_id for index in ids)
+        frame = self._counted
+        return len([index for index in ids if index in frame])
 
     # --- what training, sampling and serving use -------------------------------------------------------------
 
@@ -271,9 +280,8 @@ class PromptCodec:
         They are the template's of prompt and answer together, but where a token would hold the prompt's end and the
         answer's beginning: a model is asked after the prompt's ids, so it is trained there.
         """
-        conversations = [[{"role": "user", "content": _ASKED}, {"role": "assistant", "content": text}]
-                         for text in texts]
-        [start] = self._ids([self._opening])
+        conversations = [[*_SHORT, {"role": "assistant", "content": text}] for text in texts]
+        start = self._start
         return [self._ended(ids[len(start):] if ids[:len(start)] == start else self._apart(turns))
                 for ids, turns in zip(self._encode(conversations, False), conversations, strict=True)]
 
