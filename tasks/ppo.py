@@ -3,6 +3,7 @@
     python -m tasks.ppo [--arm ppo_ptx]
 """
 
+from functools import partial
 from pathlib import Path
 
 from mlops.config.paths import POLICIES
@@ -10,6 +11,7 @@ from rlhf.data.schema import read_rows
 from rlhf.ppo.run import train_ppo
 from rlhf.training.journal import read_journal
 from rlhf.world.gold import gold_labeler
+from tasks.show import show_rows
 from tasks.stage import Stage, run_stage
 
 
@@ -45,4 +47,4 @@ def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage("ppo", train, of_an_arm=True, shows=("ppo", "models/sft"))
+    run_stage("ppo", train, of_an_arm=True, show=partial(show_rows, "ppo", "models/sft"))

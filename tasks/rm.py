@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlhf.reward_model import (
 )
 from rlhf.world.gold import gold_labeler
 from rlhf.world.labeler import GoldLabeler
+from tasks.show import show_rows
 from tasks.stage import Stage, run_stage
 
 CURVE = "rm_calibration.csv"
@@ -77,4 +79,4 @@ def gold_ranked(row: dict[str, Any], labeler: GoldLabeler) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_stage("rm", train, shows=("rm", "models/sft"))
+    run_stage("rm", train, show=partial(show_rows, "rm", "models/sft"))

@@ -4,10 +4,12 @@
     python -m tasks.sft --show 3    # only what training makes of the first rows: text, ids, tokens, mask of the loss
 """
 
+from functools import partial
 from pathlib import Path
 
 from rlhf.data.rows import Rows
 from rlhf.sft import sft
+from tasks.show import show_rows
 from tasks.stage import Stage, run_stage
 
 
@@ -20,4 +22,4 @@ def fine_tune(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("sft", fine_tune, shows=("sft", "models/pretrain"))
+    run_stage("sft", fine_tune, show=partial(show_rows, "sft", "models/pretrain"))

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +75,6 @@ class Stage:
         write_json(self.scratch / "done.json", {"metrics": metrics, "artifacts": list(artifacts)})
 
 
-def show(dataset: str, folder: str, count: int) -> None:
-    """Prints, as JSON Lines, what training makes of a dataset's first rows. Raises UserError."""
-    from rlhf.data.schema import read_rows
-    from rlhf.model.chat_format import ChatFormatError, load_codec
-    from rlhf.model.show import shown
-
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder}: no model yet; run `dvc repro {Path(folder).name}`")
-    try:
-        codec = load_codec(folder)
-        for number, row in enumerate(islice(read_rows(Path(f"data/{dataset}.jsonl")), count), start=1):
-            texts = row.get("completions", [row["completion"]] if "completion" in row else [])
-            for item in shown(codec, row["prompt"], texts):
-                print(json.dumps({"row": number} | item, ensure_ascii=False), flush=True)
-    except ChatFormatError as error:
-        raise UserError(f"{folder}: {error}") from None
-
-
 def config_hash(name: str, params: Params, root: Path) -> str:
     """Hash of what dvc.yaml declares as the stage's inputs: deps by content, sections of the profile, the seed; and of
     the library versions and whether rlhf/fast is on, which may change the last digits. Where an arm is declared, its
@@ -118,10 +99,10 @@ def config_hash(name: str, params: Params, root: Path) -> str:
 
 
 def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False, of_an_arm: bool = False,
-              shows: tuple[str, str] | None = None) -> None:
+              show: Callable[[int], None] | None = None) -> None:
     """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2.
 
-    `shows`: the dataset and the model folder whose chat format `--show` takes.
+    `show(count)` is called for `--show`.
     """
     module = f"tasks.{name.replace('round_', 'rounds.')}"
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
@@ -131,7 +112,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         parser.add_argument("--arm", metavar="NAME", help="an arm of the profile; may be left out where there is one")
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints of these inputs and start over")
     parser.add_argument("--status", action="store_true", help="only say what a run would start from")
-    if shows:
+    if show:
         parser.add_argument("--show", type=int, metavar="N", help="only print what training makes of the first N rows")
     args = parser.parse_args()
     if "torch" in sys.modules:  # garbage may hold tensors
@@ -145,8 +126,8 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         distributed.join()
     try:
         params = load_params(root)
-        if shows and args.show is not None:
-            show(*shows, args.show)
+        if show and args.show is not None:
+            show(args.show)
             return
         if of_a_round:
             name = f"{name}@{_round(args.round, params, root)}"

@@ -1,0 +1,24 @@
+"""`--show N` of sft, rm and ppo: what training makes of a dataset's first rows, as JSON Lines."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+from rlhf.data.schema import read_rows
+from rlhf.errors import UserError
+from rlhf.model.chat_format import ChatFormatError, load_codec
+from rlhf.model.show import shown
+
+
+def show_rows(dataset: str, folder: str, count: int) -> None:
+    """Prints the first rows of data/<dataset>.jsonl in the chat format of a model folder. Raises UserError."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: no model yet; run `dvc repro {Path(folder).name}`")
+    try:
+        codec = load_codec(folder)
+        for number, row in enumerate(islice(read_rows(Path(f"data/{dataset}.jsonl")), count), start=1):
+            texts = row.get("completions", [row["completion"]] if "completion" in row else [])
+            for item in shown(codec, row["prompt"], texts):
+                print(json.dumps({"row": number} | item, ensure_ascii=False), flush=True)
+    except ChatFormatError as error:
+        raise UserError(f"{folder}: {error}") from None
