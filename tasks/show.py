@@ -1,6 +1,8 @@
 """`--show N` of sft, rm and ppo: what training makes of a dataset's first rows, as JSON Lines."""
 
 import json
+import os
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -20,5 +22,7 @@ def show_rows(dataset: str, folder: str, count: int) -> None:
             texts = row.get("completions", [row["completion"]] if "completion" in row else [])
             for item in shown(codec, row["prompt"], texts):
                 print(json.dumps({"row": number} | item, ensure_ascii=False), flush=True)
+    except BrokenPipeError:  # `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ChatFormatError as error:
         raise UserError(f"{folder}: {error}") from None

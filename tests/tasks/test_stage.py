@@ -1,6 +1,8 @@
 """The key of a stage's checkpoints covers code, outside inputs, library versions; other versions are said."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from mlops.config.inputs import link_inputs
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
 from tasks.stage import Stage, code_hash, config_hash, warn_of_other_versions
+from tests.tasks.small_pipeline import SmallPipeline, Undisturbed
 
 
 @pytest.fixture
@@ -82,3 +85,24 @@ def test_a_missing_input_names_what_makes_it(root: Path) -> None:
     (root / "models" / "pretrain").rmdir()
     with pytest.raises(UserError, match="models/pretrain: missing, and stage sft needs it"):
         key(root)
+
+
+def test_show_prints_what_training_makes_of_the_first_rows(small_pipeline: SmallPipeline, undisturbed: Undisturbed
+                                                           ) -> None:
+    """Text, ids, tokens, mask and stop tokens, a line for each answer; nothing is trained; `| head` is no error."""
+    assert undisturbed
+
+    def shown(stage: str, end: str = "") -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["sh", "-c", f"{sys.executable} -m tasks.{stage} --show 3 {end}"], text=True,
+                              cwd=small_pipeline.root, env=small_pipeline.environment, capture_output=True)
+
+    before = sorted((small_pipeline.root / "scratch").rglob("*"))
+    for stage in ("sft", "rm", "ppo"):
+        done = shown(stage)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert {row["row"] for row in rows} == {1, 2, 3}
+        assert all(len(row["ids"]) == len(row["tokens"]) == len(row["mask"]) for row in rows)
+        assert all(row["ids"][-1] in row["stop_ids"] for row in rows) == (stage != "ppo")
+    assert shown("rm", end="| head -1").stderr == ""
+    assert sorted((small_pipeline.root / "scratch").rglob("*")) == before
