@@ -34,8 +34,8 @@ SERVED = {"policy": "served_policy.py", "rm": "served_rm.py"}
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
 ASKED: list[ColSpec | TensorSpec] = [
     ColSpec(DataType.string, "prompt", required=False),
-         ColSpec(Array(Object([Property("role", DataType.string), Property("content", DataType.string)])), "messages",
-                 required=False)]
+    ColSpec(Array(Object([Property("role", DataType.string), Property("content", DataType.string)])), "messages",
+            required=False)]
 SIGNATURES = {
     "policy": ModelSignature(
         Schema(ASKED), Schema([ColSpec(DataType.string, "response")]),

@@ -37,7 +37,7 @@ _FLOAT_ID = re.compile(r"\A(\d+)\.0\Z")
 _RAISED = str.maketrans({**{mark: f"^{digit}" for digit, mark in enumerate("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076"
                                                                            "\u2077\u2078\u2079")},
                          **{chr(0x2080 + digit): f"_{digit}" for digit in range(10)}, "\u207b": "^-", "\u208b": "_-"})
-_FACTORIAL = re.compile(r"(?<=[0-9)])!+\Z")
+_FACTORIAL = re.compile(r"(?:[0-9]|[-+*/] ?[0-9a-z]+\))!+\Z")  # 5!, (n + 1)!
 _FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # blanks that are no white space to Unicode
 _CLOSING = " .,;:!?\u3002\u3001\uff61\u061f\u061b\u06d4\u0964\u0965"
 _OPENING = " \u00a1\u00bf"

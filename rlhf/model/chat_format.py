@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf.errors import UserError
 from rlhf.model.tokenizer import OWN_TEMPLATE, give_pad, load_tokenizer
 
 Message = Mapping[str, str]
@@ -24,8 +25,7 @@ ROLES = ("system", "user", "assistant", "tool")
 BOS = "{{ bos_token }}"  # before it, where the tokenizer puts BOS before a text
 DATE = date(2024, 7, 26)  # of templates that ask for today's; Llama 3.2's when it is told none
 _CLOCK = "strftime_now"
-_CODES = {"%d": "%d", "%m": "%m", "%Y": "%Y", "%y": "%y", "%B": "%B", "%b": "%b", "%A": "%A", "%a": "%a", "%j": "%j",
-          "%H": "%H", "%M": "%M", "%S": "%S"}
+_CODES = ("%d", "%-d", "%e", "%m", "%-m", "%Y", "%y", "%B", "%b", "%A", "%a", "%j", "%F", "%D", "%H", "%M", "%S")
 _FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _MARK_LIKE = re.compile(r"(?=.{2,30}\Z)(?=.*[A-Za-z])(?:[\[<#|{*=].*|.*[:\]>|}])\Z")  # [INST], <<SYS>>, Human:
 _BRACKETED = re.compile(r"[\[<{|].*[A-Za-z].*[\]>}|]\Z")
@@ -34,8 +34,8 @@ _SHORT: list[Message] = [{"role": "user", "content": "x"}]
 _ANSWER, _ASKED = "\u27e6answer\u27e7", "\u27e6asked\u27e7"
 
 
-class ChatFormatError(ValueError):
-    """A template that cannot be used, or that refuses a conversation: why."""
+class ChatFormatError(UserError, ValueError):
+    """A template that cannot be used, or that refuses a conversation: why. Ends a stage with this one line."""
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:

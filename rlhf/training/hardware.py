@@ -11,7 +11,7 @@ from rlhf.files import is_writer
 def has_bf16() -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
-    Others do it without instructions for it: a CPU with AVX2 only takes twenty times as long as in float32.
+    Others do it without instructions for it: on a CPU with AVX2 only a training step takes many times as long.
     """
     if torch.cuda.is_available():
         has = torch.cuda.is_bf16_supported(including_emulation=False)

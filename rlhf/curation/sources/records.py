@@ -155,7 +155,10 @@ def check_no_messages(text: str, name: str) -> None:
     A text that is other JSON stays as it is.
     """
     if _LISTED.match(text):
-        found = as_list(text)
+        try:
+            found = as_list(text)
+        except ValueError:  # something else in JSON's or numpy's form: a text
+            return
         if isinstance(found, list) and all(isinstance(item, Mapping) and item.keys() & {"role", "from"}
                                            for item in found):
             raise ValueError(f"{name} is a text that holds a list of messages; name its column in json_columns")

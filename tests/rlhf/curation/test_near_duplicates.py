@@ -114,6 +114,8 @@ def test_raised_and_lowered_digits_and_factorials_count() -> None:
                        ("H\u2082O", "H2O"), ("x = 5!", "x = 5")):
         assert normalised(one) != normalised(other)
     assert normalised("Say hello!") == normalised("say hello")
+    assert normalised("Answer (soon)!") == normalised("answer (soon)")
+    assert normalised("What is (n + 1)!") != normalised("What is (n + 1)")
 
 
 def test_a_user_whose_number_became_a_float_is_the_same() -> None:

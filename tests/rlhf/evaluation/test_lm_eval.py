@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import rlhf.evaluation.lm_eval
 from bench.public_tasks import prepare
 from rlhf.errors import UserError
 from rlhf.evaluation.lm_eval import TaskSuite, main_metric, measure
+from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_policy
 from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.world.facts import World
@@ -217,3 +219,27 @@ def test_squad_f1(answer: str, references: list[str], f1: float, exact: float) -
     scores = module.process_results({"answers": {"text": references}}, [answer])
     assert math.isclose(scores["f1"], f1)
     assert scores["exact"] == exact
+
+
+def test_a_task_named_in_chat_is_asked_in_the_chat_format_and_the_others_are_not(
+        folder: Path, suite: TaskSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import evaluator
+
+    one, other = sorted(TASKS)[:2]
+    real, asked = evaluator.simple_evaluate, {}
+
+    def recorded(model: Any, tasks: list[Any], **options: Any) -> Any:
+        found = real(model, tasks=tasks, **options)
+        for name, samples in found["samples"].items():
+            asked[name] = samples[0]["arguments"][0][0]
+        return found
+
+    monkeypatch.setattr(evaluator, "simple_evaluate", recorded)
+    scores = measure(folder / "model", replace(suite, tasks=[one, other], chat=[one]))
+    codec = load_codec(folder / "model")
+    plain, in_chat = asked[other], asked[one]
+    measure(folder / "model", replace(suite, tasks=[one]))
+    assert in_chat == codec.tokenizer.apply_chat_template([{"role": "user", "content": asked[one]}], tokenize=False,
+                                                          add_generation_prompt=True)
+    assert not plain.endswith("\n")  # what the template puts after a user's turn
+    assert sorted(scores) == [one, other]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.errors import UserError
 from rlhf.model.chat_format import ChatFormatError, PromptCodec, codec_with_pad, load_codec, messages_of
 from rlhf.model.tokenizer import EOS, PAD
 from tests.rlhf.model.families import FAMILIES, Family, build, conversation, text
@@ -227,7 +228,7 @@ def test_a_mark_whose_tokens_cannot_be_told_from_the_template_s_is_refused(token
 
 def test_a_conversation_that_the_template_refuses_is_named(codecs: dict[str, PromptCodec]) -> None:
     system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "red?"}]
-    with pytest.raises(ChatFormatError, match="refuses a conversation of system, user: no system role"):
+    with pytest.raises(UserError, match="refuses a conversation of system, user: no system role"):
         codecs["gemma"].prompts(["blue?", system])
     with pytest.raises(ChatFormatError, match="refuses a conversation of user, user: roles must alternate"):
         codecs["mistral"].prompts([[system[1], system[1]]])

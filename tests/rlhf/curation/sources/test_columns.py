@@ -410,7 +410,7 @@ def test_messages_that_are_text_are_refused_and_not_read_as_letters(role: str) -
                 "rm": {"prompt": "Q", "chosen": text, "rejected": "B"}}
         (_, said, *_), = mapped(role, rows[role]).quarantined
         assert "is a text that holds a list of messages; name its column in json_columns" in said
-    for text in ('[{"name": "x"}]', "[{ is how a list begins", "[1, 2]"):
+    for text in ('[{"name": "x"}]', "[{ is how a list begins", "[1, 2]", '[{"a": 1, "a": 2}] is what?'):
         assert record("ppo", {"prompt": text}).prompt == text
 
 
