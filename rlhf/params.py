@@ -126,6 +126,8 @@ class SftParams:
     epochs: int = param(2, "passes over the train split; 0: the base model as it is", ge=0, le=1000)
     batch_size: int = param(32, "demonstrations per step", ge=1)
     lr: float = peak_lr(1e-3)
+    train_on: Literal["completion", "all_answers"] = param(
+        "completion", "what of a conversation the loss is on: its last answer, or all answers, their ends included")
     pretrain_mix: float = param(0.1, "share of pretraining text in each batch [InstructGPT App. C.3: 0.1]",
                                 ge=0, lt=1)
     pretrain_row_tokens: int = pretrain_row_tokens()

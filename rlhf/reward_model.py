@@ -1,7 +1,6 @@
 """The reward model: the policy's backbone, one linear head read at the last token, a K-way ranking loss."""
 
 import itertools
-import json
 import math
 from array import array
 from collections import Counter, defaultdict
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import ShuffledEpochs, length_batches, pieces
+from rlhf.data.prompts import Prompt, prompt_key
 from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
@@ -81,8 +81,7 @@ class Rankings:
 
 def prompt_hash(row: Mapping[str, Any]) -> int:
     """64 bits that tell prompts apart within this process."""
-    prompt = row["prompt"]
-    return hash(prompt if isinstance(prompt, str) else json.dumps(prompt))
+    return hash(prompt_key(row["prompt"]))
 
 
 def encoded(codec: PromptCodec, rows: Iterable[dict[str, Any]]
@@ -220,7 +219,7 @@ def demonstration_ids(codec: PromptCodec, demonstrations: Iterable[dict[str, Any
     return Column(store, only)
 
 
-def reference_samples(policy_folder: Path, codec: PromptCodec, prompts: list[str], params: RmParams, seed: int
+def reference_samples(policy_folder: Path, codec: PromptCodec, prompts: list[Prompt], params: RmParams, seed: int
                       ) -> list[list[int]]:
     """A sample of the policy for each of the first valid prompts, prompt and response."""
     encoded = [ids for ids in codec.prompts(prompts[:params.normalise_samples]) if len(ids) < params.max_tokens]

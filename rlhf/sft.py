@@ -1,5 +1,6 @@
-"""Supervised fine-tuning: the loss is on the completion alone, the prompt is only read."""
+"""Supervised fine-tuning: the loss is on the completion, or on all answers of a conversation; the rest is read."""
 
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import ShuffledEpochs, length_batches, pass_batches, pieces
-from rlhf.data.packing import PackedBatch, check_packing, pack_rows, shuffled_batches
+from rlhf.data.packing import PackedBatch, Span, check_packing, pack_rows, shuffled_batches
+from rlhf.data.prompts import Prompt, answers_in
 from rlhf.data.rows import of_split
-from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
+from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of
 from rlhf.errors import UserError
-from rlhf.model.chat_format import Prompt, PromptCodec, load_codec
+from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import (
@@ -37,51 +39,77 @@ from rlhf.training.loop import BestCheckpoint, Part, train_loop
 from rlhf.training.optim import adamw
 from rlhf.training.seeding import generator, seed_everything
 
+log = logging.getLogger(__name__)
+
 SCORED_PROMPTS = 256
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Tokenized prompt + completion pairs; rows over the length limit are left out and counted."""
+    """Tokenized prompt + completion pairs; rows over the length limit are left out and counted.
+
+    `earlier`: of each row the start and end of each earlier answer that is trained on too, one after the other; empty:
+    of no row. `left_out`: earlier answers that are not, since the template gives them another form or end.
+    """
 
     ids: Sequence[list[int]]
     prompt_lengths: Sequence[int]
     too_long: int
+    earlier: Sequence[list[int]] = ()
+    left_out: int = 0
 
     @classmethod
     def encode(cls, codec: PromptCodec, prompts: Iterable[Prompt], completions: Iterable[str], max_tokens: int,
-               folder: Path | None = None) -> "Demonstrations":
-        """The ids lie in a file in `folder` (rlhf/data/token_store.py)."""
-        store, prompt_lengths, too_long = TokenStore(folder), array("i"), 0
+               folder: Path | None = None, all_answers: bool = False) -> "Demonstrations":
+        """The ids lie in a file in `folder` (rlhf/data/token_store.py). `all_answers`: earlier ones are trained on too.
+        """
+        store, prompt_lengths, too_long, left_out = TokenStore(folder), array("i"), 0, 0
         for pairs in chunks(zip(prompts, completions, strict=True)):
-            for prompt, completion in zip(codec.prompts([pair[0] for pair in pairs]),
-                                          codec.completions([pair[1] for pair in pairs]), strict=True):
+            asked = [pair[0] for pair in pairs]
+            for number, (prompt, completion) in enumerate(zip(codec.prompts(asked), codec.completions(
+                    [pair[1] for pair in pairs]), strict=True)):
                 if len(prompt) + len(completion) > max_tokens:
                     too_long += 1
                     continue
-                store.append([prompt + completion], len(prompt) + len(completion))
+                earlier = codec.earlier_answers(asked[number], prompt) if all_answers else []
+                left_out += answers_in(asked[number]) - len(earlier) if all_answers else 0
+                store.append([prompt + completion, [place for span in earlier for place in span]],
+                             len(prompt) + len(completion))
                 prompt_lengths.append(len(prompt))
-        return cls(Column(store, only), prompt_lengths, too_long)
+        return cls(Column(store, lambda parts: parts[0]), prompt_lengths, too_long,
+                   Column(store, lambda parts: parts[1]) if all_answers else (), left_out)
 
     @classmethod
     def of_rows(cls, codec: PromptCodec, rows: Iterable[dict[str, Any]], max_tokens: int,
-                folder: Path | None = None) -> "Demonstrations":
+                folder: Path | None = None, all_answers: bool = False) -> "Demonstrations":
         """`encode` of the rows' prompts and completions."""
         one, other = tee(rows)
         return cls.encode(codec, (row["prompt"] for row in one), (row["completion"] for row in other), max_tokens,
-                          folder)
+                          folder, all_answers)
+
+    def answers(self, index: int) -> list[Span]:
+        """Start and end of the answers of a row that are trained on: the completion is the last."""
+        places = self.earlier[index] if self.earlier else []
+        return [*zip(places[::2], places[1::2], strict=True), (self.prompt_lengths[index], len(self.ids[index]))]
+
+    def tokens(self, indices: Iterable[int]) -> int:
+        """The number of tokens that the loss is on."""
+        if not self.earlier:
+            lengths = lengths_of(self.ids)
+            return sum(lengths[index] - self.prompt_lengths[index] for index in indices)
+        return sum(end - start for index in indices for start, end in self.answers(index))
 
     def batch(self, model: PreTrainedModel, indices: list[int], pad_id: int) -> tuple[PackedBatch, Tensor]:
-        """Demonstrations as one batch for a model, and the index of the token before each completion token."""
-        rows, starts = [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices]
-        batch = pack(model, rows, pad_id)
-        return batch, batch.token_indices([start - 1 for start in starts],
-                                   [len(row) - start for row, start in zip(rows, starts, strict=True)])
+        """Demonstrations as one batch for a model, and the index of the token before each token of the loss."""
+        batch = pack(model, [self.ids[index] for index in indices], pad_id)
+        spans = [(place, start, end) for place, index in enumerate(indices) for start, end in self.answers(index)]
+        return batch, batch.token_indices([start - 1 for _, start, _ in spans],
+                                          [end - start for _, start, end in spans], [place for place, *_ in spans])
 
     def packed(self, indices: list[int], room: int, pad_id: int) -> tuple[PackedBatch, Tensor]:
         """As batch, in rows of at most `room` tokens that several demonstrations share."""
         ids, mask, positions = pack_rows(
-            [self.ids[index] for index in indices], [self.prompt_lengths[index] for index in indices], room, pad_id)
+            [self.ids[index] for index in indices], [self.answers(index) for index in indices], room, pad_id)
         rows, columns = mask.nonzero(as_tuple=True)  # on the CPU: a GPU's count of them would have to be waited for
         token_indices = rows * ids.shape[1] + columns
         return PackedBatch(ids.to(device()), positions.to(device())), token_indices.to(device())
@@ -95,15 +123,19 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     so that what no demonstration speaks of is not unlearned [InstructGPT App. C.3].
 
     `rows` have prompt, completion and split; they are passed over twice. `sft/valid_loss` and `sft/valid_loss_base`
-    are nats per completion token on the valid split, after and before. Raises UserError where no row fits.
+    are nats per token of the loss on the valid split, after and before. Raises UserError where no row fits.
     """
     seed_everything(seed)
     codec = load_codec(base_folder)
     tokenizer = codec.tokenizer
-    train, valid = (Demonstrations.of_rows(codec, of_split(rows, split), params.max_tokens, folder)
+    train, valid = (Demonstrations.of_rows(codec, of_split(rows, split), params.max_tokens, folder,
+                                           params.train_on == "all_answers")
                     for split in ("train", "valid"))
     if not train.ids or not valid.ids:
         raise UserError(f"data/sft.jsonl: no row of at most sft.max_tokens = {params.max_tokens} tokens in a split")
+    if left_out := train.left_out + valid.left_out:
+        log.warning("sft.train_on = all_answers: %d earlier answers are read only, since the chat template gives them "
+                    "another form or end than an answer of its own", left_out)
     model = load_policy(base_folder)
     check_length(model, params.max_tokens, "sft.max_tokens")
     if params.packing:
@@ -122,7 +154,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
 
     def loss_of_step(step: int) -> Iterator[Part]:
         batch = epochs[step]
-        tokens = sum(lengths[row] - train.prompt_lengths[row] for row in batch)
+        tokens = train.tokens(batch)
         share = 1.0 if corpus_rows is None else 1 - params.pretrain_mix
         for chosen in pieces(distributed.share(batch), params.micro_batch_size):
             packed = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
@@ -151,14 +183,14 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
 
 def batch_loss(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, precision: str, tokens: float = 0
                ) -> Tensor:
-    """Mean loss over the completion tokens of a batch, which follow `token_indices`, nats; with `tokens`, the sum
-    divided by that many."""
+    """Mean loss over the tokens of a batch that follow `token_indices`, nats; with `tokens`, the sum divided by that
+    many."""
     return -log_probs_at(model, batch, token_indices, precision).sum() / (tokens or len(token_indices))
 
 
 @torch.no_grad()
 def valid_loss(model: PreTrainedModel, data: Demonstrations, params: SftParams, pad_id: int) -> float:
-    """Mean loss over all completion tokens of a dataset, nats per token."""
+    """Mean loss over all tokens of a dataset that the loss is on, nats per token."""
     sums = {"loss": 0.0, "tokens": 0.0}
     for indices in distributed.share_passes(model, pass_batches(lengths_of(data.ids), 256)):
         batch, token_indices = data.batch(model, indices, pad_id)

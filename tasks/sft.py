@@ -4,9 +4,9 @@
     python -m tasks.sft --show 3    # only what training makes of the first rows: text, ids, tokens, mask of the loss
 """
 
-from functools import partial
 from pathlib import Path
 
+from mlops.config.loader import load_params
 from rlhf.data.rows import Rows
 from rlhf.sft import sft
 from tasks.show import show_rows
@@ -21,5 +21,10 @@ def fine_tune(stage: Stage) -> None:
     stage.finish(metrics, ["models/sft"])
 
 
+def show(count: int) -> None:
+    """Prints what SFT makes of the first rows."""
+    show_rows("sft", "models/pretrain", count, load_params(Path.cwd()).stages.sft.train_on == "all_answers")
+
+
 if __name__ == "__main__":
-    run_stage("sft", fine_tune, show=partial(show_rows, "sft", "models/pretrain"))
+    run_stage("sft", fine_tune, show=show)

@@ -22,6 +22,7 @@ from typing import Any
 from mlops.validation.docs import DOCS, build_docs, make_context
 from mlops.validation.run import Finding, Outcome, TokenCounter, files_in, row_entries, validate_files
 from rlhf.curation.characters import SPECIAL_TOKENS
+from rlhf.data.prompts import Prompt
 from rlhf.data.schema import KEYS
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
@@ -83,7 +84,7 @@ def token_counter(name: str) -> tuple[TokenCounter, list[str]]:
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name}: cannot be used: {str(error).strip().splitlines()[0]}") from None
 
-    def count(prompts: list[str], completions: list[str]) -> list[int]:
+    def count(prompts: list[Prompt], completions: list[str]) -> list[int]:
         before, after = codec.prompts(prompts), codec.completions(completions)
         return [len(prompt) + len(completion) for prompt, completion in zip(before, after, strict=True)]
 

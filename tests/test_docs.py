@@ -66,13 +66,13 @@ def test_the_readme_tree_shows_each_python_file_and_no_other(package: str) -> No
 
 
 def test_the_table_of_rules_says_what_the_suites_check() -> None:
-    from mlops.validation.suites import RULES, WARNINGS, cross_rules, fits_model, name_of
+    from mlops.validation.suites import RULES, WARNINGS, cross_rules, model_rules, name_of
     from rlhf.params import ValidateParams
 
     limits = ValidateParams()
     rules = [item for some in (replace(limits, counts="none"), limits) for name in ("ppo", "rm", "sft")
              for item in RULES[name](1.0, some)]
-    rows = {name_of(item): item for item in [*rules, *cross_rules(limits), fits_model(2048)]}
+    rows = {name_of(item): item for item in [*rules, *cross_rules(limits), *model_rules(2048)]}
     text = (REPO / "docs" / "validation.md").read_text(encoding="utf-8")
     table = {}
     for line in text.splitlines():

@@ -52,7 +52,7 @@ def sample_items(rows: Sequence[Mapping[str, Any]], models: Sequence[str], k: in
     from rlhf.evaluation.generate import sample_several  # imports torch, which takes seconds
 
     share = -(-k // len(models))
-    prompts = [str(row["prompt"]) for row in rows]
+    prompts = [row["prompt"] for row in rows]
     answers = {Path(model).as_posix(): sample_several(Path(model), prompts, share * SPARE, params, seed + turn)
                for turn, model in enumerate(models)}
     return make_items(rows, answers, k, seed)

@@ -20,6 +20,7 @@ from xml.sax.saxutils import quoteattr
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.guide import FLAG_QUESTIONS, GUIDE_HTML, REMINDER
 from mlops.labeling.store import LABELS, Batch, Label, LabelStore, check
+from rlhf.data.prompts import NAMES, prompt_text
 from rlhf.errors import UserError
 
 LETTERS = "abcdefghi"
@@ -27,10 +28,16 @@ KEYS = ("1234", "qwer", "asdf", "zxcv")  # rank keys of the first four completio
 TITLE_CHARS = 50  # Label Studio's limit
 
 
-def config(count: int, choose: bool) -> str:
-    """Label Studio's labeling configuration for `count` completions: choose the best, or rank with ties."""
+def config(count: int, choose: bool, turns: bool = False) -> str:
+    """Label Studio's labeling configuration for `count` completions: choose the best, or rank with ties.
+
+    `turns`: prompts are shown as conversations, turn by turn.
+    """
+    prompt = '<Text name="prompt" value="$prompt"/>'
+    if turns:
+        prompt = '<Paragraphs name="prompt" value="$turns" layout="dialogue" nameKey="role" textKey="text"/>'
     parts = ['<View>', f'<Header value={quoteattr(REMINDER)} size="5"/>', '<Header value="Prompt / 依頼" size="4"/>',
-             '<Text name="prompt" value="$prompt"/>']
+             prompt]
     if choose:
         choices = "".join(f'<Choice value="{letter.upper()}" hotkey="{place}"/>'
                           for place, letter in enumerate(LETTERS[:count], start=1))
@@ -54,9 +61,12 @@ def config(count: int, choose: bool) -> str:
     return "\n".join([*parts, "</View>"])
 
 
-def task_data(item: Item, order: Sequence[int]) -> dict[str, str]:
-    """What the labeler is shown: no model names."""
-    return {"item_id": item.item_id, "prompt": str(item.row["prompt"]),
+def task_data(item: Item, order: Sequence[int]) -> dict[str, Any]:
+    """What the labeler is shown: no model names. `turns`: the prompt's, for projects that show conversations."""
+    prompt = item.row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {"item_id": item.item_id, "prompt": prompt_text(prompt),
+            "turns": [{"role": NAMES[message["role"]], "text": message["content"]} for message in messages],
             **{letter: item.completions[place] for letter, place in zip(LETTERS, order, strict=False)}}
 
 
@@ -135,9 +145,10 @@ def publish(client: Any, folder: Path, choose: bool) -> int:
     projects, created = projects_of(client, folder, groups), 0
     for group, own in groups.items():
         if group not in projects:
+            turns = any(not isinstance(items[item.item_id].row["prompt"], str) for item in own)
             projects[group] = client.projects.create(
-                title=title_of(folder, group), label_config=config(group[1], choose), expert_instruction=GUIDE_HTML,
-                show_instruction=True, show_skip_button=False, maximum_annotations=1).id
+                title=title_of(folder, group), label_config=config(group[1], choose, turns),
+                expert_instruction=GUIDE_HTML, show_instruction=True, show_skip_button=False, maximum_annotations=1).id
         known = {task.data["item_id"] for task in client.tasks.list(project=projects[group])}
         tasks = [{"data": task_data(items[item.item_id], item.order)} for item in own if item.item_id not in known]
         if tasks:

@@ -20,6 +20,7 @@ from rich.text import Text
 from mlops.config.loader import load_params
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
+from rlhf.data.prompts import prompt_text
 from rlhf.errors import UserError
 
 SIMULATED = "simulated/"  # prefix of simulated labelers' submission ids; their labels can be made again
@@ -59,7 +60,7 @@ def label_on_terminal(store: LabelStore, items: Mapping[str, Item], assignments:
         assignment = assignments[place]
         item = items[assignment.item_id]
         console.print(f"\n{place + 1} of {len(assignments)}", style="bold")
-        console.print(Text(str(item.row["prompt"]), style="cyan"))
+        console.print(Text(prompt_text(item.row["prompt"]), style="cyan"))
         for letter, index in zip("abcdefghi", assignment.order, strict=False):
             console.print(Text(f"  {letter}  {item.completions[index]}"))
         answer = ask("ranking (back: previous item, empty: stop): ").strip()
@@ -97,7 +98,7 @@ def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Ass
         if (assignment.item_id, assignment.labeler_id) in labeled:
             continue
         item = items[assignment.item_id]
-        prompt = str(item.row["prompt"])
+        prompt = item.row["prompt"]
         labeler = SimulatedLabeler(gold.world, assignment.labeler_id)
         graded = gold.grades([prompt] * len(item.completions), list(item.completions))
         rng = random.Random(f"{seed} {assignment.item_id} {assignment.labeler_id}")

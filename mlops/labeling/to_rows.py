@@ -100,7 +100,7 @@ def gold_ranks(items: Mapping[str, Item], labels: Mapping[tuple[str, str], Label
                             f"{', '.join(sorted({name for _, name in labels}))}")
         return ranks
     gold = gold_labeler(seed) if DATA_SOURCE.exists() else None
-    return {name: gold.rank(str(item.row["prompt"]), item.completions) for name, item in items.items()} if gold else {}
+    return {name: gold.rank(item.row["prompt"], item.completions) for name, item in items.items()} if gold else {}
 
 
 def agreement_report(items: Mapping[str, Item], labels: Mapping[tuple[str, str], Label], trusted: str, seed: int,

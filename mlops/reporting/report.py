@@ -47,6 +47,7 @@ from mlops.reporting.headline import (
     verdict,
 )
 from mlops.reporting.models import at_ceiling, model_table
+from rlhf.data.prompts import prompt_text
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.training.journal import read_journal
@@ -280,7 +281,8 @@ def group_samples(samples: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> 
     for sample in samples:
         groups.setdefault(str(sample.get("use_case", "other")), []).append(sample)
     return [{"use_case": name, "total": len(rows), "rows": [
-        {"prompt": row.get("prompt", ""), "answers": _side_by_side(row, arms)} for row in rows[:SAMPLES_PER_USE_CASE]]}
+        {"prompt": prompt_text(row.get("prompt", "")), "answers": _side_by_side(row, arms)}
+        for row in rows[:SAMPLES_PER_USE_CASE]]}
         for name, rows in sorted(groups.items())]
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rlhf.data.prompts import prompt_problem, prompt_text
 from rlhf.data.schema import KEYS, read_rows
 from rlhf.errors import UserError
 from rlhf.files import write_json
@@ -67,7 +68,7 @@ def read_version(path: Path) -> Version:
         text = json.dumps(row, sort_keys=True, ensure_ascii=True)
         version.rows[name] = hashlib.blake2b(text.encode(), digest_size=16).digest()
         completions = row.get("completions") or ([row["completion"]] if "completion" in row else [])
-        version.prompt_chars.append(len(str(row.get("prompt"))))
+        version.prompt_chars.append(len(prompt_text(row["prompt"])) if not prompt_problem(row.get("prompt")) else 0)
         version.completion_chars += [len(str(item)) for item in completions]
         version.use_case[str(row.get("use_case"))] += 1
         if "ranks" in row:

@@ -1,7 +1,8 @@
 """Reads a dataset file line by line into a frame for Great Expectations; no content of the file makes it fail.
 
-The column `line` names the rule that a line breaks as a line (UTF-8, JSON, keys, types); the columns of TEXT_COLUMNS
-hold problems of its texts. AS_DECLARED means no problem. `user` is the user id as it is compared.
+The column `prompt` is the prompt as text, a conversation as a transcript. `line` names the rule that a line breaks as a
+line (UTF-8, JSON, keys, types); the columns of TEXT_COLUMNS hold problems of its texts. AS_DECLARED means no problem.
+`user` is the user id as it is compared.
 """
 
 import gzip
@@ -26,6 +27,8 @@ from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
 from rlhf.curation.near_duplicates import same_user
 from rlhf.curation.personal_data import personal_data_in
+from rlhf.curation.transcripts import transcript_prompt
+from rlhf.data.prompts import Prompt, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 
@@ -37,7 +40,10 @@ TEXT_COLUMNS = ("characters", "special_tokens", "turn_marks", "repeated_prompt",
                 "personal_data_in_valid", "language")
 SHOWN_CHARS = 60
 MAX_LINE_BYTES = 1_000_000
+COUNTED = 1000  # pairs whose tokens are counted at once
 LIST_ITEMS = {"completions": str, "ranks": int}  # keys with lists and the type of their items; others hold text
+PROMPT = "prompt"  # text, or a list of messages
+TokenCounter = Callable[[list[Prompt], list[str]], list[int]]  # tokens of prompts with their completions; ValueError
 JSON_NAMES = {str: "text", int: "an integer", float: "a number", bool: "a boolean", list: "a list", dict: "an object",
               type(None): "null"}
 
@@ -120,6 +126,16 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
     if wrong:
         return "exact_keys", ", ".join(wrong)
     for key, value in row.items():
+        if key == PROMPT and isinstance(value, list):
+            if problem := prompt_problem(value):
+                return "value_types", f"prompt: {problem}"
+            if not all(map(is_visible, prompt_texts(value))):  # of a call its name
+                return "value_types", "prompt: a message is blank"
+            if not all(map(encodes, prompt_texts(value))):
+                return "surrogates", "prompt holds half of a surrogate pair, which is not text"
+            continue
+        if key == PROMPT and isinstance(value, str) and transcript_prompt(value):
+            return "transcripts", f"prompt {short(value)}"
         items = value if key in LIST_ITEMS else [value]
         if key in LIST_ITEMS and type(value) is not list:
             return "value_types", f"{key} is {JSON_NAMES[type(value)]}, not a list"
@@ -157,13 +173,13 @@ def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
 
 
 def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
-               count_tokens: Callable[[list[str], list[str]], list[int]] | None = None,
+               count_tokens: TokenCounter | None = None,
                language: str = "en") -> "pd.DataFrame":
     """The file as a frame indexed by line number, with further columns that the rules need.
 
     A row that is unusable as a line is null except for `line`, `problem` and `split_source`. `count_tokens(prompts,
-    completions)`: tokens of each pair; the column `tokens` has those of the row's longest pair. `language`: ISO 639-1
-    code of the prompts' language. Raises UserError.
+    completions)`: tokens of each pair; the column `tokens` has those of the row's longest pair, `chat_template` why it
+    has none. `language`: ISO 639-1 code of the prompts' language. Raises UserError.
     """
     import pandas as pd
 
@@ -179,6 +195,7 @@ def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
         for name, values in columns.items():
             values.append(problems.get(name) or AS_DECLARED)
     columns |= {name: [row[name] for row in rows] for name in names if name not in LIST_ITEMS}
+    columns[PROMPT] = [row[PROMPT] and prompt_text(row[PROMPT]) for row in rows]
     columns["user"] = [row["user_id"] and same_user(row["user_id"]) for row in rows]
     columns["side"] = [row["split"] if row["split"] in SPLITS else None for row in rows]
     columns["split_source"] = [f"{row['split']}/{row['source']}" for row in rows]
@@ -189,14 +206,17 @@ def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
     if dataset != "ppo":
         frame["answers"] = pd.Series([_answers(row) for row in rows], lines, dtype="object")
     if count_tokens is not None:
-        frame["tokens"] = pd.Series(_token_counts(rows, count_tokens), lines, dtype="float")
+        counts, refusals = _token_counts(rows, count_tokens)
+        frame["tokens"] = pd.Series(counts, lines, dtype="float")
+        frame["chat_template"] = pd.Series([refusals.get(place) or AS_DECLARED for place in range(len(rows))], lines,
+                                           dtype="str")
     return frame
 
 
 def _text_problems(row: dict[str, Any], tokens: Sequence[str], language: str) -> dict[str, str]:
     """The problems of a row's texts by column of TEXT_COLUMNS; "" where there is none."""
-    prompt, completions = row["prompt"], row.get("completions", [row.get("completion", "")])
-    joined = "\n".join([prompt, *completions])
+    prompt, completions = row[PROMPT], row.get("completions", [row.get("completion", "")])
+    joined = "\n".join([*prompt_texts(prompt), *completions])
     best = completions if "ranks" not in row else [
         text for text, rank in zip(completions, row["ranks"], strict=False) if rank == 1]
     personal = "; ".join(dict.fromkeys(personal_data_in(joined)))
@@ -204,32 +224,48 @@ def _text_problems(row: dict[str, Any], tokens: Sequence[str], language: str) ->
     copies = [words for text in best if (words := repeats_prompt(prompt, text))
               and ("completion" in row or words.startswith("is "))]
     return {"characters": odd_character(joined), "special_tokens": special_token(joined, tokens),
-            "turn_marks": next(filter(None, map(turn_mark, completions)), "") or template_mark(prompt),
+            "turn_marks": next(filter(None, map(turn_mark, completions)), "") or
+            next(filter(None, map(template_mark, prompt_texts(prompt))), ""),
             "repeated_prompt": copies[0] if copies else "",
             "truncated": truncated(row["completion"]) if "completion" in row else "",
             "personal_data": "" if in_valid else personal, "personal_data_in_valid": personal if in_valid else "",
-            "language": foreign_language(prompt, language)}
+            "language": foreign_language(users_text(prompt), language)}
 
 
 def _answers(row: dict[str, Any]) -> tuple[Any, ...] | None:
     """(labeler, prompt, completions, ranks), hashable; of a demonstration without labeler and ranks; None without row.
     """
-    if row["prompt"] is None:
+    if row[PROMPT] is None:
         return None
     if "completion" in row:
-        return "", row["prompt"], (row["completion"],), ()
-    return row["labeler_id"], row["prompt"], tuple(row["completions"]), tuple(row["ranks"])
+        return "", prompt_key(row[PROMPT]), (row["completion"],), ()
+    return row["labeler_id"], prompt_key(row[PROMPT]), tuple(row["completions"]), tuple(row["ranks"])
 
 
-def _token_counts(rows: list[dict[str, Any]], count: Callable[[list[str], list[str]], list[int]]) -> list[int | None]:
-    """Tokens of each row's prompt with its longest completion; None for an unusable row."""
-    pairs = [(index, row["prompt"], completion) for index, row in enumerate(rows) if row["prompt"] is not None
+def _token_counts(rows: list[dict[str, Any]], count: TokenCounter) -> tuple[list[int | None], dict[int, str]]:
+    """(tokens of each row's prompt with its longest completion, None for an unusable row; why a row has none)."""
+    pairs = [(index, row[PROMPT], completion) for index, row in enumerate(rows) if row[PROMPT] is not None
              for completion in (row.get("completions") or [row.get("completion") or ""])]
     counts: list[int | None] = [None] * len(rows)
-    of_pairs = count([prompt for _, prompt, _ in pairs], [completion for *_, completion in pairs])
-    for (index, *_), tokens in zip(pairs, of_pairs, strict=True):
-        counts[index] = max(tokens, counts[index] or 0)
-    return counts
+    refusals: dict[int, str] = {}
+    for start in range(0, len(pairs), COUNTED):
+        some = pairs[start:start + COUNTED]
+        try:
+            found: list[int] = count([prompt for _, prompt, _ in some], [completion for *_, completion in some])
+        except ValueError:  # the chat template refuses one of them
+            found = [_count_alone(pair, count, refusals) for pair in some]
+        for (index, *_), tokens in zip(some, found, strict=True):
+            counts[index] = max(tokens, counts[index] or 0)
+    return counts, refusals
+
+
+def _count_alone(pair: tuple[int, Prompt, str], count: TokenCounter, refusals: dict[int, str]) -> int:
+    index, prompt, completion = pair
+    try:
+        return count([prompt], [completion])[0]
+    except ValueError as error:
+        refusals[index] = str(error)
+        return 0
 
 
 def _add_rankings(frame: "pd.DataFrame", rows: list[dict[str, Any]]) -> None:

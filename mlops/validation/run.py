@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops.validation.docs import keep_for_docs
-from mlops.validation.reader import TEXT_COLUMNS, read_frame, short
+from mlops.validation.reader import TEXT_COLUMNS, TokenCounter, read_frame, short
 from rlhf.curation.characters import SPECIAL_TOKENS
 from rlhf.curation.language import languages
 from rlhf.data.schema import KEYS
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from great_expectations.data_context import EphemeralDataContext
 
 SHOWN_ROWS = 3
-SHOWN_WHOLE = ("problem", *TEXT_COLUMNS)
+SHOWN_WHOLE = ("problem", "chat_template", *TEXT_COLUMNS)
 SHOWN_INSTEAD = {"line": "problem", "user": "user_id"}  # columns that a finding shows for another
 RESULT_FORMAT = {"result_format": "COMPLETE", "return_unexpected_index_query": False}
 CROSS = "cross"
-
-TokenCounter = Callable[[list[str], list[str]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,14 @@ def validate_files(context: "EphemeralDataContext", files: dict[str, Path], scal
     rule or language. `leave_out`: rules that are not checked."""
     import pandas as pd
 
-    from mlops.validation.suites import RULES, check_names, cross_rules, fits_model, name_of, rule_names, suite_of
+    from mlops.validation.suites import RULES, check_names, cross_rules, model_rules, name_of, rule_names, suite_of
 
     if limits.language not in languages():
         raise UserError(f"validate.language: {limits.language!r} is no ISO 639-1 code of {', '.join(languages())}")
     across = cross_rules(limits)
     check_names(limits, rule_names())
     rules = {name: [*(item for item in RULES[name](scale, limits) if name_of(item) not in leave_out),
-                    *([fits_model(max_tokens)] if count_tokens else [])] for name in files}
+                    *(model_rules(max_tokens) if count_tokens else [])] for name in files}
     outcome = Outcome()
     parts = []
 

@@ -56,6 +56,8 @@ LINE_RULES = {
     "json_object": ("each line is an object", "fix or remove the row"),
     "exact_keys": ("each row has the declared keys", "use the keys of docs/design.md"),
     "value_types": ("each value has its declared type", "use the declared type"),
+    "transcripts": ("a prompt of several turns is a list of messages, no transcript",
+                    "make the data again with `dvc repro data.dvc`, or write the turns as {role, content}"),
     "surrogates": ("texts have no lone surrogate", "fix or remove the row"),
     "key_order": ("keys are in their declared order", "use the order of docs/design.md"),
     "whole_file": ("the file is complete", "fetch it again"),
@@ -163,9 +165,13 @@ def count_rules(rows: dict[tuple[str, str], int]) -> list[Expectation]:
     return rules
 
 
-def fits_model(max_tokens: int) -> Expectation:
-    return rule(ExpectColumnValuesToBeBetween, "fits_model", f"prompt and completion have at most {max_tokens} tokens",
-                "shorten it or remove the row", column="tokens", max_value=max_tokens)
+def model_rules(max_tokens: int) -> list[Expectation]:
+    """What the model that is trained must be able to read."""
+    return [
+        rule(ExpectColumnValuesToBeBetween, "fits_model", f"prompt and completion have at most {max_tokens} tokens",
+             "shorten it or remove the row", column="tokens", max_value=max_tokens),
+        declared("chat_template", "chat_template", "the model's chat template takes each conversation",
+                 "remove the row or the turn, or give the model a template that takes it (its chat_template.jinja)")]
 
 
 def sft_rules(scale: float, limits: ValidateParams) -> list[Expectation]:
@@ -260,7 +266,7 @@ def rule_names() -> list[str]:
     """The names of all rules, whatever the parameters."""
     limits = [ValidateParams(counts="paper"), ValidateParams(counts="none")]
     rules = [item for make in RULES.values() for some in limits for item in make(1.0, some)]
-    return sorted({name_of(item) for item in [*rules, *cross_rules(limits[0]), fits_model(0)]})
+    return sorted({name_of(item) for item in [*rules, *cross_rules(limits[0]), *model_rules(0)]})
 
 
 def check_names(limits: ValidateParams, known: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from rlhf.curation.sources.paths import Seen
 from rlhf.curation.sources.read import Batch, name_of, read_entry
 from rlhf.curation.sources.spec import Entry, Source
 from rlhf.curation.sources.trees import build_trees
+from rlhf.data.prompts import prompt_text
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 from rlhf.files import write_json
@@ -190,7 +191,7 @@ class _Spool:
             lines = []
             for index in np.flatnonzero(fates == number)[:EXAMPLES].tolist():
                 prompt = "" if rule == "personal_data" else json.loads(b"{" + self.line(index)[1])["prompt"]
-                lines.append(example(self.places[self.place_of[index]], self.numbers[index], prompt))
+                lines.append(example(self.places[self.place_of[index]], self.numbers[index], prompt_text(prompt)))
             shown[rule] = lines
         return shown
 

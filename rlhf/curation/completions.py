@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rlhf.curation.near_duplicates import normalised
-from rlhf.curation.transcripts import split_text
+from rlhf.data.prompts import Prompt, prompt_text, prompt_texts
 
 MIN_WORDS, MIN_CHARS = 3, 16  # shorter prompts (greetings, a word to explain) may be said back
 MIN_SHARED_ROWS = 10
@@ -14,24 +14,14 @@ _OPEN = (":", "{", "(", "[", ",", ";", '"', "'")  # the end of a piece of code, 
 _ENDS = (".", "!", "?", "。", "！", "？", "؟", "।")
 
 
-def last_said(prompt: str) -> str:
-    """The last turn of a prompt of several, else the prompt."""
-    if not prompt.startswith(("Human:", "Assistant:", "System:")):
-        return prompt
-    try:
-        return split_text(prompt)[-1][1]
-    except ValueError:
-        return prompt
-
-
-def repeats_prompt(prompt: str, completion: str) -> str:
+def repeats_prompt(prompt: Prompt, completion: str) -> str:
     """"is the prompt", "begins with the prompt" (or "the last turn" of it), or "".
 
     Case, blanks, Unicode form and closing punctuation do not count. A sentence that goes on where the prompt breaks off
     is an answer, as "The capital of France is Paris." to "The capital of France is".
     """
-    asked = last_said(prompt)
-    for name, text in (("the prompt", prompt), ("the last turn", asked))[:1 + (asked != prompt)]:
+    whole, asked = prompt_text(prompt), prompt_texts(prompt)[-1]
+    for name, text in (("the prompt", whole), ("the last turn", asked))[:1 + (asked != whole)]:
         plain = _plain(text)
         if len(plain) < MIN_CHARS and plain.count(" ") + 1 < MIN_WORDS:
             continue

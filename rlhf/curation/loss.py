@@ -10,6 +10,7 @@ from rlhf.curation.language import languages
 from rlhf.curation.rules import NO_LOSS, RULES
 from rlhf.curation.screen import Quarantined, Screened
 from rlhf.curation.sources.spec import RulesParams
+from rlhf.data.prompts import prompt_problem, prompt_text
 from rlhf.errors import UserError
 
 EXAMPLES = 3  # rows shown of each rule
@@ -76,8 +77,7 @@ class Quarantine:
                 self.unusable.setdefault(role, {}).setdefault(place, Counter())[kind] += 1
             shown = examples.setdefault(f"quarantined: {kind}", [])
             if len(shown) < EXAMPLES:
-                content = item.row.get("prompt", item.row) if isinstance(item.row, Mapping) else item.row
-                shown.append(example(place, item.number, str(content), detail_of(item.reason)))
+                shown.append(example(place, item.number, _shown(item.row), detail_of(item.reason)))
 
     def check_files(self, role: str, rules: RulesParams) -> None:
         """Raises UserError for a file of which no row fits its layout, unless the description allows the loss."""
@@ -90,6 +90,12 @@ class Quarantine:
                 lines = [f"{place}: no usable row for {role} in {sum(reasons.values()):,}; most rows: {kind}",
                          *(f"  {line}" for line in shown if line.startswith(f"{place}:"))]
                 raise UserError("\n".join(lines))
+
+
+def _shown(row: Any) -> str:
+    """The prompt of a row that has one, else the row."""
+    prompt = row.get("prompt") if isinstance(row, Mapping) else None
+    return str(row) if prompt is None else str(prompt) if prompt_problem(prompt) else prompt_text(prompt)
 
 
 def example(place: str, number: int, text: str, detail: str = "") -> str:

@@ -19,7 +19,8 @@ from rlhf.curation.sources.map_rows import map_rows
 from rlhf.curation.sources.paths import Seen
 from rlhf.curation.sources.records import Record
 from rlhf.curation.sources.spec import Entry, RulesParams
-from rlhf.curation.transcripts import first_said, split_text
+from rlhf.curation.transcripts import Turn, as_prompt
+from rlhf.data.prompts import prompt_key, prompt_text, users_text
 from rlhf.data.schema import MAX_K, SPLITS
 from rlhf.errors import UserError
 
@@ -70,9 +71,8 @@ def hashed(text: str, seed: int = 0) -> int:
 
 def problem_of(record: Record, role: str, rules: RulesParams) -> str:
     """Why a record cannot be used, or ""."""
-    texts = [record.prompt, *record.completions]
-    joined = "\n".join(texts)
-    if not is_visible(record.prompt):
+    joined = "\n".join([*(text for _, text in record.turns), *record.completions])
+    if not is_visible(record.turns[-1][1]):
         return "empty prompt"
     for number, completion in enumerate(record.completions, start=1):
         if not is_visible(completion):
@@ -107,13 +107,32 @@ def _codec(name: str) -> Any:
         raise UserError(f"rules.tokenizer = {name!r}: cannot be used: {str(error).strip().splitlines()[0]}") from None
 
 
+def _content(record: Record) -> dict[str, Any]:
+    return {"prompt": as_prompt(record.prompt), "completions": record.completions, "ranks": record.ranks}
+
+
+def _rendered(records: list[tuple[int, Record]], rules: RulesParams, quarantined: list[Quarantined]
+              ) -> list[tuple[int, Record]]:
+    """The records whose conversation the chat template of `rules.tokenizer` takes; the others are quarantined."""
+    if not rules.tokenizer:
+        return records
+    codec, taken = _codec(rules.tokenizer), []
+    for number, record in records:
+        try:
+            codec.check(as_prompt(record.prompt))
+            taken.append((number, record))
+        except ValueError as error:
+            quarantined.append(Quarantined(number, str(error), _content(record), fits=True))
+    return taken
+
+
 def _lengths(records: list[Record], rules: RulesParams) -> list[str]:
     """For each record "long_prompt", "long_completion" or ""."""
-    prompts = [len(record.prompt) > rules.max_prompt_chars for record in records]
+    prompts = [len(prompt_text(as_prompt(record.prompt))) > rules.max_prompt_chars for record in records]
     answers = [any(len(text) > rules.max_completion_chars for text in record.completions) for record in records]
     if rules.tokenizer and records:
         codec = _codec(rules.tokenizer)
-        counted = codec.prompts([record.prompt for record in records])
+        counted = codec.prompts([as_prompt(record.prompt) for record in records])
         prompts = [too_long or len(ids) > rules.max_prompt_tokens
                    for too_long, ids in zip(prompts, counted, strict=True)]
         texts = [(index, text) for index, record in enumerate(records) for text in record.completions]
@@ -126,17 +145,15 @@ def _lengths(records: list[Record], rules: RulesParams) -> list[str]:
 _json = json.JSONEncoder(ensure_ascii=False, separators=(", ", ": ")).encode
 
 
-def openings(prompt: str, key: str) -> tuple[int, int]:
-    """Hashes of the conversation up to the human's first message and up to the second; equal if there is one only.
+def openings(turns: Sequence[Turn], key: str) -> tuple[int, int]:
+    """Hashes of the conversation up to the user's first message and up to the second; equal if there is one only.
 
     `key`: the normalised prompt.
     """
-    try:
-        turns = split_text(prompt)
-    except ValueError:  # no conversation
+    if len(turns) == 1:
         opening = hashed(key)
         return opening, opening
-    ends = [place for place, (role, _) in enumerate(turns, start=1) if role == "Human"] or [len(turns)]
+    ends = [place for place, (role, _) in enumerate(turns, start=1) if role == "user"]
     said = [normalised(text) for _, text in turns]
     first, second = ("\x1f".join(said[:end]) for end in (ends[0], ends[min(1, len(ends) - 1)]))
     return hashed(first), hashed(second)
@@ -144,35 +161,35 @@ def openings(prompt: str, key: str) -> tuple[int, int]:
 
 def _screened(record: Record, number: int, role: str, entry: Entry, rules: RulesParams, seed: int,
               too_long: str) -> Screened:
-    prompt = record.prompt
-    key = normalised(prompt)
+    prompt = as_prompt(record.prompt)
+    text, exact = prompt_text(prompt), prompt_key(prompt)
+    key = normalised(text)
     user = record.user or f"anon-{hashed(key):016x}"
     labeler = entry.labeler or record.labeler or "unknown"
     answers = [*record.completions, *map(str, record.ranks)]
-    content = "\x1f".join([role, user, *([labeler] if role == "rm" else []), prompt, *answers])
+    content = "\x1f".join([role, user, *([labeler] if role == "rm" else []), exact, *answers])
     head: dict[str, Any] = {"prompt_id": record.prompt_id or f"{role}-{hashed(content):016x}", "user_id": user}
     if role == "rm":
         head["labeler_id"] = labeler
     head["source"] = "customer" if role == "ppo" else entry.source or record.source
-    chat = prompt != first_said(prompt)
-    tail: dict[str, Any] = {"use_case": record.use_case or entry.use_case or ("chat" if chat else "other"),
-                            "prompt": prompt}
+    case = record.use_case or entry.use_case or ("chat" if len(record.turns) > 1 else "other")
+    tail: dict[str, Any] = {"use_case": case, "prompt": prompt}
     comparison = ranker = 0
     if role == "sft":
         tail["completion"] = record.completions[0]
     if role == "rm":
         tail |= {"completions": record.completions, "ranks": record.ranks}
-        ranker = hashed(f"{prompt}\x1f{labeler}")
+        ranker = hashed(f"{exact}\x1f{labeler}")
         ranked = sorted(zip(record.ranks, record.completions, strict=True))
-        comparison = hashed("\x1f".join([prompt, labeler, *(f"{rank} {text}" for rank, text in ranked)]))
-    opening, branch = openings(prompt, key)
+        comparison = hashed("\x1f".join([exact, labeler, *(f"{rank} {text}" for rank, text in ranked)]))
+    opening, branch = openings(record.turns, key)
     return Screened(
         number, _json(head)[:-1].encode(), (_json(tail)[1:] + "\n").encode(), key,
         hashed(same_user(record.user)) if record.user else 0, hashed(content, seed),
         hashed(record.prompt_id) if record.prompt_id else 0,
         SPLITS.index(record.split) if record.split else UNDECIDED,
-        bool(foreign_language(prompt, rules.language)),
-        bool(personal_data_in("\n".join([prompt, *record.completions]))), too_long, opening, branch, comparison, ranker)
+        bool(foreign_language(users_text(prompt), rules.language)),
+        bool(personal_data_in("\n".join([text, *record.completions]))), too_long, opening, branch, comparison, ranker)
 
 
 def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers: Sequence[int], rows: Sequence[Any]
@@ -184,10 +201,10 @@ def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers:
     for number, record in mapped.records:
         problem = problem_of(record, role, rules)
         if problem:
-            content = {"prompt": record.prompt, "completions": record.completions, "ranks": record.ranks}
-            quarantined.append(Quarantined(number, problem, content, fits=True))
+            quarantined.append(Quarantined(number, problem, _content(record), fits=True))
         else:
             sound.append((number, record))
+    sound = _rendered(sound, rules, quarantined)
     too_long = _lengths([record for _, record in sound], rules)
     return [_screened(record, number, role, entry, rules, seed, length)
             for (number, record), length in zip(sound, too_long, strict=True)], quarantined, mapped.seen

@@ -1,11 +1,15 @@
-"""Conversations as text: one turn is only its text, several are "Human: ...\\n\\nAssistant: ...\\n\\nHuman: ..."."""
+"""Conversations as sources write them: messages of many kinds, or a transcript, "Human: ...\\n\\nAssistant: ..."."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-ROLES = {"human": "Human", "user": "Human", "prompter": "Human", "assistant": "Assistant", "gpt": "Assistant",
-         "bot": "Assistant", "model": "Assistant", "chatbot": "Assistant", "system": "System", "developer": "System"}
+from rlhf.curation.tools import ContentError, Turn, messages_of_turns, tool_turn
+from rlhf.data.prompts import Prompt
+
+ROLES = {"human": "user", "user": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+         "bot": "assistant", "model": "assistant", "chatbot": "assistant", "system": "system", "developer": "system"}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}  # of a transcript
 # Roles of calls of tools and of their answers (OpenAI, ShareGPT, Llama 3.1, Cohere).
 TOOL_CALLS = ("function_call", "tool_call", "tool_calls")
 TOOL_ANSWERS = ("tool", "function", "observation", "ipython", "tool_response", "tool_result", "tool_results", "tools")
@@ -17,11 +21,7 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]*")
 _EMPTY_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _LONE_SPACE, _INDENTED = re.compile(r" \S"), re.compile(r"\n[ \t]")
 
-Turn = tuple[str, str]
-
-
-class ContentError(ValueError):
-    """A row that fits its layout, and cannot be used for what it says: its reason. Other rows of its file may do."""
+Turns = str | tuple[Turn, ...]  # of a prompt; a text is one turn of the user
 
 
 def trimmed(text: str) -> str:
@@ -33,10 +33,11 @@ def trimmed(text: str) -> str:
     return text[1:] if _LONE_SPACE.match(text) and not _INDENTED.search(text) else text
 
 
-def turns_of(messages: Iterable[Mapping[str, Any]], drop_tools: bool = False) -> list[Turn]:
+def turns_of(messages: Iterable[Mapping[str, Any]], tool_turns: str = "quarantine") -> list[Turn]:
     """(role, text) of chat messages with the keys of OpenAI (role, content) or ShareGPT (from, value).
 
-    `drop_tools`: calls of tools and their answers are left out. Raises ValueError with the reason for anything else.
+    `tool_turns`: what becomes of calls of tools and their answers: quarantine, drop or keep. Raises ValueError with the
+    reason for anything else.
     """
     turns = []
     for number, message in enumerate(messages, start=1):
@@ -47,21 +48,24 @@ def turns_of(messages: Iterable[Mapping[str, Any]], drop_tools: bool = False) ->
             raise ValueError(f"message {number} has an unknown role: {role!r}")
         content = _content(message)
         tool = _tool(role.strip().lower(), message, content)
-        if tool and drop_tools:
+        if tool and tool_turns == "drop":
+            continue
+        if tool and tool_turns == "keep":
+            turns.append(tool_turn(role.strip().lower() in TOOL_ANSWERS, message, content, number))
             continue
         if tool:
-            raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out")
+            raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out, keep keeps them")
         if role.strip().lower() not in ROLES:
             raise ValueError(f"message {number} has an unknown role: {role!r}")
         spoken = ROLES[role.strip().lower()]
-        if spoken == "System" and content is None:
+        if spoken == "system" and content is None:
             continue
         text = trimmed(_text(content, number))
         if not text.strip():
-            if spoken == "System":
+            if spoken == "system":
                 continue
             raise ContentError(f"message {number} is empty")
-        turns.append((spoken, text if spoken == "Assistant" else text.strip()))
+        turns.append((spoken, text if spoken == "assistant" else text.strip()))
     return turns
 
 
@@ -113,15 +117,14 @@ def _text(content: Any, number: int) -> str:
     return joined
 
 
-def as_text(turns: list[Turn]) -> str:
-    """The prompt of the turns. Raises ValueError if a text contains a turn mark, which would add a turn."""
-    if len(turns) == 1:
-        return turns[0][1]
-    for _, text in turns:
-        mark = _TURN.search("\n\n" + text)
-        if mark:
-            raise ContentError(f"a message holds the mark of a turn, {mark.group(1)}:")
-    return "\n\n".join(f"{role}: {text}" for role, text in turns)
+def as_prompt(prompt: Turns) -> Prompt:
+    """The turns of a prompt as a row has them: a text, or messages."""
+    return prompt if isinstance(prompt, str) else messages_of_turns(prompt)
+
+
+def joined(turns: Sequence[Turn]) -> Turns:
+    """The turns, or the text of one turn of the user."""
+    return turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else tuple(turns)
 
 
 def split_text(text: str) -> list[Turn]:
@@ -130,7 +133,7 @@ def split_text(text: str) -> list[Turn]:
     if not text.startswith(("Human:", "Assistant:", "System:")):
         raise ValueError("does not begin with a turn, Human: or Assistant:")
     parts = _TURN.split("\n\n" + text)
-    return [(role, said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [(_SPEAKERS[name], said.strip()) for name, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def transcript_prompt(text: str) -> list[Turn] | None:
@@ -139,25 +142,27 @@ def transcript_prompt(text: str) -> list[Turn] | None:
         turns = split_text(text)
     except ValueError:
         return None
-    if turns[-1] == ("Assistant", ""):
-        return turns[:-1] if turns[:-1] and turns[-2][0] == "Human" else None
-    return turns if len(turns) > 1 and turns[-1][0] == "Human" else None
+    if turns[-1] == ("assistant", ""):
+        return turns[:-1] if turns[:-1] and turns[-2][0] == "user" else None
+    return turns if len(turns) > 1 and turns[-1][0] == "user" else None
 
 
-def prompt_of(turns: list[Turn]) -> str:
-    """The prompt of the turns before an answer. Raises ValueError if they do not end with the human."""
-    if not any(role == "Human" for role, _ in turns):
+def prompt_of(turns: list[Turn]) -> Turns:
+    """The prompt of the turns before an answer. Raises ValueError if they do not end with the user."""
+    if not any(role == "user" for role, _ in turns):
         raise ContentError("no message of the user before the answer")
-    if turns[-1][0] != "Human":
+    if turns[-1][0] not in ("user", "tool"):
         raise ContentError("the prompt does not end with the user")
-    return as_text(turns)
+    return joined(turns)
 
 
 def before_answer(turns: list[Turn]) -> tuple[list[Turn], str]:
     """(the turns before the last assistant turn, its text). Raises ValueError if the conversation has none."""
-    if not turns or turns[-1][0] != "Assistant":
+    if turns and turns[-1][0] == "call":
+        raise ContentError("the last answer is a call of a tool")
+    if not turns or turns[-1][0] != "assistant":
         raise ContentError("does not end with the assistant")
-    if not any(role == "Human" for role, _ in turns[:-1]):
+    if not any(role == "user" for role, _ in turns[:-1]):
         raise ContentError("the assistant answers nobody")
     return turns[:-1], turns[-1][1]
 
@@ -174,10 +179,10 @@ def with_prompt(prompt: list[Turn], before: list[Turn]) -> list[Turn]:
 
     The prompt is the conversation's beginning, one of its questions, or what goes before it. Raises ValueError.
     """
-    is_question = len(prompt) == 1 and prompt[0][0] == "Human" and prompt[0] in before
+    is_question = len(prompt) == 1 and prompt[0][0] == "user" and prompt[0] in before
     if is_question or prompt == before[:len(prompt)]:
         return before
-    if prompt and prompt[-1][0] != "Human" and prompt[-1] not in before:
+    if prompt and prompt[-1][0] != "user" and prompt[-1] not in before:
         return [*prompt, *before]
     raise ContentError("the prompt column differs from the conversation")
 
@@ -186,15 +191,8 @@ def with_system(system: str, turns: list[Turn]) -> list[Turn]:
     """The turns with the system's text of a column of its own first. Raises ValueError if they have another one."""
     if not system.strip():
         return turns
-    if turns and turns[0][0] == "System":
+    if turns and turns[0][0] == "system":
         if turns[0][1] != system.strip():
             raise ContentError("the system column differs from the conversation's system turn")
         return turns
-    return [("System", system.strip()), *turns]
-
-
-def first_said(prompt: str) -> str:
-    """The human's first message, which all prompts of one conversation share."""
-    if not _TURN.match(prompt):
-        return prompt
-    return next((text for role, text in split_text(prompt) if role == "Human"), prompt)
+    return [("system", system.strip()), *turns]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batching import pad_right
 from rlhf.errors import UserError
 
+Span = tuple[int, int]  # start and end of some tokens
 PROBE = ([5, 9, 7, 6, 8], [7, 5, 6, 9])
 
 
@@ -45,10 +46,13 @@ class PackedBatch:
             arguments |= {"layout": self.layout, "attention_mask": self.ids.new_ones(1, 1, 1, 1)}
         return arguments
 
-    def token_indices(self, first: Sequence[int], count: Sequence[int]) -> Tensor:
+    def token_indices(self, first: Sequence[int], count: Sequence[int], of: Sequence[int] | None = None) -> Tensor:
         """Indices in the flattened ids of `count` tokens of each sequence from its token `first` on: [sum of counts].
+
+        `of`: the numbers of the sequences; None: each of them once.
         """
-        return to_device([start + skip + step for start, skip, steps in zip(self.starts, first, count, strict=True)
+        starts = self.starts if of is None else [self.starts[number] for number in of]
+        return to_device([start + skip + step for start, skip, steps in zip(starts, first, count, strict=True)
                           for step in range(steps)], self.ids.device)
 
 
@@ -104,11 +108,11 @@ def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def pack_rows(texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], room: int,
-                 pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack_rows(texts: Sequence[Sequence[int]], answers: Sequence[Sequence[Span]], room: int, pad_id: int
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """Texts in rows of at most `room` tokens: (ids [R, T], mask [R, T-1], positions [R, T]).
 
-    The mask is 1 where ids[:, 1:] is a completion token. PADs at a row's right are a text of their own.
+    The mask is 1 where ids[:, 1:] is a token of a text's `answers`. PADs at a row's right are a text of their own.
     """
     rows = fill_rows([len(text) for text in texts], room)
     width = max(sum(len(texts[index]) for index in row) for row in rows)
@@ -121,7 +125,8 @@ def pack_rows(texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], roo
             end = start + len(texts[index])
             ids[number, start:end] = torch.tensor(texts[index])
             positions[number, start:end] = torch.arange(end - start)
-            mask[number, start + prompt_lengths[index]:end] = 1
+            for first, last in answers[index]:
+                mask[number, start + first:start + last] = 1
             start = end
         positions[number, start:] = torch.arange(width - start)
     return ids, mask[:, 1:], positions
@@ -136,7 +141,7 @@ def document_positions(ids: Tensor, eos_id: int) -> Tensor:
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Raises UserError where a model's texts see those that they are glued to, or where it takes no positions."""
-    ids, _, positions = pack_rows(PROBE, [1, 1], 9, 0)
+    ids, _, positions = pack_rows(PROBE, [[(1, len(text))] for text in PROBE], 9, 0)
     device = next(model.parameters()).device
     try:
         glued = model.base_model(input_ids=ids.to(device), position_ids=positions.to(device),

@@ -3,14 +3,16 @@
 Processes share the prompts, and each gets all results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import pass_batches
+from rlhf.data.prompts import Prompt, prompt_text
 from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.forward import LOGITS_AT_ONCE
 from rlhf.model.load import load_policy, load_scorer
@@ -39,8 +41,8 @@ class Answers:
     rm_scores: list[float]
 
 
-def answer(folder: Path, rm_folder: Path, prompts: Sequence[str], params: EvaluateParams, seed: int, *,
-           ends_at_newline: bool = False, shots: Sequence[dict[str, str]] = (), form: str = "") -> Answers:
+def answer(folder: Path, rm_folder: Path, prompts: Sequence[Prompt], params: EvaluateParams, seed: int, *,
+           ends_at_newline: bool = False, shots: Sequence[Mapping[str, Any]] = (), form: str = "") -> Answers:
     """Samples one response per prompt and scores it with the reward model.
 
     Every model gets the same random numbers for the same prompt. `ends_at_newline`: the response ends at a line break,
@@ -67,14 +69,14 @@ def sample_shared(model: PreTrainedModel, prompts: Sequence[Sequence[int]], samp
                                range(len(prompts)))
 
 
-def format_prompts(codec: PromptCodec, prompts: Sequence[str], form: str) -> list[list[int]]:
-    """Token ids of prompts in the template `form`, or in the chat format if it is empty."""
+def format_prompts(codec: PromptCodec, prompts: Sequence[Prompt], form: str) -> list[list[int]]:
+    """Token ids of prompts in the template `form` (conversations as transcripts), without one in the chat format."""
     if not form:
         return codec.prompts(list(prompts))
-    return text_ids(codec.tokenizer, [form.replace("{prompt}", prompt) for prompt in prompts])
+    return text_ids(codec.tokenizer, [form.replace("{prompt}", prompt_text(prompt)) for prompt in prompts])
 
 
-def few_shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str, room: int) -> list[int]:
+def few_shot_ids(codec: PromptCodec, shots: Sequence[Mapping[str, Any]], form: str, room: int) -> list[int]:
     """Token ids of the first demonstrations (prompt, completion, line break), as many as fit into `room` tokens."""
     prompts = format_prompts(codec, [shot["prompt"] for shot in shots], form)
     ends = text_ids(codec.tokenizer, [(" " if form else "") + shot["completion"] + "\n" for shot in shots])
@@ -86,7 +88,7 @@ def few_shot_ids(codec: PromptCodec, shots: Sequence[dict[str, str]], form: str,
     return ids
 
 
-def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precision: str) -> list[float]:
+def rm_scores(folder: Path, prompts: Sequence[Prompt], texts: Sequence[str], precision: str) -> list[float]:
     """The reward model's score of each response."""
     codec = load_codec(folder)
     pairs = zip(codec.prompts(list(prompts)), codec.completions(list(texts)), strict=True)
@@ -94,7 +96,7 @@ def rm_scores(folder: Path, prompts: Sequence[str], texts: Sequence[str], precis
     return score_together(load_scorer(folder), sequences, codec.pad_id, precision).tolist()
 
 
-def sample_several(folder: Path, prompts: Sequence[str], count: int, params: EvaluateParams, seed: int
+def sample_several(folder: Path, prompts: Sequence[Prompt], count: int, params: EvaluateParams, seed: int
                    ) -> list[list[str]]:
     """`count` samples for each prompt, e.g. for best-of-n."""
     codec = load_codec(folder)
@@ -120,7 +122,7 @@ class Kl:
 
 
 @torch.no_grad()
-def kl_to_reference(folder: Path, reference: Path, prompts: Sequence[str], answers: Answers, precision: str,
+def kl_to_reference(folder: Path, reference: Path, prompts: Sequence[Prompt], answers: Answers, precision: str,
                     temperature: float) -> Kl:
     """KL of the policy in `folder` to the reference, on the policy's own answers. Processes share the prompts."""
     codec = load_codec(folder)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlhf.data.prompts import prompt_text
 from rlhf.evaluation.generate import Answers, Kl
 from rlhf.evaluation.held_out import HeldOut
 from rlhf.evaluation.lm_eval import TaskScore
@@ -33,7 +34,8 @@ def safety_metrics(held_out: HeldOut, answers: Mapping[str, Answers]) -> Metrics
     for name, own in answers.items():
         refusals = [float(refuses(text)) for text in own.texts]
         toxic = toxicity(own.texts)
-        invented = [unsupported(row["prompt"], text) for row, text in zip(held_out.rows, own.texts, strict=True)
+        invented = [unsupported(prompt_text(row["prompt"]), text)
+                    for row, text in zip(held_out.rows, own.texts, strict=True)
                     if row["use_case"] in CLOSED]
         metrics |= {f"eval/rm_score_{name}": mean(own.rm_scores), f"eval/length_{name}": mean([*map(len, own.ids)]),
                     f"eval/toxicity_{name}": mean(toxic),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 
+from rlhf.data.prompts import Prompt, prompt_text
 from rlhf.evaluation.multiple_choice import continuation_log_probs
 from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_policy, load_scorer
@@ -19,7 +20,7 @@ from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.training import distributed
 from rlhf.world.labeler import GoldLabeler, compare
 
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[float]]  # prompts, first, second -> outcomes
+Judge = Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float]]  # prompts, first, second -> outcomes
 Outcomes = dict[tuple[str, str], list[float]]
 
 JUDGE_BATCH = 64
@@ -29,7 +30,7 @@ QUESTION = ("Two assistants answered the same request. Which answer is more help
 
 def gold_judge(labeler: GoldLabeler) -> Judge:
     """The embedded world's labeler without noise, by its priority rule."""
-    def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def judge(prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
         pairs = zip(prompts, labeler.grades(prompts, first), labeler.grades(prompts, second), strict=True)
         return [(compare(a, b, "high_stakes" in labeler.slices(prompt)) + 1) / 2 for prompt, a, b in pairs]
     return judge
@@ -39,7 +40,7 @@ def reward_judge(folder: Path, precision: str) -> Judge:
     """A reward model: the higher score is preferred. It is no independent judge of a policy trained on it."""
     codec, model = load_codec(folder), load_scorer(folder)
 
-    def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def judge(prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
         ids = codec.prompts(list(prompts))
         scores = [score_sequences(model, [prompt + answer for prompt, answer in
                                           zip(ids, codec.completions(list(texts)), strict=True)],
@@ -64,8 +65,8 @@ def model_judge(folder: str | Path, precision: str) -> Judge:
                 continuation_log_probs(model, pairs, tokenizer.pad_token_id or 0, precision, JUDGE_BATCH)]
         return [a - b for a, b in zip(sums[::2], sums[1::2], strict=True)]
 
-    def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        orders = [[QUESTION.format(prompt=prompt, first=a, second=b) for prompt, a, b in
+    def judge(prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        orders = [[QUESTION.format(prompt=prompt_text(prompt), first=a, second=b) for prompt, a, b in
                    zip(prompts, *texts, strict=True)] for texts in ((first, second), (second, first))]
         forward, swapped = (prefers_a(questions) for questions in orders)
         return [0.5 if a == b or (f > 0) == (s > 0) else float(f > 0)
@@ -73,7 +74,7 @@ def model_judge(folder: str | Path, precision: str) -> Judge:
     return judge
 
 
-def compare_all(prompts: Sequence[str], texts: Mapping[str, Sequence[str]], judge: Judge) -> Outcomes:
+def compare_all(prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]], judge: Judge) -> Outcomes:
     """{(first, second): outcome per prompt} for every pair of models. Processes share the prompts."""
     return {(one, other): distributed.by_rows(judge, prompts, texts[one], texts[other])
             for one, other in itertools.combinations(texts, 2)}

@@ -5,6 +5,7 @@ that holds the name of a special token, or a mark by which the template opens a 
 tokenized in pieces: it stays text. An answer ends with the token that the template puts there.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -15,13 +16,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf.data.prompts import ROLES, Message, Prompt
 from rlhf.errors import UserError
 from rlhf.model.tokenizer import OWN_TEMPLATE, give_pad, load_tokenizer
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message]  # a text is one turn of the user; messages end before the answer
-
-ROLES = ("system", "user", "assistant", "tool")
 BOS = "{{ bos_token }}"  # before it, where the tokenizer puts BOS before a text
 DATE = date(2024, 7, 26)  # of templates that ask for today's; Llama 3.2's when it is told none
 _CLOCK = "strftime_now"
@@ -82,6 +80,16 @@ def asked(request: Mapping[str, Any]) -> Prompt:
     return str(found["prompt"])
 
 
+def _of_tools(turns: Sequence[Message]) -> bool:
+    return any("tools" in message or "tool_calls" in message for message in turns)
+
+
+def _tool_text(message: Message) -> str:
+    """The tools that a message names or calls, as text; "" if there is none."""
+    found = [message[key] for key in ("tools", "tool_calls") if key in message]
+    return json.dumps(found, ensure_ascii=False, sort_keys=True) if found else ""
+
+
 class PromptCodec:
     """Ids of prompts and answers, in the tokenizer's chat template, or in `own_template` where it has none.
 
@@ -102,6 +110,7 @@ class PromptCodec:
         self._as_parts = False
         self._as_parts = not self._renders_text()
         self._counts: dict[tuple[Any, ...], int] = {}
+        self._known: set[tuple[Any, ...]] = set()
         self._added = {token: index for token, index in tokenizer.get_added_vocab().items() if token.strip()}
         self._special = {*tokenizer.all_special_ids,
                          *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
@@ -184,21 +193,44 @@ class PromptCodec:
     # --- rendering and tokenizing ----------------------------------------------------------------------------
 
     def _render(self, conversations: Sequence[Sequence[Message]], open_answer: bool) -> list[str]:
+        if any(map(_of_tools, conversations)):
+            return [self._render_tools(turns, open_answer) if _of_tools(turns) else
+                    self._render([turns], open_answer)[0] for turns in conversations]
+        return self._rendered(conversations, open_answer, None)
+
+    def _render_tools(self, turns: Sequence[Message], open_answer: bool) -> str:
+        """A conversation that names tools or calls them, in the template's own form. Raises where it has none."""
+        tools, rest = turns[0].get("tools"), turns
+        if tools:
+            first = {key: value for key, value in turns[0].items() if key != "tools"}
+            rest = [*([first] if first["content"] else []), *turns[1:]]
+        names = [tool["function"]["name"] for message in turns for key in ("tools", "tool_calls")
+                 for tool in message.get(key, ())]
+        held = self._mark.search("".join(map(_tool_text, turns)))
+        if held:
+            raise ChatFormatError(f"a tool, or a call of one, holds {held.group()}, by which the chat template marks "
+                                  "its own tokens")
+        [text] = self._rendered([rest], open_answer, tools)
+        if missing := [name for name in names if name not in text]:
+            raise ChatFormatError(f"its chat template leaves tools out: {missing[0]}; write tool_turns: drop")
+        return text
+
+    def _rendered(self, conversations: Sequence[Sequence[Message]], open_answer: bool, tools: Any) -> list[str]:
         if self.template == OWN_TEMPLATE:  # what jinja would make of it, in less time
             eos = self.tokenizer.eos_token
             return ["".join([message["content"] + ("\n" if message["role"] == "user" else eos) for message in turns])
                     for turns in conversations]
         if self._as_parts:
-            conversations = [[{**message, "content": [{"type": "text", "text": message["content"]}]}  # type: ignore
+            conversations = [[{**message, "content": [{"type": "text", "text": message["content"]}]}
                               for message in turns] for turns in conversations]
         try:
             return list(self.tokenizer.apply_chat_template(
                 [list(turns) for turns in conversations], chat_template=self.template, tokenize=False,
-                add_generation_prompt=open_answer))
+                add_generation_prompt=open_answer, tools=tools))
         except _FAULTS as error:
             said = " ".join(str(error).split()) or type(error).__name__
             if len(conversations) > 1:  # names the one that is at fault
-                return [self._render([turns], open_answer)[0] for turns in conversations]
+                return [self._rendered([turns], open_answer, tools)[0] for turns in conversations]
             roles = ", ".join(message["role"] for message in conversations[0])
             raise ChatFormatError(f"its chat template refuses a conversation of {roles}: {said}") from None
 
@@ -237,6 +269,8 @@ class PromptCodec:
 
     def _encode(self, conversations: Sequence[Sequence[Message]], open_answer: bool) -> list[list[int]]:
         """Ids of conversations, each tokenized whole but where a text holds a mark."""
+        for turns in conversations:
+            self._check_structure(turns, open_answer)
         rendered = self._render(conversations, open_answer) if conversations else []
         ids = self._ids(rendered)
         for number, turns in enumerate(conversations):
@@ -244,6 +278,25 @@ class PromptCodec:
                     turns, open_answer, ids[number]):
                 ids[number] = self._encode_hostile(turns, open_answer)
         return ids
+
+    def _check_structure(self, turns: Sequence[Message], open_answer: bool) -> None:
+        """Raises ChatFormatError where the template raises on such turns, or leaves the text of one out.
+
+        Each structure is looked at once.
+        """
+        structure = (open_answer, *((message["role"], not message["content"], "tool_calls" in message)
+                                    for message in turns))
+        if structure in self._known or self.template == OWN_TEMPLATE:
+            return
+        marked = [{**message, "content": f"\u27e6{place}\u27e7" if message["content"] else ""}
+                  for place, message in enumerate(turns)]
+        [text] = self._render([marked], open_answer)
+        for message in marked:
+            if message["content"] not in text:
+                roles = ", ".join(turn["role"] for turn in turns)
+                raise ChatFormatError(f"its chat template leaves the text of role {message['role']} out, in a "
+                                      f"conversation of {roles}")
+        self._known.add(structure)
 
     def _encode_hostile(self, turns: Sequence[Message], open_answer: bool) -> list[int]:
         text = "".join(message["content"] for message in turns)
@@ -258,7 +311,8 @@ class PromptCodec:
 
     def _tampered(self, turns: Sequence[Message], open_answer: bool, ids: list[int]) -> bool:
         """Whether the ids hold more, or fewer, tokens of the frame than plain texts in the same turns would."""
-        key = (open_answer, *((message["role"], bool(message["content"].strip())) for message in turns))
+        key = (open_answer, *((message["role"], bool(message["content"].strip()), _tool_text(message))
+                              for message in turns))
         if key not in self._counts:
             plain = [{**message, "content": "x" if message["content"].strip() else ""} for message in turns]
             self._counts[key] = self._tokens_of_frame(self._ids(self._render([plain], open_answer))[0])
@@ -273,6 +327,13 @@ class PromptCodec:
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Ids that an answer to each prompt follows. Raises ChatFormatError for one that the template refuses."""
         return self._encode([messages_of(prompt) for prompt in prompts], True)
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises ChatFormatError for a conversation that the template refuses or leaves a part of out."""
+        messages = messages_of(prompt)
+        self._check_structure(messages, True)
+        if _of_tools(messages):
+            self._render([messages], True)
 
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of answers, which follow a prompt's, up to and with the token that ends an answer.
@@ -300,23 +361,21 @@ class PromptCodec:
             return [*ids, self.end_id]
         return ids[:ids.index(self.end_id) + 1]
 
-    def answers_of(self, prompt: Prompt, completion: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a whole conversation, and (start, end) of each answer in it, earlier ones included, their ends too.
+    def earlier_answers(self, prompt: Prompt, asked: list[int]) -> list[tuple[int, int]]:
+        """(start, end) of each answer in a prompt's ids, `asked`, its end included.
 
-        An earlier answer that the template renders differently once others follow (reasoning that it leaves out) is not
-        among them: nobody is ever asked to give it in that form.
+        An answer that the template renders differently once others follow (reasoning that it leaves out) is not among
+        them: nobody is ever asked to give it in that form.
         """
         messages = messages_of(prompt)
-        [asked], [answer] = self.prompts([messages]), self.completions([completion])
-        ids = asked + answer
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant" or not number:
                 continue
             [before] = self.prompts([messages[:number]])
-            if ids[:len(before)] == before and self.end_id in ids[len(before):len(asked)]:
-                spans.append((len(before), ids.index(self.end_id, len(before)) + 1))
-        return ids, [*spans, (len(asked), len(ids))]
+            if asked[:len(before)] == before and self.end_id in asked[len(before):]:
+                spans.append((len(before), asked.index(self.end_id, len(before)) + 1))
+        return spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens, the template's lead and outer white space."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from rlhf.data.prompts import Prompt
 from rlhf.world.facts import World, split_rng
 from rlhf.world.language import Sentence, read_sentence, split_sentences
 from rlhf.world.prompts import Task, read_task, slices_of
@@ -191,25 +192,25 @@ class GoldLabeler:
         self.world = world
         self._read = lru_cache(maxsize=100_000)(lambda prompt: read_task(world, prompt))
 
-    def task(self, prompt: str) -> Task:
+    def task(self, prompt: Prompt) -> Task:
         """The task of a prompt. Raises ValueError for a prompt that is not of this world."""
-        task = self._read(prompt)
+        task = self._read(prompt) if isinstance(prompt, str) else None
         if task is None:
             raise ValueError(f"the labeler of the embedded world cannot read this prompt: {prompt!r}")
         return task
 
-    def grades(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Grades]:
+    def grades(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Grades]:
         return [grade(self.world, self.task(prompt), response)
                 for prompt, response in zip(prompts, responses, strict=True)]
 
-    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Gold scores, 1 to 7."""
         return [item.score for item in self.grades(prompts, responses)]
 
-    def slices(self, prompt: str) -> list[str]:
+    def slices(self, prompt: Prompt) -> list[str]:
         return slices_of(self.world, self.task(prompt))
 
-    def rank(self, prompt: str, responses: Sequence[str]) -> list[int]:
+    def rank(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
         """Ranks of several responses to one prompt, without noise; 1 is best, ties share a rank."""
         return rank_by_rule(self.grades([prompt] * len(responses), responses), "high_stakes" in self.slices(prompt))
 

@@ -72,7 +72,7 @@ def round_prompts(rounds: RoundsParams, number: int, seed: int) -> list[dict[str
 
 def disputed(items: Sequence[Item], judges: Sequence[Path], count: int, precision: str) -> list[Item]:
     """The `count` items that the reward models disagree on most."""
-    prompts = [str(item.row["prompt"]) for item in items for _ in item.completions]
+    prompts = [item.row["prompt"] for item in items for _ in item.completions]
     texts = [text for item in items for text in item.completions]
     scores = [iter(rm_scores(folder, prompts, texts, precision)) for folder in judges]
     by_item = [[[next(found) for _ in item.completions] for found in scores] for item in items]

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf.data.prompts import prompt_text
+
 FOLDER = Path(__file__).parent / "cases"
 CASES: list[dict[str, Any]] = yaml.safe_load((FOLDER / "cases.yaml").read_text(encoding="utf-8"))["cases"]
 MOVED = {"tasks.labels": "mlops.labeling.to_rows"}
@@ -105,7 +107,8 @@ class Check:
 
     def contains(self, expect: dict[str, Any]) -> Iterator[str]:
         for item in expect["contains"]:
-            prompts = [row["prompt"] for row in self.rows(item["role"]) if item["row_with"] in row["prompt"]]
+            prompts = [text for text in (prompt_text(row["prompt"]) for row in self.rows(item["role"]))
+                       if item["row_with"] in text]
             if not prompts:
                 yield f"no prompt with {item['row_with']!r}"
             for prompt in prompts:

@@ -57,6 +57,50 @@ def test_the_loss_is_on_the_completion_and_its_eos_alone(policy_folder: Path, te
         assert batch_loss(model, batch, places, "fp32").item() == pytest.approx(total / tokens, rel=1e-5)
 
 
+CHAT = [{"role": "system", "content": "red red"}, {"role": "user", "content": "one two"},
+        {"role": "assistant", "content": "blue"}, {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "green blue red"}, {"role": "user", "content": "four five six"}]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_answers_of_a_conversation_are_in_the_loss_with_their_ends(policy_folder: Path, packed: bool) -> None:
+    """Against transformers' own ids of each beginning of the conversation, and log-probs in float64."""
+    codec = PromptCodec(load_tokenizer(policy_folder))
+    model = load_policy(policy_folder)
+    whole = [*CHAT, {"role": "assistant", "content": "yellow"}]
+    rendered = [codec.tokenizer.apply_chat_template(whole[:end], chat_template=codec.template, return_dict=False)
+                for end in range(1, len(whole) + 1)]
+    total = tokens = 0.0
+    for before, after in ((1, 2), (3, 4), (5, 6)):
+        ids = rendered[after]
+        found, count = log_prob_sum(model, ids, len(rendered[before]))
+        assert ids[-1] == codec.eos_id
+        total, tokens = total - found, tokens + count
+    data = Demonstrations.encode(codec, [CHAT, "one two"], ["yellow", "blue"], 200, all_answers=True)
+    single, count = log_prob_sum(model, data.ids[1], data.prompt_lengths[1])
+    total, tokens = total - single, tokens + count
+    batch, places = data.packed([0, 1], 200, codec.pad_id) if packed else data.batch(model, [0, 1], codec.pad_id)
+    assert len(places) == tokens == data.tokens([0, 1])
+    assert data.left_out == 0
+    with torch.no_grad():
+        assert batch_loss(model, batch, places, "fp32").item() == pytest.approx(total / tokens, rel=1e-5)
+    last = Demonstrations.encode(codec, [CHAT], ["yellow"], 200)
+    assert last.tokens([0]) == len(codec.completions(["yellow"])[0])
+
+
+def test_training_on_all_answers_learns_the_earlier_ones(policy_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": CHAT, "completion": "yellow", "split": split} for split in ("train", "valid") for _ in range(8)]
+    loss = {}
+    for train_on in ("completion", "all_answers"):
+        sft(params(epochs=40, lr=1e-2, train_on=train_on), rows, policy_folder, SEED, tmp_path / train_on)
+        codec, model = PromptCodec(load_tokenizer(policy_folder)), load_policy(tmp_path / train_on / "model")
+        data = Demonstrations.encode(codec, [CHAT[:2]], ["blue"], 200)  # an earlier answer of it
+        batch, places = data.batch(model, [0], codec.pad_id)
+        with torch.no_grad():
+            loss[train_on] = batch_loss(model, batch, places, "fp32").item()
+    assert loss["all_answers"] < 0.2 < 1 < loss["completion"]
+
+
 def test_a_step_mixes_the_two_losses_by_their_share(policy_folder: Path, texts: list[str], corpus: Path,
                                                     tmp_path: Path) -> None:
     rows, mix = demonstration_rows(texts), 0.25

@@ -14,6 +14,7 @@ import pytest
 import rlhf.curation.assemble
 from mlops.config.sources import load_source
 from rlhf.curation.rules import RULES
+from rlhf.data.prompts import prompt_text
 from rlhf.errors import UserError
 from rlhf.params import IngestParams
 from tasks.ingest import as_table, folder_parser, main, make_folder
@@ -148,7 +149,33 @@ def test_a_hub_dataset_s_folder_of_messages_becomes_rankings(tmp_path: Path) -> 
     assert (report["rm"]["kept"], report["ppo"]["kept"]) == (40, 80)
     ranked = {row["prompt"]: row for row in rows_of(tmp_path / "out" / "rm.jsonl")}
     assert all(row["completions"][0].startswith("Better") and row["ranks"] == [1, 2] for row in ranked.values())
-    assert any(row["prompt"].startswith("Human: Tell") for row in rows_of(tmp_path / "out" / "ppo.jsonl"))
+    assert any(prompt_text(row["prompt"]).startswith("Human: Tell") for row in rows_of(tmp_path / "out" / "ppo.jsonl"))
+    assert validated(tmp_path / "out") == []
+
+
+def test_conversations_stay_conversations(tmp_path: Path) -> None:
+    """Messages, transcripts and a system column become the same rows; marks in a message open no turn."""
+    rng = random.Random(4)
+    firsts = [sentence(rng) for _ in range(40)]
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text},
+                          {"role": "assistant", "content": f"{number}.\n\nHuman: is a word.\n\nAssistant: too."},
+                          {"role": "user", "content": f"And {text}"}, {"role": "assistant", "content": "Last."}]}
+            for number, text in enumerate(firsts)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"system": "Be brief.", "chosen": "Good.", "rejected": f"Bad {number}.", "prompt": (
+        f"\n\nHuman: {text}\n\nAssistant: Yes?\n\nHuman: {sentence(rng)}\n\nAssistant:")}
+        for number, text in enumerate(firsts)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "spec.yaml").write_text(
+        "sft: [{files: chat.jsonl}]\nppo: [{files: chat.jsonl}]\nrm: [{files: pairs.jsonl}]\n")
+    report = run(tmp_path / "spec.yaml", tmp_path / "out")
+    assert [report[role]["kept"] for role in ("sft", "rm")] == [40, 40]
+    came = {json.dumps(row["messages"][:-1]): row["messages"][-1]["content"] for row in rows}
+    kept = {json.dumps(row["prompt"]): row["completion"] for row in rows_of(tmp_path / "out" / "sft.jsonl")}
+    assert kept == came
+    for row in rows_of(tmp_path / "out" / "rm.jsonl"):
+        assert [message["role"] for message in row["prompt"]] == ["system", "user", "assistant", "user"]
+        assert (row["prompt"][0]["content"], row["use_case"]) == ("Be brief.", "chat")
     assert validated(tmp_path / "out") == []
 
 

@@ -13,14 +13,15 @@ import pytest
 
 from mlops.config.loader import load_params
 from mlops.validation.docs import make_context
-from mlops.validation.reader import read_frame
+from mlops.validation.reader import read_frame, read_line
 from mlops.validation.run import Finding, Outcome, check, validate_files
 from mlops.validation.suites import RULES, WARNINGS, suite_of
 from rlhf.data.schema import PAPER_ROWS, USE_CASE_PERCENT, expected_rows, split_by_shares, write_rows
 from rlhf.errors import UserError
 from rlhf.params import ValidateParams
 from tasks.stage import Stage
-from tasks.validate import validate
+from tasks.validate import token_counter, validate
+from tests.rlhf.model.families import build
 
 REPO = Path(__file__).resolve().parents[2]
 SCALE = 0.01
@@ -86,6 +87,11 @@ def rank(*ranks: int, completions: list[str] | None = None) -> Callable[[Rows], 
     return put(7, ranks=list(ranks), completions=completions or ["one", "two", "three", "four"])
 
 
+def chat(*said: str) -> list[dict[str, str]]:
+    """A conversation that the user begins."""
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+
+
 DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
     "missing key": ("sft", drop_key, "exact_keys", [7]),
     "number as prompt": ("sft", put(7, prompt=3), "value_types", [7]),
@@ -138,6 +144,24 @@ DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
     "user in two splits in other letters": (
         "ppo", lambda rows: rows[-1].update(user_id=f" {rows[0]['user_id'].upper()}\u200b"), "user_in_one_split",
         [sum(expected_rows("ppo", SCALE).values())]),
+    "a conversation as a transcript": (
+        "sft", put(7, prompt="Human: what is seven?\n\nAssistant: a number.\n\nHuman: more?"), "transcripts", [7]),
+    "a transcript with an open answer": (
+        "ppo", put(7, prompt="Human: what is seven?\n\nAssistant:"), "transcripts", [7]),
+    "a conversation that ends with an answer": (
+        "ppo", put(7, prompt=chat("what is seven?", "a number.")), "value_types", [7]),
+    "a message of nobody": ("ppo", put(7, prompt=[{"role": "human", "content": "what?"}]), "value_types", [7]),
+    "a blank message": ("sft", put(7, prompt=chat("what is seven?", "\u200b", "more?")), "value_types", [7]),
+    "hidden character in a message": (
+        "sft", put(7, prompt=chat("what is sev\u200ben?", "one.", "more?")), "characters", [7]),
+    "template in a message": (
+        "ppo", put(7, prompt=chat("### Instruction:\nsay seven", "a number.", "more?")), "turn_marks", [7]),
+    "last turn said back": (
+        "sft", put(7, prompt=chat("what is seven?", "a number.", "what is eight?"), completion="What is eight?"),
+        "repeated_prompt", [7]),
+    "repeated conversation": (
+        "ppo", lambda rows: [row.update(prompt=chat("what is seven?", "a number.", "more?")) for row in rows[2:4]],
+        "unique_prompt", [4]),
     "one completion for many prompts": (
         "sft", lambda rows: [row.update(completion="I am sorry, I cannot help.") for row in rows[:20]],
         "shared_completion", []),
@@ -157,6 +181,29 @@ def test_the_right_rule_reports_the_row(tmp_path: Path, defect: str) -> None:
     assert all(f"row {line} (" in message for line in lines)
     assert "()" not in message
     assert findings[0].severity == ("warn" if name in WARNINGS else "stop")
+
+
+def test_conversations_are_no_fault_also_with_the_marks_of_a_transcript_in_a_message(tmp_path: Path) -> None:
+    for dataset in PAPER_ROWS:
+        rows = make_rows(dataset)
+        rows[0]["prompt"] = [{"role": "system", "content": "Be brief."}, *chat("what is seven?", "a number.", "more?")]
+        rows[1]["prompt"] = chat("Human: one\n\nAssistant: two\n\nHuman: three", "what do you mean?", "nothing.")
+        rows[2]["prompt"] = chat("what is two?")
+        rows[3]["prompt"] = "Human: what is two?"
+        assert run_rules(tmp_path, dataset, rows) == []
+
+
+def test_half_a_surrogate_in_a_message_is_named() -> None:
+    row = make_rows("ppo")[0] | {"prompt": chat("what is \ud800?", "a number.", "more?")}
+    assert read_line(1, json.dumps(row).encode(), list(row)).rule == "surrogates"
+
+
+def test_a_conversation_leaks_like_a_text(tmp_path: Path) -> None:
+    sft, ppo = make_rows("sft"), make_rows("ppo")
+    sft[0]["prompt"] = ppo[-1]["prompt"] = chat("what is seven?", "a number.", "and eight?")
+    sft[1]["prompt"], ppo[-2]["prompt"] = "what is nine?", chat("what is nine?")
+    findings = any_folder(tmp_path, ValidateParams(counts="none"), sft=sft, ppo=ppo).findings
+    assert {(finding.rule, *finding.rows) for finding in findings} == {("prompt_leak", len(ppo) - 1, len(ppo))}
 
 
 def test_several_rankings_of_a_prompt_are_no_fault(tmp_path: Path) -> None:
@@ -187,6 +234,22 @@ def test_broken_endings_are_reported_as_ingest_does(tmp_path: Path) -> None:
     rows[6]["completion"] = "You need flour, butter and the"
     outcome = any_folder(tmp_path, ValidateParams(counts="none"), sft=rows)
     assert [(finding.rule, finding.rows, finding.stops) for finding in outcome.findings] == [("truncated", [7], False)]
+
+
+def test_a_conversation_that_the_model_s_template_refuses_is_found_by_its_row(tmp_path: Path) -> None:
+    build("gemma", tmp_path / "model")  # its template raises on system turns
+    rows = {name: make_rows(name)[:30] for name in PAPER_ROWS}
+    for name, place in (("sft", 4), ("rm", 8)):
+        rows[name][place]["prompt"] = [{"role": "system", "content": "Be brief."}, *chat(f"what is {name} {place}?")]
+    for name, found in rows.items():
+        write_rows(tmp_path / f"{name}.jsonl", found)
+    counter, _ = token_counter(str(tmp_path / "model"))
+    outcome = validate_files(
+        make_context(tmp_path / "docs"), {name: tmp_path / f"{name}.jsonl" for name in rows}, 1.0,
+        ValidateParams(counts="none"), count_tokens=counter, max_tokens=500, say=lambda line: None)
+    assert [(item.file.name, item.rule, item.rows, item.stops) for item in outcome.findings] == [
+        ("sft.jsonl", "chat_template", [5], True), ("rm.jsonl", "chat_template", [9], True)]
+    assert "refuses a conversation of system, user: no system role" in outcome.findings[0].message
 
 
 def test_the_language_of_the_data_is_named(tmp_path: Path) -> None:
@@ -305,7 +368,7 @@ def test_success_writes_the_same_metrics_twice(root: Path, capsys: pytest.Captur
     assert (root / "metrics" / "validate.json").read_bytes() == written
     metrics = json.loads(written)
     assert metrics["validate/success"] == 1
-    assert metrics["validate/expectations"] == 37 + 45 + 33 + 3  # the mix is left out of so small datasets
+    assert metrics["validate/expectations"] == 38 + 46 + 34 + 3  # the mix is left out of so small datasets
     assert [metrics[f"validate/{name}_rows"] for name in PAPER_ROWS] == [
         sum(expected_rows(name, SCALE).values()) for name in PAPER_ROWS]
     assert metrics["validate/rm_tied_pairs"] == round(1 / 6, 4)

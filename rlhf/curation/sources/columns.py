@@ -21,16 +21,17 @@ from rlhf.curation.sources.records import (
     prompt_turns,
     source_of,
     split_of,
+    tools_of,
 )
 from rlhf.curation.sources.spec import Entry
 from rlhf.curation.transcripts import ContentError, Turn, before_answer, prompt_of, split_text, trimmed, with_system
 from rlhf.data.schema import USE_CASE_PERCENT
 
 FIELDS = {
-    "sft": ("prompt", "messages", "completion", "system"),
+    "sft": ("prompt", "messages", "completion", "system", "tools"),
     "rm": ("prompt", "completions", "ranks", "scores", "chosen", "rejected", "completion", "score", "rank", "system",
-           "labeler_id"),
-    "ppo": ("prompt", "messages", "system"),
+           "tools", "labeler_id"),
+    "ppo": ("prompt", "messages", "system", "tools"),
     "corpus": ("text",),
 }
 COMMON_FIELDS = ("prompt_id", "user_id", "source", "split", "use_case")
@@ -63,13 +64,14 @@ def columns(row: Row | Group, role: str, entry: Entry) -> Iterator[Record]:
     if entry.groups():
         raise ValueError(f"no {', '.join(entry.groups())}")
     value = _values(row, role, entry)
-    system = text_or_nothing(value("system"), "system")
+    def framed(turns: list[Turn]) -> list[Turn]:
+        return tools_of(value("tools"), with_system(text_or_nothing(value("system"), "system"), turns), entry)
+
     values = _common(value, entry)
     if role != "rm" and value("messages") is not None:
         if role == "sft":
             check_weight(as_list(value("messages")))
-        yield conversation_record(with_system(system, conversation(value("messages"), "messages", entry)), role,
-                                  **values)
+        yield conversation_record(framed(conversation(value("messages"), "messages", entry)), role, **values)
         return
     prompt = _prompt(value, entry)
     if role == "rm":
@@ -79,14 +81,14 @@ def columns(row: Row | Group, role: str, entry: Entry) -> Iterator[Record]:
             if prompt is None or all(before is not None for before, _ in transcripts):
                 answers = transcripts
         turns, texts = compared(prompt, answers, "prompt")
-        yield Record(prompt_of(with_system(system, turns)), texts, _ranks(value, row, entry, len(texts)), **values)
+        yield Record(prompt_of(framed(turns)), texts, _ranks(value, row, entry, len(texts)), **values)
         return
     if prompt is None:
         raise ValueError("no prompt")
     completions: tuple[str, ...] = ()
     if role == "sft":
         prompt, completions = compared(prompt, [answer_turns(value("completion"), "completion", entry)], "prompt")
-    yield Record(prompt_of(with_system(system, prompt)), completions, **values)
+    yield Record(prompt_of(framed(prompt)), completions, **values)
 
 
 def _values(row: Row, role: str, entry: Entry) -> Value:
@@ -209,7 +211,7 @@ def _of_group(group: Group, entry: Entry) -> Record:
         system = text_or_nothing(value("system"), "system")
         before, text = answer_turns(value("completion"), "completion", entry)
         turns, _ = compared(_prompt(value, entry), [(before, text)], "prompt")
-        prompts.append(prompt_of(with_system(system, turns)))
+        prompts.append(prompt_of(tools_of(value("tools"), with_system(system, turns), entry)))
         answers.append(text)
         order.append(sign * number_of(value(name), name, entry.decimal))
         common.append(_common(value, entry))

@@ -23,13 +23,15 @@ from rlhf.curation.sources.records import (
     number_of,
     plain,
     text_of,
+    tools_of,
 )
 from rlhf.curation.sources.spec import Entry
 from rlhf.curation.transcripts import (
     Turn,
-    as_text,
+    Turns,
     before_answer,
     common_beginning,
+    joined,
     prompt_of,
     split_text,
     turns_of,
@@ -115,11 +117,11 @@ def oasst_trees(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     def walk(message: Mapping[str, Any], before: list[Turn]) -> Iterator[Record]:
         if message.get("deleted"):
             return
-        spoken = "Human" if message.get("role") == "prompter" else "Assistant"
+        spoken = "user" if message.get("role") == "prompter" else "assistant"
         turns = [*before, (spoken, text_of(message, "text"))]
         replies = [item for item in message.get("replies") or [] if not item.get("deleted")]
-        if spoken == "Human":
-            prompt = as_text(turns)
+        if spoken == "user":
+            prompt = joined(turns)
             case = "chat" if len(turns) > 1 else ""
             ranked = sorted((item for item in replies if item.get("rank") is not None), key=lambda item: item["rank"])
             texts = tuple(answer_of(item, "text") for item in ranked)
@@ -157,10 +159,10 @@ def helpsteer(row: Row | Group, role: str, entry: Entry) -> Iterator[Record]:
     """nvidia/HelpSteer and HelpSteer2: prompt, response, helpfulness 0 to 4; the rows of one prompt are grouped."""
     rows = row.rows if isinstance(row, Group) else [row]
     parts = _EXTRA_ID.split(text_of(rows[0], "prompt"))
-    roles = {"User": "Human", "Assistant": "Assistant"}
-    turns = [("Human", parts[0].strip()),
+    roles = {"User": "user", "Assistant": "assistant"}
+    turns = [("user", parts[0].strip()),
              *((roles[name], said.strip()) for name, said in zip(parts[1::2], parts[2::2], strict=True))]
-    if turns[-1] == ("Assistant", ""):
+    if turns[-1] == ("assistant", ""):
         turns.pop()
     if role == "ppo":
         yield Record(prompt_of(turns))
@@ -180,8 +182,8 @@ def alpaca(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     turns: list[Turn] = []
     for pair in list_of(row.get("history") or [], "history"):
         asked, said = [*list_of(pair, "history"), "", ""][:2]
-        turns += [("Human", str(asked).strip()), ("Assistant", str(said).strip())]
-    turns.append(("Human", f"{instruction}\n\n{given}" if given else instruction))
+        turns += [("user", str(asked).strip()), ("assistant", str(said).strip())]
+    turns.append(("user", f"{instruction}\n\n{given}" if given else instruction))
     prompt = prompt_of(with_system(text_or_nothing(row.get("system"), "system"), turns))
     if role == "rm":
         yield Record(prompt, (answer_of(row, "chosen"), answer_of(row, "rejected")), (1, 2))
@@ -211,7 +213,7 @@ def openai_messages(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 
 def _chat(row: Row, role: str, entry: Entry, column: str, pair: tuple[str, ...]) -> Record:
     system = text_or_nothing(row.get("system"), "system")
-    turns = with_system(system, conversation(row.get(column), column, entry))
+    turns = tools_of(row.get("tools"), with_system(system, conversation(row.get(column), column, entry)), entry)
     if role != "rm":
         return conversation_record(turns, role)
     answers = [answer_turns(row.get(name), name, entry) for name in pair]
@@ -267,17 +269,17 @@ def _arena_sides(row: Row, entry: Entry) -> list[list[Turn]]:
 
 def _until(turns: list[Turn], answers: int) -> list[Turn]:
     """The turns up to the nth answer."""
-    places = [place for place, (role, _) in enumerate(turns) if role == "Assistant"]
+    places = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
     return turns[:places[answers - 1] + 1] if answers <= len(places) else turns
 
 
-def _transcript_prompt(text: str) -> str:
+def _transcript_prompt(text: str) -> Turns:
     turns = split_text(text)
-    if turns[-1] == ("Assistant", ""):
+    if turns[-1] == ("assistant", ""):
         turns.pop()
-    if not turns or turns[-1][0] != "Human":
+    if not turns or turns[-1][0] != "user":
         raise ValueError("the prompt does not end with the human")
-    return as_text(turns)
+    return joined(turns)
 
 
 Layout = Callable[[Any, str, Entry], Iterator[Record]]

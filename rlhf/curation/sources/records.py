@@ -10,9 +10,11 @@ from typing import Any
 
 from rlhf.curation.sources.paths import Row, as_list, as_number
 from rlhf.curation.sources.spec import Entry
+from rlhf.curation.tools import with_tools
 from rlhf.curation.transcripts import (
     ContentError,
     Turn,
+    Turns,
     before_answer,
     common_beginning,
     prompt_of,
@@ -36,7 +38,7 @@ class Record:
     split.
     """
 
-    prompt: str
+    prompt: Turns
     completions: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
     prompt_id: str = ""
@@ -45,6 +47,11 @@ class Record:
     source: str = "customer"
     split: str = ""
     use_case: str = ""
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns of the prompt, to the one that is answered."""
+        return (("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,12 @@ def split_of(value: Any) -> str:
 
 def conversation(value: Any, name: str, entry: Entry) -> list[Turn]:
     """The turns of a list of messages."""
-    return turns_of(list_of(value, name), entry.tool_turns == "drop")
+    return turns_of(list_of(value, name), entry.tool_turns)
+
+
+def tools_of(tools: Any, turns: list[Turn], entry: Entry) -> list[Turn]:
+    """The turns with the row's tools before them, where the description keeps them."""
+    return with_tools(tools, turns) if entry.tool_turns == "keep" else turns
 
 
 def check_weight(messages: Any) -> None:
@@ -168,13 +180,13 @@ def prompt_turns(value: Any, entry: Entry, name: str = "prompt") -> list[Turn]:
     """The turns of a prompt: a text, a list of one text, or messages."""
     if isinstance(value, str):
         check_no_messages(value, name)
-        return transcript_prompt(value) or [("Human", value.replace("\r\n", "\n").strip())]
+        return transcript_prompt(value) or [("user", value.replace("\r\n", "\n").strip())]
     items = list_of(value, name)
     if items and all(isinstance(item, str) for item in items):
         if len(items) > 1:
             raise ValueError(f"{name} is a list of {len(items)} texts; name one of them, such as {name}[0]")
-        return transcript_prompt(items[0]) or [("Human", items[0].strip())]
-    return turns_of(items, entry.tool_turns == "drop")
+        return transcript_prompt(items[0]) or [("user", items[0].strip())]
+    return turns_of(items, entry.tool_turns)
 
 
 def answer_turns(value: Any, name: str, entry: Entry) -> tuple[list[Turn] | None, str]:
@@ -189,8 +201,8 @@ def answer_turns(value: Any, name: str, entry: Entry) -> tuple[list[Turn] | None
     items = [value] if isinstance(value, Mapping) else list(value)
     if len(items) == 1 and isinstance(items[0], str):
         return None, trimmed(items[0])
-    turns = turns_of(items, entry.tool_turns == "drop")
-    if len(turns) == 1 and turns[0][0] == "Assistant":
+    turns = turns_of(items, entry.tool_turns)
+    if len(turns) == 1 and turns[0][0] == "assistant":
         return None, turns[0][1]
     before, answer = before_answer(turns)
     return before, answer
@@ -218,7 +230,7 @@ def conversation_record(turns: list[Turn], role: str, **values: Any) -> Record:
     """The record of a whole conversation: its last assistant turn is the completion, which PPO leaves out."""
     if role == "ppo":
         turns = list(turns)
-        while turns and turns[-1][0] == "Assistant":
+        while turns and turns[-1][0] in ("assistant", "call"):
             turns.pop()
         if not turns:
             raise ContentError("no message of the user")

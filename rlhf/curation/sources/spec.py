@@ -34,7 +34,8 @@ class Entry:
     group_by: str | list[str] = param("", "column whose equal values make one ranking of several rows")
     preference: dict[str, Any] = param({}, "column of votes, and its values for first, second and tie")
     where: dict[str, Any] = param({}, "column: value that a row must have to be read; a.b is key b of column a")
-    tool_turns: Literal["quarantine", "drop"] = param("quarantine", "rows with calls of tools, or only these turns")
+    tool_turns: Literal["quarantine", "drop", "keep"] = param(
+        "quarantine", "rows with calls of tools, or only these turns; keep: in the model's own format, with `tools`")
     use_cases: dict[str, str] = param({}, "value of the use-case column: one of the ten use cases")
     use_case: str = param("", "use case of all rows, if no column has it")
     source: Literal["", "labeler", "customer"] = param("", "who wrote the prompts; empty: the default of the layout")

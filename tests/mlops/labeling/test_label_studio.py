@@ -21,7 +21,19 @@ def choices(name: str, *values: str) -> dict[str, Any]:
 
 def test_no_model_s_name_is_shown_and_the_order_is_the_labeler_s() -> None:
     shown = task_data(ITEM, (2, 0, 1))
-    assert shown == {"item_id": "item-1", "prompt": "Why?", "a": "third", "b": "first", "c": "second"}
+    assert shown == {"item_id": "item-1", "prompt": "Why?", "turns": [{"role": "Human", "text": "Why?"}],
+                     "a": "third", "b": "first", "c": "second"}
+
+
+def test_a_conversation_is_shown_turn_by_turn() -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+              {"role": "assistant", "content": "Human: because"}, {"role": "user", "content": "And how?"}]
+    shown = task_data(Item("item-1", {**ROW, "prompt": prompt}, ("first",), ("m",)), (0,))
+    assert shown["turns"] == [{"role": "System", "text": "Be brief."}, {"role": "Human", "text": "Why?"},
+                              {"role": "Assistant", "text": "Human: because"}, {"role": "Human", "text": "And how?"}]
+    turns = ElementTree.fromstring(config(3, True, turns=True)).find("Paragraphs")
+    assert turns is not None
+    assert (turns.get("name"), turns.get("value")) == ("prompt", "$turns")
 
 
 @pytest.mark.parametrize("count", range(2, 10))

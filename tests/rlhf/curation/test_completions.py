@@ -3,6 +3,7 @@
 import pytest
 
 from rlhf.curation.completions import repeats_prompt, shared_completions
+from rlhf.data.prompts import Prompt
 
 ASKED = "What does a baker think about at three in the morning?"
 
@@ -14,9 +15,11 @@ ASKED = "What does a baker think about at three in the morning?"
     (ASKED, f"{ASKED}\n\nMostly of sleep.", "begins with the prompt"),
     (ASKED, f"{ASKED.lower()} Mostly of sleep.", "begins with the prompt"),
     ("Write a poem about the sea", "Write a poem about the sea\nO sea!", "begins with the prompt"),
-    (f"Human: Hi!\n\nAssistant: Hello.\n\nHuman: {ASKED}", ASKED, "is the last turn"),
-    (f"System: Be brief.\n\nHuman: {ASKED}", f"{ASKED} Sleep.", "begins with the last turn")])
-def test_a_prompt_that_is_said_back(prompt: str, completion: str, said: str) -> None:
+    ([{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."},
+      {"role": "user", "content": ASKED}], ASKED, "is the last turn"),
+    ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASKED}], f"{ASKED} Sleep.",
+     "begins with the last turn")])
+def test_a_prompt_that_is_said_back(prompt: Prompt, completion: str, said: str) -> None:
     assert repeats_prompt(prompt, completion) == said
 
 

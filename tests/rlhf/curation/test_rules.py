@@ -16,11 +16,12 @@ RULES_OFF = RulesParams(valid_share=0.0)
 
 
 def row(key: str, user: str = "", *, split: int = UNDECIDED, own_id: str = "", foreign: bool = False,
-        personal: bool = False, too_long: str = "", order: int = -1, comparison: str = "") -> Screened:
+        personal: bool = False, too_long: str = "", order: int = -1, comparison: str = "",
+        turns: list[tuple[str, str]] | None = None) -> Screened:
     """A row; without a user one that the source names none of."""
     return Screened(1, b"{", b"}\n", key, hashed(user) if user else 0, hashed(key + user + comparison) if order < 0
                     else order, hashed(own_id) if own_id else 0, split, foreign, personal, too_long,
-                    *openings(key, key),
+                    *openings(turns or [("user", key)], key),
                     hashed(comparison) if comparison else 0)
 
 
@@ -125,7 +126,8 @@ def test_the_cap_counts_prompts_and_not_their_comparisons() -> None:
 
 def test_chats_that_begin_alike_are_not_one_user_s_but_one_conversation_s_prompts_are() -> None:
     def chat(*said: str) -> Screened:
-        return row("\n\nAssistant: Yes?\n\n".join(f"Human: {text}" for text in said))
+        turns = [turn for text in said for turn in (("user", text), ("assistant", "Yes?"))][:-1]
+        return row("\n\n".join(f"{role}: {text}" for role, text in turns), turns=turns)
 
     greetings = [chat("Hi", f"Tell me {number}") for number in range(30)]
     splits, _ = apply_rules({"sft": table(*greetings)}, RulesParams(valid_share=0.5), 1)["sft"]

@@ -60,10 +60,11 @@ def test_batches_have_so_many_demonstrations_in_the_seeds_order() -> None:
 
 
 def test_positions_start_anew_and_the_mask_is_on_completions() -> None:
-    ids, mask, positions = pack_rows([[11, 12, 13], [21, 22, 23, 24], [31, 32]], [1, 3, 1], 8, 0)
+    ids, mask, positions = pack_rows([[11, 12, 13], [21, 22, 23, 24], [31, 32]],
+                                     [[(1, 3)], [(1, 2), (3, 4)], [(1, 2)]], 8, 0)
     assert ids.tolist() == [[21, 22, 23, 24, 11, 12, 13], [31, 32, 0, 0, 0, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
-    assert mask.tolist() == [[0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
+    assert mask.tolist() == [[1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
 
 
 def gradients(model: Any, loss: Tensor) -> list[Tensor]:

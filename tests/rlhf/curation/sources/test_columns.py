@@ -110,7 +110,7 @@ def test_lists_in_the_cells_of_a_csv_file_are_read(tmp_path: Path) -> None:
 def test_a_system_column_is_the_first_turn() -> None:
     names = {"prompt": "q", "completion": "a", "system": "s"}
     assert record("sft", {"q": "Q", "a": "A", "s": "Be kind."}, columns=names).prompt == (
-        "System: Be kind.\n\nHuman: Q")
+        ("system", "Be kind."), ("user", "Q"))
     assert record("sft", {"q": "Q", "a": "A", "s": ""}, columns=names).prompt == "Q"
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
     assert "differs" in reason("ppo", {"m": chat, "s": "Be kind."}, columns={"messages": "m", "system": "s"})
@@ -159,7 +159,7 @@ def chat(*texts: str, system: str = "") -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-LONG = "System: s\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2"
+LONG = (("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"))
 
 
 @pytest.mark.parametrize("prompt", [
@@ -172,7 +172,7 @@ def test_whole_conversations_have_their_common_beginning_as_prompt_once(prompt: 
 
 def test_a_prompt_column_goes_before_a_conversation_that_goes_on_from_it() -> None:
     row = {"prompt": chat("q1", "a1"), "chosen": chat("q2", "good"), "rejected": chat("q2", "bad")}
-    assert record("rm", row).prompt == "Human: q1\n\nAssistant: a1\n\nHuman: q2"
+    assert record("rm", row).prompt == (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
 
 
 def test_conversations_that_differ_before_the_last_turn_are_quarantined_for_that() -> None:
@@ -226,8 +226,9 @@ def test_a_prompt_beside_transcripts_is_their_beginning(prompt: str) -> None:
 def test_a_prompt_with_an_open_turn_is_the_question() -> None:
     asked = "Human: Hello.\n\nAssistant: Hi.\n\nHuman: Is it far?"
     assert record("ppo", {"prompt": "\n\nHuman: Is it far?\n\nAssistant:"}).prompt == "Is it far?"
-    assert record("ppo", {"prompt": f"{asked}\n\nAssistant:"}).prompt == asked
-    assert record("ppo", {"prompt": asked}).prompt == asked
+    turns = (("user", "Hello."), ("assistant", "Hi."), ("user", "Is it far?"))
+    assert record("ppo", {"prompt": f"{asked}\n\nAssistant:"}).prompt == turns
+    assert record("ppo", {"prompt": asked}).prompt == turns
     assert record("ppo", {"prompt": "Human: a word with a mark"}).prompt == "Human: a word with a mark"
 
 
@@ -335,7 +336,7 @@ def test_a_row_with_an_image_is_refused_for_it(row: dict[str, Any], said: str) -
 
 def test_a_column_named_image_with_a_link_is_no_image_unless_the_text_speaks_of_it() -> None:
     assert record("ppo", {"prompt": "hello", "image": "https://example.org/a.png", "images": None}).prompt == "hello"
-    assert record("ppo", {"prompt": "the tag <image> in HTML"}).prompt.endswith("HTML")
+    assert record("ppo", {"prompt": "the tag <image> in HTML"}).prompt == "the tag <image> in HTML"
 
 
 def test_ids_are_texts_and_whole_floats_are_whole() -> None:

@@ -30,8 +30,8 @@ def test_no_robots() -> None:
         {"content": "Hello!", "role": "assistant"}, {"content": "Who are you?", "role": "user"},
         {"content": "Al.", "role": "assistant"}]}
     assert read("no_robots", "sft", row) == [Record(
-        "System: You are Al.\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Who are you?", ("Al.",), source="labeler",
-        use_case="chat")]
+        (("system", "You are Al."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Who are you?")), ("Al.",),
+        source="labeler", use_case="chat")]
     single = row | {"category": "Coding", "messages": row["messages"][1:3]}
     assert read("no_robots", "sft", single) == [Record("Hi", ("Hello!",), source="labeler", use_case="other")]
 
@@ -52,13 +52,13 @@ def test_nectar() -> None:
                {"answer": "b", "model": "m3", "rank": 5.0}]}
     assert read("nectar", "rm", row) == [Record("Best?", ("c", "a", "b"), (2, 1, 2), labeler="gpt-4")]
     two = row | {"prompt": "\n\nHuman: Best?\n\nAssistant: Of what?\n\nHuman: All.\n\nAssistant: "}
-    assert read("nectar", "ppo", two) == [Record("Human: Best?\n\nAssistant: Of what?\n\nHuman: All.")]
+    assert read("nectar", "ppo", two) == [Record((("user", "Best?"), ("assistant", "Of what?"), ("user", "All.")))]
 
 
 def test_hh_rlhf() -> None:
     before = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
     row = {"chosen": before + " good\n\nin two parts", "rejected": before + " bad"}
-    prompt = "Human: q1\n\nAssistant: a1\n\nHuman: q2"
+    prompt = (("user", "q1"), ("assistant", "a1"), ("user", "q2"))
     assert read("hh_rlhf", "rm", row) == [Record(prompt, ("good\n\nin two parts", "bad"), (1, 2), labeler="hh-rlhf")]
     assert read("hh_rlhf", "ppo", row) == [Record(prompt)]
     with pytest.raises(ValueError, match="differ before their last answer"):
@@ -82,12 +82,12 @@ def tree() -> dict[str, Any]:
 
 
 def test_oasst_trees() -> None:
-    follow = "Human: q\n\nAssistant: best\n\nHuman: more?"
+    follow = (("user", "q"), ("assistant", "best"), ("user", "more?"))
     assert read("oasst_trees", "rm", tree()) == [
         Record("q", ("best", "second"), (1, 2), user="q", labeler="oasst"),
         Record(follow, ("x", "y"), (1, 2), user="q", labeler="oasst", use_case="chat")]
     assert [record.prompt for record in read("oasst_trees", "ppo", tree()["prompt"])] == [
-        "q", follow, "Human: q\n\nAssistant: unranked\n\nHuman: why?"]
+        "q", follow, (("user", "q"), ("assistant", "unranked"), ("user", "why?"))]
     assert read("oasst_trees", "sft", tree())[0] == Record("q", ("best",), user="q")
 
 

@@ -13,6 +13,7 @@ import yaml
 from mlops.config.sources import load_source
 from rlhf.curation.assemble import assemble
 from rlhf.curation.sources.spec import Source
+from rlhf.data.prompts import prompt_text
 
 Rows = list[dict[str, Any]]
 
@@ -204,10 +205,11 @@ def test_rankings_in_the_form_of_a_public_set(tmp_path: Path, name: str, save: A
                                               wanted: Ranking) -> None:
     save(tmp_path / FILES[save], rows)
     found = made(tmp_path, "rm", files=FILES[save], **entry)
-    assert {row["prompt"]: dict(zip(row["completions"], row["ranks"], strict=True)) for row in found} == wanted
+    assert {prompt_text(row["prompt"]): dict(zip(row["completions"], row["ranks"], strict=True))
+            for row in found} == wanted
     for layout in [entry["layout"]] if "layout" in entry else []:
         prompts = made(tmp_path, "ppo", files=FILES[save], layout=layout) if "input" not in rows[0] else []
-        assert not prompts or {row["prompt"] for row in prompts} == set(wanted)
+        assert not prompts or {prompt_text(row["prompt"]) for row in prompts} == set(wanted)
 
 
 ALPACA: Rows = [{"instruction": "Name a bird.", "input": "", "output": "The wren.", "text": "Below is ..."},
@@ -245,11 +247,12 @@ CHATS: list[tuple[str, Callable[[Path, Rows], None], Rows, dict[str, Any], dict[
 def test_demonstrations_in_the_form_of_a_public_set(tmp_path: Path, name: str, save: Any, rows: Rows,
                                                     entry: dict[str, Any], wanted: dict[str, str]) -> None:
     save(tmp_path / FILES[save], rows)
-    assert {row["prompt"]: row["completion"] for row in made(tmp_path, "sft", files=FILES[save], **entry)} == wanted
+    assert {prompt_text(row["prompt"]): row["completion"]
+            for row in made(tmp_path, "sft", files=FILES[save], **entry)} == wanted
     entry = {key: value for key, value in entry.items() if key != "columns"} | (
         {"columns": {key: value for key, value in entry["columns"].items() if key != "completion"}}
         if "columns" in entry else {})
-    assert {row["prompt"] for row in made(tmp_path, "ppo", files=FILES[save], **entry)} == set(wanted)
+    assert {prompt_text(row["prompt"]) for row in made(tmp_path, "ppo", files=FILES[save], **entry)} == set(wanted)
 
 
 def test_an_arena_user_is_who_asked_and_a_judge_elsewhere_is_only_the_labeler(tmp_path: Path) -> None:
