@@ -20,7 +20,7 @@ from xml.sax.saxutils import quoteattr
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.guide import FLAG_QUESTIONS, GUIDE_HTML, REMINDER
 from mlops.labeling.store import LABELS, Batch, Label, LabelStore, check
-from rlhf.data.prompts import NAMES, prompt_text
+from rlhf.data.prompts import NAMES, message_text, prompt_text
 from rlhf.errors import UserError
 
 LETTERS = "abcdefghi"
@@ -66,7 +66,7 @@ def task_data(item: Item, order: Sequence[int]) -> dict[str, Any]:
     prompt = item.row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return {"item_id": item.item_id, "prompt": prompt_text(prompt),
-            "turns": [{"role": NAMES[message["role"]], "text": message["content"]} for message in messages],
+            "turns": [{"role": NAMES[message["role"]], "text": message_text(message)} for message in messages],
             **{letter: item.completions[place] for letter, place in zip(LETTERS, order, strict=False)}}
 
 

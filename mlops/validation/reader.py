@@ -28,7 +28,7 @@ from rlhf.curation.language import foreign_language
 from rlhf.curation.near_duplicates import same_user
 from rlhf.curation.personal_data import personal_data_in
 from rlhf.curation.transcripts import transcript_prompt
-from rlhf.data.prompts import Prompt, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
+from rlhf.data.prompts import Prompt, message_text, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 
@@ -129,7 +129,7 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
         if key == PROMPT and isinstance(value, list):
             if problem := prompt_problem(value):
                 return "value_types", f"prompt: {problem}"
-            if not all(map(is_visible, prompt_texts(value))):  # of a call its name
+            if not all(is_visible(message_text(message)) for message in value if message["role"] != "tool"):
                 return "value_types", "prompt: a message is blank"
             if not all(map(encodes, prompt_texts(value))):
                 return "surrogates", "prompt holds half of a surrogate pair, which is not text"

@@ -210,6 +210,8 @@ class PromptCodec:
         if held:
             raise ChatFormatError(f"a tool, or a call of one, holds {held.group()}, by which the chat template marks "
                                   "its own tokens")
+        if self.template.removeprefix(BOS) == OWN_TEMPLATE:
+            raise ChatFormatError("its chat template has no tools; write tool_turns: drop")
         [text] = self._rendered([rest], open_answer, tools)
         if missing := [name for name in names if name not in text]:
             raise ChatFormatError(f"its chat template leaves tools out: {missing[0]}; write tool_turns: drop")

@@ -92,7 +92,7 @@ def test_turns_of_tools_are_left_out_where_that_is_wanted() -> None:
         {"role": "user", "content": "Rain?"}, CALL, {"role": "tool", "tool_call_id": "c1", "content": "none"},
         {"role": "assistant", "content": "No rain."}]
     assert turns_of(messages, "drop") == [("user", "Rain?"), ("assistant", "No rain.")]
-    with pytest.raises(ValueError, match="message 2 is a call of a tool; tool_turns: drop leaves such turns out"):
+    with pytest.raises(ValueError, match="message 2 is a call of a tool; tool_turns: drop leaves such turns out, keep"):
         turns_of(messages)
 
 
