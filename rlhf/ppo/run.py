@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlhf.data.prompts import Prompt
 from rlhf.data.token_store import Column, TokenStore, chunks
 from rlhf.errors import TrainingFailed, UserError
 from rlhf.files import write_json
@@ -34,7 +35,7 @@ COLUMNS = [f"ppo/{name}" for name in (
 
 RULE_STATE = "beta_rule.json"  # in a policy's folder: what the rule for β remembers at the end of its run
 
-GoldScorer = Callable[[Sequence[str], Sequence[str]], list[float]]
+GoldScorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
 
 def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) -> list[int]:
@@ -50,19 +51,19 @@ def iteration_prompts(count: int, params: PpoParams, iteration: int, seed: int) 
     return [index for index in chosen for _ in range(params.samples_per_prompt)]
 
 
-def encode_prompts(codec: PromptCodec, prompts: Iterable[str], max_tokens: int, folder: Path | None = None
-                   ) -> tuple[Sequence[tuple[str, list[int]]], int]:
-    """((text, ids) of the prompts that fit, how many there are in all). Both lie in a file in `folder`."""
+def encode_prompts(codec: PromptCodec, prompts: Iterable[Prompt], max_tokens: int, folder: Path | None = None
+                   ) -> tuple[Sequence[tuple[Prompt, list[int]]], int]:
+    """((prompt, ids) of the prompts that fit, how many there are in all). Both lie in a file in `folder`."""
     store, count = TokenStore(folder), 0
-    for texts in chunks(prompts):
-        count += len(texts)
-        for text, ids in zip(texts, codec.prompts(texts), strict=True):
+    for some in chunks(prompts):
+        count += len(some)
+        for prompt, ids in zip(some, codec.prompts(some), strict=True):
             if len(ids) <= max_tokens:
-                store.append([text.encode(), ids], len(ids))
-    return Column(store, lambda parts: (bytes(parts[0]).decode(), parts[1])), count
+                store.append([json.dumps(prompt).encode(), ids], len(ids))
+    return Column(store, lambda parts: (json.loads(bytes(parts[0])), parts[1])), count
 
 
-def train_ppo(params: PpoParams, prompts: Iterable[str], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
+def train_ppo(params: PpoParams, prompts: Iterable[Prompt], sft_folder: Path, rm_folder: Path, seed: int, folder: Path,
               gold: GoldScorer | None = None, corpus: Path | None = None,
               begin_with: Path | None = None) -> dict[str, float]:
     """Trains a policy on `prompts` against the reward model and saves it in `folder`/model. Returns metrics.
@@ -132,7 +133,7 @@ def restore_rule(rule: Rule, path: Path) -> None:
 
 
 def add_watched(values: dict[str, float], history: list[dict[str, float]], trainer: Trainer, rollouts: Rollouts,
-                prompts: list[str], gold: GoldScorer | None) -> None:
+                prompts: list[Prompt], gold: GoldScorer | None) -> None:
     """Adds the values that nothing is trained on: gold score, length-controlled score, the alarm, which is logged."""
     lengths = [float(len(response)) for response in rollouts.responses]
     first = history[0]["ppo/response_length"] if history else values["ppo/response_length"]
