@@ -15,7 +15,7 @@ from rlhf.data.batching import pass_batches
 from rlhf.data.prompts import Prompt, prompt_text
 from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.forward import LOGITS_AT_ONCE
-from rlhf.model.load import load_policy, load_scorer
+from rlhf.model.load import check_length, load_policy, load_scorer
 from rlhf.model.responses import (
     categorical_kl,
     on_grid,
@@ -55,8 +55,10 @@ def answer(folder: Path, rm_folder: Path, prompts: Sequence[Prompt], params: Eva
     sampling = Sampling(params.max_new_tokens, stops, codec.pad_id, params.temperature, params.precision,
                         params.batch_size)
     prompt_ids = format_prompts(codec, prompts, form)
+    longest = max(map(len, prompt_ids))
+    check_length(model, longest + params.max_new_tokens, "evaluate.max_new_tokens and the longest held-out prompt")
     room = getattr(model.config, "max_position_embeddings", 2**31) - params.max_new_tokens
-    before = few_shot_ids(codec, shots, form, room - max(map(len, prompt_ids)))
+    before = few_shot_ids(codec, shots, form, room - longest)
     ids = sample_shared(model, [before + one for one in prompt_ids], sampling, generator(seed, "evaluate"))
     texts = [codec.decode(item) for item in ids]
     return Answers(ids, texts, rm_scores(rm_folder, prompts, texts, params.precision))

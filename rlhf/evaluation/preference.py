@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from rlhf.data.prompts import Prompt, prompt_text
 from rlhf.evaluation.multiple_choice import continuation_log_probs
 from rlhf.model.chat_format import load_codec
-from rlhf.model.load import load_policy, load_scorer
+from rlhf.model.load import check_length, load_policy, load_scorer
 from rlhf.model.scoring import score_sequences
 from rlhf.model.tokenizer import load_tokenizer, text_ids
 from rlhf.training import distributed
@@ -61,6 +61,8 @@ def model_judge(folder: str | Path, precision: str) -> Judge:
         """log P(A) - log P(B) for each question."""
         pairs = [(question, letter) for question in text_ids(tokenizer, list(questions))
                  for letter in text_ids(tokenizer, [" A", " B"])]
+        check_length(model, max(len(question) + len(letter) for question, letter in pairs),
+                     "evaluate.judge_model: the longest question to it")
         sums = [item.sum().item() for item in
                 continuation_log_probs(model, pairs, tokenizer.pad_token_id or 0, precision, JUDGE_BATCH)]
         return [a - b for a, b in zip(sums[::2], sums[1::2], strict=True)]

@@ -156,6 +156,15 @@ def ppo_params() -> Callable[..., PpoParams]:
 
 
 @pytest.fixture
+def longer_llama(model_folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> Path:
+    """The tiny Llama, which may read 512 tokens: its positions are no parameters."""
+    folder = shutil.copytree(model_folders["llama"][0], tmp_path / "longer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+@pytest.fixture
 def make_trainer(model_folders: dict[str, tuple[Path, Path]],
                  ppo_params: Callable[..., PpoParams]) -> Callable[..., Trainer]:
     """make_trainer(architecture="gpt_neox", **params): a trainer on the tiny models, everything from seed 5."""

@@ -103,8 +103,8 @@ def test_the_reward_judge_prefers_the_higher_score(model_folders: dict[str, tupl
 
 
 @torch.no_grad()
-def test_the_model_judge_needs_both_orders_to_agree(model_folders: dict[str, tuple[Path, Path]]) -> None:
-    folder = model_folders["llama"][0]
+def test_the_model_judge_needs_both_orders_to_agree(longer_llama: Path) -> None:
+    folder = longer_llama
     model, tokenizer = load_policy(folder).double(), load_tokenizer(folder)
 
     def likelier(prompt: str, first: str, second: str) -> float:
