@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch, write_batch
+from mlops.labeling.batch import Assignment, Item, in_item_order, item_id, read_batch, write_batch
 from mlops.labeling.store import LABELS, Label, LabelStore
 from mlops.labeling.terminal import label_on_terminal, read_ranking
 from mlops.labeling.to_rows import checked_rows, consensus_rows
@@ -91,6 +91,23 @@ def test_labels_become_rows_and_agreement(batch: Path) -> None:
         "ada", ["best", "middle", "worst", "rude"], [1, 2, 3, 4])
     found = json.loads((batch / "agreement.json").read_text())
     assert (found["labels"], found["rows"], found["alpha"]) == (2, 1, None)
+
+
+def test_a_conversation_is_shown_whole_and_stays_one_in_the_rows(tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+              {"role": "assistant", "content": "Because."}, {"role": "user", "content": "And how?"}]
+    row = {"prompt_id": "p1", "user_id": "u", "source": "customer", "split": "train", "use_case": "chat",
+           "prompt": prompt}
+    texts = ("best", "middle", "worst", "rude")
+    write_batch(tmp_path, [Item(item_id(row, texts), row, texts, ("m",) * 4)],
+                [Assignment(item_id(row, texts), "ada", (3, 2, 1, 0))])
+    _, screen, _ = on_terminal(tmp_path, "d c b a")
+    assert "System: Be brief.\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: And how?\n" in screen
+    done = run(tmp_path, "mlops.labeling.to_rows", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = list(read_rows(tmp_path / "rm.jsonl"))
+    assert (rows[0]["prompt"], rows[0]["completions"]) == (prompt, list(texts))
+    assert checked_rows(rows, ValidateParams()) == (rows, Counter())
 
 
 def test_an_error_is_one_line_that_names_the_command(batch: Path) -> None:
