@@ -115,13 +115,18 @@ def _deepest(missing: Iterable[tuple[int, list[str]]]) -> tuple[int, list[str]]:
     return depth, sorted({key for item in found if item[0] == depth for key in item[1]})[:MAX_NAMES + 1]
 
 
+_COMMA_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:\.\d{3})+|\d+)?(?:,\d+)?(?:[eE][+-]?\d+)?")  # 1.000,5 is a thousand
+
+
 def as_number(value: Any, decimal: str = ".") -> float | None:
     """The number that a value is or says, true and false being 1 and 0; None if it is none, or NaN."""
     if isinstance(value, str):
         text = value.strip()
         if text.lower() in ("true", "false"):
             return float(text.lower() == "true")
-        value = text.replace(",", ".") if decimal == "," else text
+        if decimal == "," and not _COMMA_NUMBER.fullmatch(text):
+            return None  # 0.5 beside 0,5: one of them is written otherwise
+        value = text.replace(".", "").replace(",", ".") if decimal == "," else text
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -5,6 +5,7 @@ JSON Lines are read as text lines and parsed here: `datasets` infers one type fo
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from rlhf.curation.sources.formats import BATCH, file_rows
 from rlhf.curation.sources.paths import unique_keys
 from rlhf.curation.sources.spec import Entry
 from rlhf.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -91,9 +94,13 @@ def _hub(entry: Entry, root: Path) -> Iterator[Batch]:
             splits = load_dataset(str(folder) if local else entry.dataset, entry.config or None,
                                   data_dir=entry.data_dir or None, revision=None if local else entry.revision,
                                   split=None, streaming=True)
-        for name in entry.split.split("+"):
+        wanted = entry.split.split("+")
+        for name in wanted:
             if name not in splits:
                 raise UserError(f"{place}: no split {name!r}; it has {', '.join(splits)}")
+        if others := [name for name in splits if name not in wanted]:
+            log.warning("%s: split %s is read, %s not; name others with split", place, entry.split, ", ".join(others))
+        for name in wanted:
             yield from _batches(f"{place}:{name}", _table_rows(splits[name]))
 
 

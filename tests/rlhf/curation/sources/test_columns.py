@@ -151,6 +151,9 @@ def test_scores_may_be_true_and_false_texts_and_decimal_commas() -> None:
     assert record("rm", row | {"s": True, "t": False}, columns=names).ranks == (1, 2)
     assert record("rm", row | {"s": "False", "t": "True"}, columns=names).ranks == (2, 1)
     assert record("rm", row | {"s": "1,5", "t": "1,25"}, columns=names, decimal=",").ranks == (1, 2)
+    assert record("rm", row | {"s": "1.000", "t": "999,5"}, columns=names, decimal=",").ranks == (1, 2)
+    assert record("rm", row | {"s": "-1.234.567,5", "t": "3"}, columns=names, decimal=",").ranks == (2, 1)
+    assert reason("rm", row | {"s": "0.5", "t": "0,5"}, columns=names, decimal=",") == "scores holds no number: '0.5'"
     assert 'write decimal: ","' in reason("rm", row | {"s": "1,5", "t": "1"}, columns=names)
 
 

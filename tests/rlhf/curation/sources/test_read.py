@@ -65,11 +65,14 @@ def test_a_pattern_reads_its_files_by_name(tmp_path: Path) -> None:
     assert read(Entry(files="*.jsonl"), tmp_path) == [(1, {"q": "a"}), (1, {"q": "b"})]
 
 
-def test_a_folder_with_the_layout_of_a_hub_dataset_is_read(tmp_path: Path) -> None:
+def test_a_folder_with_the_layout_of_a_hub_dataset_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "set" / "data").mkdir(parents=True)
     pd.DataFrame([{"q": "train row"}]).to_parquet(tmp_path / "set/data/train-00000-of-00001.parquet")
     pd.DataFrame([{"q": "test row"}]).to_parquet(tmp_path / "set/data/test-00000-of-00001.parquet")
     assert read(Entry(dataset="set", split="train+test"), tmp_path) == [(1, {"q": "train row"}), (1, {"q": "test row"})]
+    assert caplog.messages == []
+    assert read(Entry(dataset="set"), tmp_path) == [(1, {"q": "train row"})]
+    assert caplog.messages == ["set: split train is read, test not; name others with split"]
     with pytest.raises(UserError, match=r"no split 'valid'; it has (train, test|test, train)"):
         read(Entry(dataset="set", split="valid"), tmp_path)
 
