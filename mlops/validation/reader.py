@@ -27,7 +27,7 @@ from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
 from rlhf.curation.near_duplicates import same_user
 from rlhf.curation.personal_data import personal_data_in
-from rlhf.curation.transcripts import transcript_prompt
+from rlhf.curation.transcripts import ContentError, transcript_prompt
 from rlhf.data.prompts import Prompt, message_text, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
@@ -134,7 +134,7 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
             if not all(map(encodes, prompt_texts(value))):
                 return "surrogates", "prompt holds half of a surrogate pair, which is not text"
             continue
-        if key == PROMPT and isinstance(value, str) and transcript_prompt(value):
+        if key == PROMPT and isinstance(value, str) and _is_transcript(value):
             return "transcripts", f"prompt {short(value)}"
         items = value if key in LIST_ITEMS else [value]
         if key in LIST_ITEMS and type(value) is not list:
@@ -150,6 +150,13 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
     if list(row) != keys:
         return "key_order", "in another order: " + ", ".join(row)
     return "", ""
+
+
+def _is_transcript(prompt: str) -> bool:
+    try:
+        return transcript_prompt(prompt) is not None
+    except ContentError:
+        return True
 
 
 def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:

@@ -128,18 +128,28 @@ def joined(turns: Sequence[Turn]) -> Turns:
 
 
 def split_text(text: str) -> list[Turn]:
-    """The turns of a transcript in the format of hh-rlhf and Nectar. Raises ValueError if it is none."""
+    """The turns of a transcript in the format of hh-rlhf and Nectar.
+
+    Raises ValueError if it is none, ContentError where a turn begins with the mark of another: who says it is unknown.
+    """
     text = text.replace("\r\n", "\n").strip()
     if not text.startswith(("Human:", "Assistant:", "System:")):
         raise ValueError("does not begin with a turn, Human: or Assistant:")
     parts = _TURN.split("\n\n" + text)
-    return [(_SPEAKERS[name], said.strip()) for name, said in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [(_SPEAKERS[name], said.strip()) for name, said in zip(parts[1::2], parts[2::2], strict=True)]
+    if mark := next(filter(None, (_TURN.match(said) for _, said in turns)), None):
+        raise ContentError(f"a turn holds the mark of another, {mark.group(1)}:")
+    return turns
 
 
 def transcript_prompt(text: str) -> list[Turn] | None:
-    """The turns of a prompt that is written as a transcript, also with an open "Assistant:" at its end; else None."""
+    """The turns of a prompt that is written as a transcript, also with an open "Assistant:" at its end; else None.
+
+    Raises ContentError as split_text."""
     try:
         turns = split_text(text)
+    except ContentError:
+        raise
     except ValueError:
         return None
     if turns[-1] == ("assistant", ""):

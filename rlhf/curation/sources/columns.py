@@ -77,7 +77,7 @@ def columns(row: Row | Group, role: str, entry: Entry) -> Iterator[Record]:
     if role == "rm":
         answers = _answers(value, entry)
         if all(before is None for before, _ in answers):
-            transcripts = [_transcript(text) for _, text in answers]
+            transcripts = [_transcript(text, prompt is None) for _, text in answers]
             if prompt is None or all(before is not None for before, _ in transcripts):
                 answers = transcripts
         turns, texts = compared(prompt, answers, "prompt")
@@ -169,11 +169,16 @@ def _answers(value: Value, entry: Entry) -> list[tuple[list[Turn] | None, str]]:
     return [answer_turns(item, label, entry) for item, label in zip(items, labels, strict=True)]
 
 
-def _transcript(text: str) -> tuple[list[Turn] | None, str]:
-    """The turns of a text that is a whole conversation, as hh-rlhf writes them."""
+def _transcript(text: str, needed: bool) -> tuple[list[Turn] | None, str]:
+    """The turns of a text that is a whole conversation, as hh-rlhf writes them.
+
+    `needed`: raises ContentError for a conversation that cannot be used.
+    """
     try:
         return before_answer(split_text(text))
-    except ValueError:
+    except ValueError as error:
+        if needed and isinstance(error, ContentError):
+            raise
         return None, text
 
 

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from rlhf.curation.transcripts import as_prompt, joined, prompt_of, split_text, transcript_prompt, turns_of
+from rlhf.curation.transcripts import (
+    ContentError,
+    as_prompt,
+    joined,
+    prompt_of,
+    split_text,
+    transcript_prompt,
+    turns_of,
+)
 from rlhf.data.prompts import prompt_text
 
 
@@ -20,6 +28,13 @@ def test_a_transcript_is_read_as_its_turns() -> None:
     text = prompt_text(as_prompt(joined(turns)))
     assert text == "System: be kind\n\nHuman: hello\n\nAssistant: hi\n\nyou\n\nHuman: bye"
     assert split_text(text) == turns == transcript_prompt(text)
+
+
+@pytest.mark.parametrize("text", ["Human: Human: hello\n\nAssistant: hi", "Human: hello\n\nAssistant: Human: hi"])
+def test_a_turn_of_a_transcript_that_begins_with_another_mark_is_nobody_s(text: str) -> None:
+    for read in (split_text, transcript_prompt):
+        with pytest.raises(ContentError, match="a turn holds the mark of another, Human:"):
+            read(text)
 
 
 def test_a_mark_of_a_transcript_in_a_message_stays_text() -> None:
