@@ -31,6 +31,7 @@ _HINT = re.compile(
     r"PRIVATE KEY|PuTTY-User|A3T|A[BKS]IA|ACCA|gh[oprsu]_|github_pat_|gl[a-z]{2,5}-|GR1348941|sk-|[rs]k_|whsec_|"
     r"xox[a-s]|xapp-|hooks\.slack|SG\.|AIza|GOCSPX|hf_|npm_|authToken|pypi-Ag|eyJ|AC[a-z0-9]{32}|SK[a-z0-9]{32}|-us\d|sq0csp|"
     r"AccountKey=|shp[acps]|do[opr]_v1|dapi|r8_|gsk_|\d{8}:|[MNO][\w-]{23,25}\.|aws.{0,20}?['\"]", re.IGNORECASE)
+_LONG_WORD = re.compile(r"(\S{4000})\S+")  # no key is longer, and some patterns take the square of a word's length
 _PLACEHOLDER = re.compile(r"example|your|xxxx|placeholder|redacted|\.\.\.|\*\*\*|insert|changeme", re.IGNORECASE)
 MIN_CHARS = 20  # of the shortest key; most texts have no word as long
 MIN_DISTINCT = 5  # different characters of a key; fewer stand for one
@@ -76,6 +77,7 @@ def secrets_in(text: str) -> list[str]:
     """
     if ("PRIVATE KEY" not in text and max(map(len, text.split()), default=0) < MIN_CHARS) or not _HINT.search(text):
         return []
+    text = _LONG_WORD.sub(r"\1 ", text)
     found: list[tuple[int, str]] = []
     taken: list[tuple[int, int]] = []
     for name, pattern in _patterns():

@@ -61,3 +61,11 @@ def test_detect_secrets_alone_finds_fewer_keys_than_with_the_newer_forms() -> No
     assert secrets_in("sk-proj-Zk3vQ9xTb7LmNc2RpWs8Yd5FhGj1KaEu") == ["OpenAI API key, sk-proj-..."]
     assert secrets_in("AKIAQ3EGZ7LPMTR5WXYB") == ["AWS Access Key, AKIAQ3EG..."]
     assert secrets_in("AKIAIOSFODNN7EXAMPLE") == []
+
+
+@pytest.mark.parametrize("piece", ["sk-", "a", "1", "a@", "1-", "-", ".", "a.", "AKIA", "(1", "é", " "])
+@pytest.mark.parametrize("end", ["", "@", " 1"])
+def test_long_texts_of_one_piece_are_read_in_linear_time(piece: str, end: str) -> None:
+    """With a pattern whose time grows with the square of the length this takes minutes."""
+    text = (piece * 300_000)[:300_000] + end + "\n\nWrite to tess.orlin@qorvexlume-post.net"
+    assert any("tess.orlin" in item for item in personal_data_in(text))
