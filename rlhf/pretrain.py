@@ -105,16 +105,15 @@ def read_corpus(path: Path, tokenizer: PreTrainedTokenizerBase, positions: int, 
     return rows
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # a batch may lie on two passes
 def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "corpus", epoch))
 
 
 def corpus_batch(rows: Sequence[list[int]], batch_size: int, step: int, seed: int) -> Tensor:
-    """Rows of the packed corpus for a step: every pass over it shuffled. [batch_size, context]."""
-    epoch, place = divmod(step, max(1, len(rows) // batch_size))
-    chosen = _order(len(rows), seed, epoch)[place * batch_size:(place + 1) * batch_size]
-    return torch.tensor([rows[row] for row in chosen.tolist()], device=device())
+    """Rows of the packed corpus for a step: every pass over it shuffled, one after the other. [batch_size, context]."""
+    places = (divmod(number, len(rows)) for number in range(step * batch_size, (step + 1) * batch_size))
+    return torch.tensor([rows[int(_order(len(rows), seed, epoch)[place])] for epoch, place in places], device=device())
 
 
 def positions_of(ids: Tensor, params: PretrainParams, eos_id: int) -> Tensor | None:

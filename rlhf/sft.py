@@ -150,7 +150,8 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     prepare_training(model, params)
     lengths = lengths_of(train.ids)
     batches = shuffled_batches if params.packing else length_batches
-    epochs = ShuffledEpochs(lambda epoch: batches(lengths, params.batch_size, generator(seed, "sft", epoch)))
+    epochs = ShuffledEpochs(lambda epoch: batches(lengths, params.batch_size, generator(seed, "sft", epoch),
+                                                  multiple=distributed.size()))
 
     def loss_of_step(step: int) -> Iterator[Part]:
         batch = epochs[step]

@@ -20,6 +20,7 @@ from mlops.config.paths import POLICIES, PROMPTS, RM
 from mlops.release.gates import Gate, against_champion, gates
 from mlops.release.model_card import model_card
 from mlops.tracking.upload_record import data_version, run_name_of
+from rlhf.errors import UserError
 from rlhf.files import hash_paths, write_atomic, write_json
 from rlhf.params import Profile
 from rlhf.world.gold import gold_labeler
@@ -89,9 +90,15 @@ def register(stage: Stage, found: list[Gate]) -> str:
         numbers[kind] = str(made.version)
     write_json(stage.scratch / "versions.json", numbers)
     if champion and champion.tags.get(CONTENT_TAG) != content["policy"]:
+        from rlhf.model.chat_format import ChatFormatError  # transformers: seconds, which the comparison needs anyway
+
         folder = registry.folder_of(champion, stage.scratch / "champion")
-        found.append(against_champion(win_rate_low(stage.params.stages, stage.params.seed, folder),
-                                      stage.params.stages.promote))
+        try:
+            low = win_rate_low(stage.params.stages, stage.params.seed, folder)
+        except ChatFormatError as error:
+            raise UserError(f"the champion, {champion.name} version {champion.version}, cannot answer the held-out "
+                            f"prompts: {error}; promote.registry may name another registry") from None
+        found.append(against_champion(low, stage.params.stages.promote))
     return numbers["policy"]
 
 

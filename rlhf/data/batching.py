@@ -60,12 +60,12 @@ class Batches(Sequence[list[int]]):
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator | None,
-                   groups: Sequence[int] | None = None) -> Batches:
+                   groups: Sequence[int] | None = None, multiple: int = 1) -> Batches:
     """Indices in batches of similar length: shuffled, sorted within buckets of 16 batches, batches shuffled.
 
-    `shuffle` None: sorted by length, every index once, for evaluation. With shuffling the last, smaller batch
-    is dropped unless it is the only one. `groups`: a number for each index; indices of one group come in one batch, in
-    consecutive places, or in two where a batch ends among them.
+    Every index comes once; what does not fill a batch is a smaller one. `shuffle` None: sorted by length, for
+    evaluation. `multiple`: of the size of each batch; to have it the smaller one repeats indices. `groups`: a number for
+    each index; indices of one group come in one batch, in consecutive places, or in two where a batch ends among them.
     """
     count = len(lengths)
     sizes = np.asarray(lengths)
@@ -73,7 +73,7 @@ def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Gener
         return Batches(np.argsort(sizes, kind="stable"), batch_size)  # ties by index
     group = np.arange(count) if groups is None else _numbered(groups)
     drawn = np.argsort(torch.randperm(int(group.max(initial=-1)) + 1, generator=shuffle).numpy())
-    order = np.argsort(drawn[group], kind="stable")[: max(count - count % batch_size, min(count, batch_size))]
+    order = filled_up(np.argsort(drawn[group], kind="stable"), multiple)
     longest = np.zeros(len(drawn), sizes.dtype)
     np.maximum.at(longest, group, sizes)
     window = batch_size * BUCKET_BATCHES
@@ -82,6 +82,11 @@ def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Gener
         order[start:start + window] = bucket[np.lexsort((bucket, group[bucket], longest[group[bucket]]))]
     places = torch.randperm(-(-len(order) // batch_size), generator=shuffle).numpy()
     return Batches(order, batch_size, places)
+
+
+def filled_up(order: np.ndarray, multiple: int) -> np.ndarray:
+    """The indices, and so many of the first ones again that their number is a multiple."""
+    return np.resize(order, len(order) + -len(order) % multiple)
 
 
 def _numbered(groups: Sequence[int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 `PackedBatch` is what every forward pass of rlhf/model/forward.py takes. The rest of the file packs demonstrations into
 rows for SFT (`sft.packing`), each of which attends only to itself: rows filled best-fit, positions that start anew, a
-loss mask. A step has exactly `batch_size` demonstrations, as without packing, and the loss is the mean over the same
+loss mask. A step has `batch_size` demonstrations, as without packing, and the loss is the mean over the same
 completion tokens: packing changes time and memory, not the update. Positions that start at 0 with each demonstration
 are what transformers tells demonstrations apart by: without an attention mask it builds one that is causal within each
 of them, for eager, fused and flash attention alike. `check_packing` checks that a model really does so.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import pad_right
+from rlhf.data.batching import filled_up, pad_right
 from rlhf.errors import UserError
 
 Span = tuple[int, int]  # start and end of some tokens
@@ -77,14 +77,15 @@ def round_shape(ids: Tensor, pad_id: int) -> Tensor:
     return F.pad(ids, (0, -ids.shape[1] % 8, 0, -ids.shape[0] % 16), value=pad_id)
 
 
-def shuffled_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator) -> list[list[int]]:
-    """Indices in batches of any lengths, in a seeded order; the last, smaller one is left out unless it is alone.
+def shuffled_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Generator, multiple: int = 1
+                     ) -> list[list[int]]:
+    """Indices in batches of any lengths, in a seeded order; what does not fill a batch is a smaller one, of a size that
+    is a `multiple`.
 
     Batches of like length would be uneven here: rows of the same size hold many short texts and few long ones.
     """
-    order = torch.randperm(len(lengths), generator=shuffle).tolist()
-    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    return batches if len(batches) == 1 or len(batches[-1]) == batch_size else batches[:-1]
+    order = filled_up(torch.randperm(len(lengths), generator=shuffle).numpy(), multiple).tolist()
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -10,16 +10,19 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from rlhf.model.chat_format import PromptCodec
+from rlhf.errors import UserError
+from rlhf.model.chat_format import ChatFormatError, PromptCodec
 from rlhf.model.load import load_policy
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.tokenizer import load_tokenizer
 from rlhf.training.seeding import generator
+from tasks.promote import register
 from tests.tasks.small_pipeline import PROFILE, SmallPipeline, Undisturbed
 
 OPEN = "promote: {min_win_rate: 0, kl_band: 1000000, max_tax: 1, max_mean_tax: 1, max_toxic: 1}"
@@ -95,6 +98,26 @@ def test_a_missed_gate_leaves_the_champion_and_says_by_how_much(promotion: Promo
                for reason in metrics["reasons"])  # type: ignore[attr-defined]
     assert promotion.folder() == ["README.md"]
     assert "**Not promoted.**" in (promotion.pipeline.root / "models" / "promoted" / "README.md").read_text()
+
+
+def test_a_champion_that_cannot_answer_the_prompts_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The champion was of another base model, whose template has no system turns; the error named no model."""
+    champion = SimpleNamespace(name="instructflow-policy", version="7", tags={})
+    registry = SimpleNamespace(champion=lambda: champion, register=lambda *of: SimpleNamespace(version="8"),
+                               set_alias=lambda *of: None, folder_of=lambda *of: tmp_path)
+
+    def refused(*of: object) -> float:
+        raise ChatFormatError("its chat template refuses a conversation of system, user: no system role")
+
+    monkeypatch.setattr("mlops.release.registry.Registry", lambda *of: registry)
+    monkeypatch.setattr("tasks.promote.hash_paths", lambda *of: "content")
+    monkeypatch.setattr("tasks.promote.lineage", lambda *of: {})
+    monkeypatch.setattr("tasks.promote.win_rate_low", refused)
+    params = SimpleNamespace(stages=SimpleNamespace(promote=SimpleNamespace(registry="instructflow"), promoted="ppo"),
+                             profile="smoke", seed=1)
+    with pytest.raises(UserError, match=r"^the champion, instructflow-policy version 7, cannot answer the held-out "
+                                        r"prompts: its chat template refuses .* promote\.registry may name another"):
+        register(SimpleNamespace(params=params, root=tmp_path, scratch=tmp_path), [])  # type: ignore[arg-type]
 
 
 def test_without_an_independent_judge_nothing_is_promoted(promotion: Promotion) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.batching import BUCKET_BATCHES, length_batches, pack_documents, pad_left, pad_right, pass_batches
+from rlhf.data.packing import shuffled_batches
 
 lengths_of_rows = st.lists(st.integers(1, 60), min_size=1, max_size=300)
 
@@ -48,30 +49,30 @@ def test_a_pass_holds_so_many_rows_and_tokens(lengths: list[int], batch_size: in
 
 @settings(max_examples=80, deadline=None)
 @given(lengths_of_rows, st.integers(1, 40), st.integers(0, 1000))
-def test_with_shuffling_only_an_incomplete_batch_is_left_out(lengths: list[int], batch_size: int, seed: int) -> None:
+def test_with_shuffling_every_index_comes_once_and_one_batch_may_be_smaller(lengths: list[int], batch_size: int,
+                                                                            seed: int) -> None:
     batches = length_batches(lengths, batch_size, seeded(seed))
-    flat = [index for batch in batches for index in batch]
-    assert len(set(flat)) == len(flat)
-    assert set(flat) <= set(range(len(lengths)))
-    if len(lengths) < batch_size:
-        assert [len(batch) for batch in batches] == [len(lengths)]  # the only batch stays
-    else:
-        assert [len(batch) for batch in batches] == [batch_size] * (len(lengths) // batch_size)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    whole, rest = divmod(len(lengths), batch_size)
+    assert sorted(len(batch) for batch in batches) == sorted([batch_size] * whole + [rest] * bool(rest))
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_of_rows, st.integers(1, 9), st.integers(1, 5), st.integers(0, 1000))
+def test_of_several_processes_each_has_as_many_rows_of_every_batch(lengths: list[int], share: int, processes: int,
+                                                                   seed: int) -> None:
+    for make in (length_batches, shuffled_batches):
+        batches = list(make(lengths, share * processes, seeded(seed), multiple=processes))
+        flat = [index for batch in batches for index in batch]
+        assert set(flat) == set(range(len(lengths)))
+        assert len(flat) - len(lengths) == -len(lengths) % processes
+        assert all(len(batch) % processes == 0 for batch in batches)
 
 
 def test_the_seed_decides_the_order() -> None:
     lengths = [1 + index % 7 for index in range(200)]
     assert length_batches(lengths, 8, seeded(1)) == length_batches(lengths, 8, seeded(1))
     assert length_batches(lengths, 8, seeded(1)) != length_batches(lengths, 8, seeded(2))
-
-
-def test_over_many_passes_every_index_is_left_out_now_and_then() -> None:
-    missing = set()
-    for seed in range(60):
-        drawn = {index for batch in length_batches([5] * 10, 4, seeded(seed)) for index in batch}
-        assert len(drawn) == 8
-        missing |= set(range(10)) - drawn
-    assert missing == set(range(10))
 
 
 def test_batches_hold_rows_of_like_length_but_come_in_no_order() -> None:
@@ -94,7 +95,7 @@ def test_indices_of_a_group_come_in_one_batch_or_where_a_batch_ends_among_them_i
     groups, lengths = [group for group, _ in rows], [length for _, length in rows]
     batches = length_batches(lengths, batch_size, torch.Generator().manual_seed(seed), groups)
     flat = [index for batch in batches for index in batch]
-    assert len(flat) == len(set(flat)) == max(len(rows) - len(rows) % batch_size, min(len(rows), batch_size))
+    assert sorted(flat) == list(range(len(rows)))
     for batch in batches:  # consecutive places: between two of a group there is none of another
         own = [groups[index] for index in batch]
         assert [group for place, group in enumerate(own) if place == 0 or own[place - 1] != group] == list(

@@ -209,7 +209,6 @@ def batches_of_lists(lengths: list[int], batch_size: int, shuffle: torch.Generat
         order = sorted(range(count), key=lambda index: (lengths[index], index))
         return [order[start:start + batch_size] for start in range(0, count, batch_size)]
     order = torch.randperm(count, generator=shuffle).tolist()
-    order = order[: max(count - count % batch_size, min(count, batch_size))]
     batches = []
     for start in range(0, len(order), batch_size * BUCKET_BATCHES):
         bucket = sorted(order[start:start + batch_size * BUCKET_BATCHES], key=lambda index: (lengths[index], index))
