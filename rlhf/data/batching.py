@@ -64,8 +64,9 @@ def length_batches(lengths: Sequence[int], batch_size: int, shuffle: torch.Gener
     """Indices in batches of similar length: shuffled, sorted within buckets of 16 batches, batches shuffled.
 
     Every index comes once; what does not fill a batch is a smaller one. `shuffle` None: sorted by length, for
-    evaluation. `multiple`: of the size of each batch; to have it the smaller one repeats indices. `groups`: a number for
-    each index; indices of one group come in one batch, in consecutive places, or in two where a batch ends among them.
+    evaluation. `multiple`: of the size of each batch; to have it the smaller one repeats indices. `groups`: a number
+    for each index; indices of one group come in one batch, in consecutive places, or in two where a batch ends among
+    them.
     """
     count = len(lengths)
     sizes = np.asarray(lengths)
