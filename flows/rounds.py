@@ -47,7 +47,7 @@ from flows.execution import (
 from flows.parameters import ProfileName, Seed
 from flows.stages import StageFailed, child_env, mend_dvc_lock
 from flows.workspaces import FOLDER, Changes, checkout_of, fill_workspace
-from mlops.config.loader import load_params
+from mlops.config.loader import PROFILES_DIR, check_rounds, load_params
 from mlops.config.stage_graph import write_rounds
 from mlops.labeling.store import LABELS, Batch
 from rlhf.errors import UserError, without_secrets
@@ -101,6 +101,8 @@ async def rounds(count: Count = 3, labelers: Labelers = "simulated", prompts: An
                 await asyncio.to_thread(fill_workspace, checkout, workdir, changes_of(parameters))
             else:
                 use_profile(workdir, profile)
+                chosen = load_params(workdir)
+                check_rounds(chosen.stages, workdir / PROFILES_DIR / f"{chosen.profile}.yaml")
                 write_rounds(workdir, count)
             mend_dvc_lock(workdir)
             await best_effort(close_earlier_tasks())

@@ -202,7 +202,22 @@ def load_params(root: Path = Path(".")) -> Params:
         if given != wanted:
             raise UserError(f"{path}: {name} = {as_yaml(given)}: must be {as_yaml(wanted)}, as in "
                             f"{PROFILES_DIR}/{top.profile}.yaml; `python -m mlops.config.arms` writes it")
+    if top.rounds:
+        check_rounds(profile, root / PROFILES_DIR / f"{top.profile}.yaml")
     return Params(top.seed, top.profile, profile, top.rounds)
+
+
+def check_rounds(profile: Profile, path: Path) -> None:
+    """The rules for a profile whose rounds are run. Raises UserError."""
+    rounds, ppo = profile.rounds, profile.arms.get(profile.promoted, profile.ppo)
+    for holds, message in (
+        (rounds.episodes >= ppo.batch_size,
+         f"rounds.episodes = {rounds.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
+        (rounds.restart or not ppo.lora_rank,
+         "rounds.restart = False: must be True where ppo.lora_rank > 0: the reference is the policy without adapters"),
+    ):
+        if not holds:
+            raise UserError(f"{path}: {message}")
 
 
 def as_yaml(value: str | list[str]) -> str:
@@ -293,12 +308,8 @@ def _check_together(profile: Profile, path: Path) -> None:
          f"ingest.spec = {profile.ingest.spec!r}: must name a file of profiles/sources/ where ingest.source is hub or "
          "files, and be empty where it is embedded"),
     ]
-    evaluate, rounds, ppo = profile.evaluate, profile.rounds, profile.arms.get(profile.promoted, profile.ppo)
+    evaluate = profile.evaluate
     rules += [
-        (rounds.episodes >= ppo.batch_size,
-         f"rounds.episodes = {rounds.episodes}: must be >= ppo.batch_size = {ppo.batch_size}"),
-        (rounds.restart or not ppo.lora_rank,
-         "rounds.restart = False: must be True where ppo.lora_rank > 0: the reference is the policy without adapters"),
         ((evaluate.judge == "auto") == (not evaluate.judge_model),
          f"evaluate.judge_model = {evaluate.judge_model!r}: must name a model where evaluate.judge is {evaluate.judge}"
          if evaluate.judge != "auto" else

@@ -91,6 +91,9 @@ def train_ppo(params: PpoParams, prompts: Iterable[Prompt], sft_folder: Path, rm
         start, state = checkpoint
         trainer.restore(state)
     iterations = params.episodes // params.batch_size
+    if params.episodes % params.batch_size:
+        log.warning("ppo.episodes = %d is no multiple of ppo.batch_size = %d: %d iterations with %d episodes are run",
+                    params.episodes, params.batch_size, iterations, iterations * params.batch_size)
     absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not source}
     columns = [name for name in COLUMNS if name not in absent]
     journal = Journal(folder / "journal.csv", columns, resume_after=start if checkpoint else None)

@@ -249,3 +249,17 @@ def test_the_rules_allow_their_limits(write: Write, profile: dict[str, dict[str,
     stages = load_params(write(yaml.safe_dump(profile))).stages
     for section, values in profile.items():
         assert all(getattr(getattr(stages, section), key) == value for key, value in values.items())
+
+
+def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> None:
+    """A profile with LoRA and no rounds did not load: it had to say how a round's policy starts."""
+    root = write("ppo: {lora_rank: 4, batch_size: 64}\nrounds: {episodes: 32}\n")
+    assert load_params(root).stages.ppo.lora_rank == 4
+    first = {"number": 1, "policy": "models/sft", "reward_model": "models/sft", "ensemble": "models/sft",
+             "rows": "data/rm.jsonl"}
+    (root / "params.yaml").write_text(yaml.safe_dump({"seed": 1, "profile": "mine", "rounds": {"r1": first}}))
+    assert message(root) == f"{root}/profiles/mine.yaml: rounds.episodes = 32: must be >= ppo.batch_size = 64"
+    (root / "profiles" / "mine.yaml").write_text("ppo: {lora_rank: 4, batch_size: 64}\n")
+    assert "rounds.restart = False: must be True where ppo.lora_rank > 0" in message(root)
+    (root / "profiles" / "mine.yaml").write_text("ppo: {lora_rank: 4, batch_size: 64}\nrounds: {restart: true}\n")
+    assert load_params(root).stages.rounds.restart

@@ -159,3 +159,11 @@ def test_the_alarm_is_logged_once_when_it_rises(model_folders: dict[str, tuple[P
     rows = read_journal(tmp_path / "journal.csv")
     assert [float(row["ppo/alarm"]) for row in rows] == [0, 0, 1, 1, 1]
     assert "ppo/gold" not in rows[0]
+
+
+def test_episodes_that_fill_no_iteration_are_told(model_folders: dict[str, tuple[Path, Path]], prompt_texts: list[str],
+                                                  ppo_params: Callable[..., PpoParams], tmp_path: Path,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    train_ppo(ppo_params(episodes=19), prompt_texts, *model_folders["gpt2"], 5, tmp_path)
+    assert "ppo.episodes = 19 is no multiple of ppo.batch_size = 8: 2 iterations with 16 episodes are" in caplog.text
+    assert len(read_journal(tmp_path / "journal.csv")) == 2
