@@ -168,9 +168,13 @@ def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
         raise UserError(f"pretrain.base_model: {error}") from None
     tokenizer, known = codec.tokenizer, model.get_input_embeddings().num_embeddings
     check_vocabulary(model, tokenizer, f"pretrain.base_model = {name!r}")
-    named = check_untrained(model, tokenizer, name)
-    if named and is_writer():
-        print(named, flush=True)
+    named = [check_untrained(model, tokenizer, name)]
+    if codec.asks_with:
+        named.append(f"{name}: its chat template ends a prompt with {codec.asks_with!r}, after which answers are "
+                     "trained: those of the data should go on from there")
+    for line in filter(None, named):
+        if is_writer():
+            print(line, flush=True)
     if tokenizer.pad_token_id >= known:
         model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
         with torch.no_grad():  # as transformers does, but without its random part

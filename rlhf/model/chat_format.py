@@ -12,6 +12,7 @@ from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -28,6 +29,9 @@ _FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, Index
 _MARK_LIKE = re.compile(r"(?=.{2,30}\Z)(?=.*[A-Za-z])(?:[\[<#|{*=].*|.*[:\]>|}])\Z")  # [INST], <<SYS>>, Human:
 _BRACKETED = re.compile(r"[\[<{|].*[A-Za-z].*[\]>}|]\Z")
 MOST_WORDS = 3  # of a mark
+# What a model says between tags, such as <think> and <tool_call>, and not a role.
+_TAG = re.compile(r"</?(?!(?:system|user|human|assistant|bot|model|developer)>)[A-Za-z][\w.-]*>")
+_NO_SIGN = re.compile(r"[^\w\s/.,:;!?'()-]")  # signs that names of special tokens are made of
 _SHORT: list[Message] = [{"role": "user", "content": "x"}]
 _ANSWER, _ASKED = "\u27e6answer\u27e7", "\u27e6asked\u27e7"
 
@@ -80,6 +84,23 @@ def asked(request: Mapping[str, Any]) -> Prompt:
     return str(found["prompt"])
 
 
+def templates_of(tokenizer: PreTrainedTokenizerBase, day: date = DATE) -> tuple[str, str]:
+    """(template, template of conversations that name tools), with a fixed date. Raises ChatFormatError."""
+    if not tokenizer.chat_template:
+        return (own_template(tokenizer),) * 2
+    if not isinstance(tokenizer.chat_template, dict):
+        return (with_fixed_date(tokenizer.chat_template, day),) * 2
+    named = tokenizer.chat_template
+    if "default" not in named:
+        raise ChatFormatError(f"its chat templates are {', '.join(sorted(named))}; one must be named default")
+    default = str(named["default"])
+    return with_fixed_date(default, day), with_fixed_date(str(named.get("tool_use") or default), day)
+
+
+def _any_of(marks: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(marks, key=lambda mark: (-len(mark), mark)))) or r"(?!)")
+
+
 def _of_tools(turns: Sequence[Message]) -> bool:
     return any("tools" in message or "tool_calls" in message for message in turns)
 
@@ -94,7 +115,9 @@ class PromptCodec:
     """Ids of prompts and answers, in the tokenizer's chat template, or in `own_template` where it has none.
 
     `stops`: further tokens that end an answer, beside EOS and the one that the template puts there (`end_id`);
-    `stop_ids` are all of them. `marks`: the names that are broken up in texts. Raises ChatFormatError for a tokenizer
+    `stop_ids` are all of them. `marks`: the names that are broken up in texts; tags that are tokens (<think>,
+    <tool_call>) are so only in what is not the assistant's. `asks_with`: what a prompt ends with and an answer in a
+    conversation does not follow. Raises ChatFormatError for a tokenizer
     without EOS or PAD, or whose PAD ends answers, and for a template that does not render a user's turn.
     """
 
@@ -105,8 +128,7 @@ class PromptCodec:
         if self.eos_id is None:
             raise ChatFormatError("its tokenizer has no EOS; name the token that ends a text as eos_token in "
                                   "tokenizer_config.json")
-        self.template = with_fixed_date(tokenizer.get_chat_template() if tokenizer.chat_template
-                                        else own_template(tokenizer), day)
+        self.template, self.tool_template = templates_of(tokenizer, day)
         self._as_parts = False
         self._as_parts = not self._renders_text()
         self._counts: dict[tuple[Any, ...], int] = {}
@@ -143,11 +165,17 @@ class PromptCodec:
             raise ChatFormatError("its chat template leaves the assistant's text out")
         before, self._closing = whole.split(_ANSWER, 1)
         self._lead = before[len(self._opening):] if before.startswith(self._opening) else ""
+        pairs = enumerate(zip(before, self._opening, strict=False))
+        same = next((place for place, (one, other) in pairs if one != other), min(len(before), len(self._opening)))
+        self.asks_with = self._opening[same:].strip()  # before a new answer only, such as <think>
         asked = [{"role": "user", "content": _ASKED}]
         texts = [self._render([[*asked, {"role": "assistant", "content": _ANSWER}]], False)[0],
                  self._render([asked], True)[0], *self._probes()]
         ids = {index for text in texts for index in self._ids([text])[0]}
-        frame = {token: index for token, index in self._added.items() if index in ids and len(token.strip()) > 1}
+        tags = {token.strip() for token, index in self._added.items()
+                if index not in self._special and _TAG.fullmatch(token.strip())}
+        frame = {token: index for token, index in self._added.items()
+                 if index in ids and len(token.strip()) > 1 and token.strip() not in tags}
         self.frame_ids = frozenset(index for index in ids if index in self._special or index in frame.values())
         self._protected = frozenset({*self._special, *frame.values()})
         self._counted = self._protected - {self.tokenizer.unk_token_id}
@@ -155,16 +183,19 @@ class PromptCodec:
         tokens = {name for name in names if name and name.strip()}
         boundaries = [part for text in texts for part in re.split("\u27e6[a-z]+\u27e7", text)[1:-1]]
         inside = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-        plain = set()
-        if any(part.strip() and not inside.search(part) for part in boundaries):
-            lines = {line.strip() for text in texts for part in re.split("\u27e6[a-z]+\u27e7", text)
-                     for piece in inside.split(part) for line in piece.splitlines() if len(line.split()) <= MOST_WORDS}
-            plain = {*filter(_MARK_LIKE.match, lines),
-                     *(word for line in lines for word in line.split() if _BRACKETED.match(word))}
+        lines = {line.strip() for text in texts for part in re.split("\u27e6[a-z]+\u27e7", text)
+                 for piece in inside.split(part) for line in piece.splitlines() if len(line.split()) <= MOST_WORDS}
+        plain = {word for line in lines for word in line.split() if _BRACKETED.match(word)}
+        if any(part.strip() and not inside.search(part) for part in boundaries):  # turns without a token between them
+            plain |= set(filter(_MARK_LIKE.match, lines))
+        plain = {mark for mark in plain if not _TAG.fullmatch(mark)}
         self.marks = sorted(tokens | plain)
-        self._mark = re.compile("|".join(map(re.escape, sorted(self.marks, key=lambda mark: (-len(mark), mark)))))
+        self._said = _any_of(tokens | plain)  # in the assistant's texts
+        self._mark = _any_of(tokens | plain | tags)
         self._cuts = {mark: self._cut_of(mark) for mark in plain}
         self._lead_ids = self._ids([self._lead])[0] if self._lead else []
+        # Where the lead's last token is joined with the answer's first the text tells it.
+        self._lead_said = "" if set(self._lead_ids) & self._special else self._lead.strip()
         closing = [index for index in self._ids([self._closing])[0] if index in self._protected]
         self.end_id: int = closing[0] if closing else self.eos_id
         self._ends_itself = bool(closing)
@@ -210,7 +241,7 @@ class PromptCodec:
         if held:
             raise ChatFormatError(f"a tool, or a call of one, holds {held.group()}, by which the chat template marks "
                                   "its own tokens")
-        if self.template.removeprefix(BOS) == OWN_TEMPLATE:
+        if self.tool_template.removeprefix(BOS) == OWN_TEMPLATE:
             raise ChatFormatError("its chat template has no tools; write tool_turns: drop")
         [text] = self._rendered([rest], open_answer, tools)
         if missing := [name for name in names if name not in text]:
@@ -227,7 +258,8 @@ class PromptCodec:
                               for message in turns] for turns in conversations]
         try:
             return list(self.tokenizer.apply_chat_template(
-                [list(turns) for turns in conversations], chat_template=self.template, tokenize=False,
+                [list(turns) for turns in conversations], tokenize=False,
+                chat_template=self.tool_template if tools else self.template,
                 add_generation_prompt=open_answer, tools=tools))
         except _FAULTS as error:
             said = " ".join(str(error).split()) or type(error).__name__
@@ -255,12 +287,13 @@ class PromptCodec:
                 return whole[len(before):]
         return self._ids([text])[0]
 
-    def _broken_up(self, text: str, everywhere: bool, gap: str) -> str:
-        """The text with `gap` inside each mark, or after each character that is no letter, digit or blank."""
+    def _broken_up(self, message: Message, everywhere: bool, gap: str) -> str:
+        """A message's text with `gap` inside each mark, or after each character that is no letter, digit or blank."""
+        text, marks = message["content"], self._marks_in(message)
         if everywhere:
             return re.sub(r"([^\w\s])", rf"\1{gap}", text)
         pieces = []
-        while match := self._mark.search(text):
+        while match := marks.search(text):
             cut = self._cuts.get(match.group(), 1)
             if not cut:
                 raise ChatFormatError(f"a text holds {match.group()}, by which the chat template opens a turn: its "
@@ -276,7 +309,7 @@ class PromptCodec:
         rendered = self._render(conversations, open_answer) if conversations else []
         ids = self._ids(rendered)
         for number, turns in enumerate(conversations):
-            if any(self._mark.search(message["content"]) for message in turns) or self._tampered(
+            if any(self._marks_in(message).search(message["content"]) for message in turns) or self._tampered(
                     turns, open_answer, ids[number]):
                 ids[number] = self._encode_hostile(turns, open_answer)
         return ids
@@ -304,7 +337,7 @@ class PromptCodec:
         text = "".join(message["content"] for message in turns)
         gap = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
         for everywhere in (False, True):
-            cut = [{**message, "content": self._broken_up(message["content"], everywhere, gap)} for message in turns]
+            cut = [{**message, "content": self._broken_up(message, everywhere, gap)} for message in turns]
             first, *others = self._render([cut], open_answer)[0].split(gap)
             ids = self._ids([first])[0] + [index for piece in others for index in self._following(piece)]
             if not self._tampered(turns, open_answer, ids):
@@ -316,9 +349,19 @@ class PromptCodec:
         key = (open_answer, *((message["role"], bool(message["content"].strip()), _tool_text(message))
                               for message in turns))
         if key not in self._counts:
-            plain = [{**message, "content": "x" if message["content"].strip() else ""} for message in turns]
+            plain = [{**message, "content": f"x{place}" if message["content"].strip() else ""}
+                     for place, message in enumerate(turns)]
             self._counts[key] = self._tokens_of_frame(self._ids(self._render([plain], open_answer))[0])
-        return self._tokens_of_frame(ids) != self._counts[key]
+        found = self._tokens_of_frame(ids)
+        if found == self._counts[key]:
+            return False
+        # A template may ask for words of a text, such as /no_think: the texts without signs.
+        plain = [{**message, "content": self._mark.sub("x", _NO_SIGN.sub("x", normalize("NFKC", message["content"])))}
+                 for message in turns]
+        return found != self._tokens_of_frame(self._ids(self._render([plain], open_answer))[0])
+
+    def _marks_in(self, message: Message) -> re.Pattern[str]:
+        return self._said if message["role"] == "assistant" else self._mark
 
     def _tokens_of_frame(self, ids: list[int]) -> int:
         frame = self._counted
@@ -352,7 +395,7 @@ class PromptCodec:
         """Ids of the last turn's text and what the template puts around it, tokenized apart from the prompt."""
         text = turns[-1]["content"]
         gap = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-        safe = {**turns[-1], "content": self._broken_up(text, False, gap)}
+        safe = {**turns[-1], "content": self._broken_up(turns[-1], False, gap)}
         whole = self._render([[*turns[:-1], safe]], False)[0]
         answer = whole[len(self._opening):] if whole.startswith(self._opening) else safe["content"] + self._closing
         return [index for piece in answer.split(gap) for index in self._following(piece)]
@@ -372,11 +415,17 @@ class PromptCodec:
         messages = messages_of(prompt)
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant" or not number:
+            if message["role"] != "assistant" or not number or message.get("weight") == 0:
                 continue
             [before] = self.prompts([messages[:number]])
-            if asked[:len(before)] == before and self.end_id in asked[len(before):]:
-                spans.append((len(before), asked.index(self.end_id, len(before)) + 1))
+            if asked[:len(before)] != before or self.end_id not in asked[len(before):]:
+                continue
+            span = (len(before), asked.index(self.end_id, len(before)) + 1)
+            said = asked[slice(*span)]
+            [whole] = self._encode([messages[:number + 1]], False)
+            if whole[:span[1]] == asked[:span[1]] and ("tool_calls" in message or
+                                                       said == self.completions([message["content"]])[0]):
+                spans.append(span)
         return spans
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -384,7 +433,8 @@ class PromptCodec:
         ids = [index for index in ids if index not in self.stop_ids]
         if self._lead_ids and ids[:len(self._lead_ids)] == self._lead_ids:
             ids = ids[len(self._lead_ids):]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return text.removeprefix(self._lead_said).lstrip() if self._lead_said else text
 
 
 def load_codec(folder: str | Path) -> PromptCodec:
@@ -398,7 +448,10 @@ def codec_with_pad(name: str | Path, day: date = DATE) -> PromptCodec:
     tokenizer, stops = load_tokenizer(name), stops_of(name)
     codec = PromptCodec(tokenizer, stops, day, needs_pad=False)
     give_pad(tokenizer, {*codec.stop_ids, *codec.frame_ids})
-    tokenizer.chat_template = codec.template
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {key: with_fixed_date(text, day) for key, text in tokenizer.chat_template.items()}
+    else:
+        tokenizer.chat_template = codec.template
     return PromptCodec(tokenizer, stops)
 
 
