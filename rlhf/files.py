@@ -92,3 +92,12 @@ def hash_paths(paths: Iterable[Path], root: Path) -> str:
                 digest.update(str(file.relative_to(root)).encode() + b"\0")
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text (`object_pairs_hook`). Raises ValueError for a key that stands twice in it."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has a key twice: {next(key for key in found if keys.count(key) > 1)}")
+    return found

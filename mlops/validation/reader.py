@@ -27,7 +27,7 @@ from rlhf.curation.endings import truncated
 from rlhf.curation.language import foreign_language
 from rlhf.curation.near_duplicates import same_user
 from rlhf.curation.personal_data import personal_data_in
-from rlhf.curation.transcripts import ContentError, transcript_prompt
+from rlhf.curation.transcripts import is_transcript
 from rlhf.data.prompts import Prompt, message_text, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
@@ -129,13 +129,17 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
         if key == PROMPT and isinstance(value, list):
             if problem := prompt_problem(value):
                 return "value_types", f"prompt: {problem}"
-            if not all(is_visible(message_text(message)) for message in value if message["role"] != "tool"):
-                return "value_types", "prompt: a message is blank"
+            blank = [place for place, message in enumerate(value, start=1)
+                     if message["role"] != "tool" and not is_visible(message_text(message))]
+            if blank:
+                return "value_types", f"prompt: message {blank[0]} is blank"
             if not all(map(encodes, prompt_texts(value))):
                 return "surrogates", "prompt holds half of a surrogate pair, which is not text"
             continue
-        if key == PROMPT and isinstance(value, str) and _is_transcript(value):
+        if key == PROMPT and isinstance(value, str) and is_transcript(value):
             return "transcripts", f"prompt {short(value)}"
+        if key == PROMPT and not isinstance(value, str):
+            return "value_types", f"prompt is {JSON_NAMES[type(value)]}, neither text nor a list of messages"
         items = value if key in LIST_ITEMS else [value]
         if key in LIST_ITEMS and type(value) is not list:
             return "value_types", f"{key} is {JSON_NAMES[type(value)]}, not a list"
@@ -150,13 +154,6 @@ def _shape_problem(row: dict[str, Any], keys: list[str]) -> tuple[str, str]:
     if list(row) != keys:
         return "key_order", "in another order: " + ", ".join(row)
     return "", ""
-
-
-def _is_transcript(prompt: str) -> bool:
-    try:
-        return transcript_prompt(prompt) is not None
-    except ContentError:
-        return True
 
 
 def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:

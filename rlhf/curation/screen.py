@@ -4,7 +4,7 @@ The rules that compare rows (near duplicates, users, splits) are in `rlhf.curati
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -111,35 +111,40 @@ def _content(record: Record) -> dict[str, Any]:
     return {"prompt": as_prompt(record.prompt), "completions": record.completions, "ranks": record.ranks}
 
 
-def _rendered(records: list[tuple[int, Record]], rules: RulesParams, quarantined: list[Quarantined]
-              ) -> list[tuple[int, Record]]:
-    """The records whose conversation the chat template of `rules.tokenizer` takes; the others are quarantined."""
-    if not rules.tokenizer:
-        return records
-    codec, taken = _codec(rules.tokenizer), []
-    for number, record in records:
-        try:
-            codec.check(as_prompt(record.prompt))
-            taken.append((number, record))
-        except ValueError as error:
-            quarantined.append(Quarantined(number, str(error), _content(record), fits=True))
-    return taken
-
-
-def _lengths(records: list[Record], rules: RulesParams) -> list[str]:
-    """For each record "long_prompt", "long_completion" or ""."""
-    prompts = [len(prompt_text(as_prompt(record.prompt))) > rules.max_prompt_chars for record in records]
-    answers = [any(len(text) > rules.max_completion_chars for text in record.completions) for record in records]
+def _lengths(records: list[tuple[int, Record]], rules: RulesParams, quarantined: list[Quarantined]
+             ) -> Iterator[tuple[int, Record, str]]:
+    """The records, each with "long_prompt", "long_completion" or "". With `rules.tokenizer` those that its chat format
+    cannot hold are quarantined."""
+    counts = [(0, 0)] * len(records)
     if rules.tokenizer and records:
-        codec = _codec(rules.tokenizer)
-        counted = codec.prompts([as_prompt(record.prompt) for record in records])
-        prompts = [too_long or len(ids) > rules.max_prompt_tokens
-                   for too_long, ids in zip(prompts, counted, strict=True)]
-        texts = [(index, text) for index, record in enumerate(records) for text in record.completions]
-        for (index, _), ids in zip(texts, codec.completions([text for _, text in texts]), strict=True):
-            answers[index] = answers[index] or len(ids) > rules.max_completion_tokens
-    return ["long_prompt" if prompt else "long_completion" if answer else ""
-            for prompt, answer in zip(prompts, answers, strict=True)]
+        records, counts = _counted(_codec(rules.tokenizer), records, quarantined)
+    for (number, record), (prompt, answer) in zip(records, counts, strict=True):
+        long_prompt = len(prompt_text(as_prompt(record.prompt))) > rules.max_prompt_chars
+        long_answer = any(len(text) > rules.max_completion_chars for text in record.completions)
+        yield number, record, ("long_prompt" if long_prompt or prompt > rules.max_prompt_tokens else
+                               "long_completion" if long_answer or answer > rules.max_completion_tokens else "")
+
+
+def _counted(codec: Any, records: list[tuple[int, Record]], quarantined: list[Quarantined]
+             ) -> tuple[list[tuple[int, Record]], list[tuple[int, int]]]:
+    """The records that the chat format can hold, and `_token_counts` of each."""
+    try:
+        return records, _token_counts(codec, [record for _, record in records])
+    except ValueError as error:
+        if len(records) == 1:
+            [(number, record)] = records
+            quarantined.append(Quarantined(number, str(error), _content(record), fits=True))
+            return [], []
+    parts = [_counted(codec, [item], quarantined) for item in records]
+    return [item for some, _ in parts for item in some], [pair for _, pairs in parts for pair in pairs]
+
+
+def _token_counts(codec: Any, records: Sequence[Record]) -> list[tuple[int, int]]:
+    """(tokens of the prompt, of the longest completion) of each record. Raises ValueError."""
+    prompts = codec.prompts([as_prompt(record.prompt) for record in records])
+    answers = iter(codec.completions([text for record in records for text in record.completions]))
+    return [(len(ids), max((len(next(answers)) for _ in record.completions), default=0))
+            for record, ids in zip(records, prompts, strict=True)]
 
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(", ", ": ")).encode
@@ -204,7 +209,5 @@ def screen_rows(role: str, entry: Entry, rules: RulesParams, seed: int, numbers:
             quarantined.append(Quarantined(number, problem, _content(record), fits=True))
         else:
             sound.append((number, record))
-    sound = _rendered(sound, rules, quarantined)
-    too_long = _lengths([record for _, record in sound], rules)
-    return [_screened(record, number, role, entry, rules, seed, length)
-            for (number, record), length in zip(sound, too_long, strict=True)], quarantined, mapped.seen
+    return [_screened(record, number, role, entry, rules, seed, too_long)
+            for number, record, too_long in _lengths(sound, rules, quarantined)], quarantined, mapped.seen

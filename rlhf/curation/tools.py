@@ -2,12 +2,15 @@
 
 A message of a row may have, beside role and content: `tools` (the first one, the system's), the functions that may be
 called, in JSON Schema; `tool_calls` (the assistant's), OpenAI's, with arguments as objects; `name` and `tool_call_id`
-(a tool's). Among the turns of a source they are the roles `tools`, `call` and `tool`, whose text is JSON.
+(a tool's). Among the turns of a source they are the roles `tools`, `call` and `tool`, whose text is JSON; so is that of
+`said`, an answer with OpenAI's `weight` 0.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from rlhf.files import unique_keys
 
 # Role (system, user, assistant, or one of a tool) and text.
 Turn = tuple[str, str]
@@ -17,15 +20,22 @@ class ContentError(ValueError):
     """A row that fits its layout, and cannot be used for what it says: its reason. Other rows of its file may do."""
 
 
-def tool_turn(is_answer: bool, message: Mapping[str, Any], content: Any, number: int) -> Turn:
-    """The turn of a call of tools or of a tool's answer, of OpenAI's, ShareGPT's or Anthropic's form.
+def answer_turn(message: Mapping[str, Any], content: Any) -> Turn:
+    """The turn of a tool's answer: its text, or what is no text as JSON."""
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    text = content if isinstance(content, str) else "\n\n".join(texts) if parts and len(texts) == len(parts) else \
+        _json(content)
+    ids = {"name": message.get("name"), "tool_call_id": message.get("tool_call_id") or message.get("tool_use_id")}
+    return "tool", _json({"content": text, **{key: value for key, value in ids.items() if isinstance(value, str)}})
 
-    Raises ValueError where a call has no name, or arguments that are no JSON object.
+
+def call_turn(message: Mapping[str, Any], content: Any, number: int, fill: bool = False) -> Turn:
+    """The turn of a call of tools, of OpenAI's, ShareGPT's or Anthropic's form.
+
+    `fill`: arguments that are null are absent, as in tables, where every row has the keys of all. Raises ValueError
+    where a call has no name, or arguments that are no JSON object.
     """
-    if is_answer:
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
-        named = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
-        return "tool", _json({"content": text, **named})
     calls, said = _calls(message, content, number)
     found = []
     for call in calls:
@@ -33,7 +43,10 @@ def tool_turn(is_answer: bool, message: Mapping[str, Any], content: Any, number:
         name = named.get("name")
         given = [named[key] for key in ("arguments", "input", "parameters") if named.get(key) is not None]
         arguments: Any = given[0] if given else {}
-        arguments = _read(arguments or "{}", number) if isinstance(arguments, str) else _without_nulls(arguments)
+        if isinstance(arguments, str):
+            arguments = _read(arguments or "{}", number)
+        elif fill:
+            arguments = _without_nulls(arguments)
         if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
             raise ContentError(f"message {number} calls a tool without a name, or with arguments that are no object")
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -67,9 +80,13 @@ def _objects(calls: Any, number: int) -> Sequence[Mapping[str, Any]]:
 
 def _read(text: Any, number: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (TypeError, ValueError):
         raise ContentError(f"message {number} calls a tool in a text that is no JSON") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -79,22 +96,25 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def with_tools(tools: Any, turns: list[Turn]) -> list[Turn]:
-    """The turns with the tools of the row first. Raises ValueError where tools are called and the row names none."""
+def with_tools(tools: Any, turns: list[Turn], fill: bool = False) -> list[Turn]:
+    """The turns with the tools of the row first; `fill`: without their keys that are null.
+
+    Raises ValueError where tools are called and the row names none.
+    """
     if isinstance(tools, str):
         try:
             tools = json.loads(tools or "[]")
         except ValueError:
             raise ContentError("tools is a text that is no JSON") from None
     listed = isinstance(tools, Iterable) and not isinstance(tools, Mapping)
-    found = [_function(tool) for tool in tools] if listed else []
+    found = [_function(tool, fill) for tool in tools] if listed else []
     used = any(role in ("call", "tool") for role, _ in turns)
     if used and not found:
         raise ContentError("a tool is called, and the row has no tools")
     return [("tools", _json(found)), *turns] if found else turns
 
 
-def _function(tool: Any) -> dict[str, Any]:
+def _function(tool: Any, fill: bool) -> dict[str, Any]:
     if isinstance(tool, str):
         try:
             tool = json.loads(tool)
@@ -103,7 +123,7 @@ def _function(tool: Any) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ContentError("a tool has no name")
-    return {"type": "function", "function": _without_nulls(function)}
+    return {"type": "function", "function": _without_nulls(function) if fill else dict(function)}
 
 
 def messages_of_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -113,8 +133,8 @@ def messages_of_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     for role, text in turns:
         if role == "tools":
             tools = json.loads(text)
-        elif role in ("call", "tool"):
-            messages.append({"role": "assistant" if role == "call" else "tool", **json.loads(text)})
+        elif role in ("call", "said", "tool"):
+            messages.append({"role": "tool" if role == "tool" else "assistant", **json.loads(text)})
         else:
             messages.append({"role": role, "content": text})
     if tools:

@@ -1,10 +1,11 @@
 """Conversations as sources write them: messages of many kinds, or a transcript, "Human: ...\\n\\nAssistant: ..."."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf.curation.tools import ContentError, Turn, messages_of_turns, tool_turn
+from rlhf.curation.tools import ContentError, Turn, answer_turn, call_turn, messages_of_turns
 from rlhf.data.prompts import Prompt
 
 ROLES = {"human": "user", "user": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
@@ -33,11 +34,11 @@ def trimmed(text: str) -> str:
     return text[1:] if _LONE_SPACE.match(text) and not _INDENTED.search(text) else text
 
 
-def turns_of(messages: Iterable[Mapping[str, Any]], tool_turns: str = "quarantine") -> list[Turn]:
+def turns_of(messages: Iterable[Mapping[str, Any]], tool_turns: str = "quarantine", fill: bool = False) -> list[Turn]:
     """(role, text) of chat messages with the keys of OpenAI (role, content) or ShareGPT (from, value).
 
-    `tool_turns`: what becomes of calls of tools and their answers: quarantine, drop or keep. Raises ValueError with the
-    reason for anything else.
+    `tool_turns`: what becomes of calls of tools and their answers: quarantine, drop or keep; `fill`: as in `call_turn`.
+    Raises ValueError with the reason for anything else.
     """
     turns = []
     for number, message in enumerate(messages, start=1):
@@ -48,10 +49,15 @@ def turns_of(messages: Iterable[Mapping[str, Any]], tool_turns: str = "quarantin
             raise ValueError(f"message {number} has an unknown role: {role!r}")
         content = _content(message)
         tool = _tool(role.strip().lower(), message, content)
-        if tool and tool_turns == "drop":
-            continue
-        if tool and tool_turns == "keep":
-            turns.append(tool_turn(role.strip().lower() in TOOL_ANSWERS, message, content, number))
+        if tool and tool_turns == "keep" and role.strip().lower() not in TOOL_ANSWERS:
+            results = _results(content)
+            turns += [answer_turn(part, part.get("content")) for part in results] or [
+                call_turn(message, content, number, fill)]
+        elif tool and tool_turns == "keep":
+            turns.append(answer_turn(message, content))
+        if tool and tool_turns != "quarantine" and _results(content) and (rest := _without_results(content)):
+            content, tool = rest, ""  # what the user says beside the answers
+        if tool and tool_turns != "quarantine":
             continue
         if tool:
             raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out, keep keeps them")
@@ -65,7 +71,10 @@ def turns_of(messages: Iterable[Mapping[str, Any]], tool_turns: str = "quarantin
             if spoken == "system":
                 continue
             raise ContentError(f"message {number} is empty")
-        turns.append((spoken, text if spoken == "assistant" else text.strip()))
+        if spoken == "assistant" and message.get("weight") == 0:  # OpenAI: not to be trained on
+            turns.append(("said", json.dumps({"content": text, "weight": 0}, ensure_ascii=False)))
+        else:
+            turns.append((spoken, text if spoken == "assistant" else text.strip()))
     return turns
 
 
@@ -80,6 +89,16 @@ def _tool(role: str, message: Mapping[str, Any], content: Any) -> str:
     if role in TOOL_CALLS or any(_filled(message.get(key)) for key in _CALL_KEYS) or set(parts) & {*_TOOL_PARTS}:
         return "a call of a tool"
     return ""
+
+
+def _results(content: Any) -> list[Mapping[str, Any]]:
+    """The answers of tools among the parts of a message, as Anthropic writes them."""
+    parts = content if isinstance(content, list) else []
+    return [part for part in parts if isinstance(part, Mapping) and part.get("type") == "tool_result"]
+
+
+def _without_results(content: list[Any]) -> list[Any]:
+    return [part for part in content if not (isinstance(part, Mapping) and part.get("type") == "tool_result")]
 
 
 def _filled(value: Any) -> bool:
@@ -118,8 +137,9 @@ def _text(content: Any, number: int) -> str:
 
 
 def as_prompt(prompt: Turns) -> Prompt:
-    """The turns of a prompt as a row has them: a text, or messages."""
-    return prompt if isinstance(prompt, str) else messages_of_turns(prompt)
+    """The turns of a prompt as a row has them: a text, or messages, also of one turn that reads as a transcript."""
+    turns: Sequence[Turn] = (("user", prompt),) if isinstance(prompt, str) else prompt
+    return prompt if isinstance(prompt, str) and not is_transcript(prompt) else messages_of_turns(turns)
 
 
 def joined(turns: Sequence[Turn]) -> Turns:
@@ -157,12 +177,22 @@ def transcript_prompt(text: str) -> list[Turn] | None:
     return turns if len(turns) > 1 and turns[-1][0] == "user" else None
 
 
+def is_transcript(text: str) -> bool:
+    """Whether the text reads as a conversation."""
+    try:
+        return transcript_prompt(text) is not None
+    except ContentError:
+        return True
+
+
 def prompt_of(turns: list[Turn]) -> Turns:
     """The prompt of the turns before an answer. Raises ValueError if they do not end with the user."""
     if not any(role == "user" for role, _ in turns):
         raise ContentError("no message of the user before the answer")
     if turns[-1][0] not in ("user", "tool"):
         raise ContentError("the prompt does not end with the user")
+    if len(turns) > 1 and (blank := next((place for place, (_, text) in enumerate(turns, 1) if not text.strip()), 0)):
+        raise ContentError(f"message {blank} is empty")
     return joined(turns)
 
 

@@ -11,7 +11,7 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
 ROLES = ("system", "user", "assistant", "tool")
-KEYS = {"system": ("tools",), "user": (), "assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
+KEYS = {"system": ("tools",), "user": (), "assistant": ("tool_calls", "weight"), "tool": ("name", "tool_call_id")}
 NAMES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
 
 
@@ -92,6 +92,12 @@ def _tool_problem(message: Message) -> str:
             function = item.get("function") if isinstance(item, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 return f".{key} is no list of {{type: function, function: {{name, ...}}}}"
+            if key == "tool_calls" and not isinstance(function.get("arguments"), Mapping):
+                return f".{key} has arguments that are no object"
+        if key in message and not message[key]:
+            return f".{key} is empty"
+    if message.get("weight", 1) not in (0, 1):
+        return ".weight is neither 0 nor 1"
     if any(not isinstance(message.get(key, ""), str) for key in KEYS["tool"]):
         return " has a name or tool_call_id that is no text"
     return ""

@@ -11,6 +11,7 @@ from rlhf.curation.sources.map_rows import row_of, wanted
 from rlhf.curation.sources.paths import Seen, value_at
 from rlhf.curation.sources.records import Group, same_id
 from rlhf.curation.sources.spec import Entry
+from rlhf.curation.transcripts import turns_of
 
 BATCH = 200
 Batch = tuple[str, list[int], list[Any]]
@@ -63,7 +64,18 @@ def _key(row: Any, by: list[str]) -> str:
     for path, value in zip(by, values, strict=True):
         if value is None or value == "":
             raise ValueError(f"no {path} to group by")
-    return repr([same_id(value) for value in values])
+    return repr([_turns_or_id(value) for value in values])
+
+
+def _turns_or_id(value: Any) -> Any:
+    """A value to group by: of messages what is said, whatever else they hold, and of one turn its text."""
+    if not isinstance(value, list):
+        return same_id(value)
+    try:
+        turns = turns_of(value, "keep")
+    except ValueError:
+        return same_id(value)
+    return turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else turns
 
 
 def _groups(database: sqlite3.Connection) -> Iterator[Batch]:

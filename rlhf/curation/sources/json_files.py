@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.curation.sources.paths import unique_keys
 from rlhf.curation.sources.text_files import MAX_LINE, text_chunks, text_lines
 from rlhf.errors import UserError
+from rlhf.files import unique_keys
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _BLANK = " \t\r\n"

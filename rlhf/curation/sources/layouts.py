@@ -181,9 +181,9 @@ def alpaca(row: Row, role: str, entry: Entry) -> Iterator[Record]:
     instruction = text_of(row, "instruction")
     turns: list[Turn] = []
     for pair in list_of(row.get("history") or [], "history"):
-        asked, said = [*list_of(pair, "history"), "", ""][:2]
-        turns += [("user", str(asked).strip()), ("assistant", str(said).strip())]
-    turns.append(("user", f"{instruction}\n\n{given}" if given else instruction))
+        asked, said = [*list_of(pair, "history"), None, None][:2]
+        turns += [("user", text_or_nothing(asked, "history")), ("assistant", text_or_nothing(said, "history"))]
+    turns.append(("user", "\n\n".join(filter(None, [instruction, given]))))
     prompt = prompt_of(with_system(text_or_nothing(row.get("system"), "system"), turns))
     if role == "rm":
         yield Record(prompt, (answer_of(row, "chosen"), answer_of(row, "rejected")), (1, 2))
@@ -202,7 +202,8 @@ def openai_messages(row: Row, role: str, entry: Entry) -> Iterator[Record]:
         asked = row.get("input")
         if not isinstance(asked, Mapping):
             raise ValueError("no input")
-        yield _chat({**row, "messages": asked.get("messages")}, role, entry, "messages",
+        tools = {key: asked.get(key) or row.get(key) for key in ("tools", "functions")}
+        yield _chat({**row, **tools, "messages": asked.get("messages")}, role, entry, "messages",
                     ("preferred_output", "non_preferred_output"))
         return
     messages = list_of(row.get("messages"), "messages")
@@ -213,7 +214,8 @@ def openai_messages(row: Row, role: str, entry: Entry) -> Iterator[Record]:
 
 def _chat(row: Row, role: str, entry: Entry, column: str, pair: tuple[str, ...]) -> Record:
     system = text_or_nothing(row.get("system"), "system")
-    turns = tools_of(row.get("tools"), with_system(system, conversation(row.get(column), column, entry)), entry)
+    tools = row.get("tools") or row.get("functions")
+    turns = tools_of(tools, with_system(system, conversation(row.get(column), column, entry)), entry)
     if role != "rm":
         return conversation_record(turns, role)
     answers = [answer_turns(row.get(name), name, entry) for name in pair]

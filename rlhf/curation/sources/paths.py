@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.files import unique_keys
 
 Row = Mapping[str, Any]
 
@@ -21,15 +22,6 @@ _STEP = re.compile(r"([^.\[\]]+)|\[(-?\d*)\]")
 _COMPARISON = re.compile(r"(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)")
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
           "false": False, "no": False, "off": False, "0": False, "0.0": False}
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text (`object_pairs_hook`). Raises ValueError for a key that stands twice in it."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"an object has a key twice: {next(key for key in found if keys.count(key) > 1)}")
-    return found
 
 
 @lru_cache(maxsize=512)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.curation.sources.formats import BATCH, file_rows
-from rlhf.curation.sources.paths import unique_keys
 from rlhf.curation.sources.spec import Entry
 from rlhf.errors import UserError
+from rlhf.files import unique_keys
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 All functions raise ValueError with the reason for a value that does not fit; the row is then quarantined.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from rlhf.curation.transcripts import (
 
 _MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 _NULLS = ("nan", "null", "none", "n/a", "na", "<na>", "nat", "\\n")
-_LISTED = re.compile(r"\s*\[\s*\{")
+_LISTED = re.compile(r"\s*(?:\[\s*)?\{")
 _PLACEHOLDERS = ("<image>", "<audio>", "<video>")
 
 
@@ -146,12 +147,12 @@ def split_of(value: Any) -> str:
 
 def conversation(value: Any, name: str, entry: Entry) -> list[Turn]:
     """The turns of a list of messages."""
-    return turns_of(list_of(value, name), entry.tool_turns)
+    return turns_of(list_of(value, name), entry.tool_turns, entry.is_table())
 
 
 def tools_of(tools: Any, turns: list[Turn], entry: Entry) -> list[Turn]:
     """The turns with the row's tools before them, where the description keeps them."""
-    return with_tools(tools, turns) if entry.tool_turns == "keep" else turns
+    return with_tools(tools, turns, entry.is_table()) if entry.tool_turns == "keep" else turns
 
 
 def check_weight(messages: Any) -> None:
@@ -162,17 +163,20 @@ def check_weight(messages: Any) -> None:
 
 
 def check_no_messages(text: str, name: str) -> None:
-    """Raises ValueError for a text that is a list of messages, as CSV files hold them: it would be read as its letters.
-
-    A text that is other JSON stays as it is.
+    """Raises ValueError for a text that is a message or a list of them, as CSV files hold them: it would be read as its
+    letters. A text that is other JSON stays as it is.
     """
     if _LISTED.match(text):
         try:
-            found = as_list(text)
+            found = as_list(text) if text.lstrip().startswith("[") else json.loads(text)
         except ValueError:  # something else in JSON's or numpy's form: a text
             return
-        if isinstance(found, list) and all(isinstance(item, Mapping) and item.keys() & {"role", "from"}
-                                           for item in found):
+        if isinstance(found, Mapping) and found.keys() & {"messages", "conversations"}:
+            found = found.get("messages") or found.get("conversations")
+        found = [found] if isinstance(found, Mapping) else found
+        if found and isinstance(found, list) and all(
+                isinstance(item, Mapping) and item.keys() & {"role", "from"} and item.keys() & {
+                    "content", "value", "text", "tool_calls", "function_call"} for item in found):
             raise ValueError(f"{name} is a text that holds a list of messages; name its column in json_columns")
 
 
@@ -186,7 +190,7 @@ def prompt_turns(value: Any, entry: Entry, name: str = "prompt") -> list[Turn]:
         if len(items) > 1:
             raise ValueError(f"{name} is a list of {len(items)} texts; name one of them, such as {name}[0]")
         return transcript_prompt(items[0]) or [("user", items[0].strip())]
-    return turns_of(items, entry.tool_turns)
+    return turns_of(items, entry.tool_turns, entry.is_table())
 
 
 def answer_turns(value: Any, name: str, entry: Entry) -> tuple[list[Turn] | None, str]:
@@ -201,7 +205,7 @@ def answer_turns(value: Any, name: str, entry: Entry) -> tuple[list[Turn] | None
     items = [value] if isinstance(value, Mapping) else list(value)
     if len(items) == 1 and isinstance(items[0], str):
         return None, trimmed(items[0])
-    turns = turns_of(items, entry.tool_turns)
+    turns = turns_of(items, entry.tool_turns, entry.is_table())
     if len(turns) == 1 and turns[0][0] == "assistant":
         return None, turns[0][1]
     before, answer = before_answer(turns)
@@ -230,7 +234,7 @@ def conversation_record(turns: list[Turn], role: str, **values: Any) -> Record:
     """The record of a whole conversation: its last assistant turn is the completion, which PPO leaves out."""
     if role == "ppo":
         turns = list(turns)
-        while turns and turns[-1][0] in ("assistant", "call"):
+        while turns and turns[-1][0] in ("assistant", "call", "said"):
             turns.pop()
         if not turns:
             raise ContentError("no message of the user")

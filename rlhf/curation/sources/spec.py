@@ -41,6 +41,10 @@ class Entry:
     source: Literal["", "labeler", "customer"] = param("", "who wrote the prompts; empty: the default of the layout")
     labeler: str = param("", "labeler_id of all rankings, if no column has it")
 
+    def is_table(self) -> bool:
+        """Whether its rows come from Parquet, Arrow or a dataset, where every object of a column has the same keys."""
+        return bool(self.dataset) or self.format in ("parquet", "arrow") or self.files.endswith((".parquet", ".arrow"))
+
     def groups(self) -> list[str]:
         """The columns of `group_by`."""
         return [self.group_by] if isinstance(self.group_by, str) and self.group_by else list(self.group_by)

@@ -2,14 +2,17 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlhf.curation.rules import RULES, STAYS, Rows, apply_rules
-from rlhf.curation.screen import UNDECIDED, Screened, hashed, openings, problem_of
+from rlhf.curation.screen import UNDECIDED, Screened, hashed, openings, problem_of, screen_rows
+from rlhf.curation.sources.groups import _turns_or_id
 from rlhf.curation.sources.layouts import Record
-from rlhf.curation.sources.spec import RulesParams
+from rlhf.curation.sources.spec import Entry, RulesParams
 
 TRAIN, VALID = 0, 1
 RULES_OFF = RulesParams(valid_share=0.0)
@@ -206,3 +209,28 @@ def test_broken_records_are_quarantined_with_the_reason(role: str, record: Recor
     problem = problem_of(record, role, RulesParams())
     assert reason in problem
     assert bool(problem) == bool(reason)
+
+
+def test_a_row_that_the_tokenizer_s_chat_format_cannot_hold_is_quarantined_alone(tmp_path: Path) -> None:
+    """Its error ended the whole of ingest, without file and row."""
+    from tests.rlhf.model.families import build
+
+    build("gemma", tmp_path)  # its template raises on system turns
+    rows: list[dict[str, Any]] = [{"prompt": f"Name {number} birds.", "completion": "Wren."} for number in range(6)]
+    for number in (2, 4):
+        rows[number]["system"] = "Be brief."
+    rules = RulesParams(tokenizer=str(tmp_path), max_prompt_tokens=60, max_completion_tokens=60)
+    sound, bad, _ = screen_rows("sft", Entry(files="x"), rules, 1, [1, 2, 3, 4, 5, 6], rows)
+    assert [row.number for row in sound] == [1, 2, 4, 6]
+    assert [item.number for item in bad] == [3, 5]
+    assert all("refuses a conversation of system, user" in item.reason and item.fits for item in bad)
+
+
+def test_equal_conversations_are_grouped_whatever_form_their_prompts_have() -> None:
+    one = [{"role": "user", "content": "Name a bird."}]
+    other = [{"content": "Name a bird.", "role": "user"}]
+    assert _turns_or_id("Name a bird.") == _turns_or_id(one) == _turns_or_id(other)
+    longer = [*one, {"role": "assistant", "content": "Wren."}, {"role": "user", "content": "Another."}]
+    assert _turns_or_id(longer) == _turns_or_id([{"from": "human", "value": "Name a bird."}, {
+        "from": "gpt", "value": "Wren."}, {"from": "human", "value": "Another."}])
+    assert _turns_or_id([3, "x"]) == "[3, 'x']"

@@ -35,24 +35,24 @@ PARQUET = [ASKED | {"tool_calls": None}, {"role": "assistant", "content": None, 
     {"role": "tool", "content": "dry", "tool_calls": None}, ANSWER | {"tool_calls": []}]
 ANTHROPIC = [ASKED, {"role": "assistant", "content": [{"type": "tool_use", "name": "weather",
                                                        "input": {"town": "Bonn"}}]},
-             {"role": "tool", "content": "dry"}, ANSWER]
+             {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text", "text": "dry"}]}]},
+             ANSWER]
 
 
 def mapped(role: str, row: dict[str, Any], **entry: Any) -> tuple[list[Any], list[str]]:
-    found = map_rows(role, Entry(files="x", tool_turns="keep", **entry), [1], [row])
+    found = map_rows(role, Entry(**({"files": "x", "tool_turns": "keep"} | entry)), [1], [row])
     return [record for _, record in found.records], [reason for _, reason, *_ in found.quarantined]
 
 
 @pytest.mark.parametrize("messages", [OPENAI, OLDER, SHARED, PARQUET, ANTHROPIC])
 def test_every_form_of_a_call_becomes_one(messages: list[dict[str, Any]]) -> None:
-    kept = messages_of_turns(with_tools(TOOLS, turns_of(messages, "keep")))
+    kept = messages_of_turns(with_tools(TOOLS, turns_of(messages, "keep", fill=messages is PARQUET)))
     assert kept == [*KEPT, ANSWER]
     assert prompt_problem(kept[:-1]) == ""
     assert prompt_problem(kept[:-2]) == "its last message is not the user's: the answer comes after it"
 
 
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [FUNCTION], [json.dumps(FUNCTION)],
-                                   [{"type": "function", "function": FUNCTION | {"strict": None}}]])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [FUNCTION], [json.dumps(FUNCTION)]])
 def test_the_row_s_tools_are_in_the_first_message(tools: Any) -> None:
     [record], _ = mapped("sft", {"messages": [{"role": "system", "content": "Be brief."}, *OPENAI], "tools": tools})
     assert record.completions == ("No rain.",)
@@ -61,7 +61,46 @@ def test_the_row_s_tools_are_in_the_first_message(tools: Any) -> None:
     assert messages_of_turns(record.turns) == KEPT
 
 
+def test_only_of_tables_nulls_are_left_out() -> None:
+    """In Parquet every object has the keys of all; in JSON a null is what somebody wrote."""
+    tools = [{"type": "function", "function": FUNCTION | {"strict": None}}]
+    for files, kept in (("x.parquet", False), ("x.jsonl", True)):
+        [record], _ = mapped("sft", {"messages": PARQUET, "tools": tools}, files=files)
+        first, _, called, _ = messages_of_turns(record.turns)
+        assert ("strict" in first["tools"][0]["function"]) is kept
+        assert ("day" in called["tool_calls"][0]["function"]["arguments"]) is kept
+    call = {"function": {"name": "weather", "arguments": '{"day": null}'}}
+    text = [ASKED, {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": {"b": 1, "a": [None]}}, ANSWER]
+    [record], _ = mapped("sft", {"messages": text, "tools": TOOLS}, files="x.parquet")
+    *_, called, answer = messages_of_turns(record.turns)
+    assert called["tool_calls"][0]["function"]["arguments"] == {"day": None}
+    assert answer["content"] == '{"b": 1, "a": [null]}'
+
+
+def test_what_a_user_says_beside_a_tool_s_answer_stays() -> None:
+    told = [*ANTHROPIC[:2], {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "dry"},
+                                                         {"type": "text", "text": "And in French?"}]}, ANSWER]
+    [record], _ = mapped("sft", {"messages": told, "tools": TOOLS})
+    assert messages_of_turns(record.turns)[-2:] == [{"role": "tool", "content": "dry", "tool_call_id": "c1"},
+                                                    {"role": "user", "content": "And in French?"}]
+    [record], _ = mapped("sft", {"messages": told}, tool_turns="drop")
+    assert messages_of_turns(record.turns) == [ASKED, {"role": "user", "content": "And in French?"}]
+
+
+def test_an_answer_that_is_not_to_be_trained_on_is_marked_so() -> None:
+    row = {"messages": [ASKED, ANSWER | {"weight": 0}, ASKED, ANSWER | {"weight": 1}]}
+    [record], _ = mapped("sft", row, tool_turns="quarantine")
+    assert messages_of_turns(record.turns) == [ASKED, ANSWER | {"weight": 0}, ASKED]
+    assert prompt_problem(messages_of_turns(record.turns)) == ""
+
+
 def test_layouts_keep_them_too() -> None:
+    for tools in ({"tools": TOOLS}, {"functions": [FUNCTION]}):
+        [record], _ = mapped("rm", {"input": {"messages": OPENAI[:3], **tools}, "preferred_output": [ANSWER],
+                                    "non_preferred_output": [{"role": "assistant", "content": "Rain."}]},
+                             layout="openai_messages")
+        assert messages_of_turns(record.turns) == KEPT
     [record], _ = mapped("sft", {"conversations": SHARED, "tools": json.dumps(TOOLS)}, layout="sharegpt")
     assert messages_of_turns(record.turns) == KEPT
     [record], _ = mapped("rm", {"input": {"messages": OPENAI[:3]}, "preferred_output": [ANSWER],
@@ -80,6 +119,10 @@ def test_layouts_keep_them_too() -> None:
       "tools": TOOLS}, "message 2 calls a tool in a text that is no JSON"),
     ({"messages": [ASKED, {"role": "assistant", "function_call": {"name": "", "arguments": "{}"}, "tool_calls": []},
                    ANSWER], "tools": TOOLS}, "message 2 calls a tool without a name"),
+    ({"messages": [ASKED, {"role": "assistant", "function_call": {"name": "weather", "arguments": '{"a": NaN}'}},
+                   ANSWER], "tools": TOOLS}, "message 2 calls a tool in a text that is no JSON"),
+    ({"messages": [ASKED, {"role": "assistant", "function_call": {"name": "weather", "arguments": '{"a": 1, "a": 2}'}},
+                   ANSWER], "tools": TOOLS}, "message 2 calls a tool in a text that is no JSON"),
     ({"messages": [ASKED, {"from": "function_call", "value": "3"}, ANSWER], "tools": TOOLS},
      "message 2 calls a tool in a form that is not known")])
 def test_what_cannot_be_kept_is_quarantined(row: dict[str, Any], said: str) -> None:
@@ -97,6 +140,10 @@ def test_people_see_the_tools_and_the_calls() -> None:
 @pytest.mark.parametrize(("message", "said"), [
     ({"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}, ".tool_calls is no list of"),
     ({"role": "assistant", "content": "", "tool_calls": "weather"}, ".tool_calls is no list of"),
+    ({"role": "assistant", "content": "", "tool_calls": []}, ".tool_calls is empty"),
+    ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]},
+     ".tool_calls has arguments that are no object"),
+    ({"role": "assistant", "content": "", "weight": 2}, ".weight is neither 0 nor 1"),
     ({"role": "user", "content": "", "tool_calls": [CALL]}, " has an unknown key: 'tool_calls'"),
     ({"role": "system", "content": "", "tools": TOOLS}, " names tools, which belong into the first message"),
     ({"role": "tool", "content": "", "name": 3}, " has a name or tool_call_id that is no text")])

@@ -18,6 +18,7 @@ from rlhf.curation.sources.paths import Seen, same, value_at
 from rlhf.curation.sources.read import read_entry
 from rlhf.curation.sources.records import Group, Record
 from rlhf.curation.sources.spec import Entry
+from rlhf.curation.transcripts import as_prompt
 from rlhf.errors import UserError
 
 
@@ -340,6 +341,22 @@ def test_a_row_with_an_image_is_refused_for_it(row: dict[str, Any], said: str) -
 def test_a_column_named_image_with_a_link_is_no_image_unless_the_text_speaks_of_it() -> None:
     assert record("ppo", {"prompt": "hello", "image": "https://example.org/a.png", "images": None}).prompt == "hello"
     assert record("ppo", {"prompt": "the tag <image> in HTML"}).prompt == "the tag <image> in HTML"
+
+
+@pytest.mark.parametrize("text", [
+    '{"role": "assistant", "content": "yes"}', '[{"from": "human", "value": "hello"}]',
+    ' {"messages": [{"role": "user", "content": "hello"}]}', '{"conversations": [{"from": "gpt", "value": "x"}]}'])
+def test_messages_that_stand_there_as_text_are_named(text: str) -> None:
+    for row in ({"prompt": text, "completion": "yes"}, {"prompt": "hello", "completion": text}):
+        assert reason("sft", row).endswith("is a text that holds a list of messages; name its column in json_columns")
+    assert record("sft", {"prompt": "Write JSON.", "completion": '{"role": "admin", "name": "x"}'}).completions
+
+
+def test_a_question_that_reads_as_a_transcript_stays_one_turn_of_the_user() -> None:
+    said = "Human: hello\n\nAssistant: hi\n\nHuman: bye"
+    found = record("ppo", {"messages": [{"role": "user", "content": said}]})
+    assert found.prompt == said
+    assert as_prompt(found.prompt) == [{"role": "user", "content": said}]
 
 
 def test_ids_are_texts_and_whole_floats_are_whole() -> None:

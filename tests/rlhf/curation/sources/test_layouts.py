@@ -152,3 +152,16 @@ def test_an_unknown_split_is_refused() -> None:
 
 def test_ranks_are_dense_and_ties_stay_ties() -> None:
     assert dense_ranks([5.0, 1.0, 5.0, 9.0]) == (2, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("history", "said"), [
+    ([["Name a tree.", None]], "message 2 is empty"), ([["Name a tree."]], "message 2 is empty"),
+    ([["Name a tree.", " "]], "message 2 is empty"), ([["", "The elm."]], "message 1 is empty")])
+def test_an_earlier_turn_without_text_is_quarantined(history: list[Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read("alpaca", "sft", {"instruction": "Another one.", "output": "The oak.", "history": history})
+    assert read("alpaca", "sft", {"instruction": "", "input": "Name a tree.", "output": "The oak."}) == [
+        Record("Name a tree.", ("The oak.",))]
+    with pytest.raises(ValueError, match="message 2 is empty"):
+        read("hh_rlhf", "ppo", {"chosen": "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: c", "rejected": (
+            "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: d")})
