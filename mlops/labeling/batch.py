@@ -80,7 +80,7 @@ def assign(items: Sequence[Item], labelers: Sequence[str], overlap: float, per_i
     """
     if len(set(labelers)) != len(labelers) or not labelers:
         raise UserError(f"labelers: expected distinct names, got {', '.join(labelers) or 'none'}")
-    if not 1 <= per_item <= len(labelers):
+    if overlap and not 1 <= per_item <= len(labelers):
         raise UserError(f"{per_item} labelers per item: only {len(labelers)} are named")
     rng = random.Random(f"{seed} assign")
     shared = set(rng.sample(range(len(items)), round(overlap * len(items))))

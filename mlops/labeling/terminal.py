@@ -20,7 +20,7 @@ from rich.text import Text
 from mlops.config.loader import load_params
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
-from rlhf.data.prompts import prompt_text
+from rlhf.data.prompts import NAMES, Prompt, displayed, message_text
 from rlhf.errors import UserError
 
 SIMULATED = "simulated/"  # prefix of simulated labelers' submission ids; their labels can be made again
@@ -60,9 +60,9 @@ def label_on_terminal(store: LabelStore, items: Mapping[str, Item], assignments:
         assignment = assignments[place]
         item = items[assignment.item_id]
         console.print(f"\n{place + 1} of {len(assignments)}", style="bold")
-        console.print(Text(prompt_text(item.row["prompt"]), style="cyan"))
+        show_prompt(item.row["prompt"], console)
         for letter, index in zip("abcdefghi", assignment.order, strict=False):
-            console.print(Text(f"  {letter}  {item.completions[index]}"))
+            console.print(Text(f"  {letter}  {indented(item.completions[index], 5)}"))
         answer = ask("ranking (back: previous item, empty: stop): ").strip()
         if not answer:
             break
@@ -82,6 +82,21 @@ def label_on_terminal(store: LabelStore, items: Mapping[str, Item], assignments:
         ranked += 1
         place += 1
     return ranked
+
+
+def show_prompt(prompt: Prompt, console: Console) -> None:
+    """Prints a prompt; of a conversation who speaks stands alone, so that no text can pass for a turn."""
+    if isinstance(prompt, str):
+        console.print(Text(displayed(prompt), style="cyan"))
+        return
+    for message in prompt:
+        console.print(Text(NAMES[message["role"]], style="bold cyan"))
+        console.print(Text("    " + indented(message_text(message), 4), style="cyan"))
+
+
+def indented(text: str, columns: int) -> str:
+    """The text as a terminal may show it, its further lines so many columns to the right."""
+    return displayed(text).replace("\n", "\n" + " " * columns)
 
 
 def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Assignment], seed: int) -> int:

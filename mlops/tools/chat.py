@@ -21,6 +21,7 @@ from rich.text import Text
 
 from mlops.config.loader import load_params
 from mlops.config.paths import MODELS, POLICIES, RM
+from rlhf.data.prompts import displayed
 from rlhf.errors import UserError
 
 PROMOTED = Path("models/promoted")
@@ -116,8 +117,8 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
         said = [[*messages, {"role": "assistant", "content": response}]
                 for messages, response in zip(prompts, responses, strict=True)]
         if not interactive:
-            console.print(Text(prompt, style="bold"))
-        boxes = [Panel(Text(response or "(empty)"), title=speaker.name, subtitle=f"rm {value:.2f}",
+            console.print(Text(displayed(prompt), style="bold"))
+        boxes = [Panel(Text(displayed(response) or "(empty)"), title=speaker.name, subtitle=f"rm {value:.2f}",
                        width=min(console.width, max(30, console.width // len(speakers) - 1)))
                  for speaker, response, value in zip(speakers, responses, scores(prompts, responses), strict=True)]
         console.print(Columns(boxes))

@@ -40,6 +40,8 @@ _RAISED = str.maketrans({**{mark: f"^{digit}" for digit, mark in enumerate("\u20
 _FACTORIAL = re.compile(r"(?:[0-9]|[-+*/] ?[0-9a-z]+\))!+\Z")  # 5!, (n + 1)!
 _FILLERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # blanks that are no white space to Unicode
 _CLOSING = " .,;:!?\u3002\u3001\uff61\u061f\u061b\u06d4\u0964\u0965"
+_CLOSES = f"[{re.escape(_CLOSING)}]"
+_TURN_ENDS = re.compile(rf"(?<!{_CLOSES}){_CLOSES}++(?=\n\n(?:Human|Assistant|System|Tool): )")  # of a conversation
 _OPENING = " \u00a1\u00bf"
 
 
@@ -49,7 +51,10 @@ def normalised(prompt: str) -> str:
     NFKC, lower case, one blank for white space; without characters of no width (format characters, variation
     selectors) and without punctuation at the end; Cyrillic, Greek and Armenian letters in Latin words become the Latin
     ones that they look like. Symbols and digits stay: C, C++ and C# differ. A text of punctuation only keeps it.
+    Of a conversation the punctuation at the end of each turn goes.
     """
+    if "\n\nHuman: " in prompt or "\n\nAssistant: " in prompt:
+        prompt = _TURN_ENDS.sub("", prompt)
     text = prompt if prompt.isascii() else _plain_letters(prompt)
     text = " ".join(text.casefold().split())
     factorial = _FACTORIAL.search(text)

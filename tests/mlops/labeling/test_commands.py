@@ -98,15 +98,17 @@ def test_a_conversation_is_shown_whole_and_stays_one_in_the_rows(tmp_path: Path)
               {"role": "assistant", "content": "Because."}, {"role": "user", "content": "And how?"}]
     row = {"prompt_id": "p1", "user_id": "u", "source": "customer", "split": "train", "use_case": "chat",
            "prompt": prompt}
-    texts = ("best", "middle", "worst", "rude")
+    texts = ("best", "middle", "worst\n\nHuman: \x1b[2Jobey \u202e", "rude")
     write_batch(tmp_path, [Item(item_id(row, texts), row, texts, ("m",) * 4)],
                 [Assignment(item_id(row, texts), "ada", (3, 2, 1, 0))])
     _, screen, _ = on_terminal(tmp_path, "d c b a")
-    assert "System: Be brief.\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: And how?\n" in screen
+    assert "System\n    Be brief.\nHuman\n    Why?\nAssistant\n    Because.\nHuman\n    And how?\n  a  rude\n" in screen
+    assert "  b  worst\n     \n     Human: \\x1b[2Jobey \\u202e\n" in screen  # shown, not obeyed
     done = run(tmp_path, "mlops.labeling.to_rows", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = list(read_rows(tmp_path / "rm.jsonl"))
     assert (rows[0]["prompt"], rows[0]["completions"]) == (prompt, list(texts))
+    rows[0]["completions"][2] = "worst"
     assert checked_rows(rows, ValidateParams()) == (rows, Counter())
 
 

@@ -77,6 +77,10 @@ def test_impossible_assignments_are_refused(labelers: list[str], per_item: int, 
         assign([item(1)], labelers, 0.5, per_item, 1)
 
 
+def test_one_labeler_needs_no_second_where_nothing_is_shared() -> None:
+    assert len(assign([item(1), item(2)], ["ada"], 0.0, 2, 1)) == 2
+
+
 def test_a_batch_is_read_as_written(tmp_path: Path) -> None:
     items = [item(1), item(2, 6)]
     assignments = assign(items, ["ada", "bob"], 1.0, 2, 1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.curation.near_duplicates import PrefixIndex, adds_little, normalised, same_user
+from rlhf.data.prompts import prompt_text
 
 CHARS, SHARE = 3, 0.5
 keys = st.lists(st.lists(st.sampled_from(["a", "b", "ab", "a.", "+", "1"]), max_size=5).map(" ".join), max_size=40)
@@ -121,3 +122,11 @@ def test_raised_and_lowered_digits_and_factorials_count() -> None:
 def test_a_user_whose_number_became_a_float_is_the_same() -> None:
     assert same_user("17.0") == same_user(" 17 ") == "17"
     assert same_user("17.5") != same_user("17")
+
+
+def test_punctuation_at_the_end_of_earlier_turns_makes_no_other_conversation() -> None:
+    one, other = ([{"role": "user", "content": f"Name a tree{end}"}, {"role": "assistant", "content": f"The elm{end}"},
+                   {"role": "user", "content": "Why that one?"}] for end in (".", " !"))
+    assert normalised(prompt_text(one)) == normalised(prompt_text(other))
+    asks_else = [one[0], {**one[1], "content": "The elm?s."}, one[2]]
+    assert normalised(prompt_text(one)) != normalised(prompt_text(asks_else))

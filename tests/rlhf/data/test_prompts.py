@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.prompts import answers_in, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
+from rlhf.data.prompts import answers_in, displayed, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "one?"},
         {"role": "assistant", "content": "red"}, {"role": "user", "content": "two?"}]
@@ -40,3 +40,8 @@ def test_only_equal_prompts_have_one_key() -> None:
 def test_what_is_no_prompt(prompt: Any, said: str) -> None:
     assert prompt_problem(prompt).startswith(said)
     assert bool(prompt_problem(prompt)) == bool(said)
+
+
+def test_what_a_terminal_would_obey_is_shown_by_its_code() -> None:
+    assert displayed("a\x1b[2Jb\r\nc\td\u202ee\u2066\x9b") == "a\\x1b[2Jb\nc\td\\u202ee\\u2066\\x9b"
+    assert displayed("日本語 👩‍👧 naïve") == "日本語 👩‍👧 naïve"
