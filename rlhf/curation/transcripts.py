@@ -47,23 +47,23 @@ def turns_of(messages: Iterable[Mapping[str, Any]], tool_turns: str = "quarantin
         role = message.get("role") or message.get("from")
         if not isinstance(role, str):
             raise ValueError(f"message {number} has an unknown role: {role!r}")
-        content = _content(message)
-        tool = _tool(role.strip().lower(), message, content)
-        if tool and tool_turns == "keep" and role.strip().lower() not in TOOL_ANSWERS:
-            results = _results(content)
-            turns += [answer_turn(part, part.get("content")) for part in results] or [
-                call_turn(message, content, number, fill)]
-        elif tool and tool_turns == "keep":
-            turns.append(answer_turn(message, content))
-        if tool and tool_turns != "quarantine" and _results(content) and (rest := _without_results(content)):
-            content, tool = rest, ""  # what the user says beside the answers
-        if tool and tool_turns != "quarantine":
-            continue
-        if tool:
+        speaker, content = role.strip().lower(), _content(message)
+        tool = _tool(speaker, message, content)
+        if tool and tool_turns == "quarantine":
             raise ContentError(f"message {number} is {tool}; tool_turns: drop leaves such turns out, keep keeps them")
-        if role.strip().lower() not in ROLES:
+        if tool:
+            results, beside = _results(content)
+            if tool_turns == "keep" and speaker in TOOL_ANSWERS:
+                turns.append(answer_turn(message, content))
+            elif tool_turns == "keep":
+                turns += [answer_turn(part, part.get("content")) for part in results] or [
+                    call_turn(message, content, number, fill)]
+            if not beside:
+                continue
+            content = beside
+        if speaker not in ROLES:
             raise ValueError(f"message {number} has an unknown role: {role!r}")
-        spoken = ROLES[role.strip().lower()]
+        spoken = ROLES[speaker]
         if spoken == "system" and content is None:
             continue
         text = trimmed(_text(content, number))
@@ -86,19 +86,18 @@ def _tool(role: str, message: Mapping[str, Any], content: Any) -> str:
     if role in TOOL_ANSWERS:
         return "the answer of a tool"
     parts = [part.get("type") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    if "tool_result" in parts:
+        return "the answer of a tool"
     if role in TOOL_CALLS or any(_filled(message.get(key)) for key in _CALL_KEYS) or set(parts) & {*_TOOL_PARTS}:
         return "a call of a tool"
     return ""
 
 
-def _results(content: Any) -> list[Mapping[str, Any]]:
-    """The answers of tools among the parts of a message, as Anthropic writes them."""
+def _results(content: Any) -> tuple[list[Mapping[str, Any]], list[Any]]:
+    """(answers of tools among the parts of a message, as Anthropic writes them; what is said beside them)."""
     parts = content if isinstance(content, list) else []
-    return [part for part in parts if isinstance(part, Mapping) and part.get("type") == "tool_result"]
-
-
-def _without_results(content: list[Any]) -> list[Any]:
-    return [part for part in content if not (isinstance(part, Mapping) and part.get("type") == "tool_result")]
+    results = [part for part in parts if isinstance(part, Mapping) and part.get("type") == "tool_result"]
+    return results, [part for part in parts if part not in results] if results else []
 
 
 def _filled(value: Any) -> bool:
