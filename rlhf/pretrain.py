@@ -171,7 +171,7 @@ def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
     named = [check_untrained(model, tokenizer, name)]
     if codec.asks_with:
         named.append(f"{name}: its chat template ends a prompt with {codec.asks_with!r}, after which answers are "
-                     "trained: those of the data should go on from there")
+                     "trained: those of the data should go on from there, or begin with it")
     for line in filter(None, named):
         if is_writer():
             print(line, flush=True)

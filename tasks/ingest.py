@@ -22,6 +22,7 @@ from rlhf.curation.assemble import DROPPED, QUARANTINE, assemble
 from rlhf.curation.preview import preview
 from rlhf.curation.rules import RULES
 from rlhf.curation.sources.spec import Source
+from rlhf.data.prompts import displayed
 from rlhf.data.schema import KEYS, read_rows, write_rows
 from rlhf.errors import UserError
 from rlhf.files import publish, write_json
@@ -178,7 +179,7 @@ def show_preview(args: argparse.Namespace) -> None:
     if isinstance(source, IngestParams):
         raise UserError(f"{args.source}: describes the embedded source, which has no rows to map")
     for line in preview(source, args.source.parent, args.seed, args.preview):
-        print(line)
+        print(displayed(line))
 
 
 def _ours(path: Path) -> bool:

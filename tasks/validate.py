@@ -88,6 +88,9 @@ def token_counter(name: str) -> tuple[TokenCounter, list[str]]:
         before, after = codec.prompts(prompts), codec.completions(completions)
         return [len(prompt) + len(completion) for prompt, completion in zip(before, after, strict=True)]
 
+    if codec.asks_with:
+        print(f"{name}: its chat template ends a prompt with {codec.asks_with!r}, after which answers are trained: "
+              "those of the data should go on from there, or begin with it", flush=True)
     return count, codec.marks
 
 

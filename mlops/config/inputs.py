@@ -58,6 +58,11 @@ def outside(stage: str, params: Params, root: Path) -> Iterator[Outside]:
                 yield Outside(f"evaluate.{section}.{quote(name, safe='')}", path)
 
 
+def tokenizer_of(name: str, folder: Path) -> str:
+    """`rules.tokenizer` of a description in `folder`: its path where the folder has it, else the name as it is."""
+    return str(folder / name) if name and (folder / name).is_dir() else name
+
+
 def _source_files(params: Params, root: Path) -> Iterator[Outside]:
     """Files, folders and the tokenizer that the profile's source description names; what is wrong with the description
     is said by the stage."""
@@ -79,7 +84,8 @@ def _source_files(params: Params, root: Path) -> Iterator[Outside]:
             if dataset and (spec.parent / dataset).is_dir():
                 yield Outside(f"{role}[{number}].dataset", str(spec.parent / dataset))
     rules = content.get("rules")
-    yield Outside("rules.tokenizer", str(rules.get("tokenizer") or "") if isinstance(rules, dict) else "", hub=True)
+    tokenizer = str(rules.get("tokenizer") or "") if isinstance(rules, dict) else ""
+    yield Outside("rules.tokenizer", tokenizer_of(tokenizer, spec.parent), hub=True)
 
 
 def linked_files(stage: str, params: Params, root: Path) -> list[Linked]:

@@ -1,10 +1,12 @@
 """Reads a source description (profiles/sources/<name>.yaml) into the entries of `rlhf.curation.sources`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+from mlops.config.inputs import tokenizer_of
 from mlops.config.loader import check_section, read_yaml, unknown_key
 from rlhf.curation.loss import check_rules
 from rlhf.curation.sources.columns import COMMON_FIELDS, FIELDS, needed
@@ -43,7 +45,7 @@ def load_source(path: Path) -> Source | IngestParams:
         check_rules(rules)
     except ValueError as error:
         raise UserError(f"{path}: rules.{error}") from None
-    return Source(**entries, rules=rules)
+    return Source(**entries, rules=replace(rules, tokenizer=tokenizer_of(rules.tokenizer, path.parent)))
 
 
 def _entries(content: Any, path: Path, role: str) -> list[Entry]:
@@ -128,6 +130,8 @@ def _check_where(entry: Entry) -> None:
             raise ValueError(f".where.{column}: must be a value, a list of values, null, or not: and one of these")
         said = value["not"] if isinstance(value, Mapping) else value
         for item in said if isinstance(said, list) else [said]:
+            if isinstance(item, str) and item.startswith(("!=", "! ")):
+                raise ValueError(f".where.{column} = {item!r}: write {{not: value}}")
             if is_bad_comparison(item):
                 raise ValueError(f".where.{column} = {item!r}: < and > compare with a number; for other values make a "
                                  "column of true and false in your data")
@@ -176,7 +180,7 @@ def _check_combinations(entry: Entry, role: str) -> None:
             raise ValueError(f".preference: cannot be combined with {', '.join(clash) or 'group_by'}; remove one")
     if entry.labeler and role != "rm":
         raise ValueError(".labeler: is for rm")
-    for constant, field in (("labeler", "labeler_id"), ("source", "source")):
+    for constant, field in (("labeler", "labeler_id"), ("source", "source"), ("use_case", "use_case")):
         if getattr(entry, constant) and field in columns:
             raise ValueError(f".{constant}: cannot be combined with columns.{field}; remove one")
     if entry.use_cases and (entry.layout != "columns" or (columns and "use_case" not in columns)):

@@ -207,6 +207,8 @@ def read_frame(dataset: str, file: Path, tokens: Sequence[str] = SPECIAL_TOKENS,
     frame = pd.DataFrame({name: pd.Series(values, lines, dtype="str") for name, values in columns.items()})
     if dataset == "rm":
         _add_rankings(frame, rows)
+    if dataset == "rm":
+        frame["comparison"] = pd.Series([_comparison(row) for row in rows], lines, dtype="object")
     if dataset != "ppo":
         frame["answers"] = pd.Series([_answers(row) for row in rows], lines, dtype="object")
     if count_tokens is not None:
@@ -244,6 +246,14 @@ def _answers(row: dict[str, Any]) -> tuple[Any, ...] | None:
     if "completion" in row:
         return "", prompt_key(row[PROMPT]), (row["completion"],), ()
     return row["labeler_id"], prompt_key(row[PROMPT]), tuple(row["completions"]), tuple(row["ranks"])
+
+
+def _comparison(row: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What a ranking says, in whatever order it presents the completions; None without row."""
+    if row[PROMPT] is None:
+        return None
+    ranked = sorted(zip(row["ranks"], row["completions"], strict=False))
+    return row["labeler_id"], prompt_key(row[PROMPT]), *ranked
 
 
 def _token_counts(rows: list[dict[str, Any]], count: TokenCounter) -> tuple[list[int | None], dict[int, str]]:

@@ -144,7 +144,7 @@ def repeat_rules(dataset: str) -> list[Expectation]:
                      column_A="prompt_id", column_B="prompt"),
                 rule(ExpectColumnValuesNotToRepeat, "unique_comparison",
                      "no labeler has the same ranking of the same completions twice", "remove one of them",
-                     column="answers")]
+                     column="comparison")]
     return [rule(ExpectColumnValuesNotToRepeat, "unique_prompt_id", "each prompt_id appears once", column="prompt_id"),
             rule(ExpectPairsNotToRepeat, "unique_prompt", "each prompt appears once in its split",
                  column_A="prompt", column_B="split")]

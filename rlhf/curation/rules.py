@@ -26,7 +26,7 @@ RULES = {
     "repeated_id": "prompt_id that another row has",
     "repeated_comparison": "the same prompt, completions, ranks and labeler as another row",
     "other_language": "wholly in another language, beyond the share allowed",
-    "user_in_both_splits": "the source puts the user on the other side of the split elsewhere",
+    "user_in_both_splits": "the source puts the user (without users: the prompt) on the other side elsewhere",
     "personal_data": "personal data or a secret in a train row",
     "near_duplicate": "near duplicate of another prompt of the dataset",
     "user_cap": "beyond max_prompts_per_user",

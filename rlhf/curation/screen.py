@@ -177,7 +177,7 @@ def _screened(record: Record, number: int, role: str, entry: Entry, rules: Rules
     if role == "rm":
         head["labeler_id"] = labeler
     head["source"] = "customer" if role == "ppo" else entry.source or record.source
-    case = record.use_case or entry.use_case or ("chat" if len(record.turns) > 1 else "other")
+    case = entry.use_case or record.use_case or ("chat" if len(record.turns) > 1 else "other")
     tail: dict[str, Any] = {"use_case": case, "prompt": prompt}
     comparison = ranker = 0
     if role == "sft":

@@ -123,7 +123,10 @@ def _function(tool: Any, fill: bool) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ContentError("a tool has no name")
-    return {"type": "function", "function": _without_nulls(function) if fill else dict(function)}
+    kept = _without_nulls(function) if fill else dict(function)
+    if "input_schema" in kept:  # Anthropic's name
+        kept["parameters"] = kept.pop("input_schema")
+    return {"type": "function", "function": kept}
 
 
 def messages_of_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -397,7 +397,12 @@ class PromptCodec:
         gap = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
         safe = {**turns[-1], "content": self._broken_up(turns[-1], False, gap)}
         whole = self._render([[*turns[:-1], safe]], False)[0]
-        answer = whole[len(self._opening):] if whole.startswith(self._opening) else safe["content"] + self._closing
+        if whole.startswith(self._opening):
+            answer = whole[len(self._opening):]
+        else:  # the prompt asks with more than this; an answer that begins with it goes on from there
+            said = safe["content"].lstrip()
+            goes_on = self.asks_with and said.startswith(self.asks_with)
+            answer = (said[len(self.asks_with):].lstrip() if goes_on else safe["content"]) + self._closing
         return [index for piece in answer.split(gap) for index in self._following(piece)]
 
     def _ended(self, ids: list[int]) -> list[int]:

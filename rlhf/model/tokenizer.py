@@ -31,7 +31,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder (or hub name)."""
+    """The tokenizer of a model folder (or hub name). Raises OSError, ValueError."""
+    path, name = Path(folder), str(folder)
+    if name.startswith(("/", ".", "~")) and not path.is_dir():
+        raise OSError("no such folder")
+    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
+        raise OSError("the folder holds no tokenizer (tokenizer.json)")
     return AutoTokenizer.from_pretrained(str(folder))
 
 

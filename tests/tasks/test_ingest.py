@@ -153,6 +153,25 @@ def test_a_hub_dataset_s_folder_of_messages_becomes_rankings(tmp_path: Path) -> 
     assert validated(tmp_path / "out") == []
 
 
+def test_what_is_wrong_with_a_tokenizer_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, said in (("empty", "the folder holds no tokenizer"), (f"{tmp_path}/none", "no such folder")):
+        (tmp_path / "spec.yaml").write_text(f"ppo: [{{files: p.jsonl}}]\nrules: {{tokenizer: {name}}}\n")
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Name a bird."}) + "\n")
+        with pytest.raises(SystemExit) as stop:
+            main(["--source", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{name}': cannot be used: {said}" in error
+
+
+def test_a_line_of_the_preview_is_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "spec.yaml").write_text("ppo: [{files: p.jsonl}]\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Name \u202e a bird."}, ensure_ascii=False) + "\n")
+    main(["--source", str(tmp_path / "spec.yaml"), "--preview", "1"])
+    assert "Name \\u202e a bird." in capsys.readouterr().out
+
+
 def test_conversations_stay_conversations(tmp_path: Path) -> None:
     """Messages, transcripts and a system column become the same rows; marks in a message open no turn."""
     rng = random.Random(4)

@@ -110,6 +110,8 @@ DEFECTS: dict[str, tuple[str, Callable[[Rows], Any], str, list[int]]] = {
     "repeated prompt_id": ("rm", repeat("prompt_id"), "unique_prompt_id", [9]),
     "repeated prompt": ("sft", repeat("prompt"), "unique_prompt", [9]),
     "repeated comparison": ("rm", repeat("prompt"), "unique_comparison", [9]),
+    "repeated comparison, presented otherwise": ("rm", lambda rows: rows[8].update(
+        rows[2] | {"completions": ["three", "two", "one", "two"], "ranks": [3, 2, 1, 2]}), "unique_comparison", [9]),
     "user in two splits": (
         "ppo", lambda rows: rows[-1].update(user_id=rows[0]["user_id"]), "user_in_one_split",
         [sum(expected_rows("ppo", SCALE).values())]),

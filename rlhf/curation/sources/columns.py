@@ -148,11 +148,13 @@ def _prompt(value: Value, entry: Entry) -> list[Turn] | None:
 
 def _common(value: Value, entry: Entry) -> dict[str, Any]:
     case = plain(value("use_case"))
-    if case and case not in entry.use_cases and case not in USE_CASE_PERCENT:
+    if entry.use_case:
+        case = entry.use_case
+    elif case and case not in entry.use_cases and case not in USE_CASE_PERCENT:
         raise ValueError(f"use_case is none of the ten, nor in the description's use_cases: {case}")
     return {"prompt_id": id_of(value("prompt_id"), "prompt_id"), "user": id_of(value("user_id"), "user_id"),
             "labeler": id_of(value("labeler_id"), "labeler_id"), "source": source_of(value("source")),
-            "split": split_of(value("split")), "use_case": entry.use_cases.get(case, case) or entry.use_case}
+            "split": split_of(value("split")), "use_case": entry.use_cases.get(case, case)}
 
 
 def _answers(value: Value, entry: Entry) -> list[tuple[list[Turn] | None, str]]:

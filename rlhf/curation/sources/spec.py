@@ -37,9 +37,9 @@ class Entry:
     tool_turns: Literal["quarantine", "drop", "keep"] = param(
         "quarantine", "rows with calls of tools, or only these turns; keep: in the model's own format, with `tools`")
     use_cases: dict[str, str] = param({}, "value of the use-case column: one of the ten use cases")
-    use_case: str = param("", "use case of all rows, if no column has it")
+    use_case: str = param("", "use case of all rows, whatever a column says")
     source: Literal["", "labeler", "customer"] = param("", "who wrote the prompts; empty: the default of the layout")
-    labeler: str = param("", "labeler_id of all rankings, if no column has it")
+    labeler: str = param("", "labeler_id of all rankings, whatever a column says")
 
     def is_table(self) -> bool:
         """Whether its rows come from Parquet, Arrow or a dataset, where every object of a column has the same keys."""

@@ -52,7 +52,11 @@ def test_every_form_of_a_call_becomes_one(messages: list[dict[str, Any]]) -> Non
     assert prompt_problem(kept[:-2]) == "its last message is not the user's: the answer comes after it"
 
 
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [FUNCTION], [json.dumps(FUNCTION)]])
+NAMED_ELSEWISE = {**{key: value for key, value in FUNCTION.items() if key != "parameters"},
+                  "input_schema": FUNCTION["parameters"]}  # Anthropic's
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [FUNCTION], [json.dumps(FUNCTION)], [NAMED_ELSEWISE]])
 def test_the_row_s_tools_are_in_the_first_message(tools: Any) -> None:
     [record], _ = mapped("sft", {"messages": [{"role": "system", "content": "Be brief."}, *OPENAI], "tools": tools})
     assert record.completions == ("No rain.",)

@@ -307,6 +307,16 @@ def test_a_template_that_asks_with_more_than_it_writes_before_an_answer_is_known
     assert codec_of(THINKS, tmp_path / "b", "<think>").asks_with == ""
 
 
+@pytest.mark.parametrize("said", [
+    "<think>\nhm\n</think>\n\nOak.", "<think>hm\n</think>\n\nOak.", "hm\n</think>\n\nOak."])
+def test_an_answer_that_begins_with_what_the_prompt_ends_with_goes_on_from_there(tmp_path: Path, said: str) -> None:
+    """Demonstrations of DeepSeek-R1's form had the tag twice."""
+    opens = FAMILIES["chatml"].template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    codec = codec_of(opens, tmp_path, "<think>", "</think>")
+    text = codec.tokenizer.decode(codec.prompts(["red?"])[0] + codec.completions([said])[0])
+    assert text == "<|im_start|>user\nred?<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nOak.<|im_end|>"
+
+
 def test_an_earlier_answer_without_an_end_of_its_own_or_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     ends = ("{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{{ m.content }}"
             "{{ '\\n' if not loop.last else '<|im_end|>' }}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"

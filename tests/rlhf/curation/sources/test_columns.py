@@ -352,6 +352,13 @@ def test_messages_that_stand_there_as_text_are_named(text: str) -> None:
     assert record("sft", {"prompt": "Write JSON.", "completion": '{"role": "admin", "name": "x"}'}).completions
 
 
+def test_a_use_case_of_all_rows_is_that_of_all_rows() -> None:
+    row = {"prompt": "q", "completion": "a", "use_case": "open_qa"}
+    assert record("sft", row).use_case == "open_qa"
+    assert record("sft", row, use_case="chat").use_case == "chat"
+    assert record("sft", row | {"use_case": "poem"}, use_case="chat").use_case == "chat"
+
+
 def test_a_question_that_reads_as_a_transcript_stays_one_turn_of_the_user() -> None:
     said = "Human: hello\n\nAssistant: hi\n\nHuman: bye"
     found = record("ppo", {"messages": [{"role": "user", "content": said}]})
