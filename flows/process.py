@@ -7,6 +7,8 @@ import asyncio
 import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,6 +21,8 @@ from rlhf.errors import without_secrets
 GRACE_SECONDS = 10.0  # from TERM to KILL: time for a trainer to save its state
 KILL_SECONDS = 5.0
 DRAIN_SECONDS = 2.0  # after the exit, for lines still in the pipe
+AGAIN_SECONDS = 20  # until a signal that had no effect is sent again; longer than GRACE_SECONDS and KILL_SECONDS
+IF_PARENT_LIVES = '[ "$PPID" = "$0" ] && exec "$@"'  # it may have ended before setpriv has asked for its death signal
 LONGEST_LINE = 2**20
 
 
@@ -28,20 +32,37 @@ def continue_in_own_group() -> None:
     Ctrl-C goes to the terminal's whole foreground group. Prefect's temporary server would end by it before the flow
     could record its own end, and the flow would then ask for that server for minutes. Call it before any thread.
     """
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
-        die_with_parent()
+        die_with_parent(parent)
+        threading.Thread(target=insist_without, args=(parent,), daemon=True).start()
         return
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         os.kill(pid, number if number == signal.SIGINT else signal.SIGTERM)
+        signal.alarm(AGAIN_SECONDS)
 
+    signal.signal(signal.SIGALRM, lambda number, frame: pass_on(signal.SIGTERM, frame))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def insist_without(parent: int) -> None:
+    """Sends this process SIGTERM again and again once its parent is gone.
+
+    The kernel has sent it one. Prefect raises an exception then, wherever the main thread is; where that is a callback
+    or another task, asyncio takes it for that one's error and the flow goes on.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    while True:
+        time.sleep(AGAIN_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def run_lines(
@@ -63,7 +84,8 @@ async def run_lines(
     try:
         try:
             process = await asyncio.create_subprocess_exec(
-                "setpriv", "--pdeathsig", "TERM", "--", *command, cwd=cwd, env=env, start_new_session=True,
+                "setpriv", "--pdeathsig", "TERM", "--", "sh", "-c", IF_PARENT_LIVES, str(os.getpid()), *command,
+                cwd=cwd, env=env, start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL, stdout=theirs, stderr=theirs,
             )
         finally:

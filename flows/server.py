@@ -34,7 +34,8 @@ def start_server() -> None:
     login = f"flow:{secrets.token_urlsafe(32)}"
     with socket.create_server((HOST, 0)) as listener:  # requests wait here until the server takes them
         _started.append(subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listener.fileno())], pass_fds=[listener.fileno()],
+            [sys.executable, "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
+            pass_fds=[listener.fileno()],
             env={**os.environ, "PYTHONPATH": code, "PREFECT_SERVER_API_AUTH_STRING": login}, stdin=subprocess.DEVNULL))
         os.environ["PREFECT_API_URL"] = f"http://{HOST}:{listener.getsockname()[1]}/api"
     os.environ["PREFECT_API_AUTH_STRING"] = login
@@ -86,7 +87,7 @@ def main() -> None:
     """Serves on the socket that the flow has opened, until the flow ends."""
     from mlops.processes import die_with_parent
 
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     import uvicorn
     from prefect.server.api.server import create_app
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
     """The datasets of a source description, its rules applied; returns the metrics. Raises UserError."""
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     with StageProgress("ingest", 0, "rows") as progress:
-        report = assemble(source, root, made, seed, processes, die_with_parent,
+        report = assemble(source, root, made, seed, processes, partial(die_with_parent, os.getpid()),
                           lambda role, count: progress.step(advance=count) if count else None)
     print(as_table(report), flush=True)
     for role, found in report.items():

@@ -231,9 +231,10 @@ def together(stage: Stage, module: str) -> bool:
     if processes > 1:
         from rlhf.training import distributed
 
+        parent = os.getpid()
         distributed.fork(processes)
         if not distributed.is_main():
-            die_with_parent()
+            die_with_parent(parent)
     return True
 
 
