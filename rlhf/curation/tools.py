@@ -81,7 +81,7 @@ def _objects(calls: Any, number: int) -> Sequence[Mapping[str, Any]]:
 def _read(text: Any, number: int) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise ContentError(f"message {number} calls a tool in a text that is no JSON") from None
 
 
@@ -104,7 +104,7 @@ def with_tools(tools: Any, turns: list[Turn], fill: bool = False) -> list[Turn]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools or "[]")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ContentError("tools is a text that is no JSON") from None
     listed = isinstance(tools, Iterable) and not isinstance(tools, Mapping)
     found = [_function(tool, fill) for tool in tools] if listed else []
@@ -118,7 +118,7 @@ def _function(tool: Any, fill: bool) -> dict[str, Any]:
     if isinstance(tool, str):
         try:
             tool = json.loads(tool)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ContentError("a tool is a text that is no JSON") from None
     function = tool.get("function") if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

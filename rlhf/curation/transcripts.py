@@ -22,6 +22,7 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]*")
 _EMPTY_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _LONE_SPACE, _INDENTED = re.compile(r" \S"), re.compile(r"\n[ \t]")
 
+WEIGHT_0 = "the last answer has weight 0, which excludes it from training"
 Turns = str | tuple[Turn, ...]  # of a prompt; a text is one turn of the user
 
 
@@ -199,6 +200,8 @@ def before_answer(turns: list[Turn]) -> tuple[list[Turn], str]:
     """(the turns before the last assistant turn, its text). Raises ValueError if the conversation has none."""
     if turns and turns[-1][0] == "call":
         raise ContentError("the last answer is a call of a tool")
+    if turns and turns[-1][0] == "said":
+        raise ContentError(WEIGHT_0)
     if not turns or turns[-1][0] != "assistant":
         raise ContentError("does not end with the assistant")
     if not any(role == "user" for role, _ in turns[:-1]):

@@ -56,8 +56,9 @@ def prompt_texts(prompt: Prompt) -> list[str]:
 
 
 def answers_in(prompt: Prompt) -> int:
-    """The number of the assistant's messages in it."""
-    return 0 if isinstance(prompt, str) else sum(message["role"] == "assistant" for message in prompt)
+    """The number of earlier answers in it that may be trained on: those to somebody, and not of weight 0."""
+    return 0 if isinstance(prompt, str) else sum(
+        message["role"] == "assistant" and message.get("weight") != 0 for message in prompt[1:])
 
 
 def users_text(prompt: Prompt) -> str:

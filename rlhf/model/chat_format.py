@@ -29,6 +29,7 @@ _FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, Index
 _MARK_LIKE = re.compile(r"(?=.{2,30}\Z)(?=.*[A-Za-z])(?:[\[<#|{*=].*|.*[:\]>|}])\Z")  # [INST], <<SYS>>, Human:
 _BRACKETED = re.compile(r"[\[<{|].*[A-Za-z].*[\]>}|]\Z")
 MOST_WORDS = 3  # of a mark
+_OF_TOOLS = ("tools", "tool_calls")  # keys of a message
 # What a model says between tags, such as <think> and <tool_call>, and not a role.
 _TAG = re.compile(r"</?(?!(?:system|user|human|assistant|bot|model|developer)>)[A-Za-z][\w.-]*>")
 _NO_SIGN = re.compile(r"[^\w\s/.,:;!?'()-]")  # signs that names of special tokens are made of
@@ -102,12 +103,12 @@ def _any_of(marks: Iterable[str]) -> re.Pattern[str]:
 
 
 def _of_tools(turns: Sequence[Message]) -> bool:
-    return any("tools" in message or "tool_calls" in message for message in turns)
+    return any(message.keys() & _OF_TOOLS for message in turns)
 
 
 def _tool_text(message: Message) -> str:
     """The tools that a message names or calls, as text; "" if there is none."""
-    found = [message[key] for key in ("tools", "tool_calls") if key in message]
+    found = [message[key] for key in _OF_TOOLS if key in message]
     return json.dumps(found, ensure_ascii=False, sort_keys=True) if found else ""
 
 
@@ -235,8 +236,7 @@ class PromptCodec:
         if tools:
             first = {key: value for key, value in turns[0].items() if key != "tools"}
             rest = [*([first] if first["content"] else []), *turns[1:]]
-        names = [tool["function"]["name"] for message in turns for key in ("tools", "tool_calls")
-                 for tool in message.get(key, ())]
+        names = [tool["function"]["name"] for message in turns for key in _OF_TOOLS for tool in message.get(key, ())]
         held = self._mark.search("".join(map(_tool_text, turns)))
         if held:
             raise ChatFormatError(f"a tool, or a call of one, holds {held.group()}, by which the chat template marks "
@@ -319,7 +319,7 @@ class PromptCodec:
 
         Each structure is looked at once.
         """
-        structure = (open_answer, *((message["role"], not message["content"], "tool_calls" in message)
+        structure = (open_answer, *((message["role"], not message["content"], *sorted(message.keys() & _OF_TOOLS))
                                     for message in turns))
         if structure in self._known or self.template == OWN_TEMPLATE:
             return

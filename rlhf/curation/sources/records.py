@@ -13,6 +13,7 @@ from rlhf.curation.sources.paths import Row, as_list, as_number
 from rlhf.curation.sources.spec import Entry
 from rlhf.curation.tools import with_tools
 from rlhf.curation.transcripts import (
+    WEIGHT_0,
     ContentError,
     Turn,
     Turns,
@@ -159,7 +160,7 @@ def check_weight(messages: Any) -> None:
     """Raises ValueError where the last answer is marked as none to train on (OpenAI's `weight: 0`)."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     if isinstance(last, Mapping) and last.get("weight") == 0:
-        raise ContentError("the last answer has weight 0, which excludes it from training")
+        raise ContentError(WEIGHT_0)
 
 
 def check_no_messages(text: str, name: str) -> None:
@@ -169,7 +170,7 @@ def check_no_messages(text: str, name: str) -> None:
     if _LISTED.match(text):
         try:
             found = as_list(text) if text.lstrip().startswith("[") else json.loads(text)
-        except ValueError:  # something else in JSON's or numpy's form: a text
+        except (ValueError, RecursionError):  # something else in JSON's or numpy's form: a text
             return
         if isinstance(found, Mapping) and found.keys() & {"messages", "conversations"}:
             found = found.get("messages") or found.get("conversations")

@@ -116,6 +116,8 @@ def test_layouts_keep_them_too() -> None:
 @pytest.mark.parametrize(("row", "said"), [
     ({"messages": OPENAI}, "a tool is called, and the row has no tools"),
     ({"messages": OPENAI, "tools": "[]"}, "a tool is called, and the row has no tools"),
+    ({"messages": OPENAI, "tools": "[" * 100_000}, "tools is a text that is no JSON"),
+    ({"prompt": "Rain?", "completion": ANSWER | {"weight": 0}}, "the last answer has weight 0"),
     ({"messages": OPENAI, "tools": "[{"}, "tools is a text that is no JSON"),
     ({"messages": OPENAI, "tools": [{"type": "function"}]}, "a tool has no name"),
     ({"messages": OPENAI[:2], "tools": TOOLS}, "the last answer is a call of a tool"),

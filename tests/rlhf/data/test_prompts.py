@@ -18,6 +18,7 @@ def test_a_conversation_as_people_read_it() -> None:
     assert prompt_texts("one?") == ["one?"]
     assert (users_text(CHAT), users_text("one?")) == ("one?\n\ntwo?", "one?")
     assert (answers_in(CHAT), answers_in("one?")) == (1, 0)
+    assert answers_in([{**CHAT[2], "weight": 1}, CHAT[1], {**CHAT[2], "weight": 0}, CHAT[1], CHAT[2], CHAT[1]]) == 1
 
 
 def test_only_equal_prompts_have_one_key() -> None:

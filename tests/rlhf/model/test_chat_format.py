@@ -206,6 +206,11 @@ def test_tools_are_in_the_template_s_own_form(tmp_path: Path, system: str) -> No
 def test_a_template_that_leaves_a_part_out_is_refused(codecs: dict[str, PromptCodec], tmp_path: Path) -> None:
     with pytest.raises(ChatFormatError, match=r"leaves tools out: weather; write tool_turns: drop"):
         codecs["chatml"].prompts([of_tools("Be brief.", "Rain?", "Bonn")])
+    drops = codec_of(WITH_TOOLS.replace("{{ messages[0].content }}\n{% endif %}", "{% endif %}", 1), tmp_path / "drops")
+    drops.check([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}])  # without tools not
+    for ask in (drops.check, lambda prompt: drops.prompts([prompt])):
+        with pytest.raises(ChatFormatError, match="leaves the text of role system out"):
+            ask(of_tools("Be brief.", "Rain?", "Bonn")[:2])
     with pytest.raises(ChatFormatError, match="has no tools"):
         codecs["gpt2"].prompts([of_tools("Be brief.", "Rain?", "Bonn")])
     tokenizer = build("chatml", tmp_path)

@@ -350,6 +350,8 @@ def test_messages_that_stand_there_as_text_are_named(text: str) -> None:
     for row in ({"prompt": text, "completion": "yes"}, {"prompt": "hello", "completion": text}):
         assert reason("sft", row).endswith("is a text that holds a list of messages; name its column in json_columns")
     assert record("sft", {"prompt": "Write JSON.", "completion": '{"role": "admin", "name": "x"}'}).completions
+    deep = '{"a": ' * 100_000 + "1" + "}" * 100_000
+    assert record("sft", {"prompt": "Write JSON.", "completion": deep}).completions == (deep,)
 
 
 def test_a_use_case_of_all_rows_is_that_of_all_rows() -> None:
