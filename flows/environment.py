@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from flows.account import complete_account
 from mlops.tracking.credentials import move_logins
+from mlops.tracking.proxies import ask_loopback_directly
 
 SETTINGS = {
     "DO_NOT_TRACK": "true",
@@ -22,9 +24,27 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 move_logins(os.environ)
+ask_loopback_directly(os.environ)
+complete_account(os.environ, Path())
 
 SERVERS = Path("scratch/servers/servers.json")  # infra/servers.py: where Prefect and MLflow are
 LOGIN = SERVERS.with_name("login")  # NAME:PASSWORD for both; only its owner may read it
+
+
+def private_notes(root: Path) -> dict[str, str]:
+    """The variable by which DVC keeps what it remembers of files in a folder of the checkout that nobody else enters.
+
+    Its usual place is /var/tmp/dvc, where every account may write, and DVC unpickles what it finds there.
+    """
+    if os.environ.get("DVC_SITE_CACHE_DIR"):
+        return {}
+    folder = root / ".dvc" / "tmp" / "site-cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError:
+        return {}  # DVC, which writes beside it, says what is wrong
+    return {"DVC_SITE_CACHE_DIR": str(folder.resolve())}
 
 
 def local_prefect(root: Path) -> str:

@@ -30,9 +30,10 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from flows.artifacts import findings_of, show_findings
+from flows.preflight import check_checkout, check_server
 from flows.process import run_lines
 from flows.remote import delegated_task
-from flows.server import wait_for_server
+from flows.server import server_lasts, wait_for_server
 from flows.stages import ON_GPU, StageFailed, stage_task, training_slot
 from flows.summary import StageResult
 from flows.terminal import show_bars
@@ -66,8 +67,10 @@ def name_of_run(changes_of: Callable[[dict[str, Any]], Changes], otherwise: str)
 
 
 def check_params(root: Path, profile: str | None) -> None:
-    """Raises UserError if `profile`, or without one what params.yaml says, cannot be used. Changes nothing."""
+    """Raises UserError if `profile`, or without one what params.yaml says, or the folder itself cannot be used. Changes
+    nothing."""
     check_variables()
+    check_checkout(root.resolve())
     if profile is None:
         load_params(root)
         return
@@ -190,10 +193,14 @@ def run_to_end(start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     show_bars()
     try:
         wait_for_server()
+        if server_lasts():
+            asyncio.run(check_server())
         result = asyncio.run(start())
     except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(143 if isinstance(error, TerminationSignal) else 130) from None
+    except UserError as error:
+        result = error
     if isinstance(result, UserError | StageFailed):
         code = result.code if isinstance(result, StageFailed) else 2
         print(result, file=sys.stderr)

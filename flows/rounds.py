@@ -147,7 +147,7 @@ async def run_round(key: str, workdir: Path, run_name: str, labelers: Labelers, 
     folder = Path("feedback") / key
     if labelers == "simulated":
         command = [sys.executable, "-m", "mlops.labeling.terminal", str(folder), "--simulate"]
-        await run_program("terminal", command, workdir, child_env(run_name))
+        await run_program("terminal", command, workdir, child_env(run_name, workdir))
     else:
         if server_is_named():
             choose = ["--choose"] if load_params(workdir).stages.rounds.task == "choose" else []
@@ -176,7 +176,7 @@ async def label_studio(workdir: Path, run_name: str, *arguments: str) -> None:
         raise UserError(f"{python}: LABEL_STUDIO_URL is set and its SDK's environment is not there; `make labels` "
                         "makes it, or LABEL_STUDIO_PYTHON names another")
     command = [python, "-W", "ignore", "-m", "mlops.labeling.label_studio", *arguments]
-    await run_program("label_studio", command, workdir, child_env(run_name))
+    await run_program("label_studio", command, workdir, child_env(run_name, workdir))
 
 
 async def pull_labels(workdir: Path, run_name: str, folder: Path) -> None:
@@ -198,7 +198,7 @@ def waiting_text(batch: Batch, folder: Path) -> str:
 async def pin(workdir: Path, run_name: str, file: Path) -> None:
     """Puts the labels into DVC's cache; `file`.dvc, which git keeps, is their version."""
     dvc = str(Path(sys.executable).with_name("dvc"))
-    await run_program("dvc add", [dvc, "add", "--quiet", str(file)], workdir, child_env(run_name))
+    await run_program("dvc add", [dvc, "add", "--quiet", str(file)], workdir, child_env(run_name, workdir))
 
 
 def table(workdir: Path) -> list[dict[str, Any]]:

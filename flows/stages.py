@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import flows.environment  # noqa: F401
+from flows.environment import private_notes
 
 # isort: split
 from prefect import State, get_run_logger, task
@@ -86,7 +86,7 @@ async def repro(stage: str, root: Path, run_name: str) -> StageResult | State[An
     dvc = str(Path(sys.executable).with_name("dvc"))
     async with progress_of(stage) as show:
         code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
-                               cwd=root, env=child_env(run_name) | tracking_of(root), on_line=on_line)
+                               cwd=root, env=child_env(run_name, root) | tracking_of(root), on_line=on_line)
     if code:
         failure = disk_full(stage, root) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
@@ -106,10 +106,11 @@ async def training_slot() -> AsyncIterator[None]:
         yield
 
 
-def child_env(run_name: str) -> dict[str, str]:
+def child_env(run_name: str, root: Path) -> dict[str, str]:
     """The environment of dvc and of the stage: this Python first in PATH, where dvc.yaml's `python` is looked up."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "INSTRUCTFLOW_RUN_NAME": run_name}
+    return {**os.environ, **private_notes(root), "PATH": path, "PYTHONUNBUFFERED": "1",
+            "INSTRUCTFLOW_RUN_NAME": run_name}
 
 
 def disk_full(stage: str, root: Path) -> StageFailed | None:

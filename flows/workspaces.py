@@ -21,6 +21,7 @@ import yaml
 from mlops.config.arms import write_arms
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, read_yaml
 from mlops.config.stage_graph import unrolled
+from mlops.tracking.own_store import own_store
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
@@ -69,7 +70,7 @@ def tracking_of(root: Path) -> dict[str, str]:
     checkout = checkout_of(root)
     if checkout == root or os.environ.get("MLFLOW_TRACKING_URI"):
         return {}
-    return {"MLFLOW_TRACKING_URI": f"sqlite:///{checkout}/mlflow.db"}
+    return {"MLFLOW_TRACKING_URI": own_store(checkout)}
 
 
 def fill_workspace(root: Path, workspace: Path, changes: Changes) -> None:

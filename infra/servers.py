@@ -15,6 +15,7 @@ try first.
 import argparse
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -32,9 +33,11 @@ import flows.environment  # noqa: F401
 
 # isort: split
 from flows.environment import LOGIN, SERVERS
+from flows.preflight import check_checkout
 from infra import orphans
 from infra.serve_local import HOST, link
 from infra.setup import HEARTBEAT_SECONDS, LEASES
+from mlops.tracking.own_store import own_store
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
@@ -42,6 +45,8 @@ ACCOUNT = Path("feedback/.label-studio/account.json")  # beside Label Studio's d
 HEALTHY_SECONDS = 180.0
 STOP_SECONDS = 60
 BIN = Path(sys.executable).parent
+PYTHON = shlex.quote(sys.executable)
+UNUSABLE = "%;#\"'\\\n"  # what begins variables, comments and quotes in supervisord's configuration
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,10 @@ class Servers:
 
     def up(self) -> Links:
         """Starts what is not running and waits until it is healthy. Raises UserError with the log's last lines."""
+        if found := next((character for character in f"{self.root}{sys.executable}" if character in UNUSABLE), ""):
+            raise UserError(f"{self.root}: supervisord, which runs the servers, cannot read {found!r} in a path: "
+                            "rename the folder (runs without servers work in it)")
+        check_checkout(self.root)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         if self.running():
@@ -133,7 +142,9 @@ class Servers:
         _write_private(self.config, self._supervisord(links))  # has the logins
         started = subprocess.run([str(BIN / "supervisord"), "-c", str(self.config)], capture_output=True, text=True)
         if started.returncode:
-            raise UserError(f"supervisord: {(started.stderr or started.stdout).strip()}")
+            reason = (started.stderr or started.stdout).strip()
+            reason = re.sub(r'="[^"]*"', '="…"', reason)  # it may quote its configuration, logins included
+            raise UserError(f"supervisord: {reason}")
         try:
             self._wait("prefect", f"{links.prefect}/api/health")
             self._wait("mlflow", f"{links.mlflow}/health")
@@ -195,7 +206,7 @@ class Servers:
 
     def _supervisord(self, links: Links) -> str:
         login = self.login()
-        serve = f"{sys.executable} -m infra.serve_local"
+        serve = f"{PYTHON} -m infra.serve_local"
         port = {name: url.rpartition(":")[2] for name, url in asdict(links).items()}
         labels_environment = {"LABEL_STUDIO_API_KEY": self.account()["key"]} if links.labels else {}
         pools = ["cpu"] + (["gpu"] if shutil.which("nvidia-smi") else [])
@@ -221,12 +232,13 @@ serverurl=unix://{_socket(self.folder)}
                            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
                            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES}),
             self._program("mlflow", f"{serve} mlflow {port['mlflow']}", 2,
-                          {"INSTRUCTFLOW_LOGIN": login, "INSTRUCTFLOW_STORE": f"sqlite:///{self.root}/mlflow.db",
+                          {"INSTRUCTFLOW_LOGIN": login, "INSTRUCTFLOW_STORE": own_store(self.root),
                            "INSTRUCTFLOW_ARTIFACTS": str(self.root / "mlartifacts"),
                            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
         if links.labels:
             parts.append(self._labels(links))
-        parts += [self._program(f"worker-{pool}", f"{BIN / 'prefect'} worker start --pool {pool} --type process "
+        prefect = shlex.quote(str(BIN / "prefect"))
+        parts += [self._program(f"worker-{pool}", f"{prefect} worker start --pool {pool} --type process "
                                 f"--name {pool}@{socket.gethostname()}", 9,
                                 {**links.environment(login), **labels_environment,
                                  "INSTRUCTFLOW_CHECKOUT": str(self.root),
@@ -238,7 +250,8 @@ serverurl=unix://{_socket(self.folder)}
 
     def _labels(self, links: Links) -> str:
         account = self.account()
-        return self._program("labels", f"{self.label_studio} start --no-browser --internal-host {HOST} --port "
+        program = shlex.quote(str(self.label_studio))
+        return self._program("labels", f"{program} start --no-browser --internal-host {HOST} --port "
                              f"{links.labels.rpartition(':')[2]}", 3,
                              {"DJANGO_SETTINGS_MODULE": "infra.label_studio_settings",
                               "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -252,9 +265,10 @@ serverurl=unix://{_socket(self.folder)}
 
     def _program(self, name: str, command: str, priority: int, environment: dict[str, str], start: bool = True) -> str:
         if start:  # a server; a worker's runs may outlive it
-            command = f"{sys.executable} -m infra.orphans {command}"
+            command = f"{PYTHON} -m infra.orphans {command}"
         umask = "umask=077\n" if start else ""  # what a server writes is for its owner alone
-        settings = ",".join(f'{key}="{value}"' for key, value in environment.items())
+        values = {key: value.replace("%", "%%") for key, value in environment.items()}
+        settings = ",".join(f'{key}="{value}"' for key, value in values.items())
         return f"""[program:{name}]
 command={command}
 environment={settings}

@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlops.config.paths import POLICIES, PROMPTS, RM
 from mlops.release.gates import Gate, against_champion, gates
 from mlops.release.model_card import model_card
+from mlops.tracking.revision import revision
 from mlops.tracking.upload_record import data_version, run_name_of
 from rlhf.errors import UserError
 from rlhf.files import hash_paths, write_atomic, write_json
@@ -139,10 +138,7 @@ def lineage(stage: Stage, run: dict[str, Any]) -> dict[str, str]:
     for name in DATASETS:
         with (stage.root / "data" / f"{name}.jsonl").open("rb") as handle:
             tags[f"data_{name}_md5"] = hashlib.file_digest(handle, "md5").hexdigest()  # DVC's name for it
-    with suppress(OSError, subprocess.CalledProcessError):
-        tags["git_commit"] = subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=stage.root, stderr=subprocess.DEVNULL, text=True).strip()
-    return tags
+    return tags | revision(stage.root)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from xml.sax.saxutils import quoteattr
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.guide import FLAG_QUESTIONS, GUIDE_HTML, REMINDER
 from mlops.labeling.store import LABELS, Batch, Label, LabelStore, check
+from mlops.tracking.proxies import ask_loopback_directly
 from rlhf.data.prompts import NAMES, message_text, prompt_text
 from rlhf.errors import UserError
 
@@ -112,6 +113,7 @@ def connect() -> Any:
     except ImportError:
         raise UserError("this environment lacks Label Studio's SDK; use .venv-labels/bin/python, which `make labels` "
                         "installs") from None
+    ask_loopback_directly(os.environ)
     return LabelStudio(base_url=url, api_key=key, timeout=60)
 
 

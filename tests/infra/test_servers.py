@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from supervisor.options import ServerOptions
 
 from flows.environment import LOGIN, SERVERS
 from infra.servers import Links, Servers
-from tests.flows.checkout import REPOSITORY
+from mlops.tracking.own_store import own_store
+from rlhf.errors import UserError
+from tests.flows.checkout import REPOSITORY, Checkout
 from tests.infra.site import wait
 from tests.infra.stores import answer, free_port
 
@@ -126,6 +129,38 @@ def test_files_with_logins_are_their_owner_s_alone(tmp_path: Path) -> None:
     assert held
     assert all(line.startswith("environment=") for line in held)
     assert config.count("umask=077") == 3  # both servers and Label Studio; a run's files are as the worker makes them
+
+
+@pytest.mark.parametrize("name", ["a%b", "a;b", "a #b", 'a"b', "it's", "a\\b"])
+def test_a_path_that_supervisord_would_read_otherwise_is_refused(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name
+    with pytest.raises(UserError, match="supervisord, which runs the servers, cannot read"):
+        Servers(root).up()
+    assert not root.exists()
+
+
+def test_supervisord_reads_an_odd_path_as_it_is(tmp_path: Path) -> None:
+    servers = Servers(tmp_path / "\u00fc ?[1] $x, y=z")
+    servers.folder.mkdir(parents=True)
+    servers.config.write_text(servers._supervisord(Links("http://127.0.0.1:1", "http://127.0.0.1:2")), encoding="utf-8")
+    options = ServerOptions()
+    options.realize(["-c", str(servers.config)])
+    programs = {program.name: program for group in options.process_group_configs for program in group.process_configs}
+    assert programs["mlflow"].environment["INSTRUCTFLOW_STORE"] == own_store(servers.root)
+    assert programs["mlflow"].environment["INSTRUCTFLOW_ARTIFACTS"] == str(servers.root / "mlartifacts")
+    assert programs["mlflow"].stdout_logfile == str(servers.folder / "mlflow.log")
+    assert programs["worker-cpu"].environment["INSTRUCTFLOW_CHECKOUT"] == str(servers.root)
+
+
+def test_a_complaint_of_supervisord_shows_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = Servers(tmp_path)
+    Checkout(tmp_path)
+    monkeypatch.setattr(Servers, "_supervisord", lambda self, links: (
+        f'[supervisord]\n[program:a]\ncommand=x\nenvironment=INSTRUCTFLOW_LOGIN="{self.login()}",B="%(no)s"\n'))
+    with pytest.raises(UserError, match=r"^supervisord: ") as refused:
+        servers.up()
+    assert "INSTRUCTFLOW_LOGIN" in str(refused.value)
+    assert servers.login().split(":")[1] not in str(refused.value)
 
 
 def test_links_log_in_only_where_they_are_asked_for() -> None:

@@ -89,6 +89,9 @@ def _hub(entry: Entry, root: Path) -> Iterator[Batch]:
     with _user_errors(place):
         splits = _saved(folder / entry.data_dir, entry) if local else None
         if splits is None:
+            if local and (found := sorted(set("*?[") & set(str(folder.resolve())))):
+                raise UserError(f"{folder.resolve()}: the datasets library takes {found[0]} in a folder's path for a "
+                                "pattern: rename it, or name its files with `files` instead of `dataset`")
             from datasets import load_dataset
 
             splits = load_dataset(str(folder) if local else entry.dataset, entry.config or None,

@@ -133,8 +133,10 @@ def test_a_result_is_measured_once(folder: Path, suite: TaskSuite, tmp_path: Pat
 def test_rows_of_a_file_replace_the_hub_dataset(folder: Path, tmp_path: Path) -> None:
     rows = [{"id": str(number), "title": "T", "context": "A red fish.", "question": "What?",
              "answers": {"text": answers}} for number, answers in enumerate((["fish", "red fish"], []))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suite = TaskSuite(["squadv2_rows"], [BENCHMARKS], {"squadv2_rows": str(tmp_path / "rows.jsonl")}, limit=2)
+    odd = tmp_path / "what? [1] 50% $x"
+    odd.mkdir()
+    (odd / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = TaskSuite(["squadv2_rows"], [BENCHMARKS], {"squadv2_rows": str(odd / "rows.jsonl")}, limit=2)
     score = measure(folder / "model", suite)
     assert (score["squadv2_rows"].metric, len(score["squadv2_rows"].items)) == ("f1", 2)
     task = yaml.safe_load((BENCHMARKS / "squadv2_rows.yaml").read_text().replace("!function", ""))

@@ -77,6 +77,13 @@ def test_a_folder_with_the_layout_of_a_hub_dataset_is_read(tmp_path: Path, caplo
         read(Entry(dataset="set", split="valid"), tmp_path)
 
 
+def test_a_folder_that_datasets_takes_for_a_pattern_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set[1]").mkdir()
+    (tmp_path / "set[1]" / "train.jsonl").write_text('{"prompt": "what is it?", "completion": "a fish."}\n')
+    with pytest.raises(UserError, match=r"set\[1\]: the datasets library takes \[ in a folder's path for a pattern"):
+        read(Entry(dataset="set[1]"), tmp_path)
+
+
 def test_a_hub_dataset_needs_a_commit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="revision 'main' must be a commit"):
         read(Entry(dataset="somebody/something", revision="main"), tmp_path)
