@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from flows.rounds import run_rounds, workdir_of
 from flows.terminal import show_bars
 from mlops import imports_done
 from mlops.config.loader import load_params
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic, write_json
 
 Results = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]  # seed → arm → a row for each round
@@ -126,12 +125,9 @@ def main() -> None:
     imports_done()
     show_bars()
     root = Path.cwd()
-    try:
+    with one_line("compare_rounds"):
         wait_for_server()
         results = asyncio.run(compare(options.seeds, options.arms, options.count, root))
-    except UserError as error:
-        print(f"compare_rounds: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if not options.only_run:
         text = page(results, load_params(root).profile)
         write_json(root / OUT, results)

@@ -7,6 +7,7 @@ import configparser
 import os
 from pathlib import Path
 
+from mlops.tracking.own_store import damage
 from rlhf.errors import UserError
 
 WRITTEN = (".", ".dvc", ".dvc/tmp", ".dvc/cache", "scratch", "build", "data", "models", "metrics", "reports", "inputs")
@@ -24,6 +25,8 @@ def check_checkout(root: Path) -> None:
             raise UserError(f"{path}: is a file, and a run needs a folder of that name: move the file away")
         if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"{path}: cannot be written by user {os.getuid()}: correct its owner or permissions")
+    if problem := damage(root):
+        raise UserError(problem)
     if not without_repository(root) and not any((folder / ".git").exists() for folder in (root, *root.parents)):
         raise UserError(f"{root}: no git repository (perhaps a source archive), and DVC asks for one: "
                         "`git init && git add -A && git commit -m start`, or, without history and lineage, "

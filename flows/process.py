@@ -16,7 +16,7 @@ from types import FrameType
 import anyio
 
 from mlops.processes import die_with_parent
-from rlhf.errors import without_secrets
+from rlhf.errors import displayed, without_secrets
 
 GRACE_SECONDS = 10.0  # from TERM to KILL: time for a trainer to save its state
 KILL_SECONDS = 5.0
@@ -70,9 +70,9 @@ async def run_lines(
 ) -> int:
     """Runs `command` in its own session and returns its exit code (negative: the signal that ended it).
 
-    `on_line` gets each line of stdout and stderr, without its end and without logins. If this coroutine is cancelled,
-    or anything else goes wrong, every process of the session gets TERM and, `GRACE_SECONDS` later, KILL. The kernel
-    sends TERM too if this process itself is killed.
+    `on_line` gets each line of stdout and stderr, without its end, without logins and without what a terminal obeys.
+    If this coroutine is cancelled, or anything else goes wrong, every process of the session gets TERM and,
+    `GRACE_SECONDS` later, KILL. The kernel sends TERM too if this process itself is killed.
     """
     # A pipe of our own: process.wait() would wait for the end of one of asyncio's, which never comes while a detached
     # grandchild keeps it open.
@@ -115,9 +115,9 @@ async def _read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], Non
             lines, rest = [*lines, rest], b""
         for line in lines:
             if line.strip():
-                on_line(without_secrets(line.decode(errors="replace")))
+                on_line(without_secrets(displayed(line.decode(errors="replace"))))
     if rest.strip():
-        on_line(without_secrets(rest.decode(errors="replace")))
+        on_line(without_secrets(displayed(rest.decode(errors="replace"))))
 
 
 async def stop_session(session: int) -> None:

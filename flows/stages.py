@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from flows.process import run_lines
 from flows.server import server_lasts
 from flows.summary import StageResult
 from flows.workspaces import tracking_of
-from rlhf.errors import without_secrets
+from mlops.config.loader import load_params
+from mlops.tracking.own_store import champion_lost
+from rlhf.errors import FULL, without_secrets
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
                     "round_scores"})
@@ -84,11 +86,15 @@ async def repro(stage: str, root: Path, run_name: str) -> StageResult | State[An
 
     start = time.monotonic()
     dvc = str(Path(sys.executable).with_name("dvc"))
+    again = []
+    if stage == "promote" and champion_lost(root, load_params(root).stages.promote.registry):
+        logger.warning("MLflow's registry lacks the champion that metrics/promote.json names: promote runs again")
+        again = ["--force"]
     async with progress_of(stage) as show:
-        code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", stage],
+        code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", *again, stage],
                                cwd=root, env=child_env(run_name, root) | tracking_of(root), on_line=on_line)
     if code:
-        failure = disk_full(stage, root) or read_failure(stage, code, output)
+        failure = disk_full(stage, root, output) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
     return StageResult(stage, time.monotonic() - start, how_it_went(output))
 
@@ -113,9 +119,10 @@ def child_env(run_name: str, root: Path) -> dict[str, str]:
             "INSTRUCTFLOW_RUN_NAME": run_name}
 
 
-def disk_full(stage: str, root: Path) -> StageFailed | None:
-    """The failure of a stage where the disk is full: DVC then says anything but that."""
-    if shutil.disk_usage(root).free > FULL_BYTES:
+def disk_full(stage: str, root: Path, output: Sequence[str] = ()) -> StageFailed | None:
+    """The failure of a stage where the disk is full, or was by what DVC said: it may say anything but that."""
+    said = any(text.startswith("ERROR: ") and FULL.search(text) for text in output)
+    if not said and shutil.disk_usage(root).free > FULL_BYTES:
         return None
     return StageFailed(f"{stage}: no space left on the disk of {root}; free some and run the same command again", 3)
 

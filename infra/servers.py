@@ -38,7 +38,7 @@ from infra import orphans
 from infra.serve_local import HOST, link
 from infra.setup import HEARTBEAT_SECONDS, LEASES
 from mlops.tracking.own_store import own_store
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
 
 ACCOUNT = Path("feedback/.label-studio/account.json")  # beside Label Studio's database: what people do is no scratch
@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--detach", action="store_true", help="with up: return when they are healthy")
     options = parser.parse_args()
     servers = Servers(Path.cwd())
-    try:
+    with one_line("servers"):
         if options.command == "up":
             up(servers, not options.detach)
         elif options.command == "down":
@@ -370,9 +370,6 @@ def main() -> None:
         else:
             print("".join(f"export {name}={shlex.quote(value)}\n"
                           for name, value in servers.links().environment(servers.login()).items()), end="")
-    except UserError as error:
-        print(f"servers: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

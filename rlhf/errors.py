@@ -1,6 +1,12 @@
-"""The exceptions that end a command with one line: their message."""
+"""The exceptions that end a command with one line, and how a command says it: `with one_line("chat"): ...`."""
 
+import errno
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 SECRETS = (
     (re.compile(r"(://)[^\s/:@'\"]*:(?!\d{1,5}/)[^\s'\"]*@"), r"\1…@"),  # user:password@host, whatever the scheme
@@ -11,6 +17,10 @@ SECRETS = (
 )
 
 
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+LONGEST = 2000  # characters of a message
+
+
 def without_secrets(text: str) -> str:
     """The text with what looks like a login replaced by …, above all the one in an address."""
     for pattern, replacement in SECRETS:
@@ -18,11 +28,20 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def displayed(text: str) -> str:
+    """The text as a terminal may show it: what it would obey (escapes, bidi overrides, tag characters) by its code."""
+    return OBEYED.sub(lambda match: match.group().encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
 class UserError(Exception):
-    """A mistake that the user can fix. The message is one line: file, row, rule, what to do; it holds no login."""
+    """A mistake that the user can fix. The message is one line: file, row, rule, what to do.
+
+    It holds no login and nothing that a terminal obeys; what the user gave is cut where it makes the line too long.
+    """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(without_secrets(str(message)))
+        text = without_secrets(displayed(str(message).replace("\n", " ")))
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST - 500]} … {text[-400:]}")
 
 
 class Interrupted(Exception):
@@ -31,3 +50,53 @@ class Interrupted(Exception):
 
 class TrainingFailed(Exception):
     """Raised by a trainer that diverged (not a number, KL or entropy out of bounds), after it saved its state."""
+
+
+# --- the disk -------------------------------------------------------------------------------------------------------
+
+FULL = re.compile(r"no space left on device|disk quota exceeded|database or disk is full|\(os error 28\)|errno 28\b"
+                  r"|PytorchStreamWriter failed writing", re.I)  # as SQLite, safetensors, Arrow and torch say it
+
+
+def disk_problem(error: BaseException, folder: Path) -> str:
+    """One line about the disk where an error, or one that it came from, is about that: full, or not to be written.
+
+    `folder`: where the command works, for errors that name no file. Empty for any other error.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)) or FULL.search(str(link)):
+            place = getattr(link, "filename", None) or folder
+            return f"no space left on the disk of {place}; free some and run the same command again"
+        if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
+            return (f"{link.filename or folder}: cannot be read or written by user {os.getuid()} ({link.strerror}); "
+                    "correct its permissions")
+        link = link.__cause__ or link.__context__
+    return ""
+
+
+@contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """Ends a command with one line on stderr and an exit code: 2 for a user's mistake, 3 for the disk, 130 for Ctrl-C.
+
+    Where nobody reads its output any more (`| head`), it ends without a word.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not (problem := disk_problem(error, Path.cwd())):
+            raise
+        print(f"{name}: {problem}", file=sys.stderr)
+        raise SystemExit(3) from None

@@ -40,11 +40,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk it would take the last bytes
+        raise
     sync_folder(path.parent)
 
 
@@ -71,12 +75,17 @@ def publish(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     if partial.is_dir():
         shutil.rmtree(partial)
-    if source.is_dir():
-        shutil.copytree(source, partial)
-        if target.exists():
-            shutil.rmtree(target)
-    else:
-        shutil.copyfile(source, partial)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, partial)
+        else:
+            shutil.copyfile(source, partial)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+        raise
+    if partial.is_dir() and target.exists():
+        shutil.rmtree(target)
     partial.replace(target)
 
 

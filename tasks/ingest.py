@@ -23,9 +23,8 @@ from rlhf.curation.assemble import DROPPED, QUARANTINE, assemble
 from rlhf.curation.preview import preview
 from rlhf.curation.rules import RULES
 from rlhf.curation.sources.spec import Source
-from rlhf.data.prompts import displayed
 from rlhf.data.schema import KEYS, read_rows, write_rows
-from rlhf.errors import UserError
+from rlhf.errors import UserError, displayed, one_line
 from rlhf.files import publish, write_json
 from rlhf.params import IngestParams
 from rlhf.training.progress import StageProgress
@@ -163,8 +162,6 @@ def make_folder(args: argparse.Namespace) -> None:
         else:
             metrics = write_described(source, args.source.parent, args.seed, made)
         publish(made, args.out)
-    except OSError as error:
-        raise UserError(f"{error.filename or args.out}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
     rows = ", ".join(f"{name} {metrics[f'ingest/{name}_rows']:,}" for name in KEYS if f"ingest/{name}_rows" in metrics)
@@ -192,15 +189,12 @@ def main(arguments: Sequence[str]) -> None:
     if not any(item.split("=")[0] in FLAGS for item in arguments):
         run_stage("ingest", ingest)
         return
-    try:
+    with one_line("ingest"):
         args = folder_parser().parse_args(list(arguments))
         if not args.source.is_file():
             raise UserError(f"{args.source}: {'is a folder' if args.source.is_dir() else 'no such file'}; "
                             "give the description's YAML file")
         make_folder(args) if args.out else show_preview(args)
-    except UserError as error:
-        print(f"ingest: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ other inputs it starts afresh.
 
 import argparse
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -29,10 +28,12 @@ from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, load_p
 from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.processes import die_with_parent
-from rlhf.errors import Interrupted, TrainingFailed, UserError
+from rlhf.errors import Interrupted, TrainingFailed, UserError, disk_problem
 from rlhf.files import hash_paths, is_writer, publish, write_json
 from rlhf.training.settings import fast_enabled
 from tasks import launch
+
+DISK = 3  # exit code where the disk is full or cannot be written
 
 
 @dataclass
@@ -161,11 +162,12 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         fail(name, str(error), 4)
     except Interrupted as stop:
         fail(name, str(stop), 128 + signal.SIGTERM)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(name, f"no space left on the disk of {root}; free some and run the same command again", 3)
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            fail(name, f"{error.filename}: cannot be written ({error.strerror}); correct its permissions", 3)
+    except Exception as error:
+        if problem := disk_problem(error, root):
+            fail(name, problem, DISK)
+        together_with = sys.modules.get("rlhf.training.distributed")
+        if together_with and together_with.peer_gone(error):
+            fail_with_peer(name)
         raise
 
 
@@ -260,9 +262,22 @@ def status(name: str, scratch: Path) -> str:
 
 
 def fail(name: str, message: str, code: int) -> None:
-    """One line on stderr and the exit code."""
-    if is_writer():
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    """One line on stderr and the exit code. Of several processes the main one prints it; a fork tells it the line."""
+    line = f"{name}: {message}"
+    if is_writer() or (not sys.modules["rlhf.training.distributed"].tell_main(line) and code == DISK):
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def fail_with_peer(name: str) -> None:
+    """Ends a process whose partner has ended, as that one did: its line and exit code are the ones that count."""
+    if not is_writer():
+        raise SystemExit(1)
+    from rlhf.training import distributed
+
+    code, line = distributed.end_of_fork()
+    print(line or f"{name}: another process of this training ended (exit code {code}); what it said is above",
+          file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

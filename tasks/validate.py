@@ -24,7 +24,7 @@ from mlops.validation.run import Finding, Outcome, TokenCounter, files_in, row_e
 from rlhf.curation.characters import SPECIAL_TOKENS
 from rlhf.data.prompts import Prompt
 from rlhf.data.schema import KEYS
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
 from rlhf.params import ValidateParams
 from tasks.stage import Stage, run_stage
@@ -184,9 +184,8 @@ def check_folder(args: argparse.Namespace) -> int:
     if args.quarantine:
         quarantine(entries, files, args.quarantine)
     try:
-        args.report.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.report, (json.dumps(entries, indent=1, ensure_ascii=True) + "\n").encode())
-    except OSError as error:
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{args.report}: cannot be written: {error.strerror}") from None
     for finding in outcome.findings:
         print(f"{'' if finding.stops else 'warning: '}{finding}", file=sys.stderr)
@@ -201,11 +200,8 @@ def main(arguments: Sequence[str]) -> None:
     if not any(item.split("=")[0] in ("--data", "--report", "-h", "--help") for item in arguments):
         run_stage("validate", validate)
         return
-    try:
+    with one_line("validate"):
         code = check_folder(folder_parser().parse_args(list(arguments)))
-    except UserError as error:
-        print(f"validate: {error}", file=sys.stderr)
-        code = UNUSABLE
     raise SystemExit(code)
 
 

@@ -10,13 +10,12 @@ git keep it.
 import argparse
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, as_yaml, load_params, load_profile, read_yaml
 from mlops.config.paths import POLICIES, POLICY_METRICS
 from mlops.config.record import recorded
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
 
 
@@ -76,12 +75,9 @@ def main() -> None:
         "Writes the profile's arms, and with --profile its name, into params.yaml."))
     parser.add_argument("--profile", metavar="NAME", help="the file of profiles/ to use from now on")
     options = parser.parse_args()
-    try:
+    with one_line("arms"):
         write_arms(Path(), options.profile)
         params = load_params()
-    except UserError as error:
-        print(f"arms: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"profile: {params.profile}\narms: {as_yaml(list(params.stages.arms))}\npromoted: {params.stages.promoted}")
 
 

@@ -12,7 +12,6 @@ The links stand two folders deep, inputs/<stage>/<parameter>/<file>. Nothing els
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
@@ -20,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlops.config.loader import Params, load_params, read_yaml
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
 
 FOLDER = Path("inputs")
@@ -197,12 +196,9 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m mlops.config.inputs", description=(
         "Links what params.yaml and its profile name outside the checkout into inputs/<stage>/.")).parse_args()
     root = Path.cwd()
-    try:
+    with one_line("inputs"):
         params = load_params()
         links = link_all(params, root)
-    except UserError as error:
-        print(f"inputs: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     for name, file in links:
         print(f"{name} -> {file}")
     waiting = not_cached(params, root)

@@ -25,6 +25,8 @@ PARAMS_FILE = "params.yaml"
 PROFILES_DIR = "profiles"
 LIMIT_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 RENAMED = {("ppo", "kept_passes"): "reuse_forward_passes"}  # (section or "", former name): name
+LONGEST_YAML, MOST_VALUES = 2**19, 100_000  # bytes, values
+PROFILE_NAME = re.compile(r"\w[\w.-]*")
 ONE_ARM: dict[str, Any] = {"ppo": {}}  # of a profile that names none
 # Names of models, stages and files, and endings of metric keys, that no arm can have.
 NO_ARMS = ("base", "base_prompted", "sft", "rm", "pretrain", "rounds", "promoted", "policies", "ingest", "validate",
@@ -101,6 +103,29 @@ class _UniqueKeys(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody means who writes it today."""
+        if ":" in node.value or re.match(r"[+-]?0[0-9_]", node.value):
+            raise yaml.constructor.ConstructorError(
+                problem=f"YAML reads {node.value} as another number; write that number, or a text in quotes",
+                problem_mark=node.start_mark)
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_number)
+_UniqueKeys.add_constructor("tag:yaml.org,2002:float", _UniqueKeys.construct_number)
+
+
+def _values_in(node: yaml.Node, counted: dict[int, int]) -> int:
+    """The values below a node with every alias written out. Raises RecursionError for a node that holds itself."""
+    if id(node) not in counted:
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else [item])
+                    ] if isinstance(node, yaml.CollectionNode) else []
+        total = 1 + sum(_values_in(child, counted) for child in children)
+        counted[id(node)] = total
+    return counted[id(node)]
+
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """The keys and values of a YAML file.
@@ -108,7 +133,15 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     Raises UserError for a file that is missing, not UTF-8, not YAML, has a key twice or is no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        if path.stat().st_size > LONGEST_YAML:
+            raise UserError(f"{path}: has {path.stat().st_size:,} bytes; at most {LONGEST_YAML:,} are read")
+        loader = _UniqueKeys(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and (values := _values_in(node, {})) > MOST_VALUES:
+            raise UserError(f"{path}: its aliases stand for {values:,} values; at most {MOST_VALUES:,} are read")
+        content = None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply, or holds itself") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -195,6 +228,8 @@ def load_params(root: Path = Path(".")) -> Params:
         problem = "is missing" if first["type"] == "missing" else f"= {first['input']!r}"
         raise UserError(f"{path}: {name} {problem}: must be {allowed}") from None
     profiles = sorted(item.stem for item in (root / PROFILES_DIR).glob("*.yaml"))
+    if not PROFILE_NAME.fullmatch(top.profile):
+        raise UserError(f"{path}: profile = {top.profile!r}: a profile's name has letters, digits, _, . and -")
     if top.profile not in profiles:
         raise UserError(f"{path}: unknown profile {top.profile!r}: must be one of {', '.join(profiles)}")
     profile = load_profile(root / PROFILES_DIR / f"{top.profile}.yaml")
@@ -310,6 +345,8 @@ def _check_together(profile: Profile, path: Path) -> None:
     ]
     evaluate = profile.evaluate
     rules += [
+        (re.fullmatch(r"[\w.-]*", profile.promote.registry) is not None,
+         f"promote.registry = {profile.promote.registry!r}: must have letters, digits, _, . and - only"),
         ((evaluate.judge == "auto") == (not evaluate.judge_model),
          f"evaluate.judge_model = {evaluate.judge_model!r}: must name a model where evaluate.judge is {evaluate.judge}"
          if evaluate.judge != "auto" else

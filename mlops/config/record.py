@@ -7,14 +7,13 @@ byte that has rotted there would become the next stage's model.
 import configparser
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 
 Recorded = dict[str, str]  # path of an output: its MD5, that of the listing (".dir") for a folder
 
@@ -104,12 +103,9 @@ def _listing(root: Path, md5: str) -> dict[str, str] | None:
 
 def main() -> None:
     root = Path.cwd()
-    try:
+    with one_line("record"):
         known = recorded(root)
         check(root, known)
-    except UserError as error:
-        print(f"record: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"record: {sum((root / out).exists() for out in known)} outputs are as recorded")
 
 

@@ -9,7 +9,6 @@ the same folder. `mlops.labeling.terminal` shows the batch to labelers, `mlops.l
 
 import argparse
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mlops.config.loader import load_params
 from mlops.config.paths import POLICIES
 from mlops.labeling.batch import MIN_CHOICES, Item, assign, make_items, write_batch
 from rlhf.data.schema import MAX_K, read_rows
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.params import EvaluateParams
 
 SPARE = 2  # samples for each completion that is needed, since duplicates are dropped
@@ -73,14 +72,11 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "valid"), default="train")
     parser.add_argument("--seed", type=int, help="default: the seed of params.yaml")
     options = parser.parse_args()
-    try:
+    with one_line("collect"):
         if not 0 <= options.overlap <= 1:
             raise UserError(f"--overlap {options.overlap}: must be 0 to 1")
         options.models = options.models or [str(POLICIES / load_params().stages.promoted)]
         items, assignments = collect(options.folder, options)
-    except UserError as error:
-        print(f"collect: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{options.folder}: {items} prompts with up to {options.k} completions, {assignments} rankings for "
           f"{len(options.labelers)} labelers")
 

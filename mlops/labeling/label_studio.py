@@ -11,7 +11,6 @@ An annotation that is changed later, or a second one for the same task, is a cor
 import argparse
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mlops.labeling.guide import FLAG_QUESTIONS, GUIDE_HTML, REMINDER
 from mlops.labeling.store import LABELS, Batch, Label, LabelStore, check
 from mlops.tracking.proxies import ask_loopback_directly
 from rlhf.data.prompts import NAMES, message_text, prompt_text
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 
 LETTERS = "abcdefghi"
 KEYS = ("1234", "qwer", "asdf", "zxcv")  # rank keys of the first four completions; with more, the mouse
@@ -190,7 +189,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the batch")
     parser.add_argument("--choose", action="store_true", help="labelers choose the best instead of ranking all")
     options = parser.parse_args()
-    try:
+    with one_line("label_studio"):
         client = connect()
         try:
             if options.what == "publish":
@@ -198,14 +197,11 @@ def main() -> None:
             else:
                 batch = Batch(options.folder)
                 message = f"{pull(client, options.folder)} labels pulled, {len(batch.missing())} missing"
-        except UserError:
+        except (UserError, OSError):
             raise
         except Exception as error:  # the SDK raises what httpx raises, and classes of its own
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"Label Studio at {os.environ['LABEL_STUDIO_URL']}: {reason}") from None
-    except UserError as error:
-        print(f"label_studio: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{options.folder}: {message}")
 
 

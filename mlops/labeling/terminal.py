@@ -10,7 +10,6 @@ the others then share rank 2. `back` corrects the previous ranking. Each ranking
 import argparse
 import random
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from rich.text import Text
 from mlops.config.loader import load_params
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
-from rlhf.data.prompts import NAMES, Prompt, displayed, message_text
-from rlhf.errors import UserError
+from rlhf.data.prompts import NAMES, Prompt, message_text
+from rlhf.errors import UserError, displayed, one_line
 
 SIMULATED = "simulated/"  # prefix of simulated labelers' submission ids; their labels can be made again
 GUIDE = ("Helpful: does what the person meant. Truthful: nothing made up or misleading. Harmless: nobody is hurt or "
@@ -132,23 +131,21 @@ def main() -> None:
     who.add_argument("--labeler", metavar="NAME", help="the labeler whose assignments to show")
     who.add_argument("--simulate", action="store_true", help="label with the embedded world's simulated labelers")
     options = parser.parse_args()
-    try:
+    with one_line("terminal"):
         items, assignments = read_batch(options.folder)
         store = LabelStore(options.folder / LABELS)
-        if options.simulate:
-            ranked = simulate(store, items, assignments, load_params().seed)
-        else:
-            mine = [item for item in assignments if item.labeler_id == options.labeler]
-            if not mine:
-                known = ", ".join(sorted({item.labeler_id for item in assignments}))
-                raise UserError(f"{options.folder}: no assignments for {options.labeler}; labelers: {known}")
-            ranked = label_on_terminal(store, items, mine, Console(highlight=False), input)
-    except UserError as error:
-        print(f"terminal: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (EOFError, KeyboardInterrupt):
-        print("\nstopped; run the same command to resume")
-        return
+        try:
+            if options.simulate:
+                ranked = simulate(store, items, assignments, load_params().seed)
+            else:
+                mine = [item for item in assignments if item.labeler_id == options.labeler]
+                if not mine:
+                    known = ", ".join(sorted({item.labeler_id for item in assignments}))
+                    raise UserError(f"{options.folder}: no assignments for {options.labeler}; labelers: {known}")
+                ranked = label_on_terminal(store, items, mine, Console(highlight=False), input)
+        except (EOFError, KeyboardInterrupt):
+            print("\nstopped; run the same command to resume")
+            return
     left = len(assignments) - len(store.current())
     print(f"{ranked} rankings stored, {left} of {len(assignments)} left")
 

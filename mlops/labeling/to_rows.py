@@ -11,7 +11,6 @@ item.
 
 import argparse
 import math
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from mlops.labeling.agreement import Count, agreement, agreement_with, positions
 from mlops.labeling.batch import Assignment, Item, assign, read_batch, write_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
 from rlhf.data.schema import KEYS, write_rows
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_json
 from rlhf.params import ValidateParams
 from rlhf.world.gold import DATA_SOURCE, gold_labeler
@@ -207,7 +206,7 @@ def main() -> None:
                         help="make the batch FOLDER-adjudicated of the disputed items, for NAME to decide")
     options = parser.parse_args()
     messages = []
-    try:
+    with one_line("to_rows"):
         items, assignments = read_batch(options.folder)
         labels = LabelStore(options.folder / LABELS).current()
         if not labels:
@@ -224,9 +223,6 @@ def main() -> None:
             messages.append(make_adjudication(options.folder, content["adjudicate"], options.adjudicate))
         if options.add:
             messages.append(add(consensus_rows(final, items) if options.consensus else rows, options.folder.name))
-    except UserError as error:
-        print(f"to_rows: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     show(content, Console(highlight=False))
     for message in messages:
         print(message)

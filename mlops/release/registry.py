@@ -4,6 +4,7 @@ A version holds a pyfunc model that `mlflow models serve` runs, with the Hugging
 stays one version, however often it is promoted.
 """
 
+import errno
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, Tens
 from mlflow.types.schema import Array, Object, Property
 
 from mlops.tracking.mlflow_client import RUN_NAME_TAG, experiment_id, tracking_uri
-from rlhf.errors import UserError
+from rlhf.errors import FULL, UserError
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 CONTENT_TAG = "instructflow.content"
@@ -132,9 +133,11 @@ class Registry:
 
 @contextmanager
 def registry_errors() -> Iterator[None]:
-    """Turns an MLflow error into a UserError of one line."""
+    """Turns an MLflow error into a UserError of one line, that of a full disk under a database of ours into OSError."""
     try:
         yield
     except MlflowException as error:
         where = os.environ.get("MLFLOW_TRACKING_URI", "mlflow.db")
+        if FULL.search(str(error)) and not where.startswith("http"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise UserError(f"the model registry at {where} reports: {' '.join(str(error).split())[:300]}") from error

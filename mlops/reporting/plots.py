@@ -4,6 +4,7 @@ Each colour below is a placeholder that `svg` replaces by a CSS variable, so tha
 Equal input gives equal bytes: ids are salted with the plot's name, and no date or version is written.
 """
 
+import html
 import io
 import math
 import re
@@ -34,6 +35,7 @@ RULES = {
     "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "lines.linewidth": 1.8, "figure.dpi": 96, "legend.frameon": False,
+    "text.parse_math": False,  # a $ in the name of a model or use case is a $
 }
 
 
@@ -89,7 +91,8 @@ def svg(name: str, label: str, height: int, draw: Callable[[Figure], None], widt
     body = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL))
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = re.sub("#01010[1-9a-d]", lambda match: CSS[match.group()], body)
-    return f'<svg viewBox="{view.group(1)}" role="img" aria-label="{label}">' + re.sub(r"\n\s*", "\n", body).strip()
+    start = f'<svg viewBox="{view.group(1)}" role="img" aria-label="{html.escape(label)}">'
+    return start + re.sub(r"\n\s*", "\n", body).strip()
 
 
 LABELS = {"base_prompted": "prompted base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}

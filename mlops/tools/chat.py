@@ -21,8 +21,7 @@ from rich.text import Text
 
 from mlops.config.loader import load_params
 from mlops.config.paths import MODELS, POLICIES, RM
-from rlhf.data.prompts import displayed
-from rlhf.errors import UserError
+from rlhf.errors import UserError, displayed, one_line
 
 PROMOTED = Path("models/promoted")
 
@@ -132,13 +131,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--separate", action="store_true", help="each line is a conversation of its own")
     options = parser.parse_args()
-    try:
+    with one_line("chat"):
         names = options.models or (["promoted"] if (PROMOTED / "config.json").is_file()
                                    else [load_params().stages.promoted])
         talk([load(name) for name in names], options, Console(highlight=False))
-    except UserError as error:
-        print(f"chat: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf.data.prompts import prompt_problem, prompt_text
 from rlhf.data.schema import KEYS, read_rows
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 from rlhf.files import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUT = "reports/data_versions"
 NOTABLE = 0.1  # distances from here on are marked in the table
@@ -158,11 +162,19 @@ def table(changes: dict[str, Change]) -> list[str]:
 
 def draw(old: dict[str, Version], new: dict[str, Version], labels: tuple[str, str], path: Path) -> None:
     """A row of plots per dataset: lengths, use cases and ranks, old beside new."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = list(old.keys() | new.keys())
     names.sort(key=list(KEYS).index)
     figure = Figure(figsize=(13, 3.2 * len(names)), dpi=100, layout="constrained")
+    with rc_context({"text.parse_math": False}):  # a $ in a use case or a revision is a $
+        _draw(figure, names, old, new, labels)
+        figure.savefig(path, metadata={"Software": None})
+
+
+def _draw(figure: "Figure", names: list[str], old: dict[str, Version], new: dict[str, Version], labels: tuple[str, str]
+          ) -> None:
     grid = figure.subplots(len(names), 4, squeeze=False)
     for row, name in zip(grid, names, strict=True):
         pair = [versions.get(name, Version()) for versions in (old, new)]
@@ -187,7 +199,6 @@ def draw(old: dict[str, Version], new: dict[str, Version], labels: tuple[str, st
                 axes.set_xlabel("characters")
                 axes.set_yticks([])
         row[0].legend(fontsize=8)
-    figure.savefig(path, metadata={"Software": None})
 
 
 def log_to_mlflow(name: str, changes: dict[str, Change], out: Path, root: Path) -> None:
@@ -225,8 +236,7 @@ def report(old: str, new: str, out: Path, root: Path) -> dict[str, Change]:
     return changes
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a user error."""
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mlops.tools.compare_data",
                                      description="Compares two versions of the data.")
     parser.add_argument("old", help="git revision or folder")
@@ -234,19 +244,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(OUT), help=f"folder for the report (default: {OUT})")
     options = parser.parse_args(arguments)
     root = Path.cwd()
-    try:
+    with one_line("compare_data"):
         changes = report(options.old, options.new, options.out, root)
-    except UserError as error:
-        print(f"compare_data: {error}", file=sys.stderr)
-        return 2
     if os.environ.get("INSTRUCTFLOW_UPLOADER") != "off":
         try:
             log_to_mlflow(f"data {options.old}..{options.new}", changes, options.out, root)
         except Exception as error:  # the report is written; an unavailable MLflow must not fail the command
             first = str(error).strip().splitlines()[0]
             print(f"compare_data: not logged to MLflow: {first}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

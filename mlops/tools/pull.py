@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 
 SHOWN = 3
 
@@ -62,18 +62,14 @@ def pull(root: Path, targets: list[str]) -> None:
         raise UserError(f"fetched and verified, but not checked out: {failure}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 if nothing was pulled."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Exit code 2: nothing was pulled."""
     parser = argparse.ArgumentParser(prog="python -m mlops.tools.pull",
                                      description="Pulls from DVC's remote, all or nothing.")
     parser.add_argument("targets", nargs="*", help="stages, outputs or .dvc files (default: all)")
-    try:
+    with one_line("pull"):
         pull(Path.cwd(), parser.parse_args(arguments).targets)
-    except UserError as error:
-        print(f"pull: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

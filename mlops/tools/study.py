@@ -4,7 +4,8 @@
     python -m mlops.tools.study --seeds 1 2 3 4 5 --profile smoke
 
 Each unit (a seed's data, a model, a measurement) is stored in scratch/study and reused by the next run, and training
-resumes from its checkpoints, so an interruption costs only minutes. mlops/tools/claims.py defines the claims.
+resumes from its checkpoints, so an interruption costs only minutes. What the claims need of a finished seed goes to
+metrics/study/, which git keeps; remove a file there to measure its seed again. mlops/tools/claims.py has the claims.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 
 from mlops.config.loader import Params, load_params, load_profile
 from mlops.tools.claims import judge_claims, write_claims
+from mlops.tracking.revision import revision
 from rlhf.data.schema import read_rows
 from rlhf.errors import Interrupted, TrainingFailed, UserError
 from rlhf.evaluation.generate import Answers, answer
@@ -44,6 +46,7 @@ from rlhf.world.facts import World
 from rlhf.world.labeler import GoldLabeler
 
 FOLDER = Path("scratch/study")
+NUMBERS = Path("metrics/study")  # what the claims need of each seed: kept in git, so a study may take several days
 HIGH_BETA = 10.0  # times the profile's beta, fixed
 FREE_BETA = 0.001  # almost no penalty: the reward model is optimised as far as possible
 FREE_EPISODES = 2.0  # times the profile's episodes
@@ -198,11 +201,20 @@ def study(params: Params, seeds: list[int], root: Path) -> list[dict[str, Any]]:
     digest = _digest(params)
     by_seed = {}
     for number in seeds:
-        seed_everything(number)
-        by_seed[number] = run_seed(Seed(number, params.stages, root / FOLDER / digest / f"seed-{number}"))
+        kept = root / NUMBERS / f"seed-{number}.json"
+        if not _is_of(kept, digest):
+            seed_everything(number)
+            found = run_seed(Seed(number, params.stages, root / FOLDER / digest / f"seed-{number}"))
+            write_json(kept, {"parameters": digest, **revision(root), "numbers": found})
+        by_seed[number] = json.loads(kept.read_text(encoding="utf-8"))["numbers"]
     claims = judge_claims(list(by_seed.values()))
     write_claims(claims, by_seed, params.profile, root)
     return claims
+
+
+def _is_of(kept: Path, digest: str) -> bool:
+    """Whether a seed's numbers are there, measured with these parameters."""
+    return kept.is_file() and bool(json.loads(kept.read_text(encoding="utf-8"))["parameters"] == digest)
 
 
 def _digest(params: Params) -> str:

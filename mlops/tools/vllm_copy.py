@@ -6,10 +6,9 @@ The copy unties the output layer from the embeddings: only then does vLLM load u
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
 
 
 def vllm_copy(model: Path, folder: Path) -> None:
@@ -30,11 +29,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the policy's folder")
     parser.add_argument("folder", type=Path, help="a new folder")
     options = parser.parse_args()
-    try:
+    with one_line("vllm_copy"):
         vllm_copy(options.model, options.folder)
-    except UserError as error:
-        print(f"vllm_copy: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -51,7 +51,7 @@ DIGEST_CHARS = 36  # MLflow's limit; an md5 with ".dir" just fits
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "MALFORMED_REQUEST", "FEATURE_DISABLED"}
 
 for name in ("mlflow", "alembic"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised as well
 
 
 def tracking_uri(root: Path) -> str:
@@ -78,6 +78,14 @@ class MlflowTracker:
         self.root = root.resolve()
         self.uri = tracking_uri(self.root)
         self._answered: dict[tuple[Any, ...], Any] = {}
+
+    def knows(self, run_id: str) -> bool:
+        try:
+            with _answers():
+                self._client.get_run(run_id)
+        except Gone:
+            return False
+        return True
 
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         stage, start_ms = run["stage"], record.started_ns // 1_000_000

@@ -95,6 +95,9 @@ class Record:
 class Tracker(Protocol):
     """What the uploader asks of MLflow (`mlops.tracking.mlflow_client`). All raise Unreachable, Refused or Gone."""
 
+    def knows(self, run_id: str) -> bool:
+        """Whether the store has the run."""
+
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         """Finds or creates the run with `record.key` and its parent; fills in the record's three ids."""
 
@@ -203,6 +206,19 @@ def data_version(root: Path) -> str:
     path = root / "data.dvc"
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     return str((content or {}).get("outs", [{}])[0].get("md5", ""))
+
+
+def forget_lost_store(root: Path, tracker: Tracker) -> int:
+    """Where the store has none of the runs that are recorded as sent (it was deleted, or is another one), forgets the
+    records, so that all that is on disk goes to it; returns their number."""
+    sent = {folder: record for folder in scratch_folders(root)
+            if (record := Record.load(folder)) and record.run_id and record.state == DONE}
+    if not sent or any(tracker.knows(record.run_id) for record in sent.values()):
+        return 0
+    for folder in sent:
+        for name in (RECORD, OLD_RECORD):
+            (folder / name).unlink(missing_ok=True)
+    return len(sent)
 
 
 # --- sending ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from mlops.tracking.upload_record import (
     Unreachable,
     advance,
     file_marks,
+    forget_lost_store,
     read_run,
     scratch_folders,
 )
@@ -42,6 +43,7 @@ IDLE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_IDLE_S", "20"))
 PATIENCE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_PATIENCE_S", "3600"))  # with a server that does not answer
 OLD_NAMES = {"INSTRUCTFLOW_MIRROR": "INSTRUCTFLOW_UPLOADER", "INSTRUCTFLOW_LINE": "INSTRUCTFLOW_RUN_NAME"}
 LONGEST_BACKOFF_S = 30.0
+LOG = "uploader.log"  # in scratch/
 NICE = 10
 
 
@@ -82,7 +84,7 @@ def start_uploader(root: Path) -> None:
     code = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        with (root / "scratch" / "uploader.log").open("ab") as log:
+        with (root / "scratch" / LOG).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mlops.tracking.uploader", "--lock", str(lock)], cwd=root, pass_fds=[lock],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -108,7 +110,8 @@ def wait_until_uploaded(root: Path, run_name: str, timeout_s: float) -> dict[str
             return uploaded
         now = time.monotonic()
         if now > deadline:
-            raise TimeoutError(f"not yet in MLflow after {timeout_s:g} s: {', '.join(pending)} of run {run_name}")
+            raise TimeoutError(f"not yet in MLflow after {timeout_s:g} s: {', '.join(pending)} of run {run_name}"
+                               f"{_last_trouble(root)}")
         if now >= start_next:  # the one that lived may have been killed
             start_uploader(root)
             start_next = now + 5.0
@@ -132,6 +135,15 @@ def _state_of(root: Path, run_name: str) -> tuple[dict[str, Any], list[str]]:
     return uploaded, pending
 
 
+def _last_trouble(root: Path) -> str:
+    """What the uploader's log says of MLflow at its end, if anything."""
+    try:
+        last = (root / "scratch" / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-1]
+    except (OSError, IndexError):
+        return ""
+    return f" ({last.partition('trying on: ')[2]})" if "trying on: " in last else ""
+
+
 def _off() -> bool:
     return os.environ.get("INSTRUCTFLOW_UPLOADER", "") == "off"
 
@@ -146,6 +158,7 @@ class Follower:
         self.root, self.tracker = root, tracker
         self.seen: dict[Path, Marks] = {}  # the files as they were when their folder had nothing left to send
         self.refused: dict[Path, str] = {}
+        self.compared = False
 
     def sweep(self) -> bool:
         """True if nothing is left to send. Raises Unreachable or OSError: call again later.
@@ -154,6 +167,10 @@ class Follower:
         starts; the other folders go on.
         """
         settled = True
+        if not self.compared:
+            if lost := forget_lost_store(self.root, self.tracker):
+                say(f"MLflow has none of the {lost} stage runs that it once had: they are sent again")
+            self.compared = True
         for folder in scratch_folders(self.root):
             marks = file_marks(folder)
             if self.seen.get(folder) == marks:

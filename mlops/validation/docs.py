@@ -1,9 +1,12 @@
 """Great Expectations in memory, and its Data Docs as a static site that works offline."""
 
 import html
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +71,36 @@ def keep_for_docs(context: "EphemeralDataContext", suite: Any, result: "Expectat
         ValidationResultIdentifier(ExpectationSuiteIdentifier(suite.name), run, suite.name), result)
 
 
+@contextmanager
+def _no_error_is_lost() -> Iterator[None]:
+    """GX logs an error with its traceback and goes on to the next page; this raises RuntimeError with it."""
+    logger, errors = logging.getLogger("great_expectations"), _Errors(logging.ERROR)
+    logger.addHandler(errors)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(errors)
+    if errors.messages:
+        raise RuntimeError(f"Data Docs: {' '.join(errors.messages[0].split())[-300:]}")
+
+
+class _Errors(logging.Handler):
+    """Keeps the messages."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 def build_docs(context: "EphemeralDataContext", site: Path, lines: list[str], failed: list[str]) -> None:
     """Builds the site, makes it work offline, and replaces GX's index page, which needs scripts."""
-    context.build_data_docs()
+    with _no_error_is_lost():
+        context.build_data_docs()
     shutil.rmtree(site / "static", ignore_errors=True)
     for page in site.rglob("*.html"):
         page.write_text(REMOTE.sub("", page.read_text("utf-8")).replace("<head>", HEAD, 1), "utf-8")

@@ -85,10 +85,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def read_line(number: int, raw: bytes, keys: list[str]) -> Line:
-    """Parses one line. Only the first broken rule is reported; a byte order mark or CRLF leaves the row usable."""
-    if len(raw) > MAX_LINE_BYTES:
-        return Line(number, None, "line_length", f"{len(raw):,} bytes, more than {MAX_LINE_BYTES:,}")
+def read_line(number: int, raw: bytes, keys: list[str], length: int) -> Line:
+    """Parses one line. Only the first broken rule is reported; a byte order mark or CRLF leaves the row usable.
+
+    `length`: of the whole line in bytes; `raw` is only the start of one that is too long.
+    """
+    if length > MAX_LINE_BYTES:
+        return Line(number, None, "line_length", f"{length:,} bytes, more than {MAX_LINE_BYTES:,}")
     soft = ("", "")
     content = raw.removesuffix(b"\n")
     if content.startswith(b"\xef\xbb\xbf"):
@@ -170,8 +173,13 @@ def read_lines(file: Path, keys: list[str]) -> Iterator[Line]:
     number = 0
     with handle:
         try:
-            for number, raw in enumerate(handle, start=1):
-                yield read_line(number, raw, keys)
+            while raw := handle.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                length, rest = len(raw), raw
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):  # skipped in pieces, whatever its size
+                    rest = handle.readline(MAX_LINE_BYTES + 1)
+                    length += len(rest)
+                yield read_line(number, raw, keys, length)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield Line(number + 1, None, "whole_file", f"the compressed file is truncated here: {error}")
 

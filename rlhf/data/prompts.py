@@ -4,7 +4,6 @@ Rows hold it as it is. Where a text is needed (for people, to compare prompts, a
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ Prompt = str | Sequence[Message]
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = {"system": ("tools",), "user": (), "assistant": ("tool_calls", "weight"), "tool": ("name", "tool_call_id")}
 NAMES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -34,11 +32,6 @@ def message_text(message: Message) -> str:
     """A message as people read it, with the tools that it names or calls."""
     lines = [json.dumps(item, ensure_ascii=False) for key in ("tools", "tool_calls") for item in message.get(key, ())]
     return "\n".join([*filter(None, [message["content"]]), *lines])
-
-
-def displayed(text: str) -> str:
-    """The text as a terminal may show it: what it would obey (escapes, bidi overrides, tag characters) by its code."""
-    return _OBEYED.sub(lambda match: match.group().encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def prompt_key(prompt: Prompt) -> str:

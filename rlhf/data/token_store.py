@@ -10,9 +10,10 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import IO, Any, Generic, TypeVar, overload
 
 Item = TypeVar("Item")
 CHUNK = 256  # rows tokenized at once: the tokenizer's result takes about 100 bytes per token
@@ -26,6 +27,12 @@ def chunks(items: Iterable[Item], count: int = CHUNK) -> Iterator[list[Item]]:
         yield chunk
 
 
+def _close(file: IO[bytes]) -> None:
+    """Closes a file that nobody reads again; what it still holds may not fit on a full disk."""
+    with suppress(OSError):
+        file.close()
+
+
 class TokenStore:
     """Rows of one or more lists of integers from 0 to 2^32 - 1; takes 12 bytes of memory per row.
 
@@ -37,7 +44,7 @@ class TokenStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder, buffering=BUFFER)  # noqa: SIM115 (it lives as long as the store)
-        weakref.finalize(self, self._file.close)
+        weakref.finalize(self, _close, self._file)
         self._ends = array("q", [0])
         self._lengths = array("i")
         self._written = True

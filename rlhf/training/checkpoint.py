@@ -7,6 +7,7 @@ is ignored. Both are written to a temporary file, fsynced and renamed.
 import hashlib
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from rlhf.errors import Interrupted
-from rlhf.files import is_writer, write_atomic, write_json
+from rlhf.files import is_writer, sync_folder, write_json
 from rlhf.training import distributed
 from rlhf.training.settings import number
 
@@ -59,12 +60,21 @@ class Checkpoints:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
+        for stale in self.folder.glob("*.partial"):  # of a process that was killed, or whose disk was full
+            stale.unlink()
         partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        content = partial.read_bytes()
-        partial.unlink()
-        write_atomic(path, content)
-        write_json(path.with_suffix(".json"), {"sha256": hashlib.sha256(content).hexdigest(), "step": step})
+        try:
+            with partial.open("wb") as handle:
+                torch.save(state, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            digest = _sha256(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(self.folder)
+        write_json(path.with_suffix(".json"), {"sha256": digest, "step": step})
         for old in self._complete()[: -self.keep]:
             old.with_suffix(".json").unlink()
             old.unlink()
@@ -87,7 +97,7 @@ class Checkpoints:
         for path in reversed(self._complete()):
             try:
                 record = json.loads(path.with_suffix(".json").read_text())
-                if hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
+                if _sha256(path) != record["sha256"]:
                     raise ValueError("its SHA-256 is not the one that was saved")
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever zip, pickle or torch raise: the one before it is tried
@@ -113,3 +123,8 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*.pt") if path.with_suffix(".json").exists())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

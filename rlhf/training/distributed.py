@@ -9,9 +9,13 @@ rounding.
 """
 
 import os
+import re
+import select
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +29,8 @@ from rlhf.files import leave_writing_to_main
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 WAIT_HOURS = 4  # timeout of a collective operation
+PEER_SECONDS = 10.0  # until a process whose connection is closed has ended
+PEER_GONE = re.compile(r"(closed|reset) by peer|broken pipe|remote process exited", re.I)  # as gloo and NCCL say it
 BUCKET = 2**24  # gradient entries per all-reduce
 
 
@@ -66,14 +72,62 @@ def fork(count: int) -> None:
     """
     torch.set_num_threads(1)
     sys.stdout.flush(), sys.stderr.flush()  # buffered output would be written twice
+    reading, _forks.writing = os.pipe()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
-    own_rank = next((number for number in range(1, count) if os.fork() == 0), 0)
+    own_rank = 0
+    for number in range(1, count):
+        if (pid := os.fork()) == 0:
+            own_rank = number
+            break
+        _forks.pids.append(pid)
+    _forks.reading = reading
     if own_rank:
         store = dist.TCPStore("127.0.0.1", store.port, count, is_master=False)
         leave_writing_to_main()
     dist.init_process_group("gloo", store=store, rank=own_rank, world_size=count,
                             timeout=timedelta(hours=WAIT_HOURS))
+
+
+@dataclass
+class Forks:
+    """The main process's forks, and the pipe by which they say why they end; -1: there are none."""
+
+    pids: list[int] = field(default_factory=list)
+    reading: int = -1
+    writing: int = -1
+
+
+_forks = Forks()
+
+
+def tell_main(line: str) -> bool:
+    """Says why this fork ends, for the main process to print; False where this is no fork."""
+    if _forks.writing < 0 or is_main():
+        return False
+    os.write(_forks.writing, f"{line}\n".encode()[:select.PIPE_BUF])
+    return True
+
+
+def peer_gone(error: BaseException) -> bool:
+    """Whether an error is only about the end of another process of the group, which says itself why it ended."""
+    return size() > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(str(error)) is not None
+
+
+def end_of_fork() -> tuple[int, str]:
+    """(exit code, its line) of the fork that ended first; (1, "") where none is known to have failed."""
+    deadline, code = time.monotonic() + PEER_SECONDS, 0
+    while _forks.pids and not code and time.monotonic() < deadline:
+        for pid in list(_forks.pids):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                _forks.pids.remove(pid)
+                code = code or os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    lines = b""
+    if _forks.reading >= 0 and select.select([_forks.reading], [], [], 0)[0]:
+        lines = os.read(_forks.reading, select.PIPE_BUF)
+    return code if code > 0 else 128 - code if code else 1, lines.decode(errors="replace").partition("\n")[0]
 
 
 def leave() -> None:

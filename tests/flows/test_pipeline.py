@@ -136,6 +136,25 @@ def test_a_missed_gate_ends_in_a_state_of_its_own(checkout: Checkout) -> None:
     assert checkout.command_line().returncode == 0
 
 
+PROMOTE = """
+  promote:
+    cmd: "echo promote >> order.log; mkdir -p metrics; cp passed.json metrics/promote.json"
+    metrics: [{metrics/promote.json: {cache: false}}]
+"""
+
+
+def test_a_registry_that_lost_the_champion_gets_it_again(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    checkout.write("dvc.yaml", "stages:" + PROMOTE)
+    checkout.write("passed.json", '{"promote/passed": 1.0, "reasons": []}')
+    for _ in range(2):  # the shell stage registers nothing
+        assert isinstance(checkout.run(), Summary)
+    assert checkout.order() == ["promote", "promote"]
+    checkout.write("profiles/small.yaml", "promote: {registry: ''}\n")
+    assert isinstance(checkout.run(), Summary)
+    assert checkout.order() == ["promote", "promote"]
+
+
 def test_order_is_that_of_dvc_yaml() -> None:
     assert pipeline_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo@ppo",
                                            "ppo@ppo_ptx", "evaluate", "promote"]

@@ -1,8 +1,13 @@
-"""What an error says holds no login."""
+"""What an error says: one line without a login, that no terminal obeys, which names the disk where it is the disk."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from rlhf.errors import UserError, without_secrets
+from rlhf.errors import UserError, disk_problem, one_line, without_secrets
 
 HIDDEN = [
     ("MLflow at http://ada:pass@host:5000/x is away", "MLflow at http://…@host:5000/x is away"),
@@ -29,3 +34,71 @@ def test_logins_are_hidden(text: str, hidden: str) -> None:
 @pytest.mark.parametrize("text", KEPT)
 def test_nothing_else_is(text: str) -> None:
     assert without_secrets(text) == text
+
+
+def test_a_message_is_one_line_that_no_terminal_obeys() -> None:
+    assert str(UserError("a\x1b[2Jb\nc\u202ed")) == "a\\x1b[2Jb c\\u202ed"
+    long = str(UserError(f"p.yaml: sft.lr = {'x' * 100_000}: must be a float > 0"))
+    assert len(long) < 2_000
+    assert long.startswith("p.yaml: sft.lr = xxx")
+    assert long.endswith("xxx: must be a float > 0")
+
+
+# --- the disk -------------------------------------------------------------------------------------------------------
+
+
+def chained(outer: Exception, inner: Exception) -> Exception:
+    outer.__context__ = inner
+    return outer
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    chained(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 640 vs 534"),
+            OSError(errno.ENOSPC, "No space left on device")),
+    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    Exception("(sqlite3.OperationalError) database or disk is full"),
+    ValueError('Error while serializing: I/O error: No space left on device (os error 28)'),
+])
+def test_a_full_disk_is_known_whoever_says_it(error: Exception) -> None:
+    assert disk_problem(error, Path("/there")) == (
+        "no space left on the disk of /there; free some and run the same command again")
+
+
+def test_a_file_that_may_not_be_written_is_named() -> None:
+    said = disk_problem(PermissionError(errno.EACCES, "Permission denied", "models/sft"), Path("/there"))
+    assert said.startswith("models/sft: cannot be read or written by user ")
+
+
+@pytest.mark.parametrize("error", [
+    OSError("nosuch/tok is not a local folder"), ValueError("28"), FileNotFoundError(2, "No such file", "a.jsonl"),
+    RuntimeError("Connection closed by peer"), ConnectionRefusedError(errno.ECONNREFUSED, "refused")])
+def test_any_other_error_is_not_about_the_disk(error: Exception) -> None:
+    assert disk_problem(error, Path("/there")) == ""
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (UserError("a.jsonl: row 3: no prompt"), 2, "chat: a.jsonl: row 3: no prompt\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "/there"), 3,
+     "chat: no space left on the disk of /there; free some and run the same command again\n"),
+    (KeyboardInterrupt(), 130, "chat: stopped\n"),
+])
+def test_how_a_command_ends(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, one_line("chat"):
+        raise error
+    assert stop.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), one_line("chat"):
+        raise ZeroDivisionError
+
+
+def test_output_that_nobody_reads_any_more() -> None:
+    code = ("from rlhf.errors import one_line\nwith one_line('chat'):\n"
+            "    for number in range(100_000): print(number)\n")
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; '{sys.executable}' -c \"$0\" | head -n 1", code],
+                          capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)

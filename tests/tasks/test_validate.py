@@ -1,6 +1,7 @@
 """Each rule reports the defect made for it, with its row and nothing else; failing leaves earlier outputs alone."""
 
 import copy
+import gzip
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from mlops.config.loader import load_params
 from mlops.validation.docs import make_context
-from mlops.validation.reader import read_frame, read_line
+from mlops.validation.reader import read_frame, read_line, read_lines
 from mlops.validation.run import Finding, Outcome, check, validate_files
 from mlops.validation.suites import RULES, WARNINGS, suite_of
 from rlhf.data.schema import PAPER_ROWS, USE_CASE_PERCENT, expected_rows, split_by_shares, write_rows
@@ -197,7 +198,21 @@ def test_conversations_are_no_fault_also_with_the_marks_of_a_transcript_in_a_mes
 
 def test_half_a_surrogate_in_a_message_is_named() -> None:
     row = make_rows("ppo")[0] | {"prompt": chat("what is \ud800?", "a number.", "more?")}
-    assert read_line(1, json.dumps(row).encode(), list(row)).rule == "surrogates"
+    line = json.dumps(row).encode()
+    assert read_line(1, line, list(row), len(line)).rule == "surrogates"
+
+
+def test_a_line_of_any_length_is_skipped_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlops.validation.reader.MAX_LINE_BYTES", 400)
+    good = json.dumps(make_rows("ppo")[0]).encode()
+    keys = list(make_rows("ppo")[0])
+    file = tmp_path / "ppo.jsonl.gz"
+    file.write_bytes(gzip.compress(b"\n".join([good, b"a" * 5000, good, b"b" * 401, b"c" * 1201]), mtime=0))
+    lines = list(read_lines(file, keys))
+    assert [(line.number, line.rule) for line in lines] == [
+        (1, ""), (2, "line_length"), (3, ""), (4, "line_length"), (5, "line_length")]
+    assert "5,001 bytes" in lines[1].problem
+    assert "1,201 bytes" in lines[4].problem
 
 
 def test_a_conversation_leaks_like_a_text(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from rlhf.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 MAX_LINE = 8_000_000  # characters or bytes; no row is that long unless a line break or a quotation mark is missing
+MOST_TIMES, FREE_BYTES = 200, 2**30  # how much larger an archive may become; gzip's most is 1,032 times
+BUFFER = 2**18
 _SAMPLE = 65_536
 FEW_BYTES = 8  # bytes beyond ASCII; fewer do not show an encoding
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -50,9 +52,42 @@ def _member(archive: zipfile.ZipFile, file: Path) -> str:
     return names[0]
 
 
+class _Bounded(io.RawIOBase):
+    """The decompressed bytes of a file, as long as there are not far too many for its size."""
+
+    def __init__(self, inner: IO[bytes], file: Path) -> None:
+        self.inner, self.file, self.count = inner, file, 0
+        self.most = MOST_TIMES * file.stat().st_size + FREE_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.inner.read(len(buffer))
+        buffer[: len(content)] = content
+        self.count += len(content)
+        if self.count > self.most:
+            raise UserError(f"{self.file}: becomes more than {MOST_TIMES} times as large when it is unpacked "
+                            f"({self.count:,} bytes so far), which no data does; unpack it yourself if you trust it")
+        return len(content)
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    """The decompressed bytes. A truncated archive raises EOFError, OSError or BadZipFile while it is read."""
+    """The bytes, decompressed. A truncated archive raises EOFError, OSError or BadZipFile while it is read.
+
+    Raises UserError for a file that is made to fill memory and disk.
+    """
+    with _unpacked(file) as handle:
+        if file.suffix.lower() not in COMPRESSED:
+            yield handle
+            return
+        with io.BufferedReader(_Bounded(handle, file), BUFFER) as bounded:
+            yield cast(IO[bytes], bounded)
+
+
+@contextmanager
+def _unpacked(file: Path) -> Iterator[IO[bytes]]:
     suffix = file.suffix.lower()
     with ExitStack() as stack:
         if suffix == ".gz":

@@ -1,6 +1,7 @@
 """params.yaml and the profiles: every mistake is one line that names file, key, value and what is allowed."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -106,7 +107,7 @@ def test_a_mistake_in_a_profile_is_one_clear_line(write: Write, profile: str, pa
 
 @pytest.mark.parametrize(("params", "parts"), [
     ("seed: 1\nprofile: hpu\n", ["params.yaml", "unknown profile 'hpu'", "must be one of mine, other"]),
-    ("seed: 1\nprofile: ../profiles/mine\n", ["unknown profile"]),
+    ("seed: 1\nprofile: ../profiles/mine\n", ["profile = '../profiles/mine'", "a profile's name has letters"]),
     ("profile: mine\n", ["params.yaml", "seed is missing", "an int >= 0"]),
     ("seed: 1\n", ["profile is missing", "the name of a file in profiles/"]),
     ("seed: -1\nprofile: mine\n", ["seed = -1", ">= 0"]),
@@ -263,3 +264,34 @@ def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> 
     assert "rounds.restart = False: must be True where ppo.lora_rank > 0" in message(root)
     (root / "profiles" / "mine.yaml").write_text("ppo: {lora_rank: 4, batch_size: 64}\nrounds: {restart: true}\n")
     assert load_params(root).stages.rounds.restart
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(  # 9 ** 9 texts
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(("profile", "said"), [
+    ("sft: {epochs: 010}", "YAML reads 010 as another number"),
+    ("ppo: {episodes: 1:30}", "YAML reads 1:30 as another number"),
+    ("sft: " + "[" * 3000 + "]" * 3000, "is nested too deeply"),
+    ("".join(" " * depth + "a:\n" for depth in range(990)), "is nested too deeply"),
+    ("sft: &a {lr: *a}", "is nested too deeply, or holds itself"),
+    ("sft: {lr: '" + "x" * 100_000 + "'}", "sft.lr = 'xxx"),
+    ('sft: {"\\e[31mred": 1}', "unknown key sft.\\x1b[31mred"),
+    ("ingest: {}\n" + "# filler\n" * 80_000, "bytes; at most 524,288 are read"),
+    (BOMB, "its aliases stand for "),
+    ("sft: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    ("promote: {registry: \"it's\"}", "promote.registry = \"it's\": must have letters"),
+])
+def test_a_hostile_profile_is_one_short_line(write: Write, profile: str, said: str) -> None:
+    text = message(write(profile))
+    assert said in text
+    assert len(text) < 2100
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a b", "{x}", "$x", "-x", "../mine", "it's", "a\nb"])
+def test_a_name_that_no_profile_has(write: Write, name: str) -> None:
+    root = write(params=f"seed: 1\nprofile: {json.dumps(name)}\n")
+    assert "a profile's name has letters, digits, _, . and -" in message(root)

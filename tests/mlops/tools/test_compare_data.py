@@ -115,7 +115,7 @@ def inside(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_two_revisions_are_compared_on_the_command_line(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(inside / ".dvc" / "cache")  # so that both come from the remote
-    assert main(["v1", "v2"]) == 0
+    main(["v1", "v2"])
     said = capsys.readouterr().out
     assert "2 → 3" in said
     assert "use_case 0.333*" in said
@@ -124,7 +124,7 @@ def test_two_revisions_are_compared_on_the_command_line(inside: Path, capsys: py
         "rows_old": 2, "rows_new": 3, "added": 1, "removed": 0, "changed": 1,
         "drift": {"completion_chars": 0.0, "prompt_chars": 0.0, "use_case": 0.333333}}
     assert (inside / "reports/data_versions/versions.png").stat().st_size > 10_000
-    assert main(["v1"]) == 0  # against the checkout's data/, which is v2
+    main(["v1"])  # against the checkout's data/, which is v2
     assert json.loads((inside / "reports/data_versions/versions.json").read_text())["datasets"] == report["datasets"]
 
 
@@ -136,7 +136,9 @@ def test_a_version_that_cannot_be_read_is_one_line(inside: Path, capsys: pytest.
                                                    message: str) -> None:
     shutil.rmtree(inside / ".dvc" / "cache")
     shutil.rmtree(inside.parent / "store")
-    assert main([version, "data"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main([version, "data"])
+    assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("compare_data: " + message)
     assert said.count("\n") == 1
@@ -147,7 +149,7 @@ def test_the_report_is_a_run_in_mlflow(inside: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.delenv("INSTRUCTFLOW_UPLOADER")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert main(["v1", "v2"]) == 0
+    main(["v1", "v2"])
     client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
     experiment = client.get_experiment_by_name("instructflow")
     assert experiment is not None
@@ -182,12 +184,14 @@ def test_a_pull_from_a_damaged_remote_says_so_and_changes_nothing(repo: Path, da
         objects[0].write_bytes(wanted[:-2] + b"!\n")
     good("git", "checkout", "-q", "v2", cwd=repo)
     monkeypatch.chdir(repo)
-    assert main_pull(["data.dvc"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main_pull(["data.dvc"])
+    assert stop.value.code == 2
     said = capfd.readouterr().err
     assert said.startswith("pull: data/sft.jsonl (")
     assert "nothing was changed" in said
     assert said.count("\n") == 1
     assert (repo / "data" / "sft.jsonl").read_bytes() == before
     objects[0].write_bytes(wanted)  # repaired, the same command brings the new version
-    assert main_pull(["data.dvc"]) == 0
+    main_pull(["data.dvc"])
     assert (repo / "data" / "sft.jsonl").read_bytes() == wanted

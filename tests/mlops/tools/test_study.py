@@ -122,7 +122,11 @@ def test_a_tiny_study_and_its_second_run(params: Params, tmp_path: Path, monkeyp
 
     for name in ("pretrain", "sft", "train_ppo", "train_reward_model"):
         monkeypatch.setattr(mlops.tools.study, name, never)
+    (tmp_path / "metrics" / "study" / "seed-1.json").unlink()
     shutil.rmtree(folder / "scores")  # a measurement that was interrupted
+    assert study(params, [1], tmp_path) == claims
+    shutil.rmtree(tmp_path / "scratch")  # another day, another machine: the numbers in git are enough
+    monkeypatch.setattr("mlops.tools.study.run_seed", lambda seed: pytest.fail("was measured again"))
     assert study(params, [1], tmp_path) == claims
     assert (tmp_path / "docs" / "claims.md").read_text() == text
 

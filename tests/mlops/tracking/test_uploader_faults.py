@@ -170,6 +170,35 @@ def test_replaced_store_gets_everything_again(root: Path, monkeypatch: pytest.Mo
     assert_points_once(root, runs(root, "ppo")[0].info.run_id, range(6))
 
 
+def test_a_deleted_store_gets_again_all_that_is_on_disk(root: Path, empty_store: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("sft", "ppo"):
+        scratch = start(root, stage)
+        write_rows(scratch, range(4))
+        finish(root, scratch)
+    sweep(root)
+    before = {name: runs(root, name)[0].data.metrics for name in ("sft", "ppo")}
+    sweep(root)
+    assert len(runs(root)) == 3  # with their parent; a store that has them gets nothing
+    shutil.copy(empty_store, root / "mlflow.db")
+    sweep(root)
+    assert {name: runs(root, name)[0].data.metrics for name in ("sft", "ppo")} == before
+    assert_points_once(root, runs(root, "ppo")[0].info.run_id, range(4))
+    assert sorted(run.info.status for run in runs(root)) == ["FINISHED", "FINISHED", "RUNNING"]
+    assert capsys.readouterr().out.count("MLflow has none of the 2 stage runs") == 1
+
+
+def test_one_run_that_somebody_deleted_stays_deleted(root: Path) -> None:
+    for stage in ("sft", "ppo"):
+        scratch = start(root, stage)
+        write_rows(scratch, range(2))
+        finish(root, scratch)
+    sweep(root)
+    client(root).delete_run(runs(root, "sft")[0].info.run_id)
+    sweep(root)
+    assert runs(root, "sft") == []
+
+
 def test_one_refused_run_does_not_stop_the_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = start(root, "sft")
     (bad / "journal.csv").write_text("step,sft/loss\nzero,1.0\n")

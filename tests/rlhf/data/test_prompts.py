@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.prompts import answers_in, displayed, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
+from rlhf.data.prompts import answers_in, prompt_key, prompt_problem, prompt_text, prompt_texts, users_text
+from rlhf.errors import displayed
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "one?"},
         {"role": "assistant", "content": "red"}, {"role": "user", "content": "two?"}]

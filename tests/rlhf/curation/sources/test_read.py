@@ -154,3 +154,15 @@ def test_trees_are_built_from_messages_in_any_order(tmp_path: Path) -> None:
         assert [reply["text"] for reply in first["replies"][1]["replies"]] == ["a3"]
         assert [reply["rank"] for reply in second["replies"]] == [0]
     assert not list(tmp_path.glob("*.sqlite*"))
+
+
+def test_an_archive_that_is_made_to_fill_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.curation.sources.text_files.FREE_BYTES", 10_000_000)
+    row = b'{"q": "' + b"a" * 1_000_000 + b'"}\n'
+    for name, packed in {"rows.jsonl.gz": gzip.compress(row * 100, mtime=0), "rows.jsonl.bz2": bz2.compress(row * 100),
+                         "rows.jsonl.xz": lzma.compress(row * 100)}.items():
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(UserError, match=rf"{name}: becomes more than 200 times as large when it is unpacked"):
+            read(Entry(files=name), tmp_path)
+    (tmp_path / "few.jsonl.gz").write_bytes(gzip.compress(row * 5, mtime=0))
+    assert len(read(Entry(files="few.jsonl.gz"), tmp_path)) == 5

@@ -1,0 +1,69 @@
+"""Runs a stage of the small pipeline on a file system that fills up, then with room; prints what happened as JSON.
+
+    python on_a_small_disk.py PIPELINE MOUNT SHARE STAGE [FLAGS]      in a mount namespace of its own
+
+SHARE of the bytes that an undisturbed run of the stage adds are free when it starts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SIZE = 256 * 2**20
+BLOCK = 4096
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in folder.rglob("*") if path.is_file())
+
+
+def outputs(root: Path) -> dict[str, str]:
+    """MD5 of all that stages have published."""
+    return {str(path.relative_to(root)): hashlib.md5(path.read_bytes()).hexdigest()
+            for name in ("data", "models", "metrics", "build", "reports") for path in sorted((root / name).rglob("*"))
+            if path.is_file()}
+
+
+def run(root: Path, stage: str, flags: list[str]) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-m", f"tasks.{stage}", *flags], cwd=root, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def main() -> None:
+    pipeline, mount, share, stage, *flags = sys.argv[1:]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", mount], check=True)
+    root = Path(mount) / "pipeline"
+    shutil.copytree(pipeline, root, symlinks=True)
+    shutil.rmtree(root / "scratch", ignore_errors=True)
+    earlier, used = outputs(root), bytes_in(root)
+    undisturbed = run(root, stage, flags)
+    assert undisturbed[0] == 0, undisturbed[1]
+    expected, added = outputs(root), bytes_in(root) - used
+    shutil.rmtree(root)
+    shutil.copytree(pipeline, root, symlinks=True)
+    shutil.rmtree(root / "scratch", ignore_errors=True)
+    filler = Path(mount) / "filler"
+    free = int(float(share) * added)
+    while (left := shutil.disk_usage(mount).free - free) > 0:
+        with filler.open("ab") as handle:
+            handle.write(bytes(min(left, 2**20)))
+    code, said = run(root, stage, flags)
+    after = outputs(root)
+    filler.unlink()
+    again = run(root, stage, flags)
+    print(json.dumps({
+        "added": added, "code": code, "said": said.replace(str(root), "ROOT"),
+        "again": again[0], "again_said": again[1],
+        "damaged": [name for name, digest in earlier.items() if after.get(name) != digest],
+        "partial": [name for name in after if "partial" in name],
+        "different": sorted(name for name in expected.keys() | outputs(root).keys()
+                            if expected.get(name) != outputs(root).get(name))}))
+
+
+if __name__ == "__main__":
+    os.environ["INSTRUCTFLOW_CHECKPOINT_SECONDS"] = "0"
+    main()
