@@ -16,6 +16,7 @@ from typing import Any
 from flows.environment import private_notes
 
 # isort: split
+import psutil
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
@@ -31,6 +32,7 @@ from flows.workspaces import tracking_of
 from mlops.config.loader import load_params
 from mlops.tracking.own_store import champion_lost
 from rlhf.errors import FULL, without_secrets
+from rlhf.files import write_json
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
                     "round_scores"})
@@ -128,14 +130,34 @@ def disk_full(stage: str, root: Path, output: Sequence[str] = ()) -> StageFailed
 
 
 def mend_dvc_lock(root: Path) -> None:
-    """Removes DVC's list of locks where it is no JSON: a full disk cuts it off, and DVC then refuses to run."""
+    """Makes DVC's list of locks one that it can work with.
+
+    DVC refuses a list that a full disk cut off, and waits for whatever process has the number of one that was killed.
+    """
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
-        json.loads(path.read_text(encoding="utf-8") or "{}")
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if set(held) - {"read", "write"}:
+            raise ValueError("not DVC's")
+        left = {"write": {name: holder for name, holder in held.get("write", {}).items() if _is_dvc(holder["pid"])},
+                "read": {name: [holder for holder in holders if _is_dvc(holder["pid"])]
+                         for name, holders in held.get("read", {}).items()}}
+        left["read"] = {name: holders for name, holders in left["read"].items() if holders}
     except FileNotFoundError:
-        pass
-    except ValueError:
+        return
+    except (ValueError, TypeError, KeyError, AttributeError):
         path.unlink()
+        return
+    if left != {"write": held.get("write", {}), "read": held.get("read", {})}:
+        write_json(path, left)
+
+
+def _is_dvc(pid: int) -> bool:
+    """Whether a process of this number lives and is DVC's."""
+    try:
+        return any("dvc" in Path(part).name for part in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def how_it_went(output: list[str]) -> str:

@@ -12,7 +12,7 @@ PLACE = re.compile(r"`((?:rlhf|mlops|tasks|flows|infra|tests|bench)/[\w/]+\.py)(
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-PAGES = [*sorted((REPO / "docs").glob("*.md")), REPO / "README.md"]
+PAGES = [*sorted((REPO / "docs").glob("*.md")), REPO / "README.md", REPO / "SECURITY.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -25,6 +25,20 @@ def test_every_place_that_a_page_names_exists(page: Path) -> None:
             assert re.search(rf"(def|class) {name}\b|^\s*{name}:", code.read_text(), re.MULTILINE), f"{file}:{name}"
     for target in LINK.findall(text):
         assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_faults_names_a_test_in_each_row() -> None:
+    text = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in text[text.index("| fault |"):].splitlines()[2:] if line.startswith("| ")]
+    faults = [row for row in rows if not row.startswith("| **")]
+    assert len(faults) >= 50
+    for row in faults:
+        test = re.search(r"`([\w/]+\.py)::(test_\w+)`", row)
+        if test is None:
+            assert "the same" in row, row
+            continue
+        code = (REPO / "tests" / test[1]).read_text(encoding="utf-8")
+        assert re.search(rf"^def {test[2]}\b", code, re.MULTILINE), row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -8,6 +8,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 import flows.stages
 from flows.execution import use_profile
 from flows.process import run_lines
-from flows.stages import StageFailed, read_failure
+from flows.stages import StageFailed, mend_dvc_lock, read_failure
 from flows.summary import Summary, clock
 from flows.terminal import BarHandler
 from mlops.config.stage_graph import pipeline_stages
@@ -45,6 +47,26 @@ def test_a_list_of_locks_that_a_full_disk_cut_off_stops_no_later_run(checkout: C
     assert isinstance(checkout.run(), Summary)
     checkout.write(".dvc/tmp/rwlock", '{"/some/where/models/sft": {"write": {"pid": 12')
     assert isinstance(checkout.run(), Summary)
+
+
+@pytest.mark.parametrize("held", [
+    '{"write": {"models/sft": {"pid": 999999999, "cmd": "dvc repro"}}, "read": {}}',
+    '{"write": {"models/sft": {"pid": 1, "cmd": "dvc repro"}}, "read": {"sft.sh": [{"pid": 1, "cmd": "dvc repro"}]}}',
+    '{"local": {}}', '{"write": {"models/sft": 3}}', "[]", "",
+])
+def test_a_lock_of_a_process_that_is_gone_stops_no_later_run(checkout: Checkout, held: str) -> None:
+    """The number of a killed process may be another one's by now: here the machine's first."""
+    checkout.write(".dvc/tmp/rwlock", held)
+    assert isinstance(checkout.run(), Summary)
+
+
+def test_the_lock_of_a_dvc_that_lives_stays(checkout: Checkout) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()", "dvc"], stdin=subprocess.PIPE) as other:
+        held = {"write": {"models/sft": {"pid": other.pid, "cmd": "dvc repro"}}, "read": {}}
+        checkout.write(".dvc/tmp/rwlock", json.dumps(held))
+        mend_dvc_lock(checkout.root)
+        assert json.loads((checkout.root / ".dvc/tmp/rwlock").read_text()) == held
+        other.kill()
 
 
 def test_a_full_disk_is_named_whatever_dvc_says(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,68 @@
+"""The whole smoke pipeline killed with SIGKILL at 40 random moments: every run that gets to its end has the same bytes."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.checkout import REPOSITORY
+
+KILLS = 40
+OUTPUTS = ("data", "build", "models", "metrics")
+
+
+def copy_to(root: Path) -> Path:
+    """The files of this checkout that git knows, as a repository of its own."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, check=True,
+                           capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (REPOSITORY / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, root / name)
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    return root
+
+
+def start(root: Path) -> "subprocess.Popen[str]":
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+    environment |= {"PYTHONPATH": str(root), "PREFECT_HOME": str(root / ".prefect"), "PREFECT_PROFILE": "ephemeral",
+                    "INSTRUCTFLOW_CHECKPOINT_SECONDS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "flows.pipeline", "--profile", "smoke"], cwd=root, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): hashlib.md5(path.read_bytes()).hexdigest()
+            for name in OUTPUTS for path in sorted((root / name).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.drill
+def test_any_moment_of_a_whole_run(tmp_path: Path) -> None:
+    undisturbed = start(copy_to(tmp_path / "undisturbed"))
+    said = undisturbed.communicate(timeout=1800)[0]
+    assert undisturbed.returncode == 0, said
+    expected = digests(tmp_path / "undisturbed")
+    rng, kills, finished = random.Random(40), 0, 0
+    root = copy_to(tmp_path / "killed-0")
+    while kills < KILLS or not finished:
+        process = start(root)
+        try:
+            said = process.communicate(timeout=rng.uniform(1, 40) if kills < KILLS else 1800)[0]
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)  # the command alone: its flow and its stages must end by themselves
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, said
+        assert digests(root) == expected
+        finished += 1
+        if kills < KILLS:
+            root = copy_to(tmp_path / f"killed-{finished}")
+    print(f"{kills} kills, {finished} runs to their end")
