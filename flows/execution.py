@@ -5,6 +5,7 @@
 
 import asyncio
 import fcntl
+import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -15,7 +16,7 @@ from uuid import UUID
 import flows.environment  # noqa: F401
 
 # isort: split
-from prefect import get_run_logger
+from prefect import State, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -27,9 +28,9 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
-from flows.artifacts import findings_of, show_findings
+from flows.artifacts import best_effort, findings_of, show_findings
 from flows.preflight import check_checkout, check_server
 from flows.process import run_lines
 from flows.remote import delegated_task
@@ -46,6 +47,7 @@ from mlops.config.stage_graph import pipeline_stages
 from mlops.tracking.uploader import check_variables, wait_until_uploaded
 from rlhf.errors import UserError
 
+_runs: list[UUID] = []  # of this process
 UPLOAD_SECONDS = 60.0  # at the end of a run, for journals that MLflow does not have yet
 TIMED_OUT = 124  # exit code, as of the command timeout
 
@@ -59,6 +61,7 @@ def name_of_run(changes_of: Callable[[dict[str, Any]], Changes], otherwise: str)
     `otherwise` stands for what it runs where its parameters cannot be read: then the run fails by them.
     """
     parameters = flow_run.parameters
+    _runs.append(UUID(str(flow_run.id)))
     try:
         what = changes_of(parameters).name(Path(parameters.get("root") or ".").resolve())
     except UserError:
@@ -183,6 +186,23 @@ async def wait_for_upload(root: Path, run_name: str) -> tuple[dict[str, Any], st
         return {}, f"MLflow: {error}; `python -m mlops.tracking.uploader --once` sends what is missing"
 
 
+def no_crash(record: logging.LogRecord) -> bool:
+    """A logging filter: Prefect calls it a crash where a command's flow is cancelled, which only Ctrl-C does."""
+    return "Execution was cancelled by the runtime environment" not in record.getMessage()
+
+
+async def record_stop() -> None:
+    """Tells the server that the runs of this process, and their tasks, were cancelled: Prefect recorded a crash."""
+    crashed = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.CRASHED])))
+    stopped: State[Any] = Cancelled(message="stopped by Ctrl-C; the same command goes on from the last checkpoint")
+    async with get_client() as client:
+        for run_id in _runs:
+            await client.set_flow_run_state(run_id, stopped, force=True)
+            this = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+            for task_run in await client.read_task_runs(flow_run_filter=this, task_run_filter=crashed):
+                await client.set_task_run_state(task_run.id, stopped, force=True)
+
+
 def run_to_end(start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Runs a flow from the command line and returns its result, which may be an error that the caller knows.
 
@@ -191,12 +211,16 @@ def run_to_end(start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """
     imports_done()
     show_bars()
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(no_crash)
     try:
         wait_for_server()
         if server_lasts():
             asyncio.run(check_server())
         result = asyncio.run(start())
     except (KeyboardInterrupt, TerminationSignal, asyncio.CancelledError) as error:
+        if isinstance(error, KeyboardInterrupt):
+            asyncio.run(best_effort(record_stop()))
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(143 if isinstance(error, TerminationSignal) else 130) from None
     except UserError as error:

@@ -32,6 +32,7 @@ from rich.table import Table
 from flows.environment import local_prefect
 from infra.servers import Servers
 from mlops.config.loader import load_params
+from mlops.tracking.own_store import DATABASE, champion_lost, damage
 from rlhf.errors import UserError, without_secrets
 
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
@@ -192,6 +193,31 @@ def mlflow(root: Path) -> Finding:
     return Finding("MLflow", "ok", uri)
 
 
+def store(root: Path) -> Finding:
+    """MLflow's database of the checkout, and whether its registry has what metrics/promote.json records."""
+    if problem := damage(root):
+        return Finding("MLflow's store", "fail", problem.split(": `")[0],
+                       "mv mlflow.db mlflow.db.damaged, then make run")
+    try:
+        registry = load_params(root).stages.promote.registry
+    except UserError:
+        registry = ""
+    if champion_lost(root, registry):
+        return Finding("MLflow's store", "warn", "the registry lacks the champion that metrics/promote.json names",
+                       "make run registers it again")
+    return Finding("MLflow's store", "ok", "whole" if (root / DATABASE).exists() else "none yet, or a server's")
+
+
+def notes(root: Path) -> Finding:
+    """Where `dvc` by hand keeps what it remembers of files, and unpickles it from."""
+    folder = Path(os.environ.get("DVC_SITE_CACHE_DIR") or "/var/tmp/dvc")
+    owner = folder.stat().st_uid if folder.exists() else os.getuid()
+    if owner != os.getuid():
+        return Finding("DVC's notes", "warn", f"{folder} belongs to user {owner}, and DVC unpickles what is in it",
+                       "export DVC_SITE_CACHE_DIR=$PWD/.dvc/tmp/site-cache before dvc; flows do")
+    return Finding("DVC's notes", "ok", str(folder))
+
+
 def remote(root: Path) -> Finding:
     """Configured, its program part installed, and whether it lets us list."""
     dvc = str(Path(sys.executable).with_name("dvc"))
@@ -256,7 +282,8 @@ def webhook(root: Path) -> Finding:
 
 
 CHECKS: tuple[Check, ...] = (python, packages, programs, parameters, repository, disk, writable, memory, gpu, ports,
-                             prefect, worker, mlflow, labels, remote, webhook)
+                             prefect, worker, mlflow, store, labels, remote, notes,
+                             webhook)
 
 
 def mlflow_login() -> str:

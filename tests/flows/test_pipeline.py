@@ -272,6 +272,9 @@ def test_ctrl_c_and_kill_end_the_whole_tree(checkout: Checkout, number: signal.S
     assert errors.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     assert "Traceback" not in errors
     assert not alive(int(pid.read_text()))
+    if number == signal.SIGINT:  # somebody stopped it: that is no crash
+        run, _, _ = asyncio.run(_recorded())
+        assert (run.state_name, "Crash" in errors) == ("Cancelled", False)
 
 
 def test_does_not_wait_for_a_detached_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,23 @@ def test_label_studio(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch)
     assert doctor.labels(root).state == "ok"
 
 
+def test_a_store_that_is_damaged_or_lost_its_champion(root: Path) -> None:
+    assert doctor.store(root).state == "ok"
+    (root / "metrics").mkdir()
+    (root / "metrics" / "promote.json").write_text('{"promote/passed": 1.0}')
+    assert "lacks the champion" in doctor.store(root).detail
+    (root / "mlflow.db").write_bytes(b"no database, whatever its name says" * 100)
+    assert doctor.store(root).state == "fail"
+    assert "mlflow.db: is damaged" in doctor.store(root).detail
+
+
+def test_notes_of_another_account(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(root))
+    assert doctor.notes(root).state == "ok"
+    monkeypatch.setattr("infra.doctor.os.getuid", lambda: 12345)
+    assert doctor.notes(root).state == "warn"
+
+
 def test_ports_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from infra.servers import _port
 

@@ -1,4 +1,4 @@
-"""The whole smoke pipeline killed with SIGKILL at 40 random moments: every run that gets to its end has the same bytes."""
+"""The smoke pipeline killed with SIGKILL at 40 random moments: every run that gets to its end has the same bytes."""
 
 import hashlib
 import os
