@@ -63,6 +63,8 @@ def run_whole(checkout: Checkout, *before: str, **environment: str) -> None:
     inherited = {name: value for name, value in os.environ.items()
                  if name not in ("PREFECT_API_URL", "PREFECT_HOME", "HOME", "USER", "LOGNAME")}
     inherited |= {"PYTHONPATH": str(Path(__file__).parents[2]), "PREFECT_PROFILE": "ephemeral"}
+    if not before:  # whoever runs the tests may have a database of Prefect's at home
+        inherited["PREFECT_HOME"] = str(checkout.root / "prefect")
     done = subprocess.run([*before, sys.executable, "-m", "flows.pipeline"], cwd=checkout.root, timeout=600,
                           env={**inherited, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,8 +86,7 @@ def test_a_run_in_an_odd_environment(checkout: Checkout, environment: dict[str, 
     run_whole(checkout, **environment)
 
 
-@pytest.mark.parametrize("name", ["50%", "a?b", "[1]", "$x", "two  spaces", "it's \"so\"", "\u00fc\u00e9", "\U0001f600",
-                                  "#a;b&c", "-n"])
+@pytest.mark.parametrize("name", ["50% a?b [1] $x", "-n  it's \"so\" \u00fc\u00e9 \U0001f600", "#a;b&c \\d *"])
 def test_a_run_in_an_odd_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     checkout = Checkout(tmp_path / name)
