@@ -18,7 +18,7 @@ SECRETS = (
 
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
-LONGEST = 2000  # characters of a message
+LONGEST = 2000  # characters of a message's line
 
 
 def without_secrets(text: str) -> str:
@@ -34,14 +34,15 @@ def displayed(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. The message is one line: file, row, rule, what to do.
+    """A mistake that the user can fix. The message is one line: file, row, rule, what to do; a table may follow.
 
-    It holds no login and nothing that a terminal obeys; what the user gave is cut where it makes the line too long.
+    It holds no login and nothing that a terminal obeys; what the user gave is cut where it makes a line too long.
     """
 
     def __init__(self, message: object = "") -> None:
-        text = without_secrets(displayed(str(message).replace("\n", " ")))
-        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST - 500]} … {text[-400:]}")
+        lines = without_secrets(displayed(str(message))).split("\n")
+        super().__init__("\n".join(line if len(line) <= LONGEST else f"{line[:LONGEST - 500]} … {line[-400:]}"
+                                   for line in lines))
 
 
 class Interrupted(Exception):
