@@ -40,9 +40,12 @@ def damage(root: Path) -> str:
 
 
 def champion_lost(root: Path, registry: str) -> bool:
-    """Whether the checkout's database lacks the champion that metrics/promote.json says was promoted."""
-    record = root / "metrics" / "promote.json"
-    if not registry or os.environ.get("MLFLOW_TRACKING_URI") or not record.is_file():
+    """Whether the checkout's database lacks the champion that metrics/promote.json says was promoted.
+
+    A clone has that file, and no champion, until it has the promoted model too.
+    """
+    record, promoted = root / "metrics" / "promote.json", root / "models" / "promoted" / "config.json"
+    if not registry or os.environ.get("MLFLOW_TRACKING_URI") or not record.is_file() or not promoted.is_file():
         return False
     if not json.loads(record.read_text(encoding="utf-8")).get("promote/passed"):
         return False

@@ -160,7 +160,11 @@ def test_a_missed_gate_ends_in_a_state_of_its_own(checkout: Checkout) -> None:
 
 PROMOTE = """
   promote:
-    cmd: "echo promote >> order.log; mkdir -p metrics; cp passed.json metrics/promote.json"
+    cmd:
+    - echo promote >> order.log
+    - mkdir -p metrics models/promoted
+    - cp passed.json metrics/promote.json
+    - cp passed.json models/promoted/config.json
     metrics: [{metrics/promote.json: {cache: false}}]
 """
 

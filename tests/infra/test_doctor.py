@@ -151,6 +151,8 @@ def test_label_studio(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_store_that_is_damaged_or_lost_its_champion(root: Path) -> None:
     assert doctor.store(root).state == "ok"
     (root / "metrics").mkdir()
+    (root / "models" / "promoted").mkdir(parents=True)
+    (root / "models" / "promoted" / "config.json").write_text("{}")
     (root / "metrics" / "promote.json").write_text('{"promote/passed": 1.0}')
     assert "lacks the champion" in doctor.store(root).detail
     (root / "mlflow.db").write_bytes(b"no database, whatever its name says" * 100)

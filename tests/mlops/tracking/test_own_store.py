@@ -82,6 +82,9 @@ def test_whether_the_champion_is_lost(checkout: Path, monkeypatch: pytest.Monkey
     (checkout / "metrics" / "promote.json").write_text(json.dumps({"promote/passed": 0.0}))
     assert not champion_lost(checkout, "mine")
     (checkout / "metrics" / "promote.json").write_text(json.dumps({"promote/passed": 1.0}))
+    assert not champion_lost(checkout, "mine")  # a fresh clone
+    (checkout / "models" / "promoted").mkdir(parents=True)
+    (checkout / "models" / "promoted" / "config.json").write_text("{}")
     assert champion_lost(checkout, "mine")
     assert not champion_lost(checkout, "")  # a profile without a registry
     client = MlflowClient(tracking_uri=own_store(checkout))
