@@ -17,6 +17,9 @@ def check_checkout(root: Path) -> None:
     """Raises UserError where a run in the checkout `root` cannot work: its path, its repository, its folders."""
     if found := next((character for character in str(root) if character in "{}\n\r"), ""):
         raise UserError(f"{str(root)!r}: DVC cannot work in a folder whose path has {found!r}: rename or move it")
+    if "'" in str(root) and '"' in str(root):
+        raise UserError(f"{root}: MLflow cannot make its database in a folder whose path has both kinds of quotes: "
+                        "rename or move it")
     for name in WRITTEN:
         path = root / name
         if path.is_symlink() and not path.exists():

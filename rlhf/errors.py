@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,11 +72,22 @@ def disk_problem(error: BaseException, folder: Path) -> str:
         if (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)) or FULL.search(str(link)):
             place = getattr(link, "filename", None) or folder
             return f"no space left on the disk of {place}; free some and run the same command again"
-        if isinstance(link, PermissionError) or (isinstance(link, OSError) and link.errno == errno.EROFS):
-            return (f"{link.filename or folder}: cannot be read or written by user {os.getuid()} ({link.strerror}); "
+        denied = isinstance(link, OSError) and link.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if isinstance(link, OSError) and denied and link.filename:  # without a file it is a port, a process, ...
+            return (f"{link.filename}: cannot be read or written by user {os.getuid()} ({link.strerror}); "
                     "correct its permissions")
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return ""
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads this process's output any more."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager
@@ -91,6 +103,8 @@ def one_line(name: str) -> Iterator[None]:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
+        if not _reader_gone():
+            raise  # another pipe or connection
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         raise SystemExit(141) from None
     except KeyboardInterrupt:

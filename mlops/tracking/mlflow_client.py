@@ -85,6 +85,8 @@ class MlflowTracker:
                 self._client.get_run(run_id)
         except Gone:
             return False
+        except Refused:
+            return True  # it cannot be told: nothing is sent twice
         return True
 
     def open_run(self, record: Record, run: dict[str, Any]) -> None:

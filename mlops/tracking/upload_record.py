@@ -18,6 +18,7 @@ import json
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -211,8 +212,12 @@ def data_version(root: Path) -> str:
 def forget_lost_store(root: Path, tracker: Tracker) -> int:
     """Where the store has none of the runs that are recorded as sent (it was deleted, or is another one), forgets the
     records, so that all that is on disk goes to it; returns their number."""
-    sent = {folder: record for folder in scratch_folders(root)
-            if (record := Record.load(folder)) and record.run_id and record.state == DONE}
+    sent: dict[Path, Record] = {}
+    for folder in scratch_folders(root):
+        with suppress(ValueError, TypeError, AttributeError):  # a record that cannot be read is its own folder's matter
+            record = Record.load(folder)
+            if record and record.run_id and record.state == DONE:
+                sent[folder] = record
     if not sent or any(tracker.knows(record.run_id) for record in sent.values()):
         return 0
     for folder in sent:

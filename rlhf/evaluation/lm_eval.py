@@ -245,6 +245,7 @@ def _rows_file(name: str, suite: TaskSuite) -> Path | None:
 def _with_rows(task: Path, name: str, rows: Path, scratch: Path) -> Path:
     """A copy of a task's YAML that reads every split from the file `rows`."""
     path, link = scratch / f"{name}.yaml", scratch / f"{name}.jsonl"
+    link.unlink(missing_ok=True)  # a task may be named twice
     link.symlink_to(rows)  # datasets takes a path for a pattern, and the checkout's may have [ or ? in it
     files = dict.fromkeys(("train", "validation", "test"), str(link))
     path.write_text(yaml.safe_dump({"include": str(task), "dataset_path": "json", "dataset_name": None,

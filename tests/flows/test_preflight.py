@@ -24,6 +24,15 @@ def test_a_path_that_dvc_cannot_work_in(tmp_path: Path, name: str) -> None:
         check_checkout(Checkout(tmp_path / name).root)
 
 
+def test_a_path_with_both_kinds_of_quotes(tmp_path: Path) -> None:
+    for name in ("it's", 'a"b'):
+        (tmp_path / name).mkdir()
+        check_checkout(Checkout(tmp_path / name).root)
+    (tmp_path / "it's" / 'a"b').mkdir()
+    with pytest.raises(UserError, match="MLflow cannot make its database in a folder whose path has both kinds"):
+        check_checkout(Checkout(tmp_path / "it's" / 'a"b').root)
+
+
 @pytest.mark.parametrize("name", ["scratch", "models", ".dvc/tmp", "inputs"])
 def test_a_file_in_the_place_of_a_folder(checkout: Checkout, name: str) -> None:
     checkout.write(name, "somebody's")

@@ -73,7 +73,8 @@ def test_a_file_that_may_not_be_written_is_named() -> None:
 
 @pytest.mark.parametrize("error", [
     OSError("nosuch/tok is not a local folder"), ValueError("28"), FileNotFoundError(2, "No such file", "a.jsonl"),
-    RuntimeError("Connection closed by peer"), ConnectionRefusedError(errno.ECONNREFUSED, "refused")])
+    RuntimeError("Connection closed by peer"), PermissionError(errno.EPERM, "Operation not permitted"),
+    ConnectionRefusedError(errno.ECONNREFUSED, "refused")])
 def test_any_other_error_is_not_about_the_disk(error: Exception) -> None:
     assert disk_problem(error, Path("/there")) == ""
 
@@ -94,6 +95,17 @@ def test_how_a_command_ends(error: BaseException, code: int, line: str, capsys: 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError), one_line("chat"):
         raise ZeroDivisionError
+
+
+def test_another_pipe_that_broke_is_told() -> None:
+    with pytest.raises(BrokenPipeError), one_line("chat"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_an_error_that_was_dealt_with_is_not_the_reason() -> None:
+    error = chained(ValueError("a row is wrong"), PermissionError(errno.EACCES, "Permission denied", "cache"))
+    error.__suppress_context__ = True
+    assert disk_problem(error, Path("/there")) == ""
 
 
 def test_output_that_nobody_reads_any_more() -> None:

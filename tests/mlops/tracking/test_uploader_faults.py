@@ -188,6 +188,17 @@ def test_a_deleted_store_gets_again_all_that_is_on_disk(root: Path, empty_store:
     assert capsys.readouterr().out.count("MLflow has none of the 2 stage runs") == 1
 
 
+def test_a_record_that_cannot_be_read_stops_no_other_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("sft", "ppo"):
+        scratch = start(root, stage)
+        write_rows(scratch, range(2))
+        finish(root, scratch)
+    (root / "scratch" / "sft" / "c0ffee" / "upload.json").write_text("{ cut off")
+    Follower(root, MlflowTracker(root)).sweep()
+    assert [run.info.status for run in runs(root, "ppo")] == ["FINISHED"]
+    assert "scratch/sft/c0ffee: JSONDecodeError" in capsys.readouterr().out
+
+
 def test_one_run_that_somebody_deleted_stays_deleted(root: Path) -> None:
     for stage in ("sft", "ppo"):
         scratch = start(root, stage)
