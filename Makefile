@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PROFILE ?=
 TIMES ?= 3
+KILLS ?= 40
 JOBS ?= 2
 SIZES ?= 1M 10M 135M
 BIN := $(CURDIR)/.venv/bin
@@ -50,8 +51,8 @@ down: .venv/.installed  ## stops what `make ui` started
 doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, credentials; says how to fix it
 	@$(BIN)/python -m infra.doctor
 
-drills: .venv/.installed .venv-tools/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times
-	for time in $$(seq $(TIMES)); do $(BIN)/python -m pytest -m drill tests/infra; done
+drills: .venv/.installed .venv-tools/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times; KILLS=40 of the smoke run
+	for time in $$(seq $(TIMES)); do KILLS=$(KILLS) $(BIN)/python -m pytest -m drill tests/infra; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
 	$(BIN)/python -m mlops.tools.study --profile cpu

@@ -13,7 +13,7 @@ import pytest
 
 from tests.flows.checkout import REPOSITORY
 
-KILLS = 40
+KILLS = int(os.environ.get("KILLS", "40"))
 OUTPUTS = ("data", "build", "models", "metrics")
 
 
