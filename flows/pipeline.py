@@ -41,11 +41,12 @@ from flows.execution import (
     use_profile,
     wait_for_upload,
 )
-from flows.parameters import BetaRule, Hours, KlGoal, ProfileName, PtxCoef, Seed
+from flows.parameters import BetaRule, ChangedParameters, Hours, KlGoal, ProfileName, PtxCoef, Seed, assigned
 from flows.stages import StageFailed, mend_dvc_lock
 from flows.summary import StageResult, Summary, ceiling_note, compared_models, main_numbers
-from flows.workspaces import FOLDER, Changes, fill_workspace
+from flows.workspaces import FOLDER, Changes, changed_by, fill_workspace
 from mlops.config.loader import load_params
+from mlops.config.stage_graph import pipeline_stages
 from rlhf.errors import UserError, without_secrets
 
 NOT_PROMOTED = 5  # exit code of a run that is complete and missed a gate
@@ -61,8 +62,9 @@ class NotPromoted(Exception):
 
 @flow(persist_result=False, flow_run_name=lambda: name_of_run(changes_of, "pipeline"))
 async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None, kl_goal: KlGoal | None = None,
-                   beta_rule: BetaRule | None = None, ptx_coef: PtxCoef | None = None, own_copy: bool = False,
-                   gpu_workers: bool = False, stage_hours: Hours | None = None,
+                   beta_rule: BetaRule | None = None, ptx_coef: PtxCoef | None = None,
+                   changes: ChangedParameters | None = None, own_copy: bool = False, gpu_workers: bool = False,
+                   stage_hours: Hours | None = None, until: str | None = None,
                    root: Path | None = None) -> Summary | State[Any]:
     """Runs every stage that is not up to date, in the order of dvc.yaml.
 
@@ -75,28 +77,30 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
         kl_goal: The KL that beta is steered to, nats a response; like beta_rule and ptx_coef for every arm.
         beta_rule: How beta follows the KL.
         ptx_coef: Weight of the pretraining loss in PPO; 0 is plain PPO. Arms that are then equal are trained once.
+        changes: Other parameters by name, e.g. {"sft.epochs": 3, "arms.ppo_ptx.lr": 0.0001}.
         own_copy: Work in a workspace even if no parameter differs.
         gpu_workers: Training and evaluation run on the workers of pool gpu, at the exact revision (flows/remote.py).
         stage_hours: A stage that takes longer is ended; its checkpoint stays.
+        until: The last stage to run, e.g. rm; empty: all.
         root: The checkout; empty: the folder that the deployment was made in.
     """
     checkout = (root or Path()).resolve()
     run_name = str(flow_run.name)
     try:
         check_params(checkout, profile)
-        changes = changes_of({"profile": profile, "seed": seed, "kl_goal": kl_goal, "beta_rule": beta_rule,
-                              "ptx_coef": ptx_coef})
-        in_workspace = own_copy or bool(changes)
-        workdir = checkout / FOLDER / changes.name(checkout) if in_workspace else checkout
+        changed = changes_of({"profile": profile, "seed": seed, "kl_goal": kl_goal, "beta_rule": beta_rule,
+                              "ptx_coef": ptx_coef, "changes": changes})
+        in_workspace = own_copy or bool(changed)
+        workdir = checkout / FOLDER / changed.name(checkout) if in_workspace else checkout
         async with run_lock(workdir):
             if in_workspace:
-                await asyncio.to_thread(fill_workspace, checkout, workdir, changes)
+                await asyncio.to_thread(fill_workspace, checkout, workdir, changed)
             else:
                 use_profile(workdir, profile)
             load_params(workdir)  # once more: another run may have held the lock for hours
             mend_dvc_lock(workdir)
             await best_effort(close_earlier_tasks())
-            results = await run_stages(workdir, run_name, stage_hours, gpu_workers)
+            results = await run_stages(workdir, run_name, stage_hours, gpu_workers, last_stage(workdir, until))
     except (UserError, StageFailed) as error:
         return Failed(message=str(error), data=error)
     summary = await make_summary(workdir, run_name, results)
@@ -104,7 +108,7 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
                                                 description=f"Run {run_name}"))
     await show_metrics(workdir, run_name)
     await show_curves(workdir, run_name)
-    reasons = not_promoted(workdir)
+    reasons = not_promoted(workdir) if results[-1].stage == "promote" else []
     if reasons:
         refusal = NotPromoted(summary, reasons)
         return Failed(name="Not promoted", message=str(refusal), data=refusal)
@@ -112,9 +116,25 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
 
 
 def changes_of(parameters: Mapping[str, Any]) -> Changes:
-    """What the flow's parameters change of the checkout's."""
-    ppo = {name: parameters[name] for name in ("kl_goal", "beta_rule", "ptx_coef") if parameters.get(name) is not None}
-    return Changes(parameters.get("profile"), parameters.get("seed"), {"ppo": ppo} if ppo else {})
+    """What the flow's parameters change of the checkout's. Raises UserError for a parameter that does not exist."""
+    given = {f"ppo.{name}": parameters[name] for name in ("kl_goal", "beta_rule", "ptx_coef")
+             if parameters.get(name) is not None}
+    other = parameters.get("changes") or {}
+    if twice := sorted(set(given) & set(other)):
+        raise UserError(f"{twice[0]}: is given twice")
+    return Changes(parameters.get("profile"), parameters.get("seed"), changed_by({**given, **other}))
+
+
+def last_stage(root: Path, until: str | None) -> str:
+    """The stage that `until` means: of several with that name, such as ppo@ppo and ppo@ppo_ptx, the last. Raises
+    UserError."""
+    if not until:
+        return ""
+    stages = pipeline_stages(root)
+    found = [stage for stage in stages if until in (stage, stage.partition("@")[0])]
+    if not found:
+        raise UserError(f"--until {until}: no such stage; stages: {', '.join(stages)}")
+    return found[-1]
 
 
 def not_promoted(root: Path) -> list[str]:
@@ -146,22 +166,33 @@ def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-async def run_pipeline(profile: str | None) -> Any:
+async def run_pipeline(parameters: Mapping[str, Any]) -> Any:
     """Runs the flow and returns its summary or its error."""
-    state = await pipeline(profile=profile, return_state=True)
+    state = await pipeline(**parameters, return_state=True)
     return await state.aresult(raise_on_failure=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Runs the whole pipeline.")
-    parser.add_argument("--profile", help="the file of profiles/ to use from now on; written into params.yaml")
+    parser.add_argument("--profile", help="the file of profiles/ to use; the checkout's params.yaml then names it")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
+                        help="another value of a parameter; the run then works in a workspace of its own")
+    parser.add_argument("--seed", type=int, help="another seed; in a workspace too")
+    parser.add_argument("--until", metavar="STAGE", help="the last stage to run")
+    parser.add_argument("--stage-hours", type=float, help="a stage that takes longer is ended; its checkpoint stays")
     args = parser.parse_args()
     try:
         check_params(Path(), args.profile)
+        parameters = {"profile": args.profile, "seed": args.seed, "changes": assigned(args.set) or None,
+                      "stage_hours": args.stage_hours, "until": args.until}
+        changed = changes_of(parameters)
+        last_stage(Path(), args.until)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    result = run_to_end(partial(run_pipeline, args.profile))
+    if changed:
+        print(f"This run works in {FOLDER / changed.name(Path())}; the checkout stays as it is.", flush=True)
+    result = run_to_end(partial(run_pipeline, parameters))
     if isinstance(result, NotPromoted):
         result.summary.show()
         print(result, file=sys.stderr)

@@ -31,6 +31,7 @@ from prefect.tasks import Task
 
 from flows.stages import StageFailed, repro, training_slot
 from flows.summary import StageResult
+from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, read_yaml
 from mlops.config.stage_graph import declared_stages, paths
 from mlops.tracking.credentials import without_login
 from rlhf.errors import UserError
@@ -111,8 +112,8 @@ def origin(root: Path) -> str:
 def unknown_to_git(stage: str, root: Path) -> list[str]:
     """Files that the stage's declaration names, code or parameters, and that git neither tracks nor ignores."""
     declared = declared_stages(root)[stage]
-    files = [name for item in declared.get("params", []) if isinstance(item, dict) for name in item]
-    names = ["dvc.yaml", "data.dvc", ".dvc/config", "params.yaml", *files, *paths(declared.get("deps", []))]
+    profile = f"{PROFILES_DIR}/{read_yaml(root / PARAMS_FILE).get('profile')}.yaml"
+    names = ["dvc.yaml", "data.dvc", ".dvc/config", PARAMS_FILE, profile, *paths(declared.get("deps", []))]
     found = _run(["git", "ls-files", "-z", "--others", "--exclude-standard", "--",
                   *(f":(literal){name}" for name in names)], root).stdout
     return sorted(name for name in found.split("\0") if name)
@@ -123,7 +124,8 @@ def inputs_of(stage: str, root: Path) -> list[str]:
     stages = declared_stages(root)
     produced = {out for other in stages.values() for out in paths(other.get("outs", []))} | {"data"}
     found = []
-    for dep in paths(stages[stage].get("deps", [])):
+    files = [name for item in stages[stage].get("params", []) if isinstance(item, dict) for name in item]
+    for dep in [*files, *paths(stages[stage].get("deps", []))]:
         if any(dep == out or dep.startswith(f"{out}/") for out in produced):
             found.append(dep)
         found += sorted(out for out in produced if out.startswith(f"{dep}/"))  # a folder of several stages' outputs

@@ -6,8 +6,10 @@ and a workspace never promotes: the registry is the checkout's.
 """
 
 import configparser
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from typing import Any
 import yaml
 
 from mlops.config.arms import write_arms
-from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, read_yaml
+from mlops.config.loader import ONE_ARM, PARAMS_FILE, PROFILES_DIR, check_values, load_params, read_yaml
 from mlops.config.stage_graph import unrolled
 from mlops.tracking.own_store import own_store
 from rlhf.errors import UserError
@@ -28,12 +30,13 @@ from rlhf.files import write_atomic
 FOLDER = Path("scratch/workspaces")
 WORKSPACE_OF = Path("scratch/workspace-of.json")  # in a workspace: its checkout, the files that came from there
 LABELS = "feedback/"  # what people say of a run's models belongs to that run
+LONGEST_NAME = 120  # of a workspace, without the hash of a longer one
 OWN = ("dvc.lock", "data.dvc", "metrics/")  # written by a run: a workspace that has run keeps its own
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a run changes of the checkout's parameters. `stages`: section → name → value.
+    """What a run changes of the checkout's parameters. `stages`: section (or arms.NAME) → name → value.
 
     `label` names them where their values would make no name.
     """
@@ -45,16 +48,34 @@ class Changes:
     rounds: int = 0  # alternating rounds to unroll; 0: those of the checkout's params.yaml
 
     def name(self, root: Path) -> str:
-        """The same changes have the same name: cpu, cpu,seed=2,kl_goal=1.5."""
+        """The same changes have the same name, others another: cpu, cpu,seed=2,kl_goal=1.5, cpu,sft.epochs=3."""
         parts = [self.profile or load_params(root).profile]
         parts += [] if self.seed is None else [f"seed={self.seed}"]
         parts += [f"rounds={self.rounds}"] if self.rounds else []
-        parts += [self.label] if self.label else [f"{name}={value}" for section in sorted(self.stages)
-                  for name, value in sorted(self.stages[section].items())]
-        return ",".join(parts).replace("/", "_")
+        short = "rounds" if self.rounds else "ppo"  # whose parameters are named without their section
+        parts += [self.label] if self.label else [
+            f"{'' if section == short else f'{section}.'}{name}={value}" for section in sorted(self.stages)
+            for name, value in sorted(self.stages[section].items())]
+        exact = ",".join(parts)
+        plain = re.sub(r"[^\w.,=+-]", "_", exact)[:LONGEST_NAME]
+        return plain if plain == exact else f"{plain}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
     def __bool__(self) -> bool:
         return self.seed is not None or any(self.stages.values()) or self.rounds > 0
+
+
+def changed_by(assignments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"ppo.kl_goal": 1, "arms.ppo_ptx.lr": 1e-4} as `Changes.stages`. Raises UserError for a parameter that does not
+    exist, and a value out of range."""
+    stages: dict[str, dict[str, Any]] = {}
+    for key, value in assignments.items():
+        section, _, name = key.rpartition(".")
+        if not section:
+            raise UserError(f"{key}: must be SECTION.PARAMETER, e.g. ppo.kl_goal")
+        stages.setdefault(section, {})[name] = value
+    for section, values in stages.items():
+        check_values(section, values, Path("--set"))
+    return stages
 
 
 def checkout_of(root: Path) -> Path:
@@ -142,9 +163,17 @@ def _apply(workspace: Path, changes: Changes) -> None:
         top["rounds"] = unrolled(changes.rounds)
     path = workspace / PROFILES_DIR / f"{top['profile']}.yaml"
     sections = dict(read_yaml(path))
-    for section, values in {**changes.stages, "promote": {"registry": ""}}.items():
+    given = {section: values for section, values in changes.stages.items() if not section.startswith("arms.")}
+    given["promote"] = {**given.get("promote", {}), "registry": ""}
+    for section, values in given.items():
         sections[section] = {**(sections.get(section) or {}), **values}
     _change_arms(sections, changes.stages.get("ppo", {}))
+    for section, values in changes.stages.items():
+        if arm := section.removeprefix("arms.") if section.startswith("arms.") else "":
+            arms = sections.get("arms") or dict(ONE_ARM)
+            if arm not in arms:
+                raise UserError(f"{section}: no arm {arm}; arms of {path.name}: {', '.join(arms)}")
+            sections["arms"] = {**arms, arm: {**(arms[arm] or {}), **values}}
     for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         if target.read_text(encoding="utf-8") != text:

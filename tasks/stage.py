@@ -24,8 +24,8 @@ from typing import Any
 from mlops import imports_done
 from mlops.config import record, versions
 from mlops.config.inputs import link_fetched, link_inputs
-from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, load_params
-from mlops.config.paths import metrics_of
+from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, is_resolved, load_params
+from mlops.config.paths import PARAMETERS, metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.processes import die_with_parent
 from rlhf.errors import Interrupted, TrainingFailed, UserError, disk_problem
@@ -99,6 +99,13 @@ def config_hash(name: str, params: Params, root: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check_resolved(params: Params, root: Path) -> None:
+    """Raises UserError where DVC compared other parameters than the profile's: with --single-item it does not look."""
+    if (root / PARAMETERS).exists() and not is_resolved(params.stages, root / PARAMETERS):
+        raise UserError(f"{PARAMETERS}: is not of {PROFILES_DIR}/{params.profile}.yaml as it is now; run "
+                        "`dvc repro parameters` first")
+
+
 def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False, of_an_arm: bool = False,
               show: Callable[[int], None] | None = None) -> None:
     """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2.
@@ -137,6 +144,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if is_writer():
             link_inputs(name, params, root)
         if os.environ.get("DVC_STAGE"):  # set by DVC, which has just recorded or restored what this stage reads
+            check_resolved(params, root)
             record.check(root, declared_stages(root)[name].get("deps", []))
         scratch = root / "scratch" / name / config_hash(name, params, root)
         if args.status:

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from mlops.config.inputs import link_all
-from mlops.config.loader import load_params
+from mlops.config.loader import load_params, write_resolved
+from mlops.config.paths import PARAMETERS
 from mlops.config.stage_graph import declared_stages, paths
 from tests.closure import REPO, closure, parsed
 
@@ -102,7 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "dvc.yaml", "params.yaml"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPO / name, root / name)
-    profile: dict[str, Any] = {section: {} for section in SECTIONS}
+    profile: dict[str, Any] = {"rounds": {"k": 5}}  # other sections are missing: their defaults
     profile["arms"] = {"ppo": {}, "ppo_ptx": {"ptx_coef": 0.5}}
     profile["promote"] = {"arm": "ppo_ptx"}
     outside = root.parent / "outside"
@@ -118,17 +119,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                            "task_data": {"squad": str(outside / "squad.jsonl")}}
     (root / "profiles" / "cpu.yaml").write_text(yaml.safe_dump(profile))
     (root / "profiles" / "sources" / "mine.yaml").write_text(
-        yaml.safe_dump({"sft": [{"files": f"{outside}/rows/*.jsonl"}]}))
+        yaml.safe_dump({"sft": [{"files": f"{outside}/rows/*.jsonl"}], "corpus": [{"files": "../../raw/text.jsonl"}]}))
     assert len(link_all(load_params(root), root)) == len(OUTSIDE) + 2  # validate reads the base model's tokenizer too
     for name in ("sft.jsonl", "rm.jsonl", "ppo.jsonl", "corpus.jsonl", "source.json", "tax/cloze.jsonl"):
         for folder in ("data", "build/data"):
             (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (root / folder / name).write_text(name)
     for stage in declared_stages(root).values():
-        for out in [*paths(stage.get("outs", [])), *paths(stage["metrics"])]:
+        for out in [*paths(stage.get("outs", [])), *paths(stage.get("metrics", []))]:
             path = root / out if PurePosixPath(out).suffix else root / out / "config.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(out)
+    write_resolved(load_params(root).stages, root / PARAMETERS)
     dvc(root, "init", "--no-scm", "-q")
     dvc(root, "commit", "-q", "-f")
     assert "up to date" in dvc(root, "status")

@@ -19,10 +19,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rlhf.errors import UserError
+from rlhf.files import write_atomic
 from rlhf.params import PpoParams, Profile
 
 PARAMS_FILE = "params.yaml"
 PROFILES_DIR = "profiles"
+SOURCES_DIR = "sources"  # in the profiles' folder
+# Defaults of a profile whose data come from a source description: the others are those of the embedded data.
+OF_DESCRIBED_SOURCES: dict[str, dict[str, Any]] = {"validate": {
+    "counts": "none", "min_k": 2, "max_prompt_chars": 100_000, "max_completion_chars": 100_000}}
 LIMIT_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 RENAMED = {("ppo", "kept_passes"): "reuse_forward_passes"}  # (section or "", former name): name
 LONGEST_YAML, MOST_VALUES = 2**19, 100_000  # bytes, values
@@ -207,6 +212,15 @@ def check_section(params_class: type, values: Any, path: Path, section: str) -> 
     return params_class(**checked.model_dump())
 
 
+def check_values(section: str, values: Mapping[str, Any], where: Path) -> None:
+    """Values for some parameters of a section, `arms.NAME` for an arm's, each by its own limits. Raises UserError."""
+    hints = get_type_hints(Profile)
+    first, _, arm = section.partition(".")
+    if first not in hints or bool(arm) != (first == "arms"):
+        raise unknown_key(where, section, [name for name in hints if name != "arms"] + ["arms.NAME"])
+    check_section(PpoParams if arm else hints[first], values, where, section)
+
+
 def load_params(root: Path = Path(".")) -> Params:
     """Reads `root`/params.yaml and the profile it names.
 
@@ -261,8 +275,11 @@ def as_yaml(value: str | list[str]) -> str:
 
 
 def load_profile(path: Path) -> Profile:
-    """Reads one profile; missing sections and keys take their defaults. Raises UserError."""
-    content = read_yaml(path)
+    """Reads one profile; missing sections and keys take their defaults, some of which follow from the data source.
+
+    Raises UserError.
+    """
+    content = _with_source_defaults(read_yaml(path), path)
     hints = get_type_hints(Profile)
     for section in content:
         if section not in hints:
@@ -273,12 +290,73 @@ def load_profile(path: Path) -> Profile:
     profile = Profile(**sections, arms={name: dataclasses.replace(sections["ppo"], **own)
                                         for name, own in changes.items()})
     _check_together(profile, path)
+    _check_corpus(profile, content, path)
     for name, own in changes.items():
         _check_ppo(profile.arms[name], path, dict.fromkeys(own, f"arms.{name}"))
     if profile.promoted not in changes or (len(changes) > 1 and not profile.promote.arm):
         why = "" if profile.promote.arm else " where there are several arms"
         raise UserError(f"{path}: promote.arm = {profile.promote.arm!r}: must be one of {', '.join(changes)}{why}")
     return profile
+
+
+def write_resolved(profile: Profile, path: Path) -> None:
+    """All of a profile's parameters, defaults filled in, as YAML."""
+    text = yaml.safe_dump(dataclasses.asdict(profile), sort_keys=False, allow_unicode=True)
+    write_atomic(path, f"# Made by stage parameters; change profiles/ instead.\n{text}".encode())
+
+
+def is_resolved(profile: Profile, path: Path) -> bool:
+    """Whether the file holds these parameters."""
+    try:
+        return bool(yaml.safe_load(path.read_text(encoding="utf-8")) == dataclasses.asdict(profile))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
+def _description(content: Mapping[str, Any], path: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """The source description that the profile at `path` names, with its keys; None for the embedded source."""
+    ingest = content.get("ingest")
+    name = ingest.get("spec") if isinstance(ingest, Mapping) and ingest.get("source") != "embedded" else None
+    if not isinstance(name, str) or not name or "source" not in content["ingest"]:
+        return None
+    spec = path.parent / SOURCES_DIR / f"{name}.yaml"
+    if not spec.is_file():
+        known = ", ".join(sorted(file.stem for file in spec.parent.glob("*.yaml"))) or "none"
+        raise UserError(f"{path}: ingest.spec = {name!r}: {spec} is not there; descriptions: {known}")
+    return spec, read_yaml(spec)
+
+
+def _with_source_defaults(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The profile with the defaults that follow from its data source, where it says nothing itself: those of a source
+    description, and of one without pretraining text."""
+    found = _description(content, path)
+    if found is None:
+        return content
+    defaults = {section: dict(values) for section, values in OF_DESCRIBED_SOURCES.items()}
+    if not found[1].get("corpus"):
+        defaults |= {"sft": {"pretrain_mix": 0.0}}
+    sections = dict(content)
+    for section, values in defaults.items():
+        own = sections.get(section)
+        if own is None or isinstance(own, Mapping):
+            sections[section] = {**values, **(own or {})}
+    return sections
+
+
+def _check_corpus(profile: Profile, content: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError where pretraining text is asked for and the source description has none."""
+    found = _description(content, path)
+    if found is None or found[1].get("corpus"):
+        return
+    lacks = f"{found[0]} has no corpus; add a `corpus:` entry there"
+    if not profile.pretrain.base_model:
+        raise UserError(f"{path}: pretrain.base_model is empty, so a model is trained from scratch, but {lacks}, or "
+                        "name a Hugging Face model")
+    if profile.sft.pretrain_mix > 0:
+        raise UserError(f"{path}: sft.pretrain_mix = {profile.sft.pretrain_mix:g}: {lacks}, or set it to 0")
+    for name, arm in profile.arms.items():
+        if arm.ptx_coef > 0:
+            raise UserError(f"{path}: ptx_coef = {arm.ptx_coef:g} of arm {name}: {lacks}, or set it to 0")
 
 
 def _changes_of_arms(arms: Any, sections: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ POLICIES, POLICY_METRICS = Path("models/policies"), Path("metrics/policies")  # 
 RM = Path("models/rm")
 PROMPTS, CORPUS = Path("data/ppo.jsonl"), Path("data/corpus.jsonl")
 TAX, BENCHMARKS = Path("data/tax"), Path("profiles/benchmarks")
+PARAMETERS = Path("build/parameters.yaml")  # all parameters with their values, as DVC compares them
 FEEDBACK = Path("raw/feedback")  # rows that people have labeled, for ingest
 
 

@@ -29,7 +29,7 @@ def declared_stages(root: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: no stages found: {' '.join(str(error).split())}") from None
     top = read_yaml(root / PARAMS_FILE) if over else {}
     arms = top.get("arms") or list(ONE_ARM)
-    plain = {"promoted": top.get("promoted", arms[0])}
+    plain = {"promoted": top.get("promoted", arms[0]), "profile": top.get("profile", "")}
     found: dict[str, dict[str, Any]] = {}
     for name, stage in templates.items():
         if name not in over:

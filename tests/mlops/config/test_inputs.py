@@ -91,7 +91,7 @@ def test_a_sources_files_are_linked_unless_dvc_yaml_declares_their_folder(root: 
     (tmp_path / "theirs.jsonl").write_text("theirs")
     (root / "profiles" / "sources" / "team.yaml").write_text(yaml.safe_dump({
         "sft": [{"files": "../../raw/*.jsonl"}, {"files": str(tmp_path / "*.jsonl")}]}))
-    use(root, ingest={"source": "files", "spec": "team"}, validate={"counts": "none"})
+    use(root, ingest={"source": "files", "spec": "team"}, pretrain={"base_model": "gpt2"})
     link_all(load_params(root), root)
     assert links(root) == {"ingest/sft[2].files/theirs.jsonl": "theirs"}
 
@@ -101,7 +101,7 @@ def test_files_of_one_name_in_several_folders_are_all_linked(root: Path, tmp_pat
         model(tmp_path / "shards" / shard, **{"a.jsonl": shard})
     (root / "profiles" / "sources" / "team.yaml").write_text(yaml.safe_dump({
         "ppo": [{"files": str(tmp_path / "shards" / "*" / "a.jsonl")}]}))
-    use(root, ingest={"source": "files", "spec": "team"}, validate={"counts": "none"})
+    use(root, ingest={"source": "files", "spec": "team"}, pretrain={"base_model": "gpt2"})
     link_all(load_params(root), root)
     assert links(root) == {"ingest/ppo[1].files/x/a.jsonl": "x", "ingest/ppo[1].files/y/a.jsonl": "y"}
 

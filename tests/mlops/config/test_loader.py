@@ -16,6 +16,7 @@ from rlhf.params import PpoParams, Profile
 
 ROOT = Path(__file__).resolve().parents[3]
 Write = Callable[..., Path]
+PAIRS = "rm: [{files: pairs.jsonl, columns: {prompt: p, chosen: c, rejected: r}}]\n"  # a source description
 
 
 @pytest.fixture
@@ -26,6 +27,9 @@ def write(tmp_path: Path) -> Write:
         (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
         (tmp_path / "profiles" / "mine.yaml").write_text(profile or "ingest: {}\n", encoding="utf-8")
         (tmp_path / "profiles" / "other.yaml").write_text("ingest: {}\n", encoding="utf-8")
+        (tmp_path / "profiles" / "sources").mkdir()
+        for name, text in (("pairs", PAIRS), ("with_text", f"{PAIRS}corpus: [{{files: text.jsonl}}]\n")):
+            (tmp_path / "profiles" / "sources" / f"{name}.yaml").write_text(text)
         return tmp_path
     return make
 
@@ -225,7 +229,14 @@ RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"pretrain": {"n_embd": 130}}, ["pretrain.n_embd = 130", "pretrain.n_head = 4"]),
     ({"sft": {"max_tokens": 129}}, ["pretrain.context = 128", ">= 129"]),
     ({"rm": {"max_tokens": 200}}, ["pretrain.context = 128", ">= 200"]),
-    ({"ingest": {"source": "files", "spec": "mine"}}, ["validate.counts = paper", "must be none"]),
+    ({"ingest": {"source": "files", "spec": "with_text"}, "validate": {"counts": "paper"}},
+     ["validate.counts = paper", "must be none"]),
+    ({"ingest": {"source": "files", "spec": "mine"}}, ["ingest.spec = 'mine'", "not there; descriptions: pairs, with"]),
+    ({"ingest": {"source": "files", "spec": "pairs"}}, ["pretrain.base_model is empty", "pairs.yaml has no corpus"]),
+    ({"ingest": {"source": "files", "spec": "pairs"}, "pretrain": {"base_model": "gpt2"}, "sft": {"pretrain_mix": 0.1}},
+     ["sft.pretrain_mix = 0.1", "pairs.yaml has no corpus; add a `corpus:` entry there, or set it to 0"]),
+    ({"ingest": {"source": "files", "spec": "pairs"}, "pretrain": {"base_model": "gpt2"},
+      "arms": {"mixed": {"ptx_coef": 0.5}}}, ["ptx_coef = 0.5 of arm mixed", "pairs.yaml has no corpus"]),
     ({"ingest": {"source": "hub"}, "validate": {"counts": "none"}}, ["ingest.spec = ''", "profiles/sources/"]),
     ({"ingest": {"spec": "mine"}}, ["ingest.spec = 'mine'", "be empty where it is embedded"]),
     ({"ppo": {"max_prompt_tokens": 100, "max_new_tokens": 29}}, ["pretrain.context = 128", ">= 129"]),
@@ -242,7 +253,7 @@ def test_rules_between_parameters(write: Write, profile: dict[str, dict[str, Any
 
 @pytest.mark.parametrize("profile", [
     {"ppo": {"beta": 0.4, "beta_max": 0.4}}, {"ppo": {"batch_size": 128, "minibatch_size": 64}},
-    {"ingest": {"source": "hub", "spec": "public"}, "validate": {"counts": "none"}},
+    {"ingest": {"source": "hub", "spec": "with_text"}, "validate": {"counts": "none"}},
     {"ppo": {"episodes": 256}}, {"sft": {"max_tokens": 128}},
     {"sft": {"max_tokens": 900}, "pretrain": {"base_model": "gpt2"}},  # its context is its own
 ])
@@ -250,6 +261,34 @@ def test_the_rules_allow_their_limits(write: Write, profile: dict[str, dict[str,
     stages = load_params(write(yaml.safe_dump(profile))).stages
     for section, values in profile.items():
         assert all(getattr(getattr(stages, section), key) == value for key, value in values.items())
+
+
+def test_some_defaults_follow_from_the_data_source(write: Write) -> None:
+    """A profile of pairs without text had to say eight things that could not be otherwise."""
+    root = write("ingest: {source: files, spec: pairs}\npretrain: {base_model: gpt2}\n")
+    stages = load_params(root).stages
+    assert (stages.validate.counts, stages.validate.min_k, stages.sft.pretrain_mix) == ("none", 2, 0)
+    assert stages.validate.max_prompt_chars == stages.validate.max_completion_chars == 100_000
+    profile = root / "profiles" / "mine.yaml"
+    profile.write_text(profile.read_text().replace("pairs", "with_text") + "validate: {min_k: 3}\n")
+    stages = load_params(root).stages
+    assert (stages.validate.counts, stages.validate.min_k, stages.sft.pretrain_mix) == ("none", 3, 0.1)
+    profile.write_text("validate: {min_k: 3}\n")
+    stages = load_params(root).stages
+    assert (stages.validate.counts, stages.validate.max_prompt_chars, stages.sft.pretrain_mix) == ("paper", 400, 0.1)
+
+
+def test_the_resolved_parameters_are_all_with_their_values(write: Write) -> None:
+    root = write("ppo: {kl_goal: 3}\narms: {a: {}, b: {kl_goal: 4}}\npromote: {arm: b}\n")
+    stages = load_profile(root / "profiles" / "mine.yaml")
+    loader.write_resolved(stages, root / "all.yaml")
+    found = yaml.safe_load((root / "all.yaml").read_text())
+    assert found == json.loads(json.dumps(dataclasses.asdict(stages)))
+    assert (found["ppo"]["kl_goal"], found["arms"]["b"]["kl_goal"], found["sft"]["epochs"]) == (3, 4, 2)
+    assert loader.is_resolved(stages, root / "all.yaml")
+    assert not loader.is_resolved(dataclasses.replace(stages, sft=dataclasses.replace(stages.sft, epochs=7)),
+                                  root / "all.yaml")
+    assert not loader.is_resolved(stages, root / "none.yaml")
 
 
 def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> None:

@@ -8,7 +8,7 @@ import yaml
 from dvc.repo import Repo
 
 from mlops.config.arms import write_arms
-from mlops.config.loader import load_params
+from mlops.config.loader import load_params, write_resolved
 from mlops.config.stage_graph import declared_stages, paths, pipeline_stages, unrolled, write_rounds
 from rlhf.errors import UserError
 from tests.flows.checkout import REPOSITORY
@@ -25,19 +25,21 @@ def root(tmp_path: Path) -> Path:
 def test_no_rounds_by_default(root: Path) -> None:
     assert load_params(root).rounds == {}
     assert [name for name in declared_stages(root) if "@" in name] == ["ppo@ppo", "ppo@ppo_ptx"]
-    assert pipeline_stages(root)[:3] == ["ingest", "data.dvc", "validate"]
+    assert pipeline_stages(root)[:4] == ["parameters", "ingest", "data.dvc", "validate"]
 
 
 def test_the_arms_stand_where_their_stage_stands(root: Path) -> None:
-    assert pipeline_stages(root)[5:] == ["rm", "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
+    assert pipeline_stages(root)[6:] == ["rm", "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
     write_arms(root, "gpu")
-    assert pipeline_stages(root)[5:] == ["rm", "ppo@ppo", "evaluate", "promote"]
+    assert pipeline_stages(root)[6:] == ["rm", "ppo@ppo", "evaluate", "promote"]
     assert "models/policies/ppo" in declared_stages(root)["promote"]["deps"]
 
 
 def test_rounds_are_unrolled_as_dvc_does(root: Path) -> None:
     write_rounds(root, 3)
     mine = declared_stages(root)
+    (root / "build").mkdir()
+    write_resolved(load_params(root).stages, root / "build" / "parameters.yaml")
     Repo.init(str(root), no_scm=True)
     with Repo(str(root)) as repo:
         theirs = {stage.name: stage for stage in repo.index.stages}
