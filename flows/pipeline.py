@@ -45,6 +45,7 @@ from flows.parameters import BetaRule, ChangedParameters, Hours, KlGoal, Profile
 from flows.stages import StageFailed, mend_dvc_lock
 from flows.summary import StageResult, Summary, ceiling_note, compared_models, main_numbers
 from flows.workspaces import FOLDER, Changes, changed_by, fill_workspace
+from mlops import program
 from mlops.config.loader import load_params
 from mlops.config.stage_graph import pipeline_stages
 from rlhf.errors import UserError, without_secrets
@@ -173,7 +174,7 @@ async def run_pipeline(parameters: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Runs the whole pipeline.")
+    parser = argparse.ArgumentParser(prog=program("flows.pipeline"), description="Runs the whole pipeline.")
     parser.add_argument("--profile", help="the file of profiles/ to use; the checkout's params.yaml then names it")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
                         help="another value of a parameter; the run then works in a workspace of its own")

@@ -36,6 +36,7 @@ from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed, assig
 from flows.pipeline import NotPromoted, changes_of, pipeline
 from flows.summary import Summary
 from flows.workspaces import FOLDER
+from mlops import program
 from mlops.config.loader import load_params
 from mlops.config.paths import metrics_of
 from rlhf.errors import UserError
@@ -68,7 +69,8 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(max_length=10)] = [],  #
     rows: list[dict[str, Any]] = []
     failed = 0
     try:
-        named = {"kl_goal": kl_goals, "beta_rule": beta_rules, "ptx_coef": ptx_coefs, "seed": seeds}
+        named: dict[str, list[Any]] = {"kl_goal": kl_goals, "beta_rule": beta_rules, "ptx_coef": ptx_coefs,
+                                       "seed": seeds}
         points = points_of(named, changes)
     except UserError as error:
         return Failed(message=str(error), data=error)
@@ -142,7 +144,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=(
+    parser = argparse.ArgumentParser(prog=program("flows.sweep"), description=(
         "Runs the pipeline for every combination of values, each in a workspace of its own."))
     parser.add_argument("--set", action="append", required=True, metavar="SECTION.NAME=VALUE,VALUE",
                         help="the values of a parameter, or seed=1,2; several --set make every combination")

@@ -162,7 +162,18 @@ def _apply(workspace: Path, changes: Changes) -> None:
     if changes.rounds:
         top["rounds"] = unrolled(changes.rounds)
     path = workspace / PROFILES_DIR / f"{top['profile']}.yaml"
-    sections = dict(read_yaml(path))
+    sections = changed_profile(read_yaml(path), changes, path)
+    for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        if target.read_text(encoding="utf-8") != text:
+            write_atomic(target, text.encode())
+    write_arms(workspace)
+
+
+def changed_profile(profile: Mapping[str, Any], changes: Changes, path: Path) -> dict[str, Any]:
+    """The sections of the profile in `path` with the changes, and without a registry: no workspace promotes. Raises
+    UserError for an arm that the profile does not have."""
+    sections = dict(profile)
     given = {section: values for section, values in changes.stages.items() if not section.startswith("arms.")}
     given["promote"] = {**given.get("promote", {}), "registry": ""}
     for section, values in given.items():
@@ -174,11 +185,7 @@ def _apply(workspace: Path, changes: Changes) -> None:
             if arm not in arms:
                 raise UserError(f"{section}: no arm {arm}; arms of {path.name}: {', '.join(arms)}")
             sections["arms"] = {**arms, arm: {**(arms[arm] or {}), **values}}
-    for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        if target.read_text(encoding="utf-8") != text:
-            write_atomic(target, text.encode())
-    write_arms(workspace)
+    return sections
 
 
 def _change_arms(sections: dict[str, Any], ppo: Mapping[str, Any]) -> None:

@@ -33,3 +33,8 @@ def imports_done(*_: object) -> None:
 gc.callbacks.append(imports_done)
 gc.set_threshold(IMPORTED_OBJECTS)
 atexit.register(gc.freeze)
+
+
+def program(module: str) -> str:
+    """How a user has called a module: by `instructflow COMMAND` or by `python -m module`; for its help."""
+    return os.environ.get("INSTRUCTFLOW_COMMAND") or f"python -m {module}"

@@ -76,7 +76,7 @@ class _TopLevel(BaseModel):
 
 
 @cache
-def _model(params_class: type) -> type[BaseModel]:
+def model_of(params_class: type) -> type[BaseModel]:
     """The pydantic model with the fields, types, limits and help texts of a dataclass from `rlhf.params`."""
     hints = get_type_hints(params_class)
     definitions: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _allowed(params_class: type, name: str) -> str:
+def allowed(params_class: type, name: str) -> str:
     """The allowed range of a field in words, for an error line."""
     item = next(item for item in fields(params_class) if item.name == name)
     limits = " and ".join(f"{LIMIT_SIGNS[key]} {item.metadata[key]:g}" for key in LIMIT_SIGNS if key in item.metadata)
@@ -198,16 +198,16 @@ def check_section(params_class: type, values: Any, path: Path, section: str) -> 
     known = get_type_hints(params_class)
     for name, value in values.items():
         if isinstance(value, bool) and known.get(name) in (int, float):  # pydantic would read true as 1
-            raise UserError(f"{path}: {section}.{name} = {value!r}: must be {_allowed(params_class, name)}")
+            raise UserError(f"{path}: {section}.{name} = {value!r}: must be {allowed(params_class, name)}")
     try:
-        checked = _model(params_class).model_validate(values)
+        checked = model_of(params_class).model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise unknown_key(path, f"{section}.{name}", [item.name for item in fields(params_class)]) from None
         raise UserError(
-            f"{path}: {section}.{name} = {first['input']!r}: must be {_allowed(params_class, name)}"
+            f"{path}: {section}.{name} = {first['input']!r}: must be {allowed(params_class, name)}"
         ) from None
     return params_class(**checked.model_dump())
 
@@ -274,12 +274,12 @@ def as_yaml(value: str | list[str]) -> str:
     return value if isinstance(value, str) else f"[{', '.join(value)}]"
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: Path, changed: Mapping[str, Any] | None = None) -> Profile:
     """Reads one profile; missing sections and keys take their defaults, some of which follow from the data source.
 
-    Raises UserError.
+    `changed`: sections in the place of those in the file. Raises UserError.
     """
-    content = _with_source_defaults(read_yaml(path), path)
+    content = _with_source_defaults(read_yaml(path) if changed is None else changed, path)
     hints = get_type_hints(Profile)
     for section in content:
         if section not in hints:

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from mlops import program
 from mlops.config.loader import load_params
 from mlops.labeling.batch import Assignment, Item, in_item_order, read_batch
 from mlops.labeling.store import LABELS, Label, LabelStore, check
@@ -124,7 +125,7 @@ def simulate(store: LabelStore, items: Mapping[str, Item], assignments: list[Ass
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.labeling.terminal",
+    parser = argparse.ArgumentParser(prog=program("mlops.labeling.terminal"),
                                      description="Ranks the completions of a batch.")
     parser.add_argument("folder", type=Path, help="the batch")
     who = parser.add_mutually_exclusive_group(required=True)

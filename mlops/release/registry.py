@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 import mlops.tracking.mlflow_client  # noqa: F401  (before mlflow: it sets the environment that mlflow reads)
 import rlhf
@@ -109,11 +110,7 @@ class Registry:
     def _log(self, kind: str, folder: Path, run_name: str) -> ModelVersion:
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         with self._here(), redirect_stderr(io.StringIO()), mlflow.start_run(run_id=self._run_id(run_name)):
-            logged = mlflow.pyfunc.log_model(
-                name=kind, python_model=str(Path(__file__).with_name(SERVED[kind])), artifacts={FOLDER: str(folder)},
-                code_paths=[str(Path(rlhf.__file__).parent)], signature=SIGNATURES[kind],
-                pip_requirements=[f"{name}=={installed(name)}" for name in REQUIREMENTS],
-                registered_model_name=self.model(kind))
+            logged = mlflow.pyfunc.log_model(name=kind, registered_model_name=self.model(kind), **_pyfunc(kind, folder))
         return self.client.get_model_version(self.model(kind), str(logged.registered_model_version))
 
     def _run_id(self, run_name: str) -> str:
@@ -129,6 +126,19 @@ class Registry:
         mlflow.set_tracking_uri(tracking_uri(self.root))
         mlflow.set_registry_uri(tracking_uri(self.root))
         yield
+
+
+def _pyfunc(kind: str, folder: Path) -> dict[str, Any]:
+    """What makes a pyfunc model of a Hugging Face folder."""
+    return {"python_model": str(Path(__file__).with_name(SERVED[kind])), "artifacts": {FOLDER: str(folder)},
+            "code_paths": [str(Path(rlhf.__file__).parent)], "signature": SIGNATURES[kind],
+            "pip_requirements": [f"{name}=={installed(name)}" for name in REQUIREMENTS]}
+
+
+def save_served(kind: str, folder: Path, target: Path) -> None:
+    """The pyfunc model of a Hugging Face folder, as the registry holds it, in the new folder `target`."""
+    with redirect_stderr(io.StringIO()):
+        mlflow.pyfunc.save_model(path=str(target), **_pyfunc(kind, folder))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Chat with the models of a run, several side by side.
 
-    python -m mlops.tools.chat                    # the promoted policy, else that of the promoted arm
-    python -m mlops.tools.chat sft ppo            # SFT and an arm of PPO; a model folder works too
+    python -m mlops.tools.chat                    # the newest policy, be it of a workspace
+    python -m mlops.tools.chat sft ppo            # SFT and an arm of PPO; or a folder, or RUN:ARM of a workspace
     echo "a prompt" | python -m mlops.tools.chat base sft ppo --temperature 0
 
 Each line goes on with the conversation, of which every model sees its own answers; /reset begins another. With
@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from mlops.config.loader import load_params
+from mlops import program
 from mlops.config.paths import MODELS, POLICIES, RM
+from mlops.tools.runs import newest_policy, policy_folder
 from rlhf.errors import UserError, displayed, one_line
 
 PROMOTED = Path("models/promoted")
@@ -30,6 +31,23 @@ def folders() -> dict[str, Path]:
     """The run's models by name: the pipeline's, then each arm of PPO that has been trained."""
     arms = {path.parent.name: path.parent for path in sorted(POLICIES.glob("*/config.json"))}
     return {**MODELS, **arms, "promoted": PROMOTED}
+
+
+def default_model(root: Path) -> str:
+    """The policy that was trained last, and says which; the promoted one where it is that one's copy."""
+    newest = newest_policy(root)
+    promoted = PROMOTED / "config.json"
+    if newest is None:
+        return "promoted"
+    run, arm = newest
+    trained = (run.folder / POLICIES / arm / "config.json").stat().st_mtime
+    if (root / promoted).is_file() and (root / promoted).stat().st_mtime >= trained:
+        return "promoted"
+    name = arm if run.folder == root else f"{run.name}:{arm}"
+    if sys.stdin.isatty():
+        other = " (`chat promoted`: the promoted one)" if (root / promoted).is_file() else ""
+        print(f"{name}: the newest policy{other}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -46,9 +64,10 @@ def load(name: str) -> Speaker:
     from rlhf.model.chat_format import load_codec
     from rlhf.model.load import load_policy
 
-    folder = folders().get(name, Path(name))
+    folder = folders().get(name) or policy_folder(Path(), name) or Path(name)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model; run `make run`, or name {', '.join(folders())} or a model folder")
+        raise UserError(f"{folder}: no model; `instructflow run` makes them. Models: {', '.join(folders())}, a folder, "
+                        "or RUN:ARM of a workspace")
     return Speaker(name, load_codec(folder), load_policy(folder))
 
 
@@ -124,7 +143,7 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlops.tools.chat", description="Chat with the models of a run.")
+    parser = argparse.ArgumentParser(prog=program("mlops.tools.chat"), description="Chat with the models of a run.")
     parser.add_argument("models", nargs="*", help=f"{', '.join(folders())} or model folders, shown side by side")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy decoding")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -132,8 +151,7 @@ def main() -> None:
     parser.add_argument("--separate", action="store_true", help="each line is a conversation of its own")
     options = parser.parse_args()
     with one_line("chat"):
-        names = options.models or (["promoted"] if (PROMOTED / "config.json").is_file()
-                                   else [load_params().stages.promoted])
+        names = options.models or [default_model(Path())]
         talk([load(name) for name in names], options, Console(highlight=False))
 
 

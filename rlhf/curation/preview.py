@@ -153,3 +153,38 @@ def _short(value: Any) -> Any:
     if isinstance(value, bool | int | float) or value is None:
         return value
     return f"{len(value)} bytes" if isinstance(value, bytes) else _short(str(value))
+
+
+@dataclass(frozen=True)
+class Look:
+    """The first rows of a role: how many were read, those that would be kept, why a run would refuse them."""
+
+    read: int
+    kept: list[dict[str, Any]]
+    refused: str = ""
+
+
+def look_at(source: Source, root: Path, seed: int) -> dict[str, Look]:
+    """The first SAMPLE rows of each entry as a run would keep them, by role. Raises UserError if a source cannot be
+    read."""
+    roles = [role for role in KEYS if getattr(source, role)]
+    with TemporaryDirectory() as folder:
+        samples = {role: _sample(role, source, root, seed, SAMPLE, Path(folder)) for role in roles}
+    decided = apply_rules({role: samples[role].rows for role in roles}, source.rules, seed)
+    found = {}
+    for role, sample in samples.items():
+        splits, fates = decided[role]
+        kept = [json.loads(item.head + f', "split": "{SPLITS[splits[index]]}", '.encode() + item.tail)
+                for index, item in sorted(sample.screened.items()) if fates[index] == STAYS]
+        dropped = Counter(list(RULES)[fate] for fate in fates[fates != STAYS].tolist())
+        counts = {"read": sample.read, "quarantined": sample.quarantined, "dropped": dropped, "kept": len(kept)}
+        reasons = [*sample.quarantined.most_common(2), *dropped.most_common(2)]
+        why = ", ".join(f"{reason} {number:,}" for reason, number in reasons)
+        refused = next(iter(sample.notes.values()), "")
+        if not kept:
+            refused = refused or f"none of its first {sample.read:,} rows can be used ({why})"
+        elif is_too_much(counts, source.rules):
+            refused = (f"{lost_rows(counts):,} of its first {sample.read:,} rows are lost ({why}), more than "
+                       f"rules.max_lost_share = {source.rules.max_lost_share:g}")
+        found[role] = Look(sample.read, kept, refused)
+    return found

@@ -1,0 +1,368 @@
+"""What would stop a run later, or make its numbers worthless, found before anything runs: `instructflow check`.
+
+    python -m flows.check [--profile NAME] [--set SECTION.NAME=VALUE]
+
+Exit code 2 where something would stop the run; a warning stops nothing. Each finding says what to change.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import flows.environment  # noqa: F401
+
+# isort: split
+from rich.console import Console
+from rich.table import Table
+
+from flows.execution import check_params
+from flows.parameters import assigned
+from flows.workspaces import Changes, changed_by, changed_profile
+from mlops import imports_done, program
+from mlops.config.inputs import STAGES as WITH_INPUTS
+from mlops.config.inputs import linked_files
+from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, SOURCES_DIR, Params, load_params, load_profile, read_yaml
+from mlops.config.sources import load_source
+from rlhf.curation.preview import Look, look_at
+from rlhf.curation.sources.spec import Source
+from rlhf.errors import UserError, one_line
+from rlhf.params import Profile
+
+State = Literal["ok", "warn", "stop"]
+MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "stop": "[red]STOP[/]"}
+FEW_PROMPTS, FEW_PAIRS = 200, 500  # held-out prompts, comparisons to train on
+LONG_SHARE = 0.05  # of rows that are longer than a stage takes
+GB = 1e9
+WEIGHT_BYTES = 4  # float32
+PPO_BYTES = 2 * (4 + 4 + 8) + 2 * 4  # a parameter: policy and value model with gradient and Adam, two fixed models
+SAVED_MODELS = 8  # base, SFT, reward model, policy, each in models/ and DVC's cache
+CHECKPOINTS = 2 * 2 * (4 + 8)  # bytes a parameter: two checkpoints of policy and value model with Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """`what` was looked at, what was found, and unless that is ok what to change."""
+
+    what: str
+    state: State
+    detail: str
+    change: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The base model as it is before any stage: its codec, positions and number of parameters."""
+
+    codec: Any
+    context: int
+    parameters: int
+
+
+def findings(params: Params, root: Path) -> Iterator[Finding]:
+    """All of them, the quick ones first. Raises nothing: what cannot be looked at is a finding."""
+    profile = params.stages
+    yield Finding("parameters", "ok", f"profile {params.profile}, seed {params.seed}, arms {', '.join(profile.arms)}")
+    yield from _guarded("files", lambda: _files(params, root))
+    yield from _guarded("machine", lambda: _machine(profile))
+    base: list[Base] = []
+    yield from _guarded("base model", lambda: _base_model(profile, root, base))
+    looks: dict[str, Look] = {}
+    yield from _guarded("data", lambda: _data(params, root, looks))
+    if base and looks:
+        yield from _guarded("lengths", lambda: _lengths(profile, base[0], looks))
+    yield from _guarded("memory", lambda: _memory(profile, base[0].parameters if base else own_parameters(profile)))
+    yield from _guarded("disk", lambda: _disk(root, base[0].parameters if base else own_parameters(profile)))
+    yield from _guarded("servers", _servers)
+
+
+def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from look()
+    except UserError as error:
+        yield Finding(what, "stop", str(error))
+    except ImportError as error:
+        yield Finding(what, "stop", f"{error}", "rm .venv/.installed; make setup")
+
+
+# --- parameters, files, machine ---------------------------------------------------------------------------------------
+
+
+def _files(params: Params, root: Path) -> Iterator[Finding]:
+    count = sum(len(linked_files(stage, params, root)) for stage in WITH_INPUTS)
+    yield Finding("files", "ok", f"{count} outside the checkout, all there" if count else "none outside the checkout")
+
+
+def _machine(profile: Profile) -> Iterator[Finding]:
+    import torch
+
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    asked = {name: getattr(profile, name).processes for name in ("pretrain", "sft", "rm", "evaluate")
+             if hasattr(getattr(profile, name), "processes")} | {
+        f"arm {name}": arm.processes for name, arm in profile.arms.items()}
+    most = gpus or cores
+    over = {name: count for name, count in asked.items() if count > most}
+    kind = f"{gpus} GPUs" if gpus else f"no GPU, {cores} cores"
+    if over:
+        name, count = next(iter(over.items()))
+        yield Finding("machine", "stop" if gpus else "warn", f"{kind}; {name} asks for {count} processes",
+                      f"processes: {most} or fewer")
+    else:
+        yield Finding("machine", "ok", kind)
+
+
+# --- base model -------------------------------------------------------------------------------------------------------
+
+
+def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Finding]:
+    """Tokenizer, template and configuration; the weights are read by stage pretrain."""
+    name = profile.pretrain.base_model
+    if not name:
+        yield Finding("base model", "ok", f"a small GPT of {own_parameters(profile) / 1e6:.1f}M parameters, trained "
+                                          "from scratch")
+        return
+    import datetime
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf.model.chat_format import ChatFormatError, codec_with_pad
+
+    folder = str(root / name) if (root / name).is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        codec = codec_with_pad(folder, datetime.date.fromisoformat(profile.pretrain.template_date))
+        import torch
+
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+    except UserError as error:
+        said = "" if isinstance(error, ChatFormatError) else "cannot be used: "
+        yield Finding("base model", "stop", f"{name}: {said}{error}", "another pretrain.base_model")
+        return
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Finding("base model", "stop", f"{name}: cannot be loaded: {first[:200]}",
+                      "pretrain.base_model: a folder with config.json, tokenizer and safetensors, or a hub name")
+        return
+    folder_path = Path(folder)
+    if folder_path.is_dir() and not list(folder_path.glob("*.safetensors")):
+        yield Finding("base model", "stop", f"{name}: has no *.safetensors", "save it with safe_serialization=True")
+        return
+    own = "its own chat template" if codec.tokenizer.chat_template and _has_template(folder) else \
+        "no chat template: the project's own is used"
+    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    longest = _longest(profile)
+    found.append(Base(codec, context, size))
+    if longest[1] > context:
+        yield Finding("base model", "stop", f"{name} has {context:,} positions, and {longest[0]} makes {longest[1]:,} "
+                      "tokens", f"{longest[0]} smaller")
+        return
+    yield Finding("base model", "ok", f"{name}: {size / 1e6:,.0f}M parameters, {context:,} positions, {own}")
+
+
+def _has_template(folder: str) -> bool:
+    from rlhf.model.tokenizer import load_tokenizer
+
+    return bool(load_tokenizer(folder).chat_template)
+
+
+def _longest(profile: Profile) -> tuple[str, int]:
+    """The parameter that makes the longest sequence, and its tokens."""
+    lengths = {"sft.max_tokens": profile.sft.max_tokens, "rm.max_tokens": profile.rm.max_tokens,
+               "ppo.max_prompt_tokens + max_new_tokens": max(arm.max_prompt_tokens + arm.max_new_tokens
+                                                             for arm in profile.arms.values())}
+    name = max(lengths, key=lambda key: lengths[key])
+    return name, lengths[name]
+
+
+def own_parameters(profile: Profile) -> int:
+    """The parameters of the small GPT that is trained from scratch, about."""
+    pretrain = profile.pretrain
+    return 12 * pretrain.n_layer * pretrain.n_embd**2 + (pretrain.vocab_size + pretrain.context) * pretrain.n_embd
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _data(params: Params, root: Path, looks: dict[str, Look]) -> Iterator[Finding]:
+    profile = params.stages
+    if profile.ingest.source == "embedded":
+        yield Finding("data", "ok", "the embedded world: no files")
+        return
+    spec = root / PROFILES_DIR / SOURCES_DIR / f"{profile.ingest.spec}.yaml"
+    source = load_source(spec)
+    if not isinstance(source, Source):
+        yield Finding("data", "stop", f"{spec}: describes the embedded source", "ingest.source: embedded")
+        return
+    if missing := [role for role in ("sft", "rm", "ppo") if not getattr(source, role)]:
+        yield Finding("data", "stop", f"{spec}: nothing for {', '.join(missing)}", "the pipeline needs demonstrations "
+                      "(sft), comparisons (rm) and prompts (ppo); entries may read the same file")
+        return
+    looks |= look_at(source, spec.parent, params.seed)
+    for role, look in looks.items():
+        if look.refused:
+            yield Finding(f"data, {role}", "stop", look.refused, f"python -m tasks.ingest --source {spec} --preview 3")
+    if any(look.refused for look in looks.values()):
+        looks.clear()
+        return
+    sizes = Counter(len(row["completions"]) for row in looks["rm"].kept)
+    smallest = min(sizes)
+    if smallest < profile.validate.min_k:
+        yield Finding("data, rm", "stop", f"{sizes[smallest]:,} comparisons have {smallest} completions, and "
+                      f"validate.min_k = {profile.validate.min_k}", f"validate.min_k: {smallest}")
+    for role, parameter in (("sft", "max_prompt_chars"), ("rm", "max_prompt_chars"), ("ppo", "max_prompt_chars")):
+        limit = getattr(profile.validate, parameter)
+        if over := sum(len(_text(row["prompt"])) > limit for row in looks[role].kept):
+            yield Finding(f"data, {role}", "stop", f"{over:,} prompts are longer than validate.{parameter} = {limit:,}",
+                          f"validate.{parameter}, or rules.{parameter} of the description")
+    valid = sum(row["split"] == "valid" for row in looks["ppo"].kept)
+    whole = looks["ppo"].read < 2000
+    if whole and not valid:
+        yield Finding("data, ppo", "stop", "no prompt is held out (split valid), so nothing could be measured",
+                      "rules.valid_share, or more users: a split goes by user")
+    elif whole and valid < FEW_PROMPTS:
+        yield Finding("data, ppo", "warn", f"{valid} held-out prompts: win rates will have wide intervals",
+                      f"more prompts, or a larger rules.valid_share; {FEW_PROMPTS} or more decide something")
+    pairs = sum(row["split"] == "train" for row in looks["rm"].kept)
+    if looks["rm"].read < 2000 and pairs < FEW_PAIRS:
+        yield Finding("data, rm", "warn", f"{pairs} comparisons to train on: the reward model will be weak",
+                      f"more of them; {FEW_PAIRS} or more teach something")
+    kept = ", ".join(f"{role} {len(look.kept):,} of {look.read:,}" for role, look in looks.items())
+    yield Finding("data", "ok", f"kept of the first rows: {kept}; completions per comparison "
+                  f"{'–'.join(str(size) for size in dict.fromkeys((smallest, max(sizes))))}")
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content", "")) for turn in prompt)
+
+
+def _lengths(profile: Profile, base: Base, looks: Mapping[str, Look]) -> Iterator[Finding]:
+    """How many rows are longer than a stage takes: it drops them."""
+    arm = profile.arms[profile.promoted]
+    longest = {"sft.max_tokens": (profile.sft.max_tokens, _tokens(base.codec, looks["sft"].kept, "completion")),
+               "rm.max_tokens": (profile.rm.max_tokens, _tokens(base.codec, looks["rm"].kept, "completions")),
+               "ppo.max_prompt_tokens": (arm.max_prompt_tokens, _tokens(base.codec, looks["ppo"].kept))}
+    for name, (limit, counts) in longest.items():
+        over = sum(count > limit for count in counts)
+        fits = sorted(counts)[min(len(counts) - 1, int(0.95 * len(counts)))]
+        share = over / len(counts)
+        state: State = "stop" if share > 0.5 else "warn" if share > LONG_SHARE else "ok"
+        yield Finding("lengths", state, f"{name} = {limit}: {share:.0%} of the rows are longer and would be dropped; "
+                      f"95 % have at most {fits:,} tokens", "" if state == "ok" else f"{name} = {fits}")
+
+
+def _tokens(codec: Any, rows: Sequence[Mapping[str, Any]], answers: str = "") -> list[int]:
+    """Tokens of each row: its prompt, with its longest answer where `answers` names the key."""
+    prompts = codec.prompts([row["prompt"] for row in rows])
+    texts = [row[answers] if isinstance(row[answers], list) else [row[answers]] for row in rows] if answers else []
+    ids = iter(codec.completions([text for some in texts for text in some])) if answers else iter(())
+    return [len(prompt) + (max(len(next(ids)) for _ in texts[index]) if answers else 0)
+            for index, prompt in enumerate(prompts)]
+
+
+# --- resources --------------------------------------------------------------------------------------------------------
+
+
+def _memory(profile: Profile, parameters: int) -> Iterator[Finding]:
+    """Weights, gradients and optimizer of PPO, the largest stage, without activations (docs/capacity.md)."""
+    import torch
+
+    arm = profile.arms[profile.promoted]
+    needed = parameters * (4 * WEIGHT_BYTES if arm.lora_rank else PPO_BYTES)
+    if arm.shard:
+        needed //= arm.processes
+    if torch.cuda.is_available():
+        there, where = torch.cuda.get_device_properties(0).total_memory, "GPU 0"
+    else:
+        there, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+        needed *= 1 if arm.shard else arm.processes
+    detail = f"PPO's weights and optimizer take {needed / GB:.1f} GB, {where} has {there / GB:.0f} GB"
+    if needed > there:
+        yield Finding("memory", "stop", detail, "ppo.lora_rank: 16, ppo.shard over more processes, or a smaller model")
+    elif needed > 0.7 * there:
+        yield Finding("memory", "warn", detail, "activations come on top: gradient_checkpointing, micro_batch_size")
+    else:
+        yield Finding("memory", "ok", detail)
+
+
+def _disk(root: Path, parameters: int) -> Iterator[Finding]:
+    needed = parameters * (SAVED_MODELS * WEIGHT_BYTES + CHECKPOINTS) + 0.5 * GB
+    free = shutil.disk_usage(root).free
+    detail = f"models and checkpoints take about {needed / GB:.1f} GB, {free / GB:.0f} GB are free"
+    yield Finding("disk", "stop" if free < needed else "ok", detail,
+                  "free some: `dvc gc -w` removes old versions from the cache" if free < needed else "")
+
+
+def _servers() -> Iterator[Finding]:
+    """Servers of one's own that are named must answer; without them a run starts what it needs."""
+    import asyncio
+
+    from flows.preflight import check_server
+
+    if os.environ.get("PREFECT_API_URL"):
+        asyncio.run(check_server())
+    named = [name for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") if os.environ.get(name)]
+    yield Finding("servers", "ok", f"named: {', '.join(named)}" if named else "none are needed")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def params_of(root: Path, profile: str | None, changes: Changes) -> Params:
+    """The parameters as a run with these changes would have them. Raises UserError."""
+    check_params(root, profile)
+    if not profile and not changes:
+        return load_params(root)
+    top = read_yaml(root / PARAMS_FILE)
+    name = profile or str(top["profile"])
+    path = root / PROFILES_DIR / f"{name}.yaml"
+    stages = load_profile(path, changed_profile(read_yaml(path), changes, path) if changes else None)
+    return Params(int(top.get("seed", 1)), name, stages)
+
+
+def show(found: Sequence[Finding], console: Console) -> None:
+    table = Table("check", "", "result", "what to change", show_edge=False)
+    for item in found:
+        table.add_row(item.what, MARKS[item.state], item.detail, "" if item.state == "ok" else item.change)
+    console.print(table)
+
+
+def stop_early(params: Params, root: Path) -> None:
+    """Raises UserError with all that would stop the run; for a run's start, where data or model are the user's own."""
+    profile = params.stages
+    if profile.ingest.source == "embedded" and not profile.pretrain.base_model:
+        return
+    stops = [item for item in findings(params, root) if item.state == "stop"]
+    if stops:
+        raise UserError("; ".join(f"{item.what}: {item.detail}" + (f" → {item.change}" if item.change else "")
+                                  for item in stops[:3]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=program("flows.check"), description=(
+        "Looks for all that would stop a run later, before anything runs."))
+    parser.add_argument("--profile", help="a file of profiles/; without: that of params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="as of a run")
+    options = parser.parse_args()
+    imports_done()
+    root = Path.cwd()
+    with one_line("check"):
+        changes = Changes(stages=changed_by(assigned(options.set)))
+        params = params_of(root, options.profile or None, changes)
+        found = list(findings(params, root))
+        show(found, Console(highlight=False))
+        stops = sum(item.state == "stop" for item in found)
+    if stops:
+        print(f"check: {stops} finding{'s' if stops > 1 else ''} would stop the run", file=sys.stderr)
+        raise SystemExit(2)
+    chosen = f" --profile {options.profile}" if options.profile else ""
+    print(f"Nothing would stop the run. Next: instructflow run{chosen}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Writes a profile and a source description for one's own model and data.
+
+    python -m mlops.tools.init team --model gpt2 --pairs pairs.csv            # more with --help
+    python -m mlops.tools.init team --model gpt2 --public                     # public sets of the hub
+
+It reads the files' columns and a model's configuration, never all of the data; `instructflow check` looks further.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from mlops import program
+from mlops.config.loader import PROFILE_NAME, PROFILES_DIR, SOURCES_DIR
+from mlops.config.sources import load_source
+from rlhf.curation.preview import Look, look_at
+from rlhf.curation.sources.map_rows import row_of
+from rlhf.curation.sources.read import files_of, read_entry
+from rlhf.curation.sources.spec import Entry, Source
+from rlhf.errors import UserError, one_line
+from rlhf.files import write_atomic
+
+# What columns are usually called: field → names, the likeliest first.
+USUAL = {
+    "prompt": ("prompt", "question", "instruction", "query", "input", "user", "request"),
+    "chosen": ("chosen", "preferred", "better", "winner", "accepted", "good", "response_chosen", "answer_chosen"),
+    "rejected": ("rejected", "dispreferred", "worse", "loser", "bad", "response_rejected", "answer_rejected"),
+    "completion": ("completion", "response", "answer", "output", "reply", "demonstration"),
+    "messages": ("messages", "conversations", "conversation"),
+    "text": ("text", "content", "document"),
+    "user_id": ("user_id", "user", "annotator", "author"),
+}
+WANTED = {"pairs": ("prompt", "chosen", "rejected"), "demonstrations": ("prompt", "completion"), "prompts": ("prompt",),
+          "text": ("text",)}
+SMALL, LARGE = 80e6, 800e6  # parameters: where the rates change
+SHARE_THAT_FITS = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the user named: the model, files by what they hold, columns by field."""
+
+    name: str
+    model: str
+    files: Mapping[str, str]
+    columns: Mapping[str, str]
+    public: bool
+    gpu: bool
+
+
+# --- the source description -------------------------------------------------------------------------------------------
+
+
+def columns_in(file: str, folder: Path) -> list[str]:
+    """The columns of the file's first row. Raises UserError for a file without one."""
+    entry = Entry(files=file)
+    for _, _, rows in read_entry(entry, folder):
+        for row in rows:
+            try:
+                found = row_of(row, entry)
+            except ValueError as error:
+                raise UserError(f"{file}: its first row: {error}") from None
+            if found is not None:
+                return [str(name) for name in found]
+    raise UserError(f"{file}: has no rows")
+
+
+def mapped(fields: Sequence[str], there: Sequence[str], given: Mapping[str, str], file: str) -> dict[str, str]:
+    """field → column, by what the user said, else by its usual names. Raises UserError where one is not found."""
+    found = {}
+    lower = {name.lower(): name for name in reversed(there)}
+    for field in fields:
+        if field in given:
+            if given[field].split(".")[0] not in there:
+                raise UserError(f"{file}: has no column {given[field]} for {field}; columns: {', '.join(there)}")
+            found[field] = given[field]
+            continue
+        usual = next((lower[name] for name in USUAL[field] if name in lower), None)
+        if usual is None:
+            raise UserError(f"{file}: which column is the {field}? Say --columns {field}=NAME; columns: "
+                            f"{', '.join(there)}")
+        found[field] = usual
+    return found
+
+
+def entries_of(given: Given, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """role → entries of the description. Pairs alone give all three roles: their better answers are the demonstrations,
+    their prompts PPO's. Raises UserError."""
+    def entry(kind: str, fields: Sequence[str], rename: Mapping[str, str] = {}) -> dict[str, Any]:
+        file = given.files[kind]
+        there = columns_in(file, folder)
+        columns = mapped(_fields(kind, fields, there, given), there, given.columns, file)
+        return {"files": file, "columns": {rename.get(field, field): column for field, column in columns.items()}}
+
+    roles: dict[str, list[dict[str, Any]]] = {}
+    pairs = entry("pairs", WANTED["pairs"])
+    roles["sft"] = [entry("demonstrations", WANTED["demonstrations"])] if "demonstrations" in given.files else [
+        {"files": pairs["files"], "columns": _better(pairs["columns"])}]
+    roles["rm"] = [pairs]
+    roles["ppo"] = [entry("prompts", WANTED["prompts"])] if "prompts" in given.files else [
+        {"files": pairs["files"], "columns": _only_prompt(pairs["columns"])}]
+    if "text" in given.files:
+        roles["corpus"] = [entry("text", WANTED["text"])]
+    return roles
+
+
+def _fields(kind: str, fields: Sequence[str], there: Sequence[str], given: Given) -> list[str]:
+    """The fields to map: `messages` in the place of prompt and completion where only that is there."""
+    lower = {name.lower() for name in there}
+    has = {field: field in given.columns or bool(lower & set(USUAL[field])) for field in (*fields, "messages")}
+    if kind in ("demonstrations", "prompts") and not has["prompt"] and has["messages"]:
+        return ["messages"]
+    if kind == "pairs" and not has["prompt"] and has["chosen"] and has["rejected"]:
+        return ["chosen", "rejected"]
+    return list(fields)
+
+
+def _better(pairs: Mapping[str, str]) -> dict[str, str]:
+    """The columns of demonstrations from those of pairs."""
+    return {"prompt": pairs["prompt"], "completion": pairs["chosen"]} if "prompt" in pairs else {
+        "messages": pairs["chosen"]}
+
+
+def _only_prompt(pairs: Mapping[str, str]) -> dict[str, str]:
+    return {"prompt": pairs["prompt"]} if "prompt" in pairs else {"messages": pairs["chosen"]}
+
+
+def description(given: Given, roles: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The text of profiles/sources/NAME.yaml."""
+    said = {"sft": "demonstrations, for SFT", "rm": "comparisons, for the reward model", "ppo": "prompts, for PPO",
+            "corpus": "pretraining text, for the mix of SFT and PPO-ptx"}
+    lines = ["# yaml-language-server: $schema=../schemas/source.json",
+             "# Where the data come from; docs/sources.md has every key. Look at what becomes of the rows:",
+             f"#   python -m tasks.ingest --source profiles/sources/{given.name}.yaml --preview 3"]
+    for role, entries in roles.items():
+        note = said[role]
+        if role == "sft" and "demonstrations" not in given.files:
+            note = "demonstrations, for SFT: the better answers of the pairs, for want of others"
+        text = yaml.safe_dump({role: entries}, sort_keys=False, allow_unicode=True, width=110).rstrip("\n")
+        lines += [f"{role}:  # {note}", *text.splitlines()[1:]]
+    lines += ["rules:", "  valid_share: 0.2  # of the users' (or prompts') rows: held out for every measure"]
+    return "\n".join(lines) + "\n"
+
+
+# --- the profile ------------------------------------------------------------------------------------------------------
+
+
+def lengths(codec: Any, looks: Mapping[str, Look]) -> dict[str, int]:
+    """Tokens that 95 % of the rows do not exceed: prompt, answer, whole, rounded up to multiples of 16."""
+    def high(counts: Sequence[int]) -> int:
+        value = sorted(counts)[min(len(counts) - 1, int(SHARE_THAT_FITS * len(counts)))]
+        return max(16, -(-value // 16) * 16)
+
+    rows = looks["rm"].kept
+    prompts = [len(ids) for ids in codec.prompts([row["prompt"] for row in rows])]
+    answers = iter(codec.completions([text for row in rows for text in row["completions"]]))
+    longest = [max(len(next(answers)) for _ in row["completions"]) for row in rows]
+    asked = [len(ids) for ids in codec.prompts([row["prompt"] for row in looks["ppo"].kept])]
+    shown = looks["sft"].kept
+    demonstrated = zip(codec.prompts([row["prompt"] for row in shown]),
+                       codec.completions([row["completion"] for row in shown]), strict=True)
+    return {"prompt": high(asked), "answer": high(longest),
+            "rm": high([sum(pair) for pair in zip(prompts, longest, strict=True)]),
+            "sft": high([len(prompt) + len(completion) for prompt, completion in demonstrated])}
+
+
+def profile(given: Given, size: float, context: int, tokens: Mapping[str, int]) -> str:
+    """The text of profiles/NAME.yaml, with the comments that matter. `tokens`: what `lengths` gives."""
+    answer = min(tokens["answer"], context // 2)
+    prompt = min(tokens["prompt"], context - answer)
+    small, large = size < SMALL, size > LARGE
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.get_template("profile.yaml.j2").render(
+        name=given.name, model=given.model, public=given.public, gpu=given.gpu,
+        sft_lr="3.0e-4" if small else "1.0e-5", rm_lr="1.0e-4" if small else "9.0e-6",
+        ppo_lr="5.0e-5" if small else "5.0e-7" if large else "1.0e-6", value_lr="1.0e-4" if small else "5.0e-6",
+        sft_tokens=min(tokens["sft"], context), rm_tokens=min(tokens["rm"], context), prompt_tokens=prompt,
+        answer_tokens=answer)
+
+
+def base(model: str, root: Path) -> tuple[Any, int, int]:
+    """(codec, positions, parameters) of the model. Raises UserError where it cannot be read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf.model.chat_format import codec_with_pad
+
+    folder = str(root / model) if (root / model).is_dir() else model
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        codec = codec_with_pad(folder)
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {model}: cannot be loaded: {first[:300]}") from None
+    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    return codec, context, size
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def relative(path: str, folder: Path) -> str:
+    """A path as a description in `folder` names it: relative inside the checkout, else absolute."""
+    target = Path(os.path.abspath(path))
+    inside = target.is_relative_to(folder.parents[1].resolve())
+    return os.path.relpath(target, folder) if inside else str(target)
+
+
+def ask(question: str, default: str, silent: bool) -> str:
+    """The user's answer; the default where nobody is there to answer."""
+    if silent or not sys.stdin.isatty():
+        return default
+    shown = f" [{default}]" if default else ""
+    return input(f"{question}{shown}: ").strip() or default
+
+
+def given_by(options: argparse.Namespace, folder: Path) -> Given:
+    """What the user said or answers. Raises UserError for what is missing."""
+    silent = options.yes
+    model = options.model or ask("Base model: a folder or a Hugging Face name", "", silent)
+    if not model:
+        raise UserError("--model is needed: a folder with a Hugging Face model, or a name of the hub")
+    files = {kind: getattr(options, kind) for kind in WANTED if getattr(options, kind)}
+    if not options.public and "pairs" not in files:
+        pairs = ask("File with comparisons (prompt, chosen, rejected), or `public` for public sets", "", silent)
+        if not pairs:
+            raise UserError("--pairs FILE is needed (comparisons: prompt, chosen, rejected), or --public")
+        options.public = pairs == "public"
+        files |= {} if options.public else {"pairs": pairs}
+    columns = {}
+    for text in options.columns:
+        for part in text.split(","):
+            field, equals, column = part.partition("=")
+            if not equals or field.strip() not in USUAL:
+                raise UserError(f"--columns {text}: must be FIELD=COLUMN; fields: {', '.join(USUAL)}")
+            columns[field.strip()] = column.strip()
+    for kind, file in files.items():
+        if not files_of(Entry(files=os.path.abspath(file)), Path("/")):
+            raise UserError(f"--{kind} {file}: no such file")
+    import torch
+
+    gpu = options.device == "gpu" or (options.device == "auto" and torch.cuda.is_available())
+    return Given(options.name, os.path.abspath(model) if Path(model).is_dir() else model,
+                 {kind: relative(file, folder) for kind, file in files.items()}, columns, options.public, gpu)
+
+
+def write(options: argparse.Namespace, root: Path) -> None:
+    """Writes both files and says what to do next. Raises UserError."""
+    if not PROFILE_NAME.fullmatch(options.name):
+        raise UserError(f"{options.name}: a profile's name has letters, digits, _, . and -")
+    folder = root / PROFILES_DIR / SOURCES_DIR
+    target, spec = root / PROFILES_DIR / f"{options.name}.yaml", folder / f"{options.name}.yaml"
+    if not options.force and (taken := [path for path in (target, spec) if path.exists()]):
+        raise UserError(f"{taken[0].relative_to(root)}: exists already; another name, or --force")
+    given = given_by(options, folder)
+    if given.public:
+        codec, context, size = base(given.model, root)
+        tokens = {"prompt": 512, "answer": 256, "rm": 768, "sft": 768}
+    else:
+        text = description(given, entries_of(given, folder))
+        probe = folder / f".{options.name}.init.yaml"
+        write_atomic(probe, text.encode())
+        try:
+            source = load_source(probe)
+            assert isinstance(source, Source)
+            looks = look_at(source, folder, 1)
+        finally:
+            probe.unlink(missing_ok=True)
+        for role, look in looks.items():
+            if look.refused:
+                raise UserError(f"{getattr(source, role)[0].files}: {look.refused}")
+        codec, context, size = base(given.model, root)
+        tokens = lengths(codec, looks)
+        write_atomic(spec, text.encode())
+        print(f"{spec.relative_to(root)}: " + ", ".join(f"{role} {len(look.kept):,} of the first {look.read:,} rows"
+                                                        for role, look in looks.items()))
+        for role in ("sft", "rm", "ppo"):
+            for entry in getattr(source, role):
+                print(f"  {role}: " + ", ".join(f"{field} = {column}" for field, column in entry.columns.items()))
+    write_atomic(target, profile(given, size, context, tokens).encode())
+    print(f"{target.relative_to(root)}: {given.model}, {size / 1e6:,.1f}M parameters, {context:,} positions; 95 % of "
+          f"the prompts have up to {tokens['prompt']} tokens, of the answers up to {tokens['answer']}")
+    print(f"Next: instructflow check --profile {options.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=program("mlops.tools.init"), description=(
+        "Writes a profile and a source description for your own model and data."), epilog=(
+        "Columns are found by their usual names; --columns prompt=ask,chosen=good says others."))
+    parser.add_argument("name", help="of the profile, profiles/NAME.yaml")
+    parser.add_argument("--model", help="a folder with a Hugging Face model, or a name of the hub")
+    parser.add_argument("--pairs", metavar="FILE", help="comparisons: prompt, chosen, rejected (CSV, JSON Lines, ...)")
+    parser.add_argument("--demonstrations", metavar="FILE", help="prompt and completion, for SFT; without: the better "
+                                                                 "answers of the pairs")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts for PPO; without: those of the pairs")
+    parser.add_argument("--text", metavar="FILE", help="pretraining text, for SFT's mix and PPO-ptx")
+    parser.add_argument("--public", action="store_true", help="public sets of the Hugging Face hub instead of files")
+    parser.add_argument("--columns", action="append", default=[], metavar="FIELD=COLUMN,...",
+                        help=f"what your columns are called; fields: {', '.join(USUAL)}")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="what it will run on")
+    parser.add_argument("--yes", action="store_true", help="ask nothing: what is missing is an error")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier init")
+    options = parser.parse_args()
+    with one_line("init"):
+        write(options, Path.cwd())
+
+
+if __name__ == "__main__":
+    main()
