@@ -31,7 +31,7 @@ from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, SOURCES_DIR, Params, 
 from mlops.config.sources import load_source
 from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
-from rlhf.errors import UserError, one_line
+from rlhf.errors import UserError, first_line, one_line
 from rlhf.params import Profile
 
 State = Literal["ok", "warn", "stop"]
@@ -131,22 +131,23 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlhf.model.chat_format import ChatFormatError, codec_with_pad
+    from rlhf.model.folders import check_folder
 
     folder = str(root / name) if (root / name).is_dir() else name
     try:
-        config = AutoConfig.from_pretrained(folder)
+        check_folder(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         codec = codec_with_pad(folder, datetime.date.fromisoformat(profile.pretrain.template_date))
         import torch
 
         with torch.device("meta"):
-            size = AutoModelForCausalLM.from_config(config).num_parameters()
+            size = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     except UserError as error:
         said = "" if isinstance(error, ChatFormatError) else "cannot be used: "
         yield Finding("base model", "stop", f"{name}: {said}{error}", "another pretrain.base_model")
         return
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        yield Finding("base model", "stop", f"{name}: cannot be loaded: {first[:200]}",
+    except Exception as error:  # whatever a foreign configuration makes transformers raise
+        yield Finding("base model", "stop", f"{name}: cannot be loaded: {first_line(error)[:200]}",
                       "pretrain.base_model: a folder with config.json, tokenizer and safetensors, or a hub name")
         return
     folder_path = Path(folder)

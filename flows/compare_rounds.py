@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import flows.environment  # noqa: F401
-from flows.process import continue_in_own_group
+from flows.process import continue_in_own_group, work_begins
 from flows.server import start_server, wait_for_server
 
 if __name__ == "__main__":  # the server starts while this process goes on with its own imports
@@ -126,6 +126,7 @@ def main() -> None:
     show_bars()
     root = Path.cwd()
     with one_line("compare_rounds"):
+        work_begins()
         wait_for_server()
         results = asyncio.run(compare(options.seeds, options.arms, options.count, root))
     if not options.only_run:

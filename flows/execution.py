@@ -32,7 +32,7 @@ from prefect.states import Cancelled, Crashed
 
 from flows.artifacts import best_effort, findings_of, show_findings
 from flows.preflight import check_checkout, check_server
-from flows.process import run_lines
+from flows.process import run_lines, work_begins
 from flows.remote import delegated_task
 from flows.server import server_lasts, wait_for_server
 from flows.stages import ON_GPU, StageFailed, stage_task, training_slot
@@ -214,6 +214,7 @@ def run_to_end(start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(no_crash)
     try:
+        work_begins()
         wait_for_server()
         if server_lasts():
             asyncio.run(check_server())

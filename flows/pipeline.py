@@ -155,7 +155,8 @@ async def make_summary(root: Path, run_name: str, results: list[StageResult]) ->
 def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:
     """Where to look next: (what, where)."""
     tracker = without_secrets(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    mlflow = tracker if tracker.startswith("http") else "`mlflow ui`, then http://127.0.0.1:5000"
+    store = f" --backend-store-uri {tracker}" if tracker else ""
+    mlflow = tracker if tracker.startswith("http") else f"`mlflow ui{store}`, then http://127.0.0.1:5000"
     if uploaded.get("parent_run_id"):
         mlflow += f"/#/experiments/{uploaded['experiment_id']}/runs/{uploaded['parent_run_id']}"
     prefect = PREFECT_UI_URL.value() if server_lasts() else "`prefect server start`, then http://127.0.0.1:4200"

@@ -37,10 +37,16 @@ def continue_in_own_group() -> None:
     if pid == 0:
         os.setpgid(0, 0)
         die_with_parent(parent)
+        signal.signal(signal.SIGINT, _stop_before_work)
         threading.Thread(target=insist_without, args=(parent,), daemon=True).start()
         return
 
+    passed: list[int] = []
+
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and passed:
+            return  # an impatient second Ctrl-C would break off what the first has begun: saving and telling the server
+        passed.append(number)
         os.kill(pid, number if number == signal.SIGINT else signal.SIGTERM)
         signal.alarm(AGAIN_SECONDS)
 
@@ -50,6 +56,18 @@ def continue_in_own_group() -> None:
             signal.signal(number, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def _stop_before_work(_number: int, _frame: FrameType | None) -> None:
+    """Ctrl-C while the command still imports: one line, and no traceback of whatever module it was in."""
+    os.write(2, b"stopped before anything ran\n")
+    os._exit(130)
+
+
+def work_begins() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, which the command handles."""
+    if signal.getsignal(signal.SIGINT) is _stop_before_work:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def insist_without(parent: int) -> None:

@@ -1,5 +1,6 @@
 """One stage of dvc.yaml as a Prefect task: `await stage_task("sft")("sft", root, run_name)` runs it by DVC."""
 
+import asyncio
 import json
 import logging
 import os
@@ -29,9 +30,11 @@ from flows.process import run_lines
 from flows.server import server_lasts
 from flows.summary import StageResult
 from flows.workspaces import tracking_of
+from mlops.config import record
 from mlops.config.loader import load_params
+from mlops.config.stage_graph import PIN, declared_stages, paths
 from mlops.tracking.own_store import champion_lost
-from rlhf.errors import FULL, without_secrets
+from rlhf.errors import FULL, UserError, without_secrets
 from rlhf.files import write_json
 
 ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
@@ -98,7 +101,20 @@ async def repro(stage: str, root: Path, run_name: str) -> StageResult | State[An
     if code:
         failure = disk_full(stage, root, output) or read_failure(stage, code, output)
         return Failed(message=str(failure), data=failure)  # returned, not raised: Prefect would print a traceback
-    return StageResult(stage, time.monotonic() - start, how_it_went(output))
+    how = how_it_went(output)
+    if how == "from cache":
+        try:
+            await asyncio.to_thread(check_restored, stage, root)
+        except UserError as error:
+            return Failed(message=str(error), data=error)
+    return StageResult(stage, time.monotonic() - start, how)
+
+
+def check_restored(stage: str, root: Path) -> None:
+    """Raises UserError where DVC has restored other bytes than dvc.lock or data.dvc record: it does not read what it
+    restores, and no later stage may read this output."""
+    outs = ["data"] if stage == PIN else paths(declared_stages(root)[stage].get("outs", []))
+    record.check(root, outs)
 
 
 @asynccontextmanager

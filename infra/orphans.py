@@ -18,22 +18,22 @@ KILL_SECONDS = 5.0
 
 def end(supervisor: str, *programs: str) -> list[int]:
     """TERM to every process of these programs but this one, KILL to those that stay; returns those there were."""
-    orphans = _members(supervisor, programs)
+    orphans = members(supervisor, *programs)
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
-        for pid in _members(supervisor, programs):
+        for pid in members(supervisor, *programs):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
         deadline = time.monotonic() + seconds
-        while (left := _members(supervisor, programs)) and time.monotonic() < deadline:
+        while (left := members(supervisor, *programs)) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not left:
             break
     return orphans
 
 
-def _members(supervisor: str, programs: tuple[str, ...]) -> list[int]:
+def members(supervisor: str, *programs: str) -> list[int]:
     """The living processes of these programs, this one aside; a zombie has no environment."""
     names = {f"SUPERVISOR_PROCESS_NAME={program}".encode() for program in programs}
     pids = []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import flows.environment  # noqa: F401
 from infra.required import require, require_database, require_secret
+from mlops.tracking.own_store import with_driver
 
 REQUIRED = {
     "MLFLOW_BACKEND_STORE_URI": "the database, postgresql://USER:PASSWORD@HOST/NAME",
@@ -35,7 +36,8 @@ def command(environment: dict[str, str], options: list[str], folder: Path) -> tu
         require_secret("serve_mlflow", name, environment[name])
     require_database("serve_mlflow", "MLFLOW_BACKEND_STORE_URI", environment["MLFLOW_BACKEND_STORE_URI"])
     config = configparser.ConfigParser(interpolation=None)
-    users = environment.get("MLFLOW_AUTH_DATABASE_URI", environment["MLFLOW_BACKEND_STORE_URI"])
+    store = with_driver(environment["MLFLOW_BACKEND_STORE_URI"])
+    users = with_driver(environment.get("MLFLOW_AUTH_DATABASE_URI", store))
     config["mlflow"] = {"default_permission": "READ", "database_uri": users,
                         "admin_username": environment.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin"),
                         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth"}
@@ -48,7 +50,8 @@ def command(environment: dict[str, str], options: list[str], folder: Path) -> tu
             arguments += [name, value]
     mlflow = str(Path(sys.executable).with_name("mlflow"))
     return [mlflow, "server", "--app-name", "basic-auth", *arguments], {
-        **environment, "MLFLOW_AUTH_CONFIG_PATH": str(path), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **environment, "MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_AUTH_CONFIG_PATH": str(path),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"}
 
 

@@ -29,6 +29,8 @@ import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
+
 import flows.environment  # noqa: F401
 
 # isort: split
@@ -37,7 +39,7 @@ from flows.preflight import check_checkout
 from infra import orphans
 from infra.serve_local import HOST, link
 from infra.setup import HEARTBEAT_SECONDS, LEASES
-from mlops.tracking.own_store import own_store
+from mlops.tracking.own_store import keep_private, own_store
 from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
 
@@ -133,6 +135,7 @@ class Servers:
         self.folder.chmod(0o700)
         if self.running():
             return self.links()
+        keep_private(self.root)
         self._end_orphans()  # before ports are chosen: they may hold them
         links = Links(f"http://{HOST}:{_port('INSTRUCTFLOW_PREFECT_PORT', 4200)}",
                       f"http://{HOST}:{_port('INSTRUCTFLOW_MLFLOW_PORT', 5000)}")
@@ -183,6 +186,11 @@ class Servers:
     def _end_orphans(self) -> bool:
         """Ends servers' processes that no supervisord knows any more; workers' are left alone, they may be runs."""
         return bool(orphans.end(f"unix://{_socket(self.folder)}", "prefect", "mlflow", "labels"))
+
+    def workers_left(self) -> list[int]:
+        """Processes of workers whose supervisord was killed: first of each, its own children aside."""
+        found = orphans.members(f"unix://{_socket(self.folder)}", "worker-cpu", "worker-gpu")
+        return [pid for pid in found if psutil.Process(pid).ppid() not in found]
 
     def _control(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(BIN / "supervisorctl"), "-c", str(self.config), *command], capture_output=True,
@@ -361,6 +369,8 @@ def main() -> None:
             up(servers, not options.detach)
         elif options.command == "down":
             print("stopped" if servers.down() else "not running")
+            for pid in servers.workers_left():
+                print(f"a worker still runs (process {pid}), perhaps with a run: `kill {pid}` ends both")
         elif options.command == "status":
             print(servers.status())
         elif not servers.running():

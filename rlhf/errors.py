@@ -54,6 +54,13 @@ class TrainingFailed(Exception):
     """Raised by a trainer that diverged (not a number, KL or entropy out of bounds), after it saved its state."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, with the second where it only announces that; its kind where it says
+    nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+
+
 # --- the disk -------------------------------------------------------------------------------------------------------
 
 FULL = re.compile(r"no space left on device|disk quota exceeded|database or disk is full|\(os error 28\)|errno 28\b"

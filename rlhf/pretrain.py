@@ -13,7 +13,7 @@ from rlhf.data.batching import pack_documents
 from rlhf.data.corpus import corpus_texts, held_out_count
 from rlhf.data.packing import document_positions
 from rlhf.data.token_store import Column, TokenStore, chunks, only
-from rlhf.errors import UserError
+from rlhf.errors import UserError, disk_problem, first_line
 from rlhf.files import is_writer
 from rlhf.losses import completion_loss
 from rlhf.model.chat_format import ChatFormatError, PromptCodec, codec_with_pad
@@ -160,12 +160,14 @@ def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
     try:
         codec = codec_with_pad(name, date.fromisoformat(params.template_date))
         model = load_policy(name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        said = first if isinstance(error, ChatFormatError) else f"cannot be loaded: {first}"
-        raise UserError(f"pretrain.base_model = {name!r}: {said}") from None
+    except ChatFormatError as error:
+        raise UserError(f"pretrain.base_model = {name!r}: {error}") from None
     except UserError as error:
         raise UserError(f"pretrain.base_model: {error}") from None
+    except Exception as error:  # whatever a foreign tokenizer or template makes transformers raise
+        if disk_problem(error, folder):
+            raise
+        raise UserError(f"pretrain.base_model = {name!r}: cannot be loaded: {first_line(error)}") from None
     tokenizer, known = codec.tokenizer, model.get_input_embeddings().num_embeddings
     check_vocabulary(model, tokenizer, f"pretrain.base_model = {name!r}")
     named = [check_untrained(model, tokenizer, name)]

@@ -99,8 +99,10 @@ def config_hash(name: str, params: Params, root: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_resolved(params: Params, root: Path) -> None:
-    """Raises UserError where DVC compared other parameters than the profile's: with --single-item it does not look."""
+def check_inputs(name: str, params: Params, root: Path) -> None:
+    """Raises UserError where what the stage reads is not as recorded, and where DVC compared other parameters than the
+    profile's: with --single-item it does not see that."""
+    record.check(root, declared_stages(root)[name].get("deps", []))
     if (root / PARAMETERS).exists() and not is_resolved(params.stages, root / PARAMETERS):
         raise UserError(f"{PARAMETERS}: is not of {PROFILES_DIR}/{params.profile}.yaml as it is now; run "
                         "`dvc repro parameters` first")
@@ -144,8 +146,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         if is_writer():
             link_inputs(name, params, root)
         if os.environ.get("DVC_STAGE"):  # set by DVC, which has just recorded or restored what this stage reads
-            check_resolved(params, root)
-            record.check(root, declared_stages(root)[name].get("deps", []))
+            check_inputs(name, params, root)
         scratch = root / "scratch" / name / config_hash(name, params, root)
         if args.status:
             print(status(name, scratch), flush=True)

@@ -24,7 +24,7 @@ from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.map_rows import row_of
 from rlhf.curation.sources.read import files_of, read_entry
 from rlhf.curation.sources.spec import Entry, Source
-from rlhf.errors import UserError, one_line
+from rlhf.errors import UserError, first_line, one_line
 from rlhf.files import write_atomic
 
 # What columns are usually called: field → names, the likeliest first.
@@ -192,16 +192,19 @@ def base(model: str, root: Path) -> tuple[Any, int, int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlhf.model.chat_format import codec_with_pad
+    from rlhf.model.folders import check_folder
 
     folder = str(root / model) if (root / model).is_dir() else model
     try:
-        config = AutoConfig.from_pretrained(folder)
+        check_folder(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         codec = codec_with_pad(folder)
         with torch.device("meta"):
-            size = AutoModelForCausalLM.from_config(config).num_parameters()
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {model}: cannot be loaded: {first[:300]}") from None
+            size = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    except UserError as error:
+        raise UserError(f"--model {model}: {error}") from None
+    except Exception as error:  # whatever a foreign configuration makes transformers raise
+        raise UserError(f"--model {model}: cannot be loaded: {first_line(error)[:300]}") from None
     context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
     return codec, context, size
 

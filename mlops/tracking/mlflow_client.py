@@ -33,7 +33,7 @@ from mlops.config.loader import load_params
 from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.tracking.credentials import move_logins
-from mlops.tracking.own_store import artifacts_beside, own_store
+from mlops.tracking.own_store import artifacts_beside, keep_private, own_store, with_driver
 from mlops.tracking.proxies import ask_loopback_directly
 from mlops.tracking.revision import COMMIT, revision
 from mlops.tracking.upload_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
@@ -58,7 +58,10 @@ def tracking_uri(root: Path) -> str:
     """Where everything goes: MLFLOW_TRACKING_URI, without its login, or mlflow.db in the checkout."""
     move_logins(os.environ)
     ask_loopback_directly(os.environ)
-    return os.environ.get("MLFLOW_TRACKING_URI") or own_store(root)
+    if named := os.environ.get("MLFLOW_TRACKING_URI"):
+        return with_driver(named)
+    keep_private(root)
+    return own_store(root)
 
 
 def experiment_id(client: MlflowClient, root: Path) -> str:

@@ -19,6 +19,23 @@ def own_store(root: Path) -> str:
     return f"{_FILE}{quote(str(path))}?uri=true" if "?" in str(path) else f"sqlite:///{path}"
 
 
+def with_driver(uri: str) -> str:
+    """A PostgreSQL address that names the driver that is installed; SQLAlchemy 2.0 would look for psycopg2."""
+    return f"postgresql+psycopg{uri.removeprefix('postgresql')}" if uri.startswith("postgresql://") else uri
+
+
+def keep_private(root: Path) -> None:
+    """Makes the checkout's database and artifacts their owner's alone, from the start or afterwards."""
+    try:
+        os.close(os.open(root / DATABASE, os.O_RDWR | os.O_CREAT, 0o600))
+        (root / ARTIFACTS).mkdir(mode=0o700, exist_ok=True)
+        for path, mode in ((root / DATABASE, 0o600), (root / ARTIFACTS, 0o700)):
+            if path.stat().st_mode & 0o077:
+                path.chmod(mode)
+    except OSError:
+        pass  # MLflow says what is wrong with it
+
+
 def damage(root: Path) -> str:
     """What is wrong with the checkout's database, where MLflow uses it, and what to do, in one line; empty if well."""
     path = root / DATABASE

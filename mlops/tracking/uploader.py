@@ -41,6 +41,7 @@ from rlhf.errors import UserError, without_secrets
 POLL_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_POLL_S", "1.5"))
 IDLE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_IDLE_S", "20"))
 PATIENCE_S = float(os.environ.get("INSTRUCTFLOW_UPLOADER_PATIENCE_S", "3600"))  # with a server that does not answer
+STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")  # of MLFLOW_TRACKING_URI
 OLD_NAMES = {"INSTRUCTFLOW_MIRROR": "INSTRUCTFLOW_UPLOADER", "INSTRUCTFLOW_LINE": "INSTRUCTFLOW_RUN_NAME"}
 LONGEST_BACKOFF_S = 30.0
 LOG = "uploader.log"  # in scratch/
@@ -51,7 +52,15 @@ NICE = 10
 
 
 def check_variables() -> None:
-    """Raises UserError where a variable is set by the name that it had before: it would be ignored without a word."""
+    """Raises UserError where a variable is set by the name that it had before, which would be ignored without a word,
+    and where MLFLOW_TRACKING_URI can be no store of MLflow's."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    scheme = uri.partition(":")[0].partition("+")[0] if ":" in uri else ""
+    if scheme and scheme not in STORES:
+        raise UserError(f"MLFLOW_TRACKING_URI = {uri}: MLflow has no store of that kind; it must begin with http://, "
+                        "https://, sqlite:/// or another of its databases")
+    if scheme == "sqlite" and "?" not in uri and not Path(uri.partition("///")[2]).parent.is_dir():
+        raise UserError(f"MLFLOW_TRACKING_URI = {uri}: no such folder")
     for name in sorted(os.environ):
         for old, new in OLD_NAMES.items():
             if name == old or name.startswith(f"{old}_"):

@@ -18,7 +18,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.data.prompts import ROLES, Message, Prompt
-from rlhf.errors import UserError
+from rlhf.errors import UserError, disk_problem, first_line
+from rlhf.model.folders import vocabulary_size
 from rlhf.model.tokenizer import OWN_TEMPLATE, give_pad, load_tokenizer
 
 BOS = "{{ bos_token }}"  # before it, where the tokenizer puts BOS before a text
@@ -444,7 +445,19 @@ class PromptCodec:
 
 def load_codec(folder: str | Path) -> PromptCodec:
     """The codec of a model folder (or hub name): its tokenizer, and the stop tokens of its generation_config.json."""
-    return PromptCodec(load_tokenizer(folder), stops_of(folder))
+    try:
+        codec = PromptCodec(load_tokenizer(folder), stops_of(folder))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged tokenizer makes transformers raise
+        if disk_problem(error, Path(folder)):
+            raise
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
+    rows = vocabulary_size(folder)
+    if rows and max(codec.pad_id, *codec.stop_ids) >= rows:
+        raise UserError(f"{folder}: its tokenizer's PAD or end token has no row among the model's {rows:,}: was "
+                        "tokenizer_config.json lost or changed?")
+    return codec
 
 
 def codec_with_pad(name: str | Path, day: date = DATE) -> PromptCodec:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, disk_problem, first_line
 from rlhf.files import is_writer
 from rlhf.model.device import device
+from rlhf.model.folders import check_folder
 from rlhf.model.forward import prepare
 from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
@@ -65,11 +65,17 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), **mo
     for tensors that are missing, of another shape, not finite, or of blocks that config.json does not count, and for a
     folder that cannot be read.
     """
+    check_folder(folder)
     try:
-        model, report = kind.from_pretrained(str(folder), **_loading(), **more)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{folder}: cannot be loaded: {lines[0] if lines else type(error).__name__}") from None
+        model, report = kind.from_pretrained(str(folder), ignore_mismatched_sizes=True, **_loading(), **more)
+    except Exception as error:  # whatever a foreign configuration makes transformers raise
+        if disk_problem(error, Path(folder)):
+            raise
+        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}") from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{folder}: is an adapter, not a model: merge it into its base (peft's merge_and_unload)")
+    if mismatched := sorted(str(item[0]) for item in report.get("mismatched_keys") or ()):
+        raise UserError(f"{folder}: {_named(mismatched)} of another shape than config.json says")
     missing = sorted(set(report["missing_keys"]) - new)
     if missing:
         hint = "; it is no reward model" if missing == ["score.weight"] else ""

@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.model.folders import check_folder
+
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 # For models without a template: a user's turn ends with a line break, every other with EOS.
 OWN_TEMPLATE = (
@@ -31,13 +33,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder (or hub name). Raises OSError, ValueError."""
+    """The tokenizer of a model folder (or hub name). A model's own code is never run. Raises OSError, ValueError, and
+    UserError for a damaged file."""
     path, name = Path(folder), str(folder)
     if name.startswith(("/", ".", "~")) and not path.is_dir():
         raise OSError("no such folder")
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         raise OSError("the folder holds no tokenizer (tokenizer.json)")
-    return AutoTokenizer.from_pretrained(str(folder))
+    check_folder(folder)
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def give_pad(tokenizer: PreTrainedTokenizerBase, taken: Iterable[int]) -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import fcntl
+import hashlib
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,7 @@ from flows.summary import Summary, clock
 from flows.terminal import BarHandler
 from mlops.config.stage_graph import pipeline_stages
 from rlhf.errors import UserError
-from tests.flows.checkout import INGEST, REPOSITORY, SFT_AND_PPO, Checkout, alive
+from tests.flows.checkout import FILES, INGEST, REPOSITORY, SFT_AND_PPO, Checkout, alive
 
 # --- order and cache ------------------------------------------------------------------------------------------------
 
@@ -182,8 +184,8 @@ def test_a_registry_that_lost_the_champion_gets_it_again(checkout: Checkout, mon
 
 
 def test_order_is_that_of_dvc_yaml() -> None:
-    assert pipeline_stages(REPOSITORY) == ["ingest", "data.dvc", "validate", "pretrain", "sft", "rm", "ppo@ppo",
-                                           "ppo@ppo_ptx", "evaluate", "promote"]
+    assert pipeline_stages(REPOSITORY) == ["parameters", "ingest", "data.dvc", "validate", "pretrain", "sft", "rm",
+                                           "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -279,6 +281,68 @@ def test_ctrl_c_and_kill_end_the_whole_tree(checkout: Checkout, number: signal.S
     if number == signal.SIGINT:  # somebody stopped it: that is no crash
         run, _, _ = asyncio.run(_recorded())
         assert (run.state_name, "Crash" in errors) == ("Cancelled", False)
+
+
+def test_an_impatient_second_ctrl_c_breaks_nothing_off(checkout: Checkout) -> None:
+    """It ended the telling of the first in tracebacks, and the run stayed a crash."""
+    pid = checkout.root / "sft.pid"
+    checkout.write("sft.sh", f"trap 'sleep 1; exit 1' TERM; echo $$ > {pid.name}; sleep 3600 & wait\n")
+    process = checkout.start_command_line()
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.1)
+        assert process.poll() is None
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
+    assert "Traceback" not in errors
+    run, _, _ = asyncio.run(_recorded())
+    assert run.state_name == "Cancelled"
+
+
+def test_ctrl_c_during_the_imports_is_one_line(checkout: Checkout) -> None:
+    process = checkout.start_command_line()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():  # the command forks, and both import on
+        assert process.poll() is None
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=600)
+    assert (process.returncode, "Traceback" in errors) == (130, False)
+    assert errors.splitlines()[-1].startswith("stopped")
+
+
+@pytest.mark.parametrize("file", ["models/sft", "models/ppo"])
+def test_what_dvc_restores_is_checked_also_where_no_stage_reads_it(checkout: Checkout, file: str) -> None:
+    """A rotten byte in the cache became the last model of a run that said Completed."""
+    checkout.write("dvc.yaml", FILES["dvc.yaml"].replace("cp models/sft models/ppo", "echo 2 > models/ppo"))
+    assert isinstance(checkout.run(), Summary)
+    restored = checkout.root / file
+    digest = hashlib.md5(restored.read_bytes()).hexdigest()
+    cached = checkout.root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
+    cached.chmod(0o644)
+    cached.write_bytes(b"rot\n")
+    cached.chmod(0o444)  # as DVC keeps what it trusts
+    for path in (checkout.root / "models").iterdir():
+        path.unlink()
+    error = checkout.run()
+    assert isinstance(error, UserError)
+    assert re.search(rf"^{file}: its bytes are not those that dvc.lock records: DVC's cache is damaged", str(error))
+
+
+@pytest.mark.parametrize(("uri", "said"), [
+    ("ftp://x", "MLflow has no store of that kind"), ("sqlite:////no such folder/x.db", "no such folder"),
+    ("ftp://ada:secret@x", "ftp://…@x: MLflow has no store"),
+])
+def test_a_store_that_cannot_be_is_said_at_once(checkout: Checkout, monkeypatch: pytest.MonkeyPatch, uri: str,
+                                                said: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    error = checkout.run()
+    assert isinstance(error, UserError)
+    assert said in str(error)
+    assert checkout.order() == []
 
 
 def test_does_not_wait_for_a_detached_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 import yaml
 from docker.utils.build import exclude_paths
 
@@ -171,6 +172,19 @@ def test_mlflow_with_a_weak_secret_does_not_start(name: str, value: str, said: s
         command(environment, [], tmp_path)
     assert value not in str(stopped.value)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("users", ["", "postgresql://me:8f0c2e6d4b1a97@db/users"])
+def test_mlflows_databases_name_a_driver_that_is_installed(tmp_path: Path, users: str) -> None:
+    """SQLAlchemy 2.0 takes postgresql:// for psycopg2, which is not: MLflow's server ended in a traceback."""
+    environment = {**{known: f"the-{known.lower()}" for known in REQUIRED},
+                   "MLFLOW_BACKEND_STORE_URI": "postgresql://me:8f0c2e6d4b1a97@db/mlflow"}
+    _, passed = command(environment | ({"MLFLOW_AUTH_DATABASE_URI": users} if users else {}), [], tmp_path)
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(passed["MLFLOW_AUTH_CONFIG_PATH"])
+    addresses = [passed["MLFLOW_BACKEND_STORE_URI"], settings["mlflow"]["database_uri"]]
+    assert [sqlalchemy.create_engine(address).url.database for address in addresses] == [
+        "mlflow", "users" if users else "mlflow"]
 
 
 GIVEN = {"PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg://me:8f0c2e6d4b1a97@db/prefect",

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
-from mlops.tracking.mlflow_client import experiment_id
+from mlops.tracking.mlflow_client import experiment_id, tracking_uri
 from mlops.tracking.own_store import artifacts_beside, champion_lost, damage, own_store
 
 NAMES = ("plain", "50%", "a?b", "[1]", "$x", "two  spaces", "it's", "\u00fc\u00e9 \U0001f600", "#a;b&c", "a%20b")
@@ -22,6 +22,19 @@ def test_database_and_artifacts_lie_in_the_checkout(tmp_path: Path, name: str) -
     location = artifacts_beside(own_store(root))
     assert location is not None
     assert Path(unquote(urlsplit(location).path)) == root / "mlartifacts"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_database_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """A run without servers made it with the account's umask, and `make ui` left it so."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if before:
+        (tmp_path / "mlflow.db").touch(0o644)
+        (tmp_path / "mlartifacts").mkdir(0o755)
+    uri = tracking_uri(tmp_path)
+    MlflowClient(tracking_uri=uri).create_experiment("e")
+    assert oct((tmp_path / "mlflow.db").stat().st_mode & 0o777) == "0o600"
+    assert oct((tmp_path / "mlartifacts").stat().st_mode & 0o777) == "0o700"
 
 
 def test_a_run_is_stored_and_read_back_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
