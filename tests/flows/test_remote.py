@@ -70,6 +70,7 @@ def test_a_stage_s_inputs(controller: Checkout) -> None:
     assert inputs_of("sft", controller.root) == ["data/sft.jsonl"]
     assert inputs_of("ppo", controller.root) == ["models/sft"]
     assert inputs_of("ppo@ppo_ptx", REPOSITORY) == [
+        "build/parameters.yaml",
         "data/ppo.jsonl", "data/corpus.jsonl", "data/source.json", "models/sft", "models/rm"]
     assert [name for name in inputs_of("evaluate", REPOSITORY) if "policies" in name] == [
         "models/policies/ppo", "models/policies/ppo_ptx", "metrics/policies/ppo.csv", "metrics/policies/ppo_ptx.csv"]
