@@ -37,7 +37,8 @@ from mlops.tracking.own_store import champion_lost
 from rlhf.errors import FULL, UserError, without_secrets
 from rlhf.files import write_json
 
-ON_GPU = frozenset({"pretrain", "sft", "rm", "ppo", "evaluate", "promote", "round_collect", "round_rm", "round_ppo",
+ON_GPU = frozenset({"pretrain", "sft", "rm", "judge", "ppo", "evaluate", "promote", "round_collect", "round_rm",
+                    "round_ppo",
                     "round_scores"})
 TRAINING_LIMIT = "training"  # Prefect's global concurrency limit: trainings at once on this server's machines
 RETRY_DELAYS = [10.0, 60.0, 300.0]

@@ -175,6 +175,14 @@ class RmParams:
 
 
 @dataclass(frozen=True)
+class JudgeParams:
+    """An independent judge for own data: a second reward model on comparisons that the first never sees."""
+
+    share: float = param(0.0, "share of the training comparisons that train the judge instead of the reward model; 0: "
+                         "no judge; default 0.5 where a source description has no other judge", ge=0, lt=1)
+
+
+@dataclass(frozen=True)
 class PpoParams:
     """PPO against the reward model with a KL penalty to the SFT policy [InstructGPT §3.5, App. C.4]."""
 
@@ -324,6 +332,7 @@ class Profile:
     pretrain: PretrainParams
     sft: SftParams
     rm: RmParams
+    judge: JudgeParams
     ppo: PpoParams
     evaluate: EvaluateParams
     promote: PromoteParams

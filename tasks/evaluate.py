@@ -3,13 +3,14 @@
     python -m tasks.evaluate
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlops.config.arms import refuse_leftovers
-from mlops.config.paths import BENCHMARKS, CORPUS, MODELS, POLICIES, POLICY_METRICS, PROMPTS, RM, TAX
+from mlops.config.paths import BENCHMARKS, CORPUS, JUDGE, MODELS, POLICIES, POLICY_METRICS, PROMPTS, RM, TAX
 from rlhf.data.corpus import corpus_texts
 from rlhf.data.schema import read_rows
 from rlhf.errors import UserError
@@ -20,7 +21,7 @@ from rlhf.evaluation.lm_eval import TaskScore, TaskSuite, local_tasks, measure
 from rlhf.evaluation.metrics import gold_metrics, kl_metrics, preference_metrics, safety_metrics, tax_metrics
 from rlhf.evaluation.overoptimisation import find_peak
 from rlhf.evaluation.perplexity import document_bits
-from rlhf.evaluation.preference import compare_all
+from rlhf.evaluation.preference import compare_all, reward_judge
 from rlhf.files import is_writer, write_csv
 from rlhf.params import EvaluateParams
 from rlhf.training import distributed
@@ -72,10 +73,7 @@ def evaluate(stage: Stage) -> None:
             grades = {name: distributed.by_rows(held_out.labeler.grades, held_out.prompts, found.texts)
                       for name, found in answers.items()}
             metrics |= gold_metrics(held_out, grades, params, seed, arms, promoted)
-        judge, held_out_judge = judge_of(params, held_out.labeler, RM)
-        outcomes = compare_all(held_out.prompts, {name: found.texts for name, found in answers.items()}, judge)
-        metrics |= preference_metrics(held_out, answers, outcomes, params, seed,
-                                      "win_rate" if held_out_judge else "rm_prefers", promoted)
+        metrics |= preferences(stage, held_out, answers)
         kl = {arm: kl_to_reference(folders[arm], MODELS["sft"], held_out.prompts, answers[arm], params.precision,
                                    params.temperature) for arm in arms}
         metrics |= kl_metrics(kl, params, seed)
@@ -92,6 +90,23 @@ def evaluate(stage: Stage) -> None:
     stage.finish(metrics, ["reports/report.html"])
 
 
+
+
+def preferences(stage: Stage, held_out: HeldOut, answers: dict[str, Answers]) -> dict[str, Any]:
+    """Win rates by the judge; beside those of a judge trained on comparisons, what the run's own reward model prefers,
+    which PPO has optimised."""
+    params, seed, promoted = stage.params.stages.evaluate, stage.params.seed, stage.params.stages.promoted
+    texts = {name: found.texts for name, found in answers.items()}
+    metrics: dict[str, Any] = {}
+    judge, kind = judge_of(params, held_out.labeler, RM, JUDGE)
+    if kind == "held_out":
+        own = compare_all(held_out.prompts, texts, reward_judge(RM, params.precision))
+        metrics |= preference_metrics(held_out, answers, own, params, seed, "rm_prefers", promoted)
+        measured = json.loads(Path("metrics/judge.json").read_text(encoding="utf-8"))
+        metrics["eval/judge_accuracy"] = measured["judge/accuracy"]
+    metrics |= preference_metrics(held_out, answers, compare_all(held_out.prompts, texts, judge), params, seed,
+                                  "rm_prefers" if kind == "own" else "win_rate", promoted)
+    return metrics | {"eval/judge": kind}
 
 
 def demonstrations(count: int) -> list[dict[str, str]]:

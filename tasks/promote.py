@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlops.config.paths import POLICIES, PROMPTS, RM
+from mlops.config.paths import JUDGE, POLICIES, PROMPTS, RM
 from mlops.release.gates import Gate, against_champion, gates
 from mlops.release.model_card import model_card
 from mlops.tracking.revision import revision
@@ -43,7 +43,7 @@ def promote(stage: Stage) -> None:
     reasons = [gate.text() for gate in missed]
     if params.judged and not judged:
         reasons.insert(0, "no independent judge: only the reward model that PPO was trained on preferred anything; set "
-                          "evaluate.judge and evaluate.judge_model, or promote.judged to false")
+                          "evaluate.judge and evaluate.judge_model, a judge.share, or promote.judged to false")
     passed = not reasons
     if version and passed:
         crown(stage, version)
@@ -123,7 +123,7 @@ def win_rate_low(profile: Profile, seed: int, champion: Path) -> float:
     params = profile.evaluate
     held_out = HeldOut(held_out_rows(PROMPTS, params.prompts, seed), gold_labeler(seed))
     texts = [answer(folder, RM, held_out.prompts, params, seed).texts for folder in (policy_of(profile), champion)]
-    judge, _ = judge_of(params, held_out.labeler, RM)
+    judge, _ = judge_of(params, held_out.labeler, RM, JUDGE)
     values = judge(held_out.prompts, *texts)
     return with_interval("win", values, params.bootstrap, seed)["win_low"]
 

@@ -3,11 +3,13 @@
     python -m tasks.rm
 """
 
+import hashlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.prompts import prompt_key
 from rlhf.data.rows import Rows, of_split
 from rlhf.files import write_csv
 from rlhf.model.chat_format import load_codec
@@ -32,7 +34,8 @@ def train(stage: Stage) -> None:
     """Trains from models/sft, then measures on valid rows: accuracy, calibration, agreement with the gold labeler."""
     params = stage.params.stages.rm
     rows = Rows(Path("data/rm.jsonl"))
-    model, metrics = train_reward_model(params, rows, labeler_demonstrations(), Path("models/sft"), stage.params.seed,
+    mine = rows_of(rows, stage.params.stages.judge.share, stage.params.seed)
+    model, metrics = train_reward_model(params, mine, labeler_demonstrations(), Path("models/sft"), stage.params.seed,
                                         stage.scratch)
     valid = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, stage.params.seed)
     scored = score_rows(model, load_codec("models/sft"), valid, params, stage.scratch)
@@ -43,6 +46,19 @@ def train(stage: Stage) -> None:
     stage.publish(CURVE, f"metrics/{CURVE}")
     stage.publish("model", "models/rm")
     stage.finish(metrics, ["models/rm"])
+
+
+def rows_of(rows: Iterable[dict[str, Any]], share: float, seed: int, judges: bool = False) -> Iterable[dict[str, Any]]:
+    """The rows that the reward model learns from, or its judge: a prompt's training rows are all the one's or all the
+    other's. Valid rows are both's."""
+    if not share:
+        return rows
+
+    def is_judges(row: dict[str, Any]) -> bool:
+        digest = hashlib.sha256(f"{seed} judge {prompt_key(row['prompt'])}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < share * 2**64
+
+    return Rows(rows, lambda row: row["split"] != "train" or is_judges(row) == judges)
 
 
 def labeler_demonstrations() -> Iterable[dict[str, Any]]:

@@ -107,17 +107,17 @@ class Copy:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     made = Copy(tmp_path_factory.mktemp("graph"))
-    assert made.repro() == ["ingest", "validate", "pretrain", "sft", "rm", *ARMS, "evaluate", "promote"]
+    assert made.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "judge", *ARMS, "evaluate", "promote"]
     assert made.repro() == []
     return made
 
 
 @pytest.mark.parametrize(("changed", "reruns"), [
-    ("sft.jsonl", ["validate", "sft", "rm", *ARMS, "evaluate", "promote"]),
-    ("rm.jsonl", ["validate", "rm", *ARMS, "evaluate", "promote"]),
+    ("sft.jsonl", ["validate", "sft", "rm", "judge", *ARMS, "evaluate", "promote"]),
+    ("rm.jsonl", ["validate", "rm", "judge", *ARMS, "evaluate", "promote"]),
     ("ppo.jsonl", ["validate", *ARMS, "evaluate", "promote"]),
     ("tax/cloze.jsonl", ["evaluate", "promote"]),
-    ("corpus.jsonl", ["pretrain", "sft", "rm", *ARMS, "evaluate", "promote"]),
+    ("corpus.jsonl", ["pretrain", "sft", "rm", "judge", *ARMS, "evaluate", "promote"]),
 ])
 def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Copy, changed: str, reruns: list[str]
                                                                         ) -> None:
@@ -134,7 +134,7 @@ def test_a_changed_dataset_is_pinned_anew_and_reruns_what_depends_on_it(copy: Co
 @pytest.mark.parametrize(("section", "change", "reruns"), [
     ("promote", {"max_toxic": 0.1}, ["promote"]), ("evaluate", {"bootstrap": 300}, ["evaluate", "promote"]),
     ("ppo", {"lam": 0.9}, [*ARMS, "evaluate", "promote"]),
-    ("rm", {"lr": 1e-5}, ["validate", "rm", "evaluate", "promote"]),
+    ("rm", {"lr": 1e-5}, ["validate", "rm", "judge", "evaluate", "promote"]),
     ("validate", {"min_k": 3}, ["validate", "evaluate"]), ("rounds", {"k": 5}, []),
 ])
 def test_a_changed_parameter_reruns_its_stage(copy: Copy, section: str, change: dict[str, Any], reruns: list[str]
@@ -184,7 +184,7 @@ def test_another_arm_trains_only_it_and_its_end_leaves_nothing_behind(copy: Copy
 
 def test_a_profile_of_one_arm_has_one_stage_of_ppo(copy: Copy) -> None:
     write_arms(copy.root, "gpu")
-    assert copy.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "ppo@ppo", "evaluate", "promote"]
+    assert copy.repro() == ["ingest", "validate", "pretrain", "sft", "rm", "judge", "ppo@ppo", "evaluate", "promote"]
     assert [path.name for path in (copy.root / "models" / "policies").iterdir()] == ["ppo"]
     write_arms(copy.root, "cpu")
     assert copy.repro() == []

@@ -335,6 +335,9 @@ def _with_source_defaults(content: Mapping[str, Any], path: Path) -> Mapping[str
     defaults = {section: dict(values) for section, values in OF_DESCRIBED_SOURCES.items()}
     if not found[1].get("corpus"):
         defaults |= {"sft": {"pretrain_mix": 0.0}}
+    evaluate = content.get("evaluate")
+    if not isinstance(evaluate, Mapping) or evaluate.get("judge", "auto") == "auto":
+        defaults |= {"judge": {"share": 0.5}}
     sections = dict(content)
     for section, values in defaults.items():
         own = sections.get(section)
@@ -432,6 +435,10 @@ def _check_together(profile: Profile, path: Path) -> None:
         (not evaluate.prompt_form or "{prompt}" in evaluate.prompt_form,
          f"evaluate.prompt_form = {evaluate.prompt_form!r}: must contain {{prompt}}"),
     ]
+    rules.append((not profile.judge.share or (described and evaluate.judge == "auto"),
+                  f"judge.share = {profile.judge.share:g}: must be 0 where " + (
+                      f"evaluate.judge is {evaluate.judge}, which judges" if described else
+                      "ingest.source is embedded: its gold labeler judges")))
     if not pretrain.base_model:
         longest = max(profile.sft.max_tokens, profile.rm.max_tokens, *(
             arm.max_prompt_tokens + arm.max_new_tokens for arm in (profile.ppo, *profile.arms.values())))

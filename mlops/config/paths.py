@@ -4,7 +4,7 @@ from pathlib import Path
 
 MODELS = {"base": Path("models/pretrain"), "sft": Path("models/sft")}
 POLICIES, POLICY_METRICS = Path("models/policies"), Path("metrics/policies")  # what each arm of stage ppo makes
-RM = Path("models/rm")
+RM, JUDGE = Path("models/rm"), Path("models/judge")
 PROMPTS, CORPUS = Path("data/ppo.jsonl"), Path("data/corpus.jsonl")
 TAX, BENCHMARKS = Path("data/tax"), Path("profiles/benchmarks")
 PARAMETERS = Path("build/parameters.yaml")  # all parameters with their values, as DVC compares them

@@ -15,6 +15,7 @@ class Gate:
     value: float
     rule: str
     bound: float
+    other_end: float | None = None  # of an interval whose worse end is `value`
 
     @property
     def passed(self) -> bool:
@@ -23,10 +24,19 @@ class Gate:
     def text(self) -> str:
         """The gate in words; a failed one with the distance to its bound."""
         text = f"{self.name} {self.value:.4g}, {self.rule} {self.bound:.4g}"
+        if self.undecided:
+            return f"{text}: undecided, its interval reaches to {self.other_end:.4g}; more held-out prompts decide"
         return text if self.passed else f"{text}: missed by {abs(self.value - self.bound):.4g}"
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a gate that was missed might be passed with more items: its bound lies inside the interval."""
+        if self.passed or self.other_end is None:
+            return False
+        return self.other_end >= self.bound if self.rule == "at least" else self.other_end <= self.bound
+
     def record(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed}
+        return {name: value for name, value in asdict(self).items() if value is not None} | {"passed": self.passed}
 
 
 def gates(metrics: Mapping[str, Any], kl_goal: float, params: PromoteParams) -> list[Gate]:
@@ -44,7 +54,7 @@ def gates(metrics: Mapping[str, Any], kl_goal: float, params: PromoteParams) -> 
     ]
     if "eval/win_rate_vs_sft_low" in metrics:
         checks.insert(0, Gate("win rate against SFT, low end of its interval", metrics["eval/win_rate_vs_sft_low"],
-                             "at least", params.min_win_rate))
+                             "at least", params.min_win_rate, metrics.get("eval/win_rate_vs_sft_high")))
     for key in sorted(metrics):
         task = key.removeprefix("tax/")
         if not key.startswith("tax/") or task.endswith(("_low", "_high")):

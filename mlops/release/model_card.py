@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from mlops.config.loader import load_params
 from mlops.release.gates import Gate
 from mlops.reporting.comparison import in_order, models_of
-from mlops.reporting.headline import arms_of, estimate, number, percent, score
+from mlops.reporting.headline import arms_of, estimate, judge_words, number, percent, score
 from mlops.reporting.models import at_ceiling, model_table
 from mlops.reporting.report import data_versions
 
@@ -35,7 +35,8 @@ def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], re
         base=stages.pretrain.base_model or "a small GPT trained from scratch on data/corpus.jsonl",
         seed=loaded.seed, profile=loaded.profile, arm=stages.promoted, ppo=stages.arms[stages.promoted],
         sft=stages.sft, rm=stages.rm,
-        versions=data_versions(root), qualities=_qualities(metrics, models), wins=_wins(metrics),
+        versions=data_versions(root), judge=judge_words(metrics),
+        qualities=_qualities(metrics, models), wins=_wins(metrics),
         steps=model_table(metrics), ceiling=at_ceiling(metrics),
         kl=score(number(metrics, f"eval/kl_{stages.promoted}")),
         prompts=int(metrics["eval/prompts"]),

@@ -81,7 +81,7 @@ def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]
     if win:
         n = number(evaluation, "eval/prompts")
         where = f" on {int(n):,} held-out prompts" if n else ""
-        sentences.append(f"The gold labeler gives {label(arm)} a win rate of {percent(win.value)}"
+        sentences.append(f"{judge_words(evaluation)} gives {label(arm)} a win rate of {percent(win.value)}"
                          f"{_interval(win, percent)} against SFT{where}.")
     if gain:
         sentences.append(f"The mean gold score changes by {signed(gain.value)}{_interval(gain, signed)}.")
@@ -91,6 +91,14 @@ def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]
     if fell and rm_sft is not None and rm_ppo is not None and rm_ppo > rm_sft:
         sentences.append("The reward-model score rose while the gold score fell: the policy over-optimised it.")
     return {"tone": tone, "headline": headline, "text": " ".join(sentences)}
+
+
+def judge_words(evaluation: Mapping[str, Any]) -> str:
+    """Who judged, as the subject of a sentence."""
+    kind, right = str(evaluation.get("eval/judge", "gold")), number(evaluation, "eval/judge_accuracy")
+    accuracy = f", right on {percent(right)} of the held-out comparisons," if right is not None else ""
+    return {"gold": "The gold labeler", "model": "The judge model", "reward_model": "The judging reward model",
+            "held_out": f"A reward model trained on other comparisons{accuracy}"}.get(kind, "The reward model itself")
 
 
 def _answer(win: Estimate | None, gain: Estimate | None, name: str) -> tuple[str, str]:

@@ -58,8 +58,8 @@ class Given:
 # --- the source description -------------------------------------------------------------------------------------------
 
 
-def columns_in(file: str, folder: Path) -> list[str]:
-    """The columns of the file's first row. Raises UserError for a file without one."""
+def first_row(file: str, folder: Path) -> dict[str, Any]:
+    """The file's first row. Raises UserError for a file without one."""
     entry = Entry(files=file)
     for _, _, rows in read_entry(entry, folder):
         for row in rows:
@@ -68,7 +68,7 @@ def columns_in(file: str, folder: Path) -> list[str]:
             except ValueError as error:
                 raise UserError(f"{file}: its first row: {error}") from None
             if found is not None:
-                return [str(name) for name in found]
+                return {str(name): value for name, value in found.items()}
     raise UserError(f"{file}: has no rows")
 
 
@@ -93,33 +93,47 @@ def mapped(fields: Sequence[str], there: Sequence[str], given: Mapping[str, str]
 def entries_of(given: Given, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """role → entries of the description. Pairs alone give all three roles: their better answers are the demonstrations,
     their prompts PPO's. Raises UserError."""
-    def entry(kind: str, fields: Sequence[str], rename: Mapping[str, str] = {}) -> dict[str, Any]:
+    def entry(kind: str) -> dict[str, Any]:
         file = given.files[kind]
-        there = columns_in(file, folder)
-        columns = mapped(_fields(kind, fields, there, given), there, given.columns, file)
-        return {"files": file, "columns": {rename.get(field, field): column for field, column in columns.items()}}
+        row = first_row(file, folder)
+        fields = _fields(kind, row, given)
+        if not fields:
+            return {"files": file, "layout": "hh_rlhf"}
+        return {"files": file, "columns": mapped(fields, list(row), given.columns, file)}
 
     roles: dict[str, list[dict[str, Any]]] = {}
-    pairs = entry("pairs", WANTED["pairs"])
-    roles["sft"] = [entry("demonstrations", WANTED["demonstrations"])] if "demonstrations" in given.files else [
-        {"files": pairs["files"], "columns": _better(pairs["columns"])}]
+    pairs = entry("pairs")
+    columns = pairs.get("columns")
+    if columns is None and "demonstrations" not in given.files:
+        raise UserError(f"{given.files['pairs']}: holds whole transcripts (Human: ... Assistant: ...), of which no "
+                        "demonstrations are made; name a file of them with --demonstrations")
+    roles["sft"] = [entry("demonstrations") if "demonstrations" in given.files else
+                    {"files": pairs["files"], "columns": _better(columns or {})}]
     roles["rm"] = [pairs]
-    roles["ppo"] = [entry("prompts", WANTED["prompts"])] if "prompts" in given.files else [
-        {"files": pairs["files"], "columns": _only_prompt(pairs["columns"])}]
+    roles["ppo"] = [entry("prompts") if "prompts" in given.files else
+                    {"files": pairs["files"], "columns": _only_prompt(columns)} if columns else dict(pairs)]
     if "text" in given.files:
-        roles["corpus"] = [entry("text", WANTED["text"])]
+        roles["corpus"] = [entry("text")]
     return roles
 
 
-def _fields(kind: str, fields: Sequence[str], there: Sequence[str], given: Given) -> list[str]:
-    """The fields to map: `messages` in the place of prompt and completion where only that is there."""
-    lower = {name.lower() for name in there}
-    has = {field: field in given.columns or bool(lower & set(USUAL[field])) for field in (*fields, "messages")}
-    if kind in ("demonstrations", "prompts") and not has["prompt"] and has["messages"]:
-        return ["messages"]
-    if kind == "pairs" and not has["prompt"] and has["chosen"] and has["rejected"]:
+def _fields(kind: str, row: Mapping[str, Any], given: Given) -> list[str]:
+    """The fields to map: `messages` where a row has conversations and no prompt; none of pairs of whole transcripts."""
+    fields = list(WANTED[kind])
+    lower = {name.lower(): value for name, value in reversed(list(row.items()))}
+
+    def value_of(field: str) -> Any:
+        named = row.get(given.columns.get(field, ""))
+        return next((lower[name] for name in USUAL[field] if name in lower), None) if named is None else named
+
+    if "prompt" not in fields or value_of("prompt") is not None:
+        return fields
+    chosen = value_of("chosen")
+    if kind == "pairs" and isinstance(chosen, list):
         return ["chosen", "rejected"]
-    return list(fields)
+    if kind == "pairs" and isinstance(chosen, str) and chosen.lstrip().startswith("Human:"):
+        return []
+    return ["messages"] if kind != "pairs" and value_of("messages") is not None else fields
 
 
 def _better(pairs: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,15 +42,22 @@ def held_out_rows(prompts: Path, count: int, seed: int) -> list[dict[str, Any]]:
     return [rows[index] for index in sorted(chosen)]
 
 
-def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path) -> tuple[Judge, bool]:
-    """(judge, whether it is independent of `rm`, the reward model that PPO was trained on)."""
+JudgeKind = Literal["gold", "model", "reward_model", "held_out", "own"]
+
+
+def judge_of(params: EvaluateParams, labeler: GoldLabeler | None, rm: Path, held_out: Path | None = None
+             ) -> tuple[Judge, JudgeKind]:
+    """(judge, what it is): the gold labeler, a model that the parameters name, the reward model in the folder
+    `held_out` (trained on comparisons that `rm` never saw), or `rm` itself, PPO's own: it is no independent judge."""
     if params.judge == "model":
-        return model_judge(params.judge_model, params.precision), True
+        return model_judge(params.judge_model, params.precision), "model"
     if params.judge == "reward_model":
-        return reward_judge(Path(params.judge_model), params.precision), True
+        return reward_judge(Path(params.judge_model), params.precision), "reward_model"
     if labeler:
-        return gold_judge(labeler), True
-    return reward_judge(rm, params.precision), False
+        return gold_judge(labeler), "gold"
+    if held_out and (held_out / "config.json").is_file():
+        return reward_judge(held_out, params.precision), "held_out"
+    return reward_judge(rm, params.precision), "own"
 
 
 def best_of_curve(policy: Path, rm: Path, held_out: HeldOut, params: EvaluateParams, seed: int

@@ -40,9 +40,9 @@ def score(stage: Stage) -> None:
                                "round/rm_score": sum(found["policy"].rm_scores) / len(prompts)}
     kl = kl_to_reference(policy, SFT, prompts, found["policy"], params.precision, params.temperature)
     metrics |= with_interval("round/kl", kl.exact, params.bootstrap, seed)
-    judge, independent = judge_of(params, labeler, rm)
+    judge, kind = judge_of(params, labeler, rm)
     outcomes = compare_all(prompts, {name: one.texts for name, one in found.items()}, judge)
-    metrics |= with_interval("round/win_rate_vs_sft" if independent else "round/rm_prefers_vs_sft",
+    metrics |= with_interval("round/win_rate_vs_sft" if kind != "own" else "round/rm_prefers_vs_sft",
                              outcome(outcomes, "policy", "sft"), params.bootstrap, seed)
     if labeler:
         for name, one in found.items():

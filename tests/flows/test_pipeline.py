@@ -185,7 +185,7 @@ def test_a_registry_that_lost_the_champion_gets_it_again(checkout: Checkout, mon
 
 def test_order_is_that_of_dvc_yaml() -> None:
     assert pipeline_stages(REPOSITORY) == ["parameters", "ingest", "data.dvc", "validate", "pretrain", "sft", "rm",
-                                           "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
+                                           "judge", "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

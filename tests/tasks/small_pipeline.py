@@ -12,7 +12,7 @@ from mlops.config.paths import POLICIES, POLICY_METRICS, metrics_of
 
 Undisturbed = dict[str, dict[str, str]]  # stage: {output: MD5} of a run that nothing interrupts
 REPO = Path(__file__).resolve().parents[2]
-STAGES = ("pretrain", "sft", "rm", "ppo")
+STAGES = ("pretrain", "sft", "rm", "judge", "ppo")
 PROFILE = """
 ingest: {scale: 0.01, corpus_documents: 1200, tax_items: 10}
 validate: {}

@@ -42,7 +42,7 @@ def test_a_killed_stage_ends_with_the_same_bytes(small_pipeline: SmallPipeline, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "judge"])  # it trains as rm does
 @pytest.mark.parametrize("trial", range(6))
 def test_any_number_of_kills_at_any_moment_changes_no_byte(
         small_pipeline: SmallPipeline, undisturbed: Undisturbed, stage: str, trial: int) -> None:

@@ -29,9 +29,9 @@ def test_no_rounds_by_default(root: Path) -> None:
 
 
 def test_the_arms_stand_where_their_stage_stands(root: Path) -> None:
-    assert pipeline_stages(root)[6:] == ["rm", "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
+    assert pipeline_stages(root)[6:] == ["rm", "judge", "ppo@ppo", "ppo@ppo_ptx", "evaluate", "promote"]
     write_arms(root, "gpu")
-    assert pipeline_stages(root)[6:] == ["rm", "ppo@ppo", "evaluate", "promote"]
+    assert pipeline_stages(root)[6:] == ["rm", "judge", "ppo@ppo", "evaluate", "promote"]
     assert "models/policies/ppo" in declared_stages(root)["promote"]["deps"]
 
 
