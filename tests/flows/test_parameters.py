@@ -13,6 +13,7 @@ from flows.pipeline import pipeline
 from flows.resume_rounds import resume_rounds
 from flows.rounds import rounds
 from flows.sweep import sweep
+from rlhf.errors import UserError
 from rlhf.params import PpoParams
 
 
@@ -42,3 +43,22 @@ def test_the_form_of_a_run() -> None:
     assert {"cpu", "gpu", "smoke"} <= set(form["profile"]["anyOf"][0]["enum"])
     assert form["kl_goal"]["anyOf"][0] == {"exclusiveMinimum": 0, "maximum": 1000, "type": "number"}
     assert form["beta_rule"]["anyOf"][0]["enum"] == ["step", "step_ahead", "proportional", "fixed"]
+
+
+@pytest.mark.parametrize(("texts", "found"), [
+    (["ppo.kl_goal=1"], {"ppo.kl_goal": 1}), (["ppo.lr=1e-4"], {"ppo.lr": 0.0001}), (["ppo.beta_rule=fixed"], {
+        "ppo.beta_rule": "fixed"}), (["validate.warn=[a, b]"], {"validate.warn": ["a", "b"]}),
+    (["sft.packing=true", "rm.lr=.5"], {"sft.packing": True, "rm.lr": 0.5}), ([], {})])
+def test_assignments(texts: list[str], found: dict[str, object]) -> None:
+    assert parameters.assigned(texts) == found
+
+
+@pytest.mark.parametrize("texts", [["ppo.kl_goal"], ["=1"], ["a.b=1", "a.b=2"], ["a.b={"]])
+def test_what_is_no_assignment_is_said(texts: list[str]) -> None:
+    with pytest.raises(UserError, match="--set"):
+        parameters.assigned(texts)
+
+
+def test_lists_of_values() -> None:
+    assert parameters.assigned_lists(["ppo.kl_goal=0.3,0.6", "seed=1,2", "validate.warn=[a, b],[c]"]) == {
+        "ppo.kl_goal": [0.3, 0.6], "seed": [1, 2], "validate.warn": [["a", "b"], ["c"]]}

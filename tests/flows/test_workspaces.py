@@ -1,5 +1,6 @@
 """Runs in workspaces: what is copied, what is shared, what is changed, what stays as it was."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_names_tell_the_changes(repository: Checkout) -> None:
     assert Changes("large", 3, {"ppo": {"kl_goal": 1.5, "beta_rule": "fixed"}}).name(root) == (
         "large,seed=3,beta_rule=fixed,kl_goal=1.5")
     assert Changes(label="champion-3").name(root) == "small,champion-3"
+    assert Changes(stages={"sft": {"epochs": 3}, "arms.ptx": {"lr": 0.1}}).name(root) == (
+        "small,arms.ptx.lr=0.1,sft.epochs=3")
+    odd = [Changes(stages={"pretrain": {"base_model": name}}).name(root) for name in ("a/b", "a_b", "a b", "x" * 300)]
+    assert len(set(odd)) == 4  # different changes never share a workspace
+    assert all(re.fullmatch(r"[\w.,=+-]{1,140}", name) for name in odd)
     assert not Changes("large")
     assert Changes(seed=0)
 

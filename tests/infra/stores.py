@@ -104,10 +104,12 @@ class Stores:
                               env={**os.environ, "PGPASSWORD": PASSWORDS["POSTGRES"]}, stdout=subprocess.DEVNULL)
         assert done.returncode == 0, program
 
-    def worker(self, pool: str, checkout: Path) -> "subprocess.Popen[bytes]":
+    def worker(self, pool: str, checkout: Path, repositories: str = "") -> "subprocess.Popen[bytes]":
+        """`repositories`: those that it runs besides its checkout's origin."""
         command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--type", "process",
                    "--name", f"{pool}@drill"]
-        return self._run(f"worker-{pool}", command, {"INSTRUCTFLOW_CHECKOUT": str(checkout)}, checkout)
+        return self._run(f"worker-{pool}", command, {"INSTRUCTFLOW_CHECKOUT": str(checkout), **(
+            {"INSTRUCTFLOW_REPOSITORIES": repositories} if repositories else {})}, checkout)
 
     def _run(self, name: str, command: list[str], more: dict[str, str] | None = None,
              where: Path | None = None) -> "subprocess.Popen[bytes]":

@@ -62,7 +62,7 @@ def machines(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Checko
     there = tmp_path_factory.mktemp("gpu-machine")
     link_code(there)
     stores.worker("cpu", here.root)
-    stores.worker("gpu", there)
+    stores.worker("gpu", there, str(stores.folder / "git"))
     here.write("go", "")  # the stages need not wait
     return here
 
