@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke ui labels down doctor drills bench test scan study setup lock clean
+.PHONY: help run smoke tutorial ui labels down doctor drills bench test scan study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -35,6 +35,9 @@ smoke: .venv/.installed  ## the whole pipeline on the smoke profile, in a tempor
 	cd "$$copy"; git init -q; \
 	env -u MLFLOW_TRACKING_URI -u PREFECT_API_URL PREFECT_HOME="$$copy/.prefect" \
 		$(BIN)/python -m flows.pipeline --profile smoke
+
+tutorial: .venv/.installed  ## the commands of docs/tutorial.md, from its text, on two tiny models
+	$(BIN)/python -m pytest -m tutorial tests/test_tutorial.py
 
 ui: .venv/.installed  ## Prefect, MLflow and a worker on this machine until Ctrl-C; prints the links
 	@$(BIN)/python -m infra.servers up

@@ -28,7 +28,7 @@ from prefect import State, flow
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_UI_URL
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from flows.artifacts import best_effort, show_curves, show_metrics
 from flows.execution import (
@@ -112,7 +112,7 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
     reasons = not_promoted(workdir) if results[-1].stage == "promote" else []
     if reasons:
         refusal = NotPromoted(summary, reasons)
-        return Failed(name="Not promoted", message=str(refusal), data=refusal)
+        return Completed(name="Not promoted", message=str(refusal), data=refusal)  # no failure: the run is complete
     return summary
 
 
@@ -197,11 +197,19 @@ def main() -> None:
     result = run_to_end(partial(run_pipeline, parameters))
     if isinstance(result, NotPromoted):
         result.summary.show()
+        print(next_step(args.until), flush=True)
         print(result, file=sys.stderr)
         raise SystemExit(NOT_PROMOTED)
     if not isinstance(result, Summary):
         raise result
     result.show()
+    print(next_step(args.until))
+
+
+def next_step(until: str | None) -> str:
+    """What a person does after a run."""
+    return "Next: instructflow run, which goes on from here" if until else (
+        "Next: instructflow chat; to compare, instructflow sweep --set ppo.kl_goal=...,... and instructflow compare")
 
 
 if __name__ == "__main__":

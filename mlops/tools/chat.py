@@ -1,7 +1,7 @@
 """Chat with the models of a run, several side by side.
 
     python -m mlops.tools.chat                    # the newest policy, be it of a workspace
-    python -m mlops.tools.chat sft ppo            # SFT and an arm of PPO; or a folder, or RUN:ARM of a workspace
+    python -m mlops.tools.chat sft ppo            # SFT and an arm of PPO; or a folder, or RUN:MODEL of a workspace
     echo "a prompt" | python -m mlops.tools.chat base sft ppo --temperature 0
 
 Each line goes on with the conversation, of which every model sees its own answers; /reset begins another. With
@@ -67,7 +67,7 @@ def load(name: str) -> Speaker:
     folder = folders().get(name) or policy_folder(Path(), name) or Path(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model; `instructflow run` makes them. Models: {', '.join(folders())}, a folder, "
-                        "or RUN:ARM of a workspace")
+                        "or RUN:MODEL of a workspace")
     return Speaker(name, load_codec(folder), load_policy(folder))
 
 
@@ -82,7 +82,8 @@ def reply(speaker: Speaker, messages: list[dict[str, str]], options: argparse.Na
     from rlhf.model.tokenizer import newline_ids
     from rlhf.training.seeding import generator
 
-    stops = (*speaker.codec.stop_ids, *(newline_ids(speaker.codec.tokenizer) if speaker.name == "base" else ()))
+    at_newline = speaker.name.rpartition(":")[2] == "base"
+    stops = (*speaker.codec.stop_ids, *(newline_ids(speaker.codec.tokenizer) if at_newline else ()))
     sampling = Sampling(options.max_new_tokens, stops, speaker.codec.pad_id, options.temperature)
     try:
         prompt_ids = speaker.codec.prompts([messages])

@@ -159,7 +159,8 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_page(runs, policies, options.out)
         show(runs, policies, Console(highlight=False))
-        print(f"\nThe curves are in {options.out}.")
+        last = f"{runs[-1].name}:{runs[-1].arms()[-1]}" if runs[-1].folder != root else runs[-1].arms()[-1]
+        print(f"\nThe curves are in {options.out}. Next: instructflow chat {last}")
 
 
 if __name__ == "__main__":

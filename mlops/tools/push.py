@@ -17,7 +17,7 @@ HUB = "hub:"
 
 
 def model_folder(root: Path, wanted: str) -> Path:
-    """The promoted policy, an arm's, RUN:ARM of a workspace, or a folder. Raises UserError."""
+    """The promoted policy, an arm's, RUN:MODEL of a workspace, or a folder. Raises UserError."""
     if wanted in ("", "promoted"):
         if not (root / PROMOTED / "config.json").is_file():
             raise UserError("no policy is promoted: models/promoted has no weights; name another with --model, e.g. an "
@@ -25,7 +25,7 @@ def model_folder(root: Path, wanted: str) -> Path:
         return root / PROMOTED
     folder = policy_folder(root, wanted)
     if folder is None:
-        raise UserError(f"{wanted}: no model; name an arm of PPO, RUN:ARM of a workspace, or a folder")
+        raise UserError(f"{wanted}: no model; name an arm of PPO, RUN:MODEL of a workspace, or a folder")
     return folder
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=program("mlops.tools.push"), description=(
         "Copies a policy to a new folder, or uploads it to the Hugging Face hub."))
     parser.add_argument("target", help="a new folder, or hub:OWNER/NAME")
-    parser.add_argument("--model", default="", help="an arm of PPO, RUN:ARM of a workspace, or a folder; without: the "
+    parser.add_argument("--model", default="", help="an arm of PPO, RUN:MODEL of a workspace, or a folder; without: the "
                                                     "promoted policy")
     parser.add_argument("--public", action="store_true", help="a new repository of the hub is public, not private")
     options = parser.parse_args()

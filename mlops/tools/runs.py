@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mlops.config.loader import PARAMS_FILE, load_params, read_yaml
-from mlops.config.paths import PARAMETERS, POLICIES
+from mlops.config.paths import MODELS, PARAMETERS, POLICIES
 from rlhf.errors import UserError
 
 WORKSPACES = Path("scratch/workspaces")
@@ -85,11 +85,11 @@ def find_run(root: Path, wanted: str) -> Run:
 
 
 def policy_folder(root: Path, wanted: str) -> Path | None:
-    """The model folder that RUN:ARM, an arm of the checkout or a path names; None where there is none. Raises UserError
-    for an unknown run."""
-    run, colon, arm = wanted.rpartition(":")
+    """The model folder that RUN:MODEL, an arm of the checkout or a path names; MODEL is an arm, base or sft. None where
+    there is none. Raises UserError for an unknown run."""
+    run, colon, name = wanted.rpartition(":")
     if colon and not Path(wanted).exists():
-        folders = [find_run(root, run).folder / POLICIES / arm]
+        folders = [find_run(root, run).folder / MODELS.get(name, POLICIES / name)]
     else:
         folders = [root / POLICIES / wanted, Path(wanted)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)

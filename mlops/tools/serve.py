@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=program("mlops.tools.serve"), description=(
         "Serves a policy over HTTP with MLflow's server."))
     parser.add_argument("model", nargs="?", help=(
-        f"{', '.join(folders())}, RUN:ARM of a workspace, or a folder; without: the newest policy"))
+        f"{', '.join(folders())}, RUN:MODEL of a workspace, or a folder; without: the newest policy"))
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--host", default="127.0.0.1", help="who may ask: it has no password (default: this machine)")
     options = parser.parse_args()

@@ -100,3 +100,4 @@ def test_the_newest_policy_is_that_of_whichever_run(root: Path) -> None:
     assert policy_folder(root, "kl_goal=0.3:ppo") == root / "scratch/workspaces/p,kl_goal=0.3/models/policies/ppo"
     assert policy_folder(root, "ppo") == root / "models/policies/ppo"
     assert policy_folder(root, "none") is None
+    assert policy_folder(root, "checkout:sft") is None
