@@ -37,6 +37,10 @@ MEASURED = (
 )
 
 
+JUDGES = {"gold": "gold labeler", "model": "a model", "reward_model": "a reward model", "held_out": "second reward model",
+          "own": "none: the run's own reward model"}
+
+
 @dataclass(frozen=True)
 class Policy:
     """One policy of a run: its name in the tables, its colour, its evaluation and its journal."""
@@ -86,6 +90,10 @@ def result_rows(policies: Sequence[Policy]) -> list[tuple[str, list[str]]]:
     rows = [("KL goal, nats", [_last(policy, "ppo/kl_goal") for policy in policies]),
             ("β at the end", [_last(policy, "ppo/beta") for policy in policies])]
     rows += [(title, [policy.cell(key, form) for policy in policies]) for title, key, form in MEASURED]
+    judges = [JUDGES.get(str(policy.evaluation.get("eval/judge")), DASH) for policy in policies]
+    right = [policy.cell("eval/judge_accuracy", percent) for policy in policies]
+    rows += [("who judges", [name if share == DASH else f"{name}, right on {share}"
+                             for name, share in zip(judges, right, strict=True)])]
     prompts = [number(policy.evaluation, "eval/prompts") for policy in policies]
     rows += [("held-out prompts", [DASH if value is None else f"{value:,.0f}" for value in prompts]),
              ("gates", [policy.gates() for policy in policies])]
