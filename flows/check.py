@@ -27,7 +27,17 @@ from flows.workspaces import Changes, changed_by, changed_profile
 from mlops import imports_done, program
 from mlops.config.inputs import STAGES as WITH_INPUTS
 from mlops.config.inputs import linked_files
-from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, SOURCES_DIR, Params, load_params, load_profile, read_yaml
+from mlops.config.loader import (
+    PARAMS_FILE,
+    PROFILES_DIR,
+    SOURCES_DIR,
+    Params,
+    is_resolved,
+    load_params,
+    load_profile,
+    read_yaml,
+)
+from mlops.config.paths import MODELS, PARAMETERS
 from mlops.config.sources import load_source
 from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
@@ -334,9 +344,12 @@ def show(found: Sequence[Finding], console: Console) -> None:
 
 
 def stop_early(params: Params, root: Path) -> None:
-    """Raises UserError with all that would stop the run; for a run's start, where data or model are the user's own."""
+    """Raises UserError with what would stop the run; for a run's start, where data or model are the user's own and have
+    not been read with these parameters yet."""
     profile = params.stages
     if profile.ingest.source == "embedded" and not profile.pretrain.base_model:
+        return
+    if is_resolved(profile, root / PARAMETERS) and (root / MODELS["base"] / "config.json").is_file():
         return
     stops = [item for item in findings(params, root) if item.state == "stop"]
     if stops:

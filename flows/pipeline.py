@@ -31,6 +31,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
 from flows.artifacts import best_effort, show_curves, show_metrics
+from flows.check import stop_early
 from flows.execution import (
     check_params,
     close_earlier_tasks,
@@ -98,7 +99,8 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
                 await asyncio.to_thread(fill_workspace, checkout, workdir, changed)
             else:
                 use_profile(workdir, profile)
-            load_params(workdir)  # once more: another run may have held the lock for hours
+            params = load_params(workdir)  # once more: another run may have held the lock for hours
+            await asyncio.to_thread(stop_early, params, workdir)
             mend_dvc_lock(workdir)
             await best_effort(close_earlier_tasks())
             results = await run_stages(workdir, run_name, stage_hours, gpu_workers, last_stage(workdir, until))

@@ -37,8 +37,8 @@ MEASURED = (
 )
 
 
-JUDGES = {"gold": "gold labeler", "model": "a model", "reward_model": "a reward model", "held_out": "second reward model",
-          "own": "none: the run's own reward model"}
+JUDGES = {"gold": "gold labeler", "model": "a model", "reward_model": "a reward model",
+          "held_out": "second reward model", "own": "none: the run's own reward model"}
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=program("mlops.tools.push"), description=(
         "Copies a policy to a new folder, or uploads it to the Hugging Face hub."))
     parser.add_argument("target", help="a new folder, or hub:OWNER/NAME")
-    parser.add_argument("--model", default="", help="an arm of PPO, RUN:MODEL of a workspace, or a folder; without: the "
-                                                    "promoted policy")
+    parser.add_argument("--model", default="", help=(
+        "an arm of PPO, RUN:MODEL of a workspace, or a folder; without: the promoted policy"))
     parser.add_argument("--public", action="store_true", help="a new repository of the hub is public, not private")
     options = parser.parse_args()
     with one_line("push"):
