@@ -1,5 +1,6 @@
 """docs/tutorial.md: its commands, taken from the text, work on a model and comparisons as people have them."""
 
+import json
 import os
 import re
 import shutil
@@ -97,3 +98,18 @@ def serves(command: str, root: Path, environment: dict[str, str]) -> None:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.mark.tutorial
+def test_every_cell_of_the_notebook(tmp_path: Path) -> None:
+    """The notebook's code, cell after cell, as Jupyter runs it."""
+    root = checkout(tmp_path / "instructflow")
+    cells = json.loads((root / "docs" / "first_run.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment |= {"PYTHONPATH": str(root), "PREFECT_HOME": str(tmp_path / "prefect"), "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-c", f"{code}\nprint(len(journals), len(tax), plt.get_fignums())"],
+                          cwd=root / "docs", env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "2 3 [1, 2]"

@@ -73,6 +73,10 @@ def test_the_first_that_passes_is_the_champion(promotion: Promotion) -> None:
     assert "rlhf" in front["tags"]
     assert "Not promoted" not in card
     assert "embedded world" in card
+    usage = card.split("```python\n")[1].split("```")[0]  # the card's lines run as printed
+    used = subprocess.run([sys.executable, "-c", usage], cwd=promotion.pipeline.root, capture_output=True, text=True)
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.startswith("Why is the sky blue?")
     tags = promotion.client.get_model_version("instructflow-policy", "1").tags
     data = (promotion.pipeline.root / "data" / "rm.jsonl").read_bytes()
     assert tags["data_rm_md5"] == hashlib.md5(data).hexdigest()
