@@ -220,7 +220,7 @@ def _is_of(kept: Path, digest: str) -> bool:
 def _digest(params: Params) -> str:
     """The folder name for these parameters, so that results of different parameters never mix."""
     read = {name: values for name, values in dataclasses.asdict(params.stages).items()
-            if name not in ("arms", "promote", "rounds")}
+            if name not in ("arms", "judge", "promote", "rounds")}
     read["arms"] = [[start, dataclasses.asdict(run)] for start, run in ppo_runs(params.stages.arms).values()]
     text = json.dumps([read, SMALL_WIDTH], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
