@@ -54,9 +54,9 @@ def _qualities(metrics: Mapping[str, Any], models: Sequence[str]) -> list[tuple[
 
 
 def _wins(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(opponent, win rate with interval) of the policy."""
+    """(opponent, win rate with interval) of the policy; without an independent judge, what its reward model prefers."""
     rows = []
-    for word in ("win_rate", "rm_prefers"):
+    for word in ("win_rate", "rm_prefers")[:1 if any(key.startswith("eval/win_rate_vs_") for key in metrics) else 2]:
         prefix = f"eval/{word}_vs_"
         names = {key.removeprefix(prefix) for key in metrics if key.startswith(prefix)}
         plain = [name for name in names if "/" not in name

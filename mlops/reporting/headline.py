@@ -7,6 +7,7 @@ from typing import Any
 from mlops.reporting.plots import Estimate, label
 
 MINUS, DASH, NBSP = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NO-BREAK SPACE}"
+FEW_PROMPTS = 200  # intervals of win rates are wider than 14 points
 KL_BAND = (2 / 3, 3 / 2)  # of the goal; outside this band beta changes
 Form = Callable[[float | None], str]
 
@@ -76,11 +77,12 @@ def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]
     """{"tone": good, bad or open, "headline", "text"}: is the promoted arm better than SFT, and at what price?"""
     arm = promoted_of(evaluation)
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
-    tone, headline = _answer(win, gain, label(arm))
+    tone, headline = _answer(win, gain, label(arm), str(evaluation.get("eval/judge", "gold")) == "gold")
     sentences = []
     if win:
         n = number(evaluation, "eval/prompts")
-        where = f" on {int(n):,} held-out prompts" if n else ""
+        few = ", which are few" if n and n < FEW_PROMPTS else ""
+        where = f" on {int(n):,} held-out prompts{few}" if n else ""
         sentences.append(f"{judge_words(evaluation)} gives {label(arm)} a win rate of {percent(win.value)}"
                          f"{_interval(win, percent)} against SFT{where}.")
     if gain:
@@ -101,8 +103,11 @@ def judge_words(evaluation: Mapping[str, Any]) -> str:
             "held_out": f"A reward model trained on other comparisons{accuracy}"}.get(kind, "The reward model itself")
 
 
-def _answer(win: Estimate | None, gain: Estimate | None, name: str) -> tuple[str, str]:
-    """(tone, headline). A win rate clear of 50 % decides, unless the gold score clearly moved the other way."""
+def _answer(win: Estimate | None, gain: Estimate | None, name: str, truth: bool = True) -> tuple[str, str]:
+    """(tone, headline). A win rate clear of 50 % decides, unless the gold score clearly moved the other way.
+
+    `truth`: the gold labeler judges, which knows; any other judge has a preference.
+    """
     if win is None:
         return "open", "Not measured: no win rate against SFT."
     if win.low is None or win.high is None:
@@ -110,11 +115,11 @@ def _answer(win: Estimate | None, gain: Estimate | None, name: str) -> tuple[str
     if win.low > 0.5:
         if gain and gain.high is not None and gain.high < 0:
             return "open", f"Mixed: {name} wins more often than SFT, but its mean gold score is lower."
-        return "good", f"Yes: {name} is better than SFT."
+        return "good", f"Yes: {name} is better than SFT." if truth else f"The judge prefers {name} to SFT."
     if win.high < 0.5:
         if gain and gain.low is not None and gain.low > 0:
             return "open", f"Mixed: {name} wins less often than SFT, but its mean gold score is higher."
-        return "bad", f"No: {name} is worse than SFT."
+        return "bad", f"No: {name} is worse than SFT." if truth else f"The judge prefers SFT to {name}."
     return "open", f"Not shown: the difference between {name} and SFT is not significant."
 
 

@@ -209,6 +209,20 @@ def test_verdict_follows_the_intervals(low: float, high: float, gain: float, sta
     assert ("over-optimised" in found["text"]) == (gain < 0)
 
 
+@pytest.mark.parametrize(("kind", "who", "headline"), [
+    ("gold", "The gold labeler gives", "Yes: PPO is better than SFT."),
+    ("held_out", "A reward model trained on other comparisons, right on 62.0", "The judge prefers PPO to SFT."),
+    ("model", "The judge model gives", "The judge prefers PPO to SFT.")])
+def test_who_judged_is_said_and_only_the_gold_labeler_knows(kind: str, who: str, headline: str) -> None:
+    evaluation = {"eval/arm": "ppo", "eval/judge": kind, "eval/prompts": 90, "eval/win_rate_vs_sft": 0.7,
+                  "eval/win_rate_vs_sft_low": 0.6, "eval/win_rate_vs_sft_high": 0.8} | (
+        {"eval/judge_accuracy": 0.62} if kind == "held_out" else {})
+    found = verdict(evaluation, 2.0)
+    assert found["headline"] == headline
+    assert found["text"].startswith(who)
+    assert "on 90 held-out prompts, which are few." in found["text"]
+
+
 def test_kl_is_placed_against_its_band() -> None:
     for kl, place in ((1.0, "below"), (2.0, "inside"), (3.1, "above")):
         assert f"{place} the goal band" in verdict({"eval/kl_ppo": kl}, 2.0)["text"]
