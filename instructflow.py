@@ -41,6 +41,7 @@ def start(module: str, *arguments: str) -> NoReturn:
         arguments = tuple(str(here / item) if not item.startswith("-") and (here / item).exists() else item
                           for item in arguments)
     os.chdir(root)
+    os.environ["INSTRUCTFLOW_FROM"] = str(here)
     os.environ["INSTRUCTFLOW_COMMAND"] = f"instructflow {sys.argv[1]}"
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

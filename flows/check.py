@@ -8,6 +8,7 @@ Exit code 2 where something would stop the run; a warning stops nothing. Each fi
 import argparse
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -79,15 +80,17 @@ def findings(params: Params, root: Path) -> Iterator[Finding]:
     profile = params.stages
     yield Finding("parameters", "ok", f"profile {params.profile}, seed {params.seed}, arms {', '.join(profile.arms)}")
     yield from _guarded("files", lambda: _files(params, root))
-    yield from _guarded("machine", lambda: _machine(profile))
+    yield from _guarded("machine", lambda: _machine(params))
     base: list[Base] = []
     yield from _guarded("base model", lambda: _base_model(profile, root, base))
     looks: dict[str, Look] = {}
     yield from _guarded("data", lambda: _data(params, root, looks))
     if base and looks:
         yield from _guarded("lengths", lambda: _lengths(profile, base[0], looks))
-    yield from _guarded("memory", lambda: _memory(profile, base[0].parameters if base else own_parameters(profile)))
-    yield from _guarded("disk", lambda: _disk(root, base[0].parameters if base else own_parameters(profile)))
+    if base or not profile.pretrain.base_model:  # else its size is not known
+        size = base[0].parameters if base else own_parameters(profile)
+        yield from _guarded("memory", lambda: _memory(profile, size))
+        yield from _guarded("disk", lambda: _disk(root, size))
     yield from _guarded("servers", _servers)
 
 
@@ -108,9 +111,10 @@ def _files(params: Params, root: Path) -> Iterator[Finding]:
     yield Finding("files", "ok", f"{count} outside the checkout, all there" if count else "none outside the checkout")
 
 
-def _machine(profile: Profile) -> Iterator[Finding]:
+def _machine(params: Params) -> Iterator[Finding]:
     import torch
 
+    profile = params.stages
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     asked = {name: getattr(profile, name).processes for name in ("pretrain", "sft", "rm", "evaluate")
              if hasattr(getattr(profile, name), "processes")} | {
@@ -118,7 +122,9 @@ def _machine(profile: Profile) -> Iterator[Finding]:
     most = gpus or cores
     over = {name: count for name, count in asked.items() if count > most}
     kind = f"{gpus} GPUs" if gpus else f"no GPU, {cores} cores"
-    if over:
+    if not gpus and params.profile == "gpu":
+        yield Finding("machine", "stop", f"{kind}, and profile gpu is for one", "a GPU, or another profile")
+    elif over:
         name, count = next(iter(over.items()))
         yield Finding("machine", "stop" if gpus else "warn", f"{kind}; {name} asks for {count} processes",
                       f"processes: {most} or fewer")
@@ -231,15 +237,15 @@ def _data(params: Params, root: Path, looks: dict[str, Look]) -> Iterator[Findin
         if over := sum(len(_text(row["prompt"])) > limit for row in looks[role].kept):
             yield Finding(f"data, {role}", "stop", f"{over:,} prompts are longer than validate.{parameter} = {limit:,}",
                           f"validate.{parameter}, or rules.{parameter} of the description")
-    valid = sum(row["split"] == "valid" for row in looks["ppo"].kept)
+    valid = min(profile.evaluate.prompts, sum(row["split"] == "valid" for row in looks["ppo"].kept))
     whole = looks["ppo"].read < 2000
     if whole and not valid:
         yield Finding("data, ppo", "stop", "no prompt is held out (split valid), so nothing could be measured",
                       "rules.valid_share, or more users: a split goes by user")
     elif whole and valid < FEW_PROMPTS:
         yield Finding("data, ppo", "warn", f"{valid} held-out prompts: win rates will have wide intervals",
-                      f"more prompts, or a larger rules.valid_share; {FEW_PROMPTS} or more decide something")
-    pairs = sum(row["split"] == "train" for row in looks["rm"].kept)
+                      f"evaluate.prompts, more prompts, or a larger rules.valid_share; {FEW_PROMPTS} decide something")
+    pairs = round((1 - profile.judge.share) * sum(row["split"] == "train" for row in looks["rm"].kept))
     if looks["rm"].read < 2000 and pairs < FEW_PAIRS:
         yield Finding("data, rm", "warn", f"{pairs} comparisons to train on: the reward model will be weak",
                       f"more of them; {FEW_PAIRS} or more teach something")
@@ -259,6 +265,13 @@ def _lengths(profile: Profile, base: Base, looks: Mapping[str, Look]) -> Iterato
                "rm.max_tokens": (profile.rm.max_tokens, _tokens(base.codec, looks["rm"].kept, "completions")),
                "ppo.max_prompt_tokens": (arm.max_prompt_tokens, _tokens(base.codec, looks["ppo"].kept))}
     for name, (limit, counts) in longest.items():
+        beyond = sum(count > base.context for count in counts)
+        if beyond:
+            yield Finding("lengths", "stop", f"{name.partition('.')[0]}: {beyond:,} of {len(counts):,} rows have more "
+                          f"than the model's {base.context:,} positions, and stage validate stops at them",
+                          "rules.tokenizer with rules.max_prompt_tokens and rules.max_completion_tokens in the "
+                          "description drop them")
+            continue
         over = sum(count > limit for count in counts)
         fits = sorted(counts)[min(len(counts) - 1, int(0.95 * len(counts)))]
         share = over / len(counts)
@@ -374,7 +387,8 @@ def main() -> None:
     if stops:
         print(f"check: {stops} finding{'s' if stops > 1 else ''} would stop the run", file=sys.stderr)
         raise SystemExit(2)
-    chosen = f" --profile {options.profile}" if options.profile else ""
+    chosen = (f" --profile {options.profile}" if options.profile else "") + "".join(
+        f" --set {shlex.quote(text)}" for text in options.set)
     print(f"Nothing would stop the run. Next: instructflow run{chosen}")
 
 

@@ -199,19 +199,21 @@ def main() -> None:
     result = run_to_end(partial(run_pipeline, parameters))
     if isinstance(result, NotPromoted):
         result.summary.show()
-        print(next_step(args.until), flush=True)
+        print(next_step(args), flush=True)
         print(result, file=sys.stderr)
         raise SystemExit(NOT_PROMOTED)
     if not isinstance(result, Summary):
         raise result
     result.show()
-    print(next_step(args.until))
+    print(next_step(args))
 
 
-def next_step(until: str | None) -> str:
+def next_step(options: argparse.Namespace) -> str:
     """What a person does after a run."""
-    return "Next: instructflow run, which goes on from here" if until else (
-        "Next: instructflow chat; to compare, instructflow sweep --set ppo.kl_goal=...,... and instructflow compare")
+    if options.until:
+        return "Next: the same command without --until goes on from here"
+    profile = f" --profile {options.profile}" if options.profile else ""
+    return f"Next: instructflow chat; to compare, instructflow sweep{profile} --set ppo.kl_goal=0.5,1.5"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from prefect.artifacts import acreate_table_artifact
 from prefect.states import Failed
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.artifacts import best_effort
 from flows.execution import check_params, run_to_end
@@ -38,7 +38,7 @@ from flows.summary import Summary
 from flows.workspaces import FOLDER
 from mlops import program
 from mlops.config.loader import load_params
-from mlops.config.paths import metrics_of
+from mlops.config.paths import POLICIES, metrics_of
 from rlhf.errors import UserError
 
 SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_vs_sft",
@@ -118,6 +118,8 @@ def _figures(workspace: Path) -> dict[str, str]:
     """The main numbers of a workspace; what it has not measured is left out."""
     metrics: dict[str, float] = {}
     arm = load_params(workspace).stages.promoted
+    if not (workspace / POLICIES / arm).exists():
+        return {}  # metrics/ is of another run: git has the reference run's
     for stage in (f"ppo@{arm}", "evaluate"):
         path = workspace / f"{metrics_of(stage)}.json"
         if path.exists():
@@ -134,7 +136,7 @@ async def run_sweep(parameters: Mapping[str, Any]) -> Any:
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The rows as a table, and what to do next."""
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("workspace", "error")))
-    table = Table(*names, "run", show_edge=False)
+    table = Table(*names, Column("run", overflow="fold"), show_edge=False)
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in names), row.get("error") or row["workspace"])
     console.print(table)

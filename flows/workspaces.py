@@ -103,15 +103,18 @@ def fill_workspace(root: Path, workspace: Path, changes: Changes) -> None:
     earlier = json.loads((workspace / WORKSPACE_OF).read_text())["files"] if (workspace / WORKSPACE_OF).exists() else []
     for name in sorted(set(earlier) - set(names)):
         (workspace / name).unlink(missing_ok=True)
+    changed = {PARAMS_FILE, _profile_of(root, changes)}  # written as a whole below: another run may read them now
     for name in names:
         target = workspace / name
+        if name in changed and target.exists():
+            continue
         if target.exists() and (name.startswith(OWN) or target.read_bytes() == (root / name).read_bytes()):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, target)
     _link_raw(root, workspace)
     _share_cache(root, workspace)
-    _apply(workspace, changes)
+    _apply(root, workspace, changes)
     write_atomic(workspace / WORKSPACE_OF, json.dumps({"checkout": str(root), "files": names}).encode())
     load_params(workspace)
 
@@ -155,14 +158,19 @@ def _share_cache(root: Path, workspace: Path) -> None:
         config.write(file)
 
 
-def _apply(workspace: Path, changes: Changes) -> None:
-    """Writes the changes into the workspace's params.yaml and profile."""
-    top = dict(read_yaml(workspace / PARAMS_FILE))
+def _profile_of(root: Path, changes: Changes) -> str:
+    """The profile's file, from the checkout."""
+    return f"{PROFILES_DIR}/{changes.profile or read_yaml(root / PARAMS_FILE).get('profile')}.yaml"
+
+
+def _apply(root: Path, workspace: Path, changes: Changes) -> None:
+    """Writes the checkout's params.yaml and profile with the changes into the workspace."""
+    top = dict(read_yaml(root / PARAMS_FILE))
     top |= {name: value for name, value in (("profile", changes.profile), ("seed", changes.seed)) if value is not None}
     if changes.rounds:
         top["rounds"] = unrolled(changes.rounds)
-    path = workspace / PROFILES_DIR / f"{top['profile']}.yaml"
-    sections = changed_profile(read_yaml(path), changes, path)
+    source, path = (folder / PROFILES_DIR / f"{top['profile']}.yaml" for folder in (root, workspace))
+    sections = changed_profile(read_yaml(source), changes, source)
     for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         if target.read_text(encoding="utf-8") != text:

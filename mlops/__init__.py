@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+from pathlib import Path
 
 # Before torch and transformers are imported: no telemetry, no bars of theirs between our progress lines, and
 # threads that spin only briefly, so that a stage shares its cores with the tracker instead of fighting it (with one
@@ -38,3 +39,8 @@ atexit.register(gc.freeze)
 def program(module: str) -> str:
     """How a user has called a module: by `instructflow COMMAND` or by `python -m module`; for its help."""
     return os.environ.get("INSTRUCTFLOW_COMMAND") or f"python -m {module}"
+
+
+def from_caller(path: Path) -> Path:
+    """A path as the user meant it: relative to the folder that `instructflow` was called in."""
+    return Path(os.environ.get("INSTRUCTFLOW_FROM", "")) / path

@@ -56,7 +56,18 @@ def test_outside_a_checkout_it_says_so(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"instructflow: {tmp_path} is in no checkout of instructflow")
 
 
+def test_new_paths_are_those_of_the_folder_it_is_called_in(tmp_path: Path) -> None:
+    """`cd docs; instructflow push ../x` wrote beside the checkout's parent."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    target = os.path.relpath(tmp_path / "copy", REPOSITORY / "docs")
+    done = run(REPOSITORY / "docs", "push", target, "--model", str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "copy" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
+    (["push", "hub:foo", "--model", "tests"], "tests: no model"),
     (["params", "poo"], "poo: no such section; did you mean ppo?"),
     (["params", "ppo.kl_gaol"], "ppo.kl_gaol: no such parameter; did you mean kl_goal?"),
     (["compare", "checkout"], "name two runs or more"),

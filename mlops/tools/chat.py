@@ -9,6 +9,7 @@ Each line goes on with the conversation, of which every model sees its own answe
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
                 for messages, response in zip(prompts, responses, strict=True)]
         if not interactive:
             console.print(Text(displayed(prompt), style="bold"))
-        boxes = [Panel(Text(displayed(response) or "(empty)"), title=speaker.name, subtitle=f"rm {value:.2f}",
+        boxes = [Panel(Text(displayed(response) or "(empty)"), title=speaker.name,
+                       subtitle=f"rm {value:.2f}" if math.isfinite(value) else None,
                        width=min(console.width, max(30, console.width // len(speakers) - 1)))
                  for speaker, response, value in zip(speakers, responses, scores(prompts, responses), strict=True)]
         console.print(Columns(boxes))

@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from mlops import program
+from mlops import from_caller, program
 from mlops.config.paths import POLICY_METRICS
 from mlops.reporting import plots
 from mlops.reporting.headline import estimate, figure, length, number, percent, points, score, signed
@@ -26,6 +26,7 @@ from rlhf.training.journal import read_journal
 PAGE = Path("reports/compare.html")
 COLOURS = (plots.SFT, plots.PPO, plots.RM, plots.GOLD, plots.GOAL, *plots.OTHER_COLOURS)  # of the policies, in turn
 DASH = "–"
+REACHED = 0.5  # share of the goal from which a run counts as having come near it
 # Title, key in metrics/evaluate.json ({arm} filled in), format.
 MEASURED = (
     ("KL to SFT, nats", "eval/kl_{arm}", score), ("win rate against SFT", "eval/win_rate/{arm}_vs_sft", percent),
@@ -106,6 +107,15 @@ def _last(policy: Policy, name: str) -> str:
     return f"{values[-1]:.3g}" if len(values) else DASH
 
 
+def goal_note(policy: Policy) -> str:
+    """What to do where the policy has not come near its KL goal; empty where it has, or where nothing is known."""
+    kl, goal = number(policy.evaluation, f"eval/kl_{policy.arm}"), policy.column("ppo/kl_goal")
+    if kl is None or not len(goal) or kl >= REACHED * goal[-1]:
+        return ""
+    return (f"its KL of {kl:.3g} nats is far from its goal of {goal[-1]:.3g} after {len(goal)} iterations, so the goal "
+            "has hardly acted: more ppo.episodes, a higher ppo.lr or a smaller ppo.beta")
+
+
 def curves(policies: Sequence[Policy]) -> list[tuple[str, str]]:
     """(title, SVG) of KL, β, reward-model score and gold score over the iterations."""
     trained = [policy for policy in policies if policy.journal]
@@ -138,11 +148,11 @@ def write_page(runs: Sequence[Run], policies: Sequence[Policy], target: Path) ->
 
 def show(runs: Sequence[Run], policies: Sequence[Policy], console: Console) -> None:
     """Both tables on the terminal."""
-    table = Table("what differs", *(run.name for run in runs), show_edge=False)
+    table = Table("what differs", *(Column(run.name, overflow="fold") for run in runs), show_edge=False)
     for name, values in differing(runs).items():
         table.add_row(name, *(figure(value) for value in values))
     console.print(table if table.row_count else "The runs have the same parameters and data.")
-    results = Table("what came out", *(policy.name for policy in policies), show_edge=False)
+    results = Table("what came out", *(Column(policy.name, overflow="fold") for policy in policies), show_edge=False)
     for title, cells in result_rows(policies):
         results.add_row(title, *cells)
     console.print()
@@ -164,11 +174,15 @@ def main() -> None:
         if twice := next((run for run in runs if [other.folder for other in runs].count(run.folder) > 1), None):
             raise UserError(f"{twice.name}: is named twice")
         policies = policies_of(runs)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_page(runs, policies, options.out)
+        out = options.out if options.out == PAGE else from_caller(options.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(runs, policies, out)
         show(runs, policies, Console(highlight=False))
+        for policy in policies:
+            if note := goal_note(policy):
+                print(f"{policy.name}: {note}")
         last = f"{runs[-1].name}:{runs[-1].arms()[-1]}" if runs[-1].folder != root else runs[-1].arms()[-1]
-        print(f"\nThe curves are in {options.out}. Next: instructflow chat {last}")
+        print(f"\nThe curves are in {out}. Next: instructflow chat {last}")
 
 
 if __name__ == "__main__":

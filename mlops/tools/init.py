@@ -53,14 +53,26 @@ class Given:
     columns: Mapping[str, str]
     public: bool
     gpu: bool
+    language: str = ""
 
 
 # --- the source description -------------------------------------------------------------------------------------------
 
 
+def delimiter_of(file: str, folder: Path) -> str:
+    """What separates the columns of a CSV file, by its first line; empty: a comma, or no CSV file."""
+    path = folder / file
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return ""
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        counts = {mark: (line := next(lines, "")).count(mark) if mark == "," else line.count(mark) for mark in ",;\t|"}
+    best = max(counts, key=lambda mark: counts[mark])
+    return best if best != "," and counts[","] == 0 and counts[best] else ""
+
+
 def first_row(file: str, folder: Path) -> dict[str, Any]:
     """The file's first row. Raises UserError for a file without one."""
-    entry = Entry(files=file)
+    entry = Entry(files=file, delimiter=delimiter_of(file, folder))
     for _, _, rows in read_entry(entry, folder):
         for row in rows:
             try:
@@ -99,7 +111,8 @@ def entries_of(given: Given, folder: Path) -> dict[str, list[dict[str, Any]]]:
         fields = _fields(kind, row, given)
         if not fields:
             return {"files": file, "layout": "hh_rlhf"}
-        return {"files": file, "columns": mapped(fields, list(row), given.columns, file)}
+        separated = {"delimiter": mark} if (mark := delimiter_of(file, folder)) else {}
+        return {"files": file, **separated, "columns": mapped(fields, list(row), given.columns, file)}
 
     roles: dict[str, list[dict[str, Any]]] = {}
     pairs = entry("pairs")
@@ -108,10 +121,10 @@ def entries_of(given: Given, folder: Path) -> dict[str, list[dict[str, Any]]]:
         raise UserError(f"{given.files['pairs']}: holds whole transcripts (Human: ... Assistant: ...), of which no "
                         "demonstrations are made; name a file of them with --demonstrations")
     roles["sft"] = [entry("demonstrations") if "demonstrations" in given.files else
-                    {"files": pairs["files"], "columns": _better(columns or {})}]
+                    pairs | {"columns": _better(columns or {})}]
     roles["rm"] = [pairs]
     roles["ppo"] = [entry("prompts") if "prompts" in given.files else
-                    {"files": pairs["files"], "columns": _only_prompt(columns)} if columns else dict(pairs)]
+                    pairs | {"columns": _only_prompt(columns)} if columns else dict(pairs)]
     if "text" in given.files:
         roles["corpus"] = [entry("text")]
     return roles
@@ -160,6 +173,7 @@ def description(given: Given, roles: Mapping[str, list[dict[str, Any]]]) -> str:
         text = yaml.safe_dump({role: entries}, sort_keys=False, allow_unicode=True, width=110).rstrip("\n")
         lines += [f"{role}:  # {note}", *text.splitlines()[1:]]
     lines += ["rules:", "  valid_share: 0.2  # of the users' (or prompts') rows: held out for every measure"]
+    lines += [f"  language: {given.language}"] if given.language else []
     return "\n".join(lines) + "\n"
 
 
@@ -209,6 +223,8 @@ def base(model: str, root: Path) -> tuple[Any, int, int]:
     from rlhf.model.folders import check_folder
 
     folder = str(root / model) if (root / model).is_dir() else model
+    if model.startswith((".", "/", "~")) and not Path(folder).is_dir():
+        raise UserError(f"--model {model}: no such folder")
     try:
         check_folder(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -268,7 +284,8 @@ def given_by(options: argparse.Namespace, folder: Path) -> Given:
 
     gpu = options.device == "gpu" or (options.device == "auto" and torch.cuda.is_available())
     return Given(options.name, os.path.abspath(model) if Path(model).is_dir() else model,
-                 {kind: relative(file, folder) for kind, file in files.items()}, columns, options.public, gpu)
+                 {kind: relative(file, folder) for kind, file in files.items()}, columns, options.public, gpu,
+                 options.language)
 
 
 def write(options: argparse.Namespace, root: Path) -> None:
@@ -295,7 +312,8 @@ def write(options: argparse.Namespace, root: Path) -> None:
             probe.unlink(missing_ok=True)
         for role, look in looks.items():
             if look.refused:
-                raise UserError(f"{getattr(source, role)[0].files}: {look.refused}")
+                hint = "; --language de, for instance, says another language" if "language" in look.refused else ""
+                raise UserError(f"{getattr(source, role)[0].files}: {look.refused}{hint}")
         codec, context, size = base(given.model, root)
         tokens = lengths(codec, looks)
         write_atomic(spec, text.encode())
@@ -324,6 +342,7 @@ def main() -> None:
     parser.add_argument("--public", action="store_true", help="public sets of the Hugging Face hub instead of files")
     parser.add_argument("--columns", action="append", default=[], metavar="FIELD=COLUMN,...",
                         help=f"what your columns are called; fields: {', '.join(USUAL)}")
+    parser.add_argument("--language", default="", help="ISO 639-1 code of the prompts' language (default: en)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="what it will run on")
     parser.add_argument("--yes", action="store_true", help="ask nothing: what is missing is an error")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier init")

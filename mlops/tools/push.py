@@ -7,9 +7,9 @@
 import argparse
 from pathlib import Path
 
-from mlops import program
+from mlops import from_caller, program
 from mlops.tools.runs import policy_folder
-from rlhf.errors import UserError, one_line, without_secrets
+from rlhf.errors import UserError, first_line, one_line
 from rlhf.files import publish
 
 PROMOTED = Path("models/promoted")
@@ -40,15 +40,15 @@ def to_folder(source: Path, target: Path) -> None:
 def to_hub(source: Path, name: str, public: bool) -> str:
     """Uploads the model; returns its address. Raises UserError for what the hub refuses."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if len(name.split("/")) != 2:
+        raise UserError(f"hub:{name}: must be hub:OWNER/NAME")
     try:
         api = HfApi()
         repository = api.create_repo(name, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=source, commit_message="instructflow push")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"hub:{name}: {without_secrets(first)}; is it OWNER/NAME, and are you logged in "
+    except Exception as error:  # the hub's, its validation's or the connection's
+        raise UserError(f"hub:{name}: {first_line(error)}; is the hub reachable, and are you logged in "
                         "(`hf auth login`)?") from None
     return str(repository)
 
@@ -68,8 +68,9 @@ def main() -> None:
         if options.target.startswith(HUB):
             print(to_hub(source, options.target.removeprefix(HUB), options.public))
         else:
-            to_folder(source, Path(options.target))
-            size = sum(path.stat().st_size for path in Path(options.target).rglob("*"))
+            target = from_caller(Path(options.target))
+            to_folder(source, target)
+            size = sum(path.stat().st_size for path in target.rglob("*"))
             print(f"{options.target}: {size / 1e6:,.1f} MB, a Hugging Face folder (from {source})")
 
 

@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 
 WORKSPACES = Path("scratch/workspaces")
 CHECKOUT = "checkout"  # the name of the run in the checkout itself
-EVALUATION = Path("metrics/evaluate.json")
+MADE_WITH = {"evaluate": "reports/report.html", "promote": "models/promoted"}  # what git does not have
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Run:
         return {"profile": top.get("profile"), "seed": top.get("seed"), "data": data_version(self.folder), **found}
 
     def metrics(self, name: str) -> dict[str, Any]:
-        """The content of metrics/NAME.json; empty where it is not there yet."""
-        return read_json(self.folder / "metrics" / f"{name}.json")
+        """The content of metrics/NAME.json; empty where this run has not made it: git has that of the reference run."""
+        made = self.folder / MADE_WITH[name]
+        return read_json(self.folder / "metrics" / f"{name}.json") if made.exists() and self.arms() else {}
 
     def arms(self) -> list[str]:
         """Its policies that have been trained, in the profile's order."""

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mlops import program
 from mlops.config.loader import Params, load_params
 from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import pipeline_stages
 from mlops.reporting.headline import estimate, number, percent, points, score
-from mlops.tools.runs import Run, newest_policy, read_json, runs_of
+from mlops.tools.runs import Run, newest_policy, runs_of
 from rlhf.errors import UserError, one_line
 from rlhf.training.journal import read_journal
 
@@ -73,7 +73,8 @@ def stage_states(root: Path) -> dict[str, str]:
 
 def run_table(runs: list[Run]) -> Table:
     """The runs with the main numbers of the arm that goes to the gates."""
-    table = Table("run", "arm", "KL to SFT", "win rate vs SFT", "gold gain", "tax, mean", "gates", show_edge=False)
+    table = Table(Column("run", overflow="fold", min_width=20), "arm", "KL to SFT", "win rate vs SFT", "gold gain",
+                  "tax, mean", "gates", show_edge=False)
     for run in runs:
         evaluation, promotion = run.metrics("evaluate"), run.metrics("promote")
         arm = str(evaluation.get("eval/arm", ""))
@@ -90,7 +91,7 @@ def run_table(runs: list[Run]) -> Table:
 
 def champion(root: Path, params: Params) -> str:
     """One line about the promoted policy."""
-    promotion = read_json(root / "metrics" / "promote.json")
+    promotion = Run("", root).metrics("promote")
     if not promotion:
         return "no policy has gone to the gates yet"
     if reasons := promotion.get("reasons"):
@@ -122,7 +123,7 @@ def main() -> None:
                 print(f"{run.name}: {found}")
         print(champion(root, params))
         newest = newest_policy(root)
-        names = [run.name for run in runs if run.metrics("evaluate")]
+        names = [run.name for run in runs if run.arms()]
         if newest is None:
             print(f"Next: {NOTHING}")
         else:

@@ -36,6 +36,9 @@ def make(tmp_path: Path, model: Path) -> Make:
         (tmp_path / "raw" / "pairs.jsonl").write_text("".join(json.dumps(
             {"prompt": f"{question} {number}", "chosen": good, "rejected": bad}) + "\n"
             for number, (question, good, bad) in enumerate(comparisons(rows))))
+        (tmp_path / "raw" / "long.jsonl").write_text("".join(json.dumps(
+            {"prompt": f"{question} {number}", "chosen": f"{good} " * (30 if number % 50 == 0 else 1)}) + "\n"
+            for number, (question, good, _) in enumerate(comparisons(rows))))
         files = "../../raw/pairs.jsonl"
         spec = {"sft": [{"files": files, "columns": {"prompt": "prompt", "completion": "chosen"}}],
                 "rm": [{"files": files}], "ppo": [{"files": files, "columns": {"prompt": "prompt"}}],
@@ -72,6 +75,9 @@ def test_a_good_profile_is_looked_at_from_end_to_end(make: Make, tmp_path: Path)
     ({}, {"rm": [{"files": "../../raw/pairs.jsonl", "columns": {"prompt": "prompt", "chosen": "good",
                                                                "rejected": "rejected"}}]}, "good", ""),
     ({}, {"rules": {"valid_share": 0.0}}, "no prompt is held out", "rules.valid_share"),
+    ({"sft": {"max_tokens": 100}, "rm": {"max_tokens": 100}}, {"sft": [
+        {"files": "../../raw/long.jsonl", "columns": {"prompt": "prompt", "completion": "chosen"}}]},
+     "rows have more than the model's 128 positions, and stage validate stops at them", "rules.tokenizer"),
     ({"validate": {"max_prompt_chars": 10}}, {}, "prompts are longer than validate.max_prompt_chars = 10", "validate"),
 ])
 def test_what_would_stop_a_run(make: Make, tmp_path: Path, sections: dict[str, Any], description: dict[str, Any],

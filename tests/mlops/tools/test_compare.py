@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlops.config.loader import load_profile, write_resolved
-from mlops.tools.compare import policies_of, result_rows, write_page
+from mlops.tools.compare import goal_note, policies_of, result_rows, write_page
 from mlops.tools.runs import Run, differing, find_run, newest_policy, policy_folder, runs_of
 from rlhf.errors import UserError
 
@@ -35,6 +35,29 @@ def make_run(folder: Path, goal: float, arms: str = "ppo: {}", trained: tuple[st
         "eval/arm": "ppo", "eval/prompts": 50, "eval/kl_ppo": goal, "eval/kl_ppo_low": goal / 2,
         "eval/kl_ppo_high": goal * 2, "eval/win_rate/ppo_vs_sft": 0.6}))
     (folder / "metrics" / "promote.json").write_text(json.dumps({"reasons": [] if goal > 1 else ["KL"]}))
+    (folder / "reports").mkdir()
+    (folder / "reports" / "report.html").write_text("")
+    (folder / "models" / "promoted").mkdir()
+
+
+def test_what_git_has_of_the_reference_run_is_no_result_of_this_one(tmp_path: Path) -> None:
+    """A clone and a run that failed showed the committed metrics as their own."""
+    make_run(tmp_path, 2)
+    run = Run("checkout", tmp_path)
+    assert run.metrics("evaluate")["eval/prompts"] == 50
+    (tmp_path / "reports" / "report.html").unlink()
+    assert (run.metrics("evaluate"), run.metrics("promote")) == ({}, {"reasons": []})
+    (tmp_path / "models" / "policies" / "ppo" / "config.json").unlink()
+    assert run.metrics("promote") == {}
+
+
+def test_a_goal_that_could_not_act_is_said(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    path = tmp_path / "metrics" / "evaluate.json"
+    assert goal_note(policies_of([Run("checkout", tmp_path)])[0]) == ""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/kl_ppo": 0.17}))
+    assert goal_note(policies_of([Run("checkout", tmp_path)])[0]).startswith(
+        "its KL of 0.17 nats is far from its goal of 2 after 9 iterations")
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_whole_transcripts_as_hh_rlhf_has_them(root: Path, models: dict[str, Pat
     (["--pairs", "../pairs.csv", "--columns", "ask"], "--columns ask: must be FIELD=COLUMN"),
     (["--pairs", "../empty.csv"], "empty.csv"),
     ([], "--pairs FILE is needed"),
-    (["--pairs", "../pairs.csv", "--model", "../nothing"], "--model ../nothing"),
+    (["--pairs", "../pairs.csv", "--model", "../nothing"], "--model ../nothing: no such folder"),
     (["--pairs", "../pairs.csv", "--model", ""], "--model is needed"),
 ])
 def test_a_mistake_is_one_line_and_nothing_is_written(root: Path, models: dict[str, Path], arguments: list[str],
@@ -118,6 +118,29 @@ def test_what_is_there_stays(root: Path, models: dict[str, Path]) -> None:
     assert (done.returncode, done.stderr) == (2, "init: profiles/team.yaml: exists already; another name, or --force\n")
     assert (root / "profiles" / "team.yaml").read_text() == "mine: 1\n"
     assert init(root, "team", "--model", models["gpt2"], "--pairs", "../pairs.csv", "--force").returncode == 0
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_other_separators_of_csv(root: Path, models: dict[str, Path], mark: str) -> None:
+    rows = [row for row in comparisons(60) if not any(mark in text for text in row)]
+    (root.parent / "pairs.csv").write_text("\ufeffquestion" + mark + "better" + mark + "worse\n" + "".join(
+        mark.join(row) + "\n" for row in rows), encoding="utf-8")
+    done = init(root, "team", "--model", models["gpt2"], "--pairs", "../pairs.csv")
+    assert done.returncode == 0, done.stderr
+    source = load_source(root / "profiles" / "sources" / "team.yaml")
+    assert isinstance(source, Source)
+    assert [entry.delimiter for entry in (*source.sft, *source.rm, *source.ppo)] == [mark] * 3
+
+
+def test_prompts_in_another_language(root: Path, models: dict[str, Path]) -> None:
+    rows = [(f"Wo lebt die Katze mit der Nummer {number}, und was frisst sie am liebsten?", "Im Wald, beim alten Haus.",
+             "Nein.") for number in range(100)]
+    (root.parent / "pairs.jsonl").write_text("".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row,
+                                                                         strict=True))) + "\n" for row in rows))
+    done = init(root, "team", "--model", models["gpt2"], "--pairs", "../pairs.jsonl")
+    assert (done.returncode, "--language de, for instance" in done.stderr) == (2, True)
+    done = init(root, "team", "--model", models["gpt2"], "--pairs", "../pairs.jsonl", "--language", "de")
+    assert "other_language" not in done.stderr
 
 
 def test_public_sets(root: Path, models: dict[str, Path]) -> None:
