@@ -86,7 +86,8 @@ def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
 
 
 def text_of(browser: Any) -> str:
-    return str(browser.find_element("css selector", "body").text)
+    """The page's text; empty for the moment in which a page has no body."""
+    return "".join(str(body.text) for body in browser.find_elements("css selector", "body"))
 
 
 def shows(browser: Any, text: str) -> bool:
