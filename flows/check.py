@@ -48,6 +48,7 @@ from rlhf.params import Profile
 State = Literal["ok", "warn", "stop"]
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "stop": "[red]STOP[/]"}
 FEW_PROMPTS, FEW_PAIRS = 200, 500  # held-out prompts, comparisons to train on
+OF_THE_MACHINE = ("machine", "memory", "disk")
 LONG_SHARE = 0.05  # of rows that are longer than a stage takes
 GB = 1e9
 WEIGHT_BYTES = 4  # float32
@@ -223,7 +224,8 @@ def _data(params: Params, root: Path, looks: dict[str, Look]) -> Iterator[Findin
     looks |= look_at(source, spec.parent, params.seed)
     for role, look in looks.items():
         if look.refused:
-            yield Finding(f"data, {role}", "stop", look.refused, f"python -m tasks.ingest --source {spec} --preview 3")
+            yield Finding(f"data, {role}", "stop" if look.whole else "warn", look.refused,
+                          f"python -m tasks.ingest --source {spec} --preview 3")
     if any(look.refused for look in looks.values()):
         looks.clear()
         return
@@ -238,7 +240,7 @@ def _data(params: Params, root: Path, looks: dict[str, Look]) -> Iterator[Findin
             yield Finding(f"data, {role}", "stop", f"{over:,} prompts are longer than validate.{parameter} = {limit:,}",
                           f"validate.{parameter}, or rules.{parameter} of the description")
     valid = min(profile.evaluate.prompts, sum(row["split"] == "valid" for row in looks["ppo"].kept))
-    whole = looks["ppo"].read < 2000
+    whole = looks["ppo"].whole
     if whole and not valid:
         yield Finding("data, ppo", "stop", "no prompt is held out (split valid), so nothing could be measured",
                       "rules.valid_share, or more users: a split goes by user")
@@ -246,7 +248,7 @@ def _data(params: Params, root: Path, looks: dict[str, Look]) -> Iterator[Findin
         yield Finding("data, ppo", "warn", f"{valid} held-out prompts: win rates will have wide intervals",
                       f"evaluate.prompts, more prompts, or a larger rules.valid_share; {FEW_PROMPTS} decide something")
     pairs = round((1 - profile.judge.share) * sum(row["split"] == "train" for row in looks["rm"].kept))
-    if looks["rm"].read < 2000 and pairs < FEW_PAIRS:
+    if looks["rm"].whole and pairs < FEW_PAIRS:
         yield Finding("data, rm", "warn", f"{pairs} comparisons to train on: the reward model will be weak",
                       f"more of them; {FEW_PAIRS} or more teach something")
     kept = ", ".join(f"{role} {len(look.kept):,} of {look.read:,}" for role, look in looks.items())
@@ -275,7 +277,8 @@ def _lengths(profile: Profile, base: Base, looks: Mapping[str, Look]) -> Iterato
         over = sum(count > limit for count in counts)
         fits = sorted(counts)[min(len(counts) - 1, int(0.95 * len(counts)))]
         share = over / len(counts)
-        state: State = "stop" if share > 0.5 else "warn" if share > LONG_SHARE else "ok"
+        whole = looks[name.partition(".")[0]].whole
+        state: State = "stop" if share == 1 and whole else "warn" if share > LONG_SHARE else "ok"
         yield Finding("lengths", state, f"{name} = {limit}: {share:.0%} of the rows are longer and would be dropped; "
                       f"95 % have at most {fits:,} tokens", "" if state == "ok" else f"{name} = {fits}")
 
@@ -356,15 +359,16 @@ def show(found: Sequence[Finding], console: Console) -> None:
     console.print(table)
 
 
-def stop_early(params: Params, root: Path) -> None:
+def stop_early(params: Params, root: Path, elsewhere: bool = False) -> None:
     """Raises UserError with what would stop the run; for a run's start, where data or model are the user's own and have
-    not been read with these parameters yet."""
+    not been read with these parameters yet. `elsewhere`: other machines train, so this one's size says nothing."""
     profile = params.stages
     if profile.ingest.source == "embedded" and not profile.pretrain.base_model:
         return
     if is_resolved(profile, root / PARAMETERS) and (root / MODELS["base"] / "config.json").is_file():
         return
-    stops = [item for item in findings(params, root) if item.state == "stop"]
+    stops = [item for item in findings(params, root)
+             if item.state == "stop" and not (elsewhere and item.what in OF_THE_MACHINE)]
     if stops:
         raise UserError("; ".join(f"{item.what}: {item.detail}" + (f" → {item.change}" if item.change else "")
                                   for item in stops[:3]))

@@ -100,7 +100,7 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
             else:
                 use_profile(workdir, profile)
             params = load_params(workdir)  # once more: another run may have held the lock for hours
-            await asyncio.to_thread(stop_early, params, workdir)
+            await asyncio.to_thread(stop_early, params, workdir, gpu_workers)
             mend_dvc_lock(workdir)
             await best_effort(close_earlier_tasks())
             results = await run_stages(workdir, run_name, stage_hours, gpu_workers, last_stage(workdir, until))

@@ -21,7 +21,16 @@ from typing import Any
 import yaml
 
 from mlops.config.arms import write_arms
-from mlops.config.loader import ONE_ARM, PARAMS_FILE, PROFILES_DIR, check_values, load_params, read_yaml
+from mlops.config.loader import (
+    ONE_ARM,
+    PARAMS_FILE,
+    PROFILES_DIR,
+    as_yaml,
+    check_values,
+    load_params,
+    load_profile,
+    read_yaml,
+)
 from mlops.config.stage_graph import unrolled
 from mlops.tracking.own_store import own_store
 from rlhf.errors import UserError
@@ -171,8 +180,12 @@ def _apply(root: Path, workspace: Path, changes: Changes) -> None:
         top["rounds"] = unrolled(changes.rounds)
     source, path = (folder / PROFILES_DIR / f"{top['profile']}.yaml" for folder in (root, workspace))
     sections = changed_profile(read_yaml(source), changes, source)
-    for target, content in ((workspace / PARAMS_FILE, top), (path, sections)):
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    found = load_profile(source, sections)
+    for name in ("arms", "promoted"):
+        top.pop(name, None)
+    arms = f"arms: {as_yaml(list(found.arms))}\npromoted: {found.promoted}\n"  # at once: another run may read them now
+    for target, content, more in ((path, sections, ""), (workspace / PARAMS_FILE, top, arms)):
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True) + more
         if target.read_text(encoding="utf-8") != text:
             write_atomic(target, text.encode())
     write_arms(workspace)

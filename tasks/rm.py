@@ -39,7 +39,7 @@ def train(stage: Stage) -> None:
                                         stage.scratch)
     valid = sample_rows(of_split(rows, "valid"), params.max_valid_prompts, stage.params.seed)
     scored = score_rows(model, load_codec("models/sft"), valid, params, stage.scratch)
-    metrics |= measure(scored, {row["labeler_id"] for row in of_split(rows, "train")}, gold_labeler(stage.params.seed))
+    metrics |= measure(scored, {row["labeler_id"] for row in of_split(mine, "train")}, gold_labeler(stage.params.seed))
     curve = calibration(scored)
     metrics["rm/calibration_error"] = calibration_error(curve)
     write_csv(stage.scratch / CURVE, curve)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.checkout import REPOSITORY
+from tests.flows.checkout import REPOSITORY, copy_to
 from tests.tiny_model import write_model, write_pairs
 
 TEXT = (REPOSITORY / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -36,14 +35,9 @@ def test_from_clone_to_comparison_in_eight_commands() -> None:
 
 
 def checkout(folder: Path) -> Path:
-    """A clone as `git clone` makes it, with the files as they are now and this environment."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, check=True,
-                           capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+    """A clone as `git clone` makes it, with the files as they are now."""
+    copy_to(folder)
+    for command in (["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 

@@ -65,7 +65,8 @@ def delimiter_of(file: str, folder: Path) -> str:
     if path.suffix.lower() != ".csv" or not path.is_file():
         return ""
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        counts = {mark: (line := next(lines, "")).count(mark) if mark == "," else line.count(mark) for mark in ",;\t|"}
+        header = lines.readline()
+    counts = {mark: header.count(mark) for mark in ",;\t|"}
     best = max(counts, key=lambda mark: counts[mark])
     return best if best != "," and counts[","] == 0 and counts[best] else ""
 

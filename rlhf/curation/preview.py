@@ -40,6 +40,7 @@ class _Sample:
     shown: list[tuple[Entry, str, Any, list[int | str]]] = field(default_factory=list)
     screened: dict[int, Screened] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
+    whole: bool = True  # all rows of all entries were read
 
 
 def preview(source: Source, root: Path, seed: int, count: int) -> Iterator[str]:
@@ -76,6 +77,7 @@ def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder
                     sample.shown.append((entry, f"{place} row {number}", row, results))
                     shown += 1
             left -= len(numbers)
+            sample.whole &= left > 0
             if left <= 0:
                 break
         try:
@@ -157,11 +159,15 @@ def _short(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Look:
-    """The first rows of a role: how many were read, those that would be kept, why a run would refuse them."""
+    """The first rows of a role: how many were read, those that would be kept, why a run would refuse them.
+
+    `whole`: these are all rows. Else later ones may be better, and `refused` is no verdict.
+    """
 
     read: int
     kept: list[dict[str, Any]]
     refused: str = ""
+    whole: bool = True
 
 
 def look_at(source: Source, root: Path, seed: int) -> dict[str, Look]:
@@ -186,5 +192,5 @@ def look_at(source: Source, root: Path, seed: int) -> dict[str, Look]:
         elif is_too_much(counts, source.rules):
             refused = (f"{lost_rows(counts):,} of its first {sample.read:,} rows are lost ({why}), more than "
                        f"rules.max_lost_share = {source.rules.max_lost_share:g}")
-        found[role] = Look(sample.read, kept, refused)
+        found[role] = Look(sample.read, kept, refused, sample.whole)
     return found

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,18 @@ FILES = {
     "dvc.yaml": "stages:" + SFT_AND_PPO,
     "sft.sh": "mkdir -p models metrics; echo 1 > models/sft; echo '{\"sft/valid_loss\": 0.5}' > metrics/sft.json\n",
 }
+
+
+def copy_to(root: Path) -> Path:
+    """The files of this checkout that git knows, as a repository of its own."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, check=True,
+                           capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (REPOSITORY / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, root / name)
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    return root
 
 
 def alive(pid: int) -> bool:

@@ -69,7 +69,7 @@ def test_a_good_profile_is_looked_at_from_end_to_end(make: Make, tmp_path: Path)
     ({"validate": {"min_k": 4}}, {}, "have 2 completions, and validate.min_k = 4", "validate.min_k: 2"),
     ({"pretrain": {"base_model": "/nothing/here"}}, {}, "no such file or folder", ""),
     ({"sft": {"max_tokens": 200}}, {}, "has 128 positions, and sft.max_tokens makes 200", "sft.max_tokens smaller"),
-    ({"rm": {"max_tokens": 20}}, {}, "of the rows are longer and would be dropped", "rm.max_tokens = "),
+    ({"rm": {"max_tokens": 8}}, {}, "of the rows are longer and would be dropped", "rm.max_tokens = "),
     ({}, {"ppo": []}, "nothing for ppo", "the pipeline needs"),
     ({}, {"rm": [{"files": "../../raw/none.jsonl"}]}, "no such file", ""),
     ({}, {"rm": [{"files": "../../raw/pairs.jsonl", "columns": {"prompt": "prompt", "chosen": "good",
@@ -88,6 +88,28 @@ def test_what_would_stop_a_run(make: Make, tmp_path: Path, sections: dict[str, A
     with pytest.raises(UserError) as caught:
         stop_early(params, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sample_is_no_verdict_on_later_rows(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first rows are all filtered away, a run may still find the others: it was refused."""
+    params = make(description={"rm": [{"files": "../../raw/pairs.jsonl", "where": {"prompt": {"not": "?"}}},
+                                      {"files": "../../raw/sorted.jsonl", "where": {"lang": "en"}}]})
+    rows = [{"prompt": f"What is {number}?", "chosen": "a b.", "rejected": "c d.",
+             "lang": "de" if number < 20 else "en"} for number in range(40)]
+    (tmp_path / "raw" / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("rlhf.curation.preview.SAMPLE", 15)
+    assert not [item for item in stops(params, tmp_path) if item.what.startswith("data")]
+    assert any(item.state == "warn" and "sorted.jsonl: no row in the first 15" in item.detail
+               for item in findings(params, tmp_path))
+
+
+def test_where_others_train_this_machine_s_size_stops_nothing(make: Make, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make()
+    monkeypatch.setattr(check.os, "sysconf", lambda _: 10)
+    with pytest.raises(UserError, match="memory"):
+        stop_early(params, tmp_path)
+    stop_early(params, tmp_path, elsewhere=True)
 
 
 def test_a_model_without_safetensors(make: Make, tmp_path: Path, model: Path) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,22 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.checkout import REPOSITORY
+from tests.flows.checkout import copy_to
 
 KILLS = int(os.environ.get("KILLS", "40"))
 OUTPUTS = ("data", "build", "models", "metrics")
-
-
-def copy_to(root: Path) -> Path:
-    """The files of this checkout that git knows, as a repository of its own."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, check=True,
-                           capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (REPOSITORY / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, root / name)
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    return root
 
 
 def start(root: Path) -> "subprocess.Popen[str]":
