@@ -55,7 +55,7 @@ doctor: .venv/.installed  ## checks environment, disk, GPU, servers, remote, cre
 	@$(BIN)/python -m infra.doctor
 
 drills: .venv/.installed .venv-tools/.installed  ## kills servers, workers and stages on purpose, TIMES=3 times; KILLS=40 of the smoke run
-	for time in $$(seq $(TIMES)); do KILLS=$(KILLS) $(BIN)/python -m pytest -m drill tests/infra; done
+	for time in $$(seq $(TIMES)); do KILLS=$(KILLS) $(BIN)/python -m pytest -m drill tests/infra || exit 1; done
 
 study: .venv/.installed  ## the paper's claims over three seeds on the cpu profile: docs/claims.md
 	$(BIN)/python -m mlops.tools.study --profile cpu
