@@ -38,8 +38,9 @@ from mlops.config.loader import (
     load_profile,
     read_yaml,
 )
-from mlops.config.paths import MODELS, PARAMETERS
+from mlops.config.paths import MODELS
 from mlops.config.sources import load_source
+from mlops.tools.row_lengths import accepted, tokens_of
 from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
 from rlhf.errors import UserError, first_line, one_line
@@ -261,35 +262,36 @@ def _text(prompt: Any) -> str:
 
 
 def _lengths(profile: Profile, base: Base, looks: Mapping[str, Look]) -> Iterator[Finding]:
-    """How many rows are longer than a stage takes: it drops them."""
+    """Rows that the chat template refuses, and how many are longer than a stage takes: it drops them."""
     arm = profile.arms[profile.promoted]
-    longest = {"sft.max_tokens": (profile.sft.max_tokens, _tokens(base.codec, looks["sft"].kept, "completion")),
-               "rm.max_tokens": (profile.rm.max_tokens, _tokens(base.codec, looks["rm"].kept, "completions")),
-               "ppo.max_prompt_tokens": (arm.max_prompt_tokens, _tokens(base.codec, looks["ppo"].kept))}
-    for name, (limit, counts) in longest.items():
+    for name, limit, answers in (("sft.max_tokens", profile.sft.max_tokens, "completion"),
+                                 ("rm.max_tokens", profile.rm.max_tokens, "completions"),
+                                 ("ppo.max_prompt_tokens", arm.max_prompt_tokens, "")):
+        role = name.partition(".")[0]
+        rows, refused = accepted(base.codec, looks[role].kept)
+        if refused:
+            yield Finding("template", "stop", f"{role}: {len(refused):,} of {len(looks[role].kept):,} rows: "
+                          f"{refused[0]}", f"rules.tokenizer: {profile.pretrain.base_model} in the description takes "
+                          "such rows out and counts them; or another base model")
+        if not rows:
+            continue
+        counts = [sum(pair) for pair in tokens_of(base.codec, rows, answers)]
         beyond = sum(count > base.context for count in counts)
         if beyond:
-            yield Finding("lengths", "stop", f"{name.partition('.')[0]}: {beyond:,} of {len(counts):,} rows have more "
+            yield Finding("lengths", "stop", f"{role}: {beyond:,} of {len(counts):,} rows have more "
                           f"than the model's {base.context:,} positions, and stage validate stops at them",
                           "rules.tokenizer with rules.max_prompt_tokens and rules.max_completion_tokens in the "
                           "description drop them")
             continue
         over = sum(count > limit for count in counts)
+        most = base.context - (0 if answers else arm.max_new_tokens)
         fits = sorted(counts)[min(len(counts) - 1, int(0.95 * len(counts)))]
         share = over / len(counts)
-        whole = looks[name.partition(".")[0]].whole
+        whole = looks[role].whole
         state: State = "stop" if share == 1 and whole else "warn" if share > LONG_SHARE else "ok"
         yield Finding("lengths", state, f"{name} = {limit}: {share:.0%} of the rows are longer and would be dropped; "
-                      f"95 % have at most {fits:,} tokens", "" if state == "ok" else f"{name} = {fits}")
-
-
-def _tokens(codec: Any, rows: Sequence[Mapping[str, Any]], answers: str = "") -> list[int]:
-    """Tokens of each row: its prompt, with its longest answer where `answers` names the key."""
-    prompts = codec.prompts([row["prompt"] for row in rows])
-    texts = [row[answers] if isinstance(row[answers], list) else [row[answers]] for row in rows] if answers else []
-    ids = iter(codec.completions([text for some in texts for text in some])) if answers else iter(())
-    return [len(prompt) + (max(len(next(ids)) for _ in texts[index]) if answers else 0)
-            for index, prompt in enumerate(prompts)]
+                      f"95 % have at most {fits:,} tokens", "" if state == "ok" else f"{name} = {min(fits, most)}"
+                      + (f", the most that the model's {base.context:,} positions leave" if fits > most else ""))
 
 
 # --- resources --------------------------------------------------------------------------------------------------------
@@ -365,7 +367,7 @@ def stop_early(params: Params, root: Path, elsewhere: bool = False) -> None:
     profile = params.stages
     if profile.ingest.source == "embedded" and not profile.pretrain.base_model:
         return
-    if is_resolved(profile, root / PARAMETERS) and (root / MODELS["base"] / "config.json").is_file():
+    if is_resolved(profile, root) and (root / MODELS["base"] / "config.json").is_file():
         return
     stops = [item for item in findings(params, root)
              if item.state == "stop" and not (elsewhere and item.what in OF_THE_MACHINE)]

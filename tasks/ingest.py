@@ -61,6 +61,11 @@ def write_described(source: Source, root: Path, seed: int, made: Path) -> dict[s
     return metrics
 
 
+def names_of(source: Source) -> list[str]:
+    """The hub's datasets and the files that a description reads, as it names them."""
+    return sorted({str(entry.dataset or entry.files) for role in KEYS for entry in getattr(source, role)})
+
+
 def as_table(report: dict[str, Any]) -> str:
     """What was read, quarantined, dropped by each rule and kept, a column a dataset."""
     roles = [role for role in report if role != "corpus"]
@@ -108,7 +113,7 @@ def ingest(stage: Stage) -> None:
         if missing:
             raise UserError(f"{spec}: nothing for {', '.join(missing)}; the pipeline needs all three datasets")
         metrics = write_described(source, spec.parent, stage.params.seed, made)
-        write_json(made / SOURCE, {"source": "described"})
+        write_json(made / SOURCE, {"source": "described", "names": names_of(source)})
         (made / "corpus.jsonl").touch()
         (made / "tax").mkdir()
     metrics |= add_feedback(stage.root / FEEDBACK, made / "rm.jsonl")

@@ -24,7 +24,7 @@ from typing import Any
 from mlops import imports_done
 from mlops.config import record, versions
 from mlops.config.inputs import link_fetched, link_inputs
-from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, is_resolved, load_params
+from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, is_resolved, load_params, resolved
 from mlops.config.paths import PARAMETERS, metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.processes import die_with_parent
@@ -88,14 +88,14 @@ def config_hash(name: str, params: Params, root: Path) -> str:
             raise UserError(f"{dep.relative_to(root)}: missing, and stage {name} needs it; run `dvc repro {made_by}`")
     keys = [key for item in declared.get("params", []) if isinstance(item, dict) for keys in item.values()
             for key in keys]
-    every = dataclasses.asdict(params.stages)
+    every = resolved(params.stages, root)
     sections = {key: every["arms"][key.removeprefix("arms.")] if key.startswith("arms.") else every[key]
                 for key in keys if key != "ppo" or not any(other.startswith("arms.") for other in keys)}
     plain = {"arms": list(params.stages.arms), "promoted": params.stages.promoted}  # as in params.yaml
     sections["params.yaml"] = {key: value for key, value in plain.items() if key in declared.get("params", [])}
     which = {"round": params.rounds[name.partition("@")[2]].model_dump()} if name.startswith(OF_A_ROUND) else {}
     text = json.dumps([params.seed, sections | which, hash_paths(deps, root), versions.installed(), fast_enabled()],
-                      sort_keys=True)
+                      sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -103,7 +103,7 @@ def check_inputs(name: str, params: Params, root: Path) -> None:
     """Raises UserError where what the stage reads is not as recorded, and where DVC compared other parameters than the
     profile's: with --single-item it does not see that."""
     record.check(root, declared_stages(root)[name].get("deps", []))
-    if (root / PARAMETERS).exists() and not is_resolved(params.stages, root / PARAMETERS):
+    if (root / PARAMETERS).exists() and not is_resolved(params.stages, root):
         raise UserError(f"{PARAMETERS}: is not of {PROFILES_DIR}/{params.profile}.yaml as it is now; run "
                         "`dvc repro parameters` first")
 

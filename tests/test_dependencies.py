@@ -14,7 +14,6 @@ import yaml
 
 from mlops.config.inputs import link_all
 from mlops.config.loader import load_params, write_resolved
-from mlops.config.paths import PARAMETERS
 from mlops.config.stage_graph import declared_stages, paths
 from tests.closure import REPO, closure, parsed
 
@@ -130,7 +129,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = root / out if PurePosixPath(out).suffix else root / out / "config.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(out)
-    write_resolved(load_params(root).stages, root / PARAMETERS)
+    write_resolved(load_params(root).stages, root)
     dvc(root, "init", "--no-scm", "-q")
     dvc(root, "commit", "-q", "-f")
     assert "up to date" in dvc(root, "status")
@@ -167,6 +166,22 @@ def test_a_changed_file_outside_the_checkout_makes_dvc_name_who_reads_it(finishe
     path.write_text("other")
     assert named(finished) == stages
     path.write_text(before)
+    assert not named(finished)
+
+
+def test_another_description_of_data_reruns_parameters_alone(finished: Path) -> None:
+    other = finished / "profiles" / "sources" / "other.yaml"
+    other.write_text("sft: [{files: b.jsonl}]\n")
+    assert named(finished) == {"parameters"}
+    other.unlink()
+    assert not named(finished)
+    used = finished / "profiles" / "sources" / "mine.yaml"
+    before = used.read_text()
+    used.write_text(before + "rules: {valid_share: 0.2}\n")
+    write_resolved(load_params(finished).stages, finished)  # as stage parameters does
+    assert named(finished) == {"parameters", "ingest"}
+    used.write_text(before)
+    write_resolved(load_params(finished).stages, finished)
     assert not named(finished)
 
 

@@ -35,8 +35,8 @@ for dep in stage["deps"]:
 outs = [*stage.get("outs", []), *(list(item)[0] for item in stage.get("metrics", []))]
 if name == "parameters":
     from mlops.config.loader import load_params, write_resolved
-    pathlib.Path("build").mkdir(exist_ok=True)
-    write_resolved(load_params(pathlib.Path(".")).stages, pathlib.Path(outs.pop()))
+    outs.pop()  # the file that this writes
+    write_resolved(load_params(pathlib.Path(".")).stages, pathlib.Path("."))
 for out in outs:
     path = pathlib.Path(out)
     if name == "ingest" and out == "build/data":

@@ -27,7 +27,7 @@ STAGES = ("ingest", "validate", "pretrain", "sft", "evaluate")
 KEEP = ".gitignore"  # the one file of a folder that git knows
 IGNORE = "# Links to files outside the checkout, made by mlops/config/inputs.py.\n*\n!.gitignore\n"
 IGNORED = ("__pycache__", ".git", ".cache")
-INGEST_DECLARES = ("raw", "profiles/sources")  # in dvc.yaml, so their files need no links
+INGEST_DECLARES = "raw"  # in dvc.yaml, so its files need no links
 
 Linked = tuple[str, Path]  # name below inputs/<stage>/, file
 
@@ -94,7 +94,7 @@ def linked_files(stage: str, params: Params, root: Path) -> list[Linked]:
         if not item.path:
             continue
         target = Path(os.path.abspath(root / item.path))  # an absolute path stays one
-        if stage == "ingest" and any(target.is_relative_to(root / folder) for folder in INGEST_DECLARES):
+        if stage == "ingest" and target.is_relative_to(root / INGEST_DECLARES):
             continue
         if target.is_dir():
             files = (file for file in sorted(target.rglob("*")) if file.is_file())

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from mlops.config.paths import PARAMETERS
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.params import PpoParams, Profile
@@ -299,16 +300,28 @@ def load_profile(path: Path, changed: Mapping[str, Any] | None = None) -> Profil
     return profile
 
 
-def write_resolved(profile: Profile, path: Path) -> None:
-    """All of a profile's parameters, defaults filled in, as YAML."""
-    text = yaml.safe_dump(dataclasses.asdict(profile), sort_keys=False, allow_unicode=True)
-    write_atomic(path, f"# Made by stage parameters; change profiles/ instead.\n{text}".encode())
+def described_source(profile: Profile, root: Path) -> dict[str, Any]:
+    """The content of the source description that the profile names; empty for the embedded source. What is wrong with
+    it is said by whoever reads the data."""
+    spec = root / PROFILES_DIR / SOURCES_DIR / f"{profile.ingest.spec}.yaml"
+    return dict(read_yaml(spec)) if profile.ingest.spec and spec.is_file() else {}
 
 
-def is_resolved(profile: Profile, path: Path) -> bool:
-    """Whether the file holds these parameters."""
+def resolved(profile: Profile, root: Path) -> dict[str, Any]:
+    """All that DVC compares: every section of a profile with its defaults filled in, and `source`, the description."""
+    return {**dataclasses.asdict(profile), "source": described_source(profile, root)}
+
+
+def write_resolved(profile: Profile, root: Path) -> None:
+    """Writes build/parameters.yaml."""
+    text = yaml.safe_dump(resolved(profile, root), sort_keys=False, allow_unicode=True)
+    write_atomic(root / PARAMETERS, f"# Made by stage parameters; change profiles/ instead.\n{text}".encode())
+
+
+def is_resolved(profile: Profile, root: Path) -> bool:
+    """Whether build/parameters.yaml holds these parameters."""
     try:
-        return bool(yaml.safe_load(path.read_text(encoding="utf-8")) == dataclasses.asdict(profile))
+        return bool(yaml.safe_load((root / PARAMETERS).read_text(encoding="utf-8")) == resolved(profile, root))
     except (OSError, ValueError, yaml.YAMLError):
         return False
 

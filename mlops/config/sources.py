@@ -60,6 +60,9 @@ def _entry(values: Any, path: Path, role: str, name: str) -> Entry:
     entry: Entry = check_section(Entry, values, path, name)
     if bool(entry.dataset) == bool(entry.files):
         raise UserError(f"{path}: {name}: must have either dataset or files")
+    if entry.from_rankings and role not in ("sft", "ppo"):
+        raise UserError(f"{path}: {name}.from_rankings: is for sft and ppo, which take their rows from comparisons so")
+    role = entry.read_as(role)
     if role not in LAYOUT_ROLES[entry.layout]:
         fits = ", ".join(layout for layout, roles in LAYOUT_ROLES.items() if role in roles)
         raise UserError(f"{path}: {name}.layout = {entry.layout!r}: has no data for {role}; must be one of {fits}")

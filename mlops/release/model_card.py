@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from huggingface_hub import ModelCardData
 
 from mlops.config.loader import load_params
@@ -23,7 +22,7 @@ def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], re
     """README.md of models/promoted. `reasons`: why the policy is not promoted; the card begins with them."""
     loaded = load_params(root)
     stages = loaded.stages
-    embedded = json.loads((root / "data" / "source.json").read_text(encoding="utf-8"))["source"] == "embedded"
+    source = json.loads((root / "data" / "source.json").read_text(encoding="utf-8"))
     data = ModelCardData(
         base_model=stages.pretrain.base_model or None, library_name="transformers", pipeline_tag="text-generation",
         tags=["rlhf", "ppo", "instructgpt", "instructflow"], model_name=None)
@@ -31,7 +30,8 @@ def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], re
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("model_card.md.j2").render(
-        front=data.to_yaml().strip(), embedded=embedded, reasons=reasons, gates=gates, models=models,
+        front=data.to_yaml().strip(), embedded=source["source"] == "embedded",
+        reasons=reasons, gates=gates, models=models,
         base=stages.pretrain.base_model or "a small GPT trained from scratch on data/corpus.jsonl",
         seed=loaded.seed, profile=loaded.profile, arm=stages.promoted, ppo=stages.arms[stages.promoted],
         sft=stages.sft, rm=stages.rm,
@@ -40,7 +40,7 @@ def model_card(root: Path, metrics: Mapping[str, Any], gates: Sequence[Gate], re
         steps=model_table(metrics), ceiling=at_ceiling(metrics),
         kl=score(number(metrics, f"eval/kl_{stages.promoted}")),
         prompts=int(metrics["eval/prompts"]),
-        accuracy=_rm_accuracy(root), sources=_sources(root)).strip() + "\n"
+        accuracy=_rm_accuracy(root), sources=source.get("names", [])).strip() + "\n"
 
 
 def _qualities(metrics: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -72,14 +72,3 @@ def _rm_accuracy(root: Path) -> str:
     path = root / "metrics" / "rm.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return percent(number(values, "rm/accuracy"))
-
-
-def _sources(root: Path) -> list[str]:
-    """Names of the data's sources; empty for the embedded world."""
-    spec = load_params(root).stages.ingest.spec
-    path = root / "profiles" / "sources" / f"{spec}.yaml"
-    if not spec or not path.exists():
-        return []
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    entries = [entry for role in ("sft", "rm", "ppo") for entry in content.get(role) or []]
-    return sorted({str(entry.get("dataset") or entry.get("files")) for entry in entries})

@@ -8,6 +8,7 @@ It reads the files' columns and a model's configuration, never all of the data; 
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,27 +21,18 @@ import yaml
 from mlops import program
 from mlops.config.loader import PROFILE_NAME, PROFILES_DIR, SOURCES_DIR
 from mlops.config.sources import load_source
-from rlhf.curation.preview import Look, look_at
+from mlops.tools.recognize import ROLES, USUAL, has, reading_of, typical
+from mlops.tools.row_lengths import accepted, tokens_of
+from rlhf.curation.preview import Look, look_at, mapping_of
 from rlhf.curation.sources.map_rows import row_of
 from rlhf.curation.sources.read import files_of, read_entry
 from rlhf.curation.sources.spec import Entry, Source
 from rlhf.errors import UserError, first_line, one_line
 from rlhf.files import write_atomic
 
-# What columns are usually called: field → names, the likeliest first.
-USUAL = {
-    "prompt": ("prompt", "question", "instruction", "query", "input", "user", "request"),
-    "chosen": ("chosen", "preferred", "better", "winner", "accepted", "good", "response_chosen", "answer_chosen"),
-    "rejected": ("rejected", "dispreferred", "worse", "loser", "bad", "response_rejected", "answer_rejected"),
-    "completion": ("completion", "response", "answer", "output", "reply", "demonstration"),
-    "messages": ("messages", "conversations", "conversation"),
-    "text": ("text", "content", "document"),
-    "user_id": ("user_id", "user", "annotator", "author"),
-}
-WANTED = {"pairs": ("prompt", "chosen", "rejected"), "demonstrations": ("prompt", "completion"), "prompts": ("prompt",),
-          "text": ("text",)}
 SMALL, LARGE = 80e6, 800e6  # parameters: where the rates change
 SHARE_THAT_FITS = 0.95
+LOOKED_AT = 50  # rows by which a file is recognized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,97 +63,56 @@ def delimiter_of(file: str, folder: Path) -> str:
     return best if best != "," and counts[","] == 0 and counts[best] else ""
 
 
-def first_row(file: str, folder: Path) -> dict[str, Any]:
-    """The file's first row. Raises UserError for a file without one."""
+def first_rows(file: str, folder: Path) -> list[dict[str, Any]]:
+    """The file's first rows, at most LOOKED_AT. Raises UserError for a file without one."""
     entry = Entry(files=file, delimiter=delimiter_of(file, folder))
+    found: list[dict[str, Any]] = []
     for _, _, rows in read_entry(entry, folder):
         for row in rows:
             try:
-                found = row_of(row, entry)
+                content = row_of(row, entry)
             except ValueError as error:
-                raise UserError(f"{file}: its first row: {error}") from None
-            if found is not None:
-                return {str(name): value for name, value in found.items()}
-    raise UserError(f"{file}: has no rows")
+                if not found:
+                    raise UserError(f"{file}: its first row: {error}") from None
+                continue
+            if content is not None:
+                found.append({str(name): value for name, value in content.items()})
+        if len(found) >= LOOKED_AT:
+            break
+    if not found:
+        raise UserError(f"{file}: has no rows")
+    return found[:LOOKED_AT]
 
 
-def mapped(fields: Sequence[str], there: Sequence[str], given: Mapping[str, str], file: str) -> dict[str, str]:
-    """field → column, by what the user said, else by its usual names. Raises UserError where one is not found."""
-    found = {}
-    lower = {name.lower(): name for name in reversed(there)}
-    for field in fields:
-        if field in given:
-            if given[field].split(".")[0] not in there:
-                raise UserError(f"{file}: has no column {given[field]} for {field}; columns: {', '.join(there)}")
-            found[field] = given[field]
-            continue
-        usual = next((lower[name] for name in USUAL[field] if name in lower), None)
-        if usual is None:
-            raise UserError(f"{file}: which column is the {field}? Say --columns {field}=NAME; columns: "
-                            f"{', '.join(there)}")
-        found[field] = usual
-    return found
+def entries_of(given: Given, folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """role → entries of the description, and what to say of the files. Comparisons alone give all three roles: their
+    best answers are the demonstrations, their prompts PPO's. Raises UserError."""
+    said, first = [], {kind: first_rows(file, folder) for kind, file in given.files.items()}
+    for name, column in given.columns.items():
+        if not any(has(typical(rows), column) for rows in first.values()):
+            there = ", ".join(dict.fromkeys(name for rows in first.values() for name in typical(rows)))
+            raise UserError(f"{', '.join(given.files.values())}: has no column {column} for {name}; columns: {there}")
 
-
-def entries_of(given: Given, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """role → entries of the description. Pairs alone give all three roles: their better answers are the demonstrations,
-    their prompts PPO's. Raises UserError."""
     def entry(kind: str) -> dict[str, Any]:
         file = given.files[kind]
-        row = first_row(file, folder)
-        fields = _fields(kind, row, given)
-        if not fields:
-            return {"files": file, "layout": "hh_rlhf"}
+        reading = reading_of(kind, first[kind], given.columns, file)
+        if reading.unused:
+            said.append(f"  not read of {Path(file).name}: {', '.join(reading.unused)}")
         separated = {"delimiter": mark} if (mark := delimiter_of(file, folder)) else {}
-        return {"files": file, **separated, "columns": mapped(fields, list(row), given.columns, file)}
+        return {"files": file, **separated, **reading.keys}
 
-    roles: dict[str, list[dict[str, Any]]] = {}
     pairs = entry("pairs")
-    columns = pairs.get("columns")
-    if columns is None and "demonstrations" not in given.files:
-        raise UserError(f"{given.files['pairs']}: holds whole transcripts (Human: ... Assistant: ...), of which no "
-                        "demonstrations are made; name a file of them with --demonstrations")
-    roles["sft"] = [entry("demonstrations") if "demonstrations" in given.files else
-                    pairs | {"columns": _better(columns or {})}]
-    roles["rm"] = [pairs]
-    roles["ppo"] = [entry("prompts") if "prompts" in given.files else
-                    pairs | {"columns": _only_prompt(columns)} if columns else dict(pairs)]
+    roles = {"sft": [entry("demonstrations") if "demonstrations" in given.files else pairs | {"from_rankings": True}],
+             "rm": [pairs],
+             "ppo": [entry("prompts") if "prompts" in given.files else pairs | {"from_rankings": True}]}
     if "text" in given.files:
         roles["corpus"] = [entry("text")]
-    return roles
+    return roles, said
 
 
-def _fields(kind: str, row: Mapping[str, Any], given: Given) -> list[str]:
-    """The fields to map: `messages` where a row has conversations and no prompt; none of pairs of whole transcripts."""
-    fields = list(WANTED[kind])
-    lower = {name.lower(): value for name, value in reversed(list(row.items()))}
-
-    def value_of(field: str) -> Any:
-        named = row.get(given.columns.get(field, ""))
-        return next((lower[name] for name in USUAL[field] if name in lower), None) if named is None else named
-
-    if "prompt" not in fields or value_of("prompt") is not None:
-        return fields
-    chosen = value_of("chosen")
-    if kind == "pairs" and isinstance(chosen, list):
-        return ["chosen", "rejected"]
-    if kind == "pairs" and isinstance(chosen, str) and chosen.lstrip().startswith("Human:"):
-        return []
-    return ["messages"] if kind != "pairs" and value_of("messages") is not None else fields
-
-
-def _better(pairs: Mapping[str, str]) -> dict[str, str]:
-    """The columns of demonstrations from those of pairs."""
-    return {"prompt": pairs["prompt"], "completion": pairs["chosen"]} if "prompt" in pairs else {
-        "messages": pairs["chosen"]}
-
-
-def _only_prompt(pairs: Mapping[str, str]) -> dict[str, str]:
-    return {"prompt": pairs["prompt"]} if "prompt" in pairs else {"messages": pairs["chosen"]}
-
-
-def description(given: Given, roles: Mapping[str, list[dict[str, Any]]]) -> str:
-    """The text of profiles/sources/NAME.yaml."""
+def description(given: Given, roles: Mapping[str, list[dict[str, Any]]], limits: Mapping[str, int] | None = None
+                ) -> str:
+    """The text of profiles/sources/NAME.yaml. `limits`: rules for rows that the model has no positions for."""
     said = {"sft": "demonstrations, for SFT", "rm": "comparisons, for the reward model", "ppo": "prompts, for PPO",
             "corpus": "pretraining text, for the mix of SFT and PPO-ptx"}
     lines = ["# yaml-language-server: $schema=../schemas/source.json",
@@ -170,11 +121,15 @@ def description(given: Given, roles: Mapping[str, list[dict[str, Any]]]) -> str:
     for role, entries in roles.items():
         note = said[role]
         if role == "sft" and "demonstrations" not in given.files:
-            note = "demonstrations, for SFT: the better answers of the pairs, for want of others"
+            note = "demonstrations, for SFT: the best answers of the comparisons, for want of others"
         text = yaml.safe_dump({role: entries}, sort_keys=False, allow_unicode=True, width=110).rstrip("\n")
         lines += [f"{role}:  # {note}", *text.splitlines()[1:]]
     lines += ["rules:", "  valid_share: 0.2  # of the users' (or prompts') rows: held out for every measure"]
     lines += [f"  language: {given.language}"] if given.language else []
+    if limits:
+        lines += ["  # Together the model's positions; longer rows, and those that its template refuses, are dropped.",
+                  f"  tokenizer: {json.dumps(given.model, ensure_ascii=False)}",
+                  *(f"  {name}: {value}" for name, value in limits.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -182,22 +137,32 @@ def description(given: Given, roles: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def lengths(codec: Any, looks: Mapping[str, Look]) -> dict[str, int]:
-    """Tokens that 95 % of the rows do not exceed: prompt, answer, whole, rounded up to multiples of 16."""
+    """Tokens that 95 % of the rows do not exceed: prompt, answer, whole, rounded up to multiples of 16; the tokens of
+    the longest row; the rows that the template refuses. Raises UserError where it refuses all of a role."""
     def high(counts: Sequence[int]) -> int:
         value = sorted(counts)[min(len(counts) - 1, int(SHARE_THAT_FITS * len(counts)))]
         return max(16, -(-value // 16) * 16)
 
-    rows = looks["rm"].kept
-    prompts = [len(ids) for ids in codec.prompts([row["prompt"] for row in rows])]
-    answers = iter(codec.completions([text for row in rows for text in row["completions"]]))
-    longest = [max(len(next(answers)) for _ in row["completions"]) for row in rows]
-    asked = [len(ids) for ids in codec.prompts([row["prompt"] for row in looks["ppo"].kept])]
-    shown = looks["sft"].kept
-    demonstrated = zip(codec.prompts([row["prompt"] for row in shown]),
-                       codec.completions([row["completion"] for row in shown]), strict=True)
-    return {"prompt": high(asked), "answer": high(longest),
-            "rm": high([sum(pair) for pair in zip(prompts, longest, strict=True)]),
-            "sft": high([len(prompt) + len(completion) for prompt, completion in demonstrated])}
+    taken = {role: accepted(codec, looks[role].kept)[0] for role in ("sft", "rm", "ppo")}
+    for role, rows in taken.items():
+        if not rows:
+            raise UserError(f"the chat template refuses every row of {role}: {accepted(codec, looks[role].kept)[1][0]}")
+    asked = [prompt for prompt, _ in tokens_of(codec, taken["ppo"])]
+    ranked = tokens_of(codec, taken["rm"], "completions")
+    longest, compared = [answer for _, answer in ranked], [sum(pair) for pair in ranked]
+    trained = [sum(pair) for pair in tokens_of(codec, taken["sft"], "completion")]
+    return {"prompt": high(asked), "answer": high(longest), "rm": high(compared), "sft": high(trained),
+            "longest": max(*asked, *compared, *trained),
+            "refused": sum(len(looks[role].kept) - len(rows) for role, rows in taken.items())}
+
+
+def row_limits(tokens: Mapping[str, int], context: int, whole: bool) -> dict[str, int]:
+    """Rules by which every row fits into `context` positions and the chat template; none where all have been seen to
+    fit."""
+    if whole and tokens["longest"] <= context and not tokens["refused"]:
+        return {}
+    answer = min(tokens["answer"], context // 2)
+    return {"max_prompt_tokens": context - answer, "max_completion_tokens": answer}
 
 
 def profile(given: Given, size: float, context: int, tokens: Mapping[str, int]) -> str:
@@ -264,7 +229,7 @@ def given_by(options: argparse.Namespace, folder: Path) -> Given:
     model = options.model or ask("Base model: a folder or a Hugging Face name", "", silent)
     if not model:
         raise UserError("--model is needed: a folder with a Hugging Face model, or a name of the hub")
-    files = {kind: getattr(options, kind) for kind in WANTED if getattr(options, kind)}
+    files = {kind: getattr(options, kind) for kind in ROLES if getattr(options, kind)}
     if not options.public and "pairs" not in files:
         pairs = ask("File with comparisons (prompt, chosen, rejected), or `public` for public sets", "", silent)
         if not pairs:
@@ -302,7 +267,8 @@ def write(options: argparse.Namespace, root: Path) -> None:
         codec, context, size = base(given.model, root)
         tokens = {"prompt": 512, "answer": 256, "rm": 768, "sft": 768}
     else:
-        text = description(given, entries_of(given, folder))
+        entries, said = entries_of(given, folder)
+        text = description(given, entries)
         probe = folder / f".{options.name}.init.yaml"
         write_atomic(probe, text.encode())
         try:
@@ -317,12 +283,14 @@ def write(options: argparse.Namespace, root: Path) -> None:
                 raise UserError(f"{getattr(source, role)[0].files}: {look.refused}{hint}")
         codec, context, size = base(given.model, root)
         tokens = lengths(codec, looks)
-        write_atomic(spec, text.encode())
+        limits = row_limits(tokens, context, all(look.whole for look in looks.values()))
+        write_atomic(spec, description(given, entries, limits).encode())
         print(f"{spec.relative_to(root)}: " + ", ".join(f"{role} {len(look.kept):,} of the first {look.read:,} rows"
                                                         for role, look in looks.items()))
         for role in ("sft", "rm", "ppo"):
             for entry in getattr(source, role):
-                print(f"  {role}: " + ", ".join(f"{field} = {column}" for field, column in entry.columns.items()))
+                print(f"  {role}: {mapping_of(entry)}")
+        print("\n".join(said) + "\n" if said else "", end="")
     write_atomic(target, profile(given, size, context, tokens).encode())
     print(f"{target.relative_to(root)}: {given.model}, {size / 1e6:,.1f}M parameters, {context:,} positions; 95 % of "
           f"the prompts have up to {tokens['prompt']} tokens, of the answers up to {tokens['answer']}")

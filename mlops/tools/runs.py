@@ -28,7 +28,7 @@ class Run:
         """section.name → value of what was run (build/parameters.yaml), seed and data version among them."""
         path = self.folder / PARAMETERS
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        found = {f"{section}.{name}": value for section, values in sections.items() if section != "arms"
+        found = {f"{section}.{name}": value for section, values in sections.items() if section not in ("arms", "source")
                  for name, value in values.items()}
         found |= {f"arms.{arm}.{name}": value for arm, values in (sections.get("arms") or {}).items()
                   for name, value in values.items() if value != sections["ppo"].get(name)}

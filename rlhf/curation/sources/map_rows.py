@@ -1,7 +1,7 @@
 """From rows as they were read to records, by the layout of their entry; a row that does not fit is quarantined."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.curation.sources.columns import COMMON_FIELDS, FIELDS, needed, read_json_columns
@@ -61,11 +61,19 @@ def map_rows(role: str, entry: Entry, numbers: Sequence[int], rows: Sequence[Any
                     continue
             for part in row.rows if isinstance(row, Group) else [row]:
                 check_media(part)
-            mapped.records.extend([(number, record) for record in layout(row, role, entry)])
+            found = [(number, record) for record in layout(row, entry.read_as(role), entry)]
+            mapped.records.extend([(number, _part(record, role)) for number, record in found] if entry.from_rankings
+                                  else found)
         except (ValueError, AttributeError, TypeError) as error:  # a row that does not fit its layout
             content = row.rows if isinstance(row, Group) else getattr(item, "content", item)
             mapped.quarantined.append((number, str(error), content, isinstance(error, ContentError)))
     return mapped
+
+
+def _part(record: Record, role: str) -> Record:
+    """What a role takes of a comparison: SFT its best completion, PPO its prompt."""
+    best = (record.completions[record.ranks.index(min(record.ranks))],) if role == "sft" else ()
+    return replace(record, completions=best, ranks=())
 
 
 def check_columns(seen: Seen, role: str, entry: Entry, place: str) -> None:
@@ -75,6 +83,7 @@ def check_columns(seen: Seen, role: str, entry: Entry, place: str) -> None:
     seen.check(place, entry.paths())
     if entry.layout != "columns" or entry.columns:
         return
+    role = entry.read_as(role)
     known = [field for field in (*FIELDS[role], *COMMON_FIELDS) if field in seen.columns]
     if not any(set(fields) <= set(known) for fields in needed(role, entry)):
         ways = "; or ".join(" and ".join(fields) for fields in needed(role, entry))

@@ -40,6 +40,12 @@ class Entry:
     use_case: str = param("", "use case of all rows, whatever a column says")
     source: Literal["", "labeler", "customer"] = param("", "who wrote the prompts; empty: the default of the layout")
     labeler: str = param("", "labeler_id of all rankings, whatever a column says")
+    from_rankings: bool = param(False, "for sft and ppo: rows are comparisons, read as for rm; sft takes the best "
+                                "completion of each, of equal ones the first, and ppo the prompt")
+
+    def read_as(self, role: str) -> str:
+        """The role whose rows these are, where the entry stands under `role`."""
+        return "rm" if self.from_rankings else role
 
     def is_table(self) -> bool:
         """Whether its rows come from Parquet, Arrow or a dataset, where every object of a column has the same keys."""

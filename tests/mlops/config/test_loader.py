@@ -281,14 +281,27 @@ def test_some_defaults_follow_from_the_data_source(write: Write) -> None:
 def test_the_resolved_parameters_are_all_with_their_values(write: Write) -> None:
     root = write("ppo: {kl_goal: 3}\narms: {a: {}, b: {kl_goal: 4}}\npromote: {arm: b}\n")
     stages = load_profile(root / "profiles" / "mine.yaml")
-    loader.write_resolved(stages, root / "all.yaml")
-    found = yaml.safe_load((root / "all.yaml").read_text())
-    assert found == json.loads(json.dumps(dataclasses.asdict(stages)))
+    assert not loader.is_resolved(stages, root)
+    loader.write_resolved(stages, root)
+    found = yaml.safe_load((root / "build" / "parameters.yaml").read_text())
+    assert found == json.loads(json.dumps(dataclasses.asdict(stages))) | {"source": {}}
     assert (found["ppo"]["kl_goal"], found["arms"]["b"]["kl_goal"], found["sft"]["epochs"]) == (3, 4, 2)
-    assert loader.is_resolved(stages, root / "all.yaml")
-    assert not loader.is_resolved(dataclasses.replace(stages, sft=dataclasses.replace(stages.sft, epochs=7)),
-                                  root / "all.yaml")
-    assert not loader.is_resolved(stages, root / "none.yaml")
+    assert loader.is_resolved(stages, root)
+    assert not loader.is_resolved(dataclasses.replace(stages, sft=dataclasses.replace(stages.sft, epochs=7)), root)
+
+
+def test_the_resolved_parameters_hold_the_description_of_the_data(write: Write) -> None:
+    root = write("ingest: {source: files, spec: team}\npretrain: {base_model: base}\n")
+    spec = root / "profiles" / "sources" / "team.yaml"
+    spec.parent.mkdir(exist_ok=True)
+    spec.write_text("sft: [{files: a.csv}]  # rows\n")
+    stages = load_profile(root / "profiles" / "mine.yaml")
+    loader.write_resolved(stages, root)
+    assert yaml.safe_load((root / "build" / "parameters.yaml").read_text())["source"] == {"sft": [{"files": "a.csv"}]}
+    spec.write_text("# a comment is no change\nsft: [{files: a.csv}]\n")
+    assert loader.is_resolved(stages, root)
+    spec.write_text("sft: [{files: b.csv}]\n")
+    assert not loader.is_resolved(stages, root)
 
 
 def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> None:

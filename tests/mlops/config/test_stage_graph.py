@@ -39,7 +39,7 @@ def test_rounds_are_unrolled_as_dvc_does(root: Path) -> None:
     write_rounds(root, 3)
     mine = declared_stages(root)
     (root / "build").mkdir()
-    write_resolved(load_params(root).stages, root / "build" / "parameters.yaml")
+    write_resolved(load_params(root).stages, root)
     Repo.init(str(root), no_scm=True)
     with Repo(str(root)) as repo:
         theirs = {stage.name: stage for stage in repo.index.stages}

@@ -21,7 +21,7 @@ def make_run(folder: Path, goal: float, arms: str = "ppo: {}", trained: tuple[st
         "arms: [ppo, ptx]\npromoted: ptx\n" if "ptx" in arms else ""))
     (folder / "profiles" / "p.yaml").write_text(
         f"ppo: {{kl_goal: {goal}}}\narms: {{{arms}}}\n" + ("promote: {arm: ptx}\n" if "ptx" in arms else ""))
-    write_resolved(load_profile(folder / "profiles" / "p.yaml"), folder / "build" / "parameters.yaml")
+    write_resolved(load_profile(folder / "profiles" / "p.yaml"), folder)
     for arm in trained:
         (folder / "models" / "policies" / arm).mkdir(parents=True)
         (folder / "models" / "policies" / arm / "config.json").write_text("{}")

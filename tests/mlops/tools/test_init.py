@@ -1,6 +1,7 @@
 """`instructflow init`: a profile and a description that load, from what people have; mistakes are one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from mlops.config.loader import load_profile
 from mlops.config.sources import load_source
+from rlhf.curation.preview import look_at
 from rlhf.curation.sources.spec import Source
 from tests.flows.checkout import REPOSITORY
 from tests.tiny_model import comparisons, write_model, write_pairs
@@ -48,8 +50,8 @@ def test_pairs_alone_give_all_three_roles(root: Path, models: dict[str, Path], k
     source = load_source(root / "profiles" / "sources" / "team.yaml")
     assert isinstance(source, Source)
     assert source.rm[0].columns == {"prompt": "question", "chosen": "better", "rejected": "worse"}
-    assert source.sft[0].columns == {"prompt": "question", "completion": "better"}
-    assert source.ppo[0].columns == {"prompt": "question"}
+    for entry in (source.sft[0], source.ppo[0]):
+        assert (entry.columns, entry.from_rankings) == (source.rm[0].columns, True)
 
 
 def test_files_of_their_own_for_each_role(root: Path, models: dict[str, Path]) -> None:
@@ -78,14 +80,56 @@ def test_whole_transcripts_as_hh_rlhf_has_them(root: Path, models: dict[str, Pat
         ("chosen", good), ("rejected", bad))} for question, good, bad in comparisons(60)]
     (root.parent / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = init(root, "team", "--model", models["gpt2"], "--pairs", "../hh.jsonl")
-    assert (done.returncode, "name a file of them with --demonstrations" in done.stderr) == (2, True)
+    assert done.returncode == 0, done.stderr
+    content = yaml.safe_load((root / "profiles" / "sources" / "team.yaml").read_text())
+    entry = {"files": str(root.parent / "hh.jsonl"), "layout": "hh_rlhf"}
+    assert (content["rm"], content["sft"]) == ([entry], [entry | {"from_rankings": True}])
     (root.parent / "shown.jsonl").write_text("".join(json.dumps({"q": row[0], "a": row[1]}) + "\n"
                                                      for row in comparisons(60, seed=2)))
     done = init(root, "team", "--model", models["gpt2"], "--pairs", "../hh.jsonl", "--demonstrations", "../shown.jsonl",
-                "--columns", "prompt=q,completion=a")
+                "--columns", "prompt=q,completion=a", "--force")
     assert done.returncode == 0, done.stderr
     content = yaml.safe_load((root / "profiles" / "sources" / "team.yaml").read_text())
-    assert content["rm"] == content["ppo"] == [{"files": str(root.parent / "hh.jsonl"), "layout": "hh_rlhf"}]
+    assert (content["rm"], content["ppo"]) == ([entry], [entry | {"from_rankings": True}])
+    assert content["sft"][0]["columns"] == {"prompt": "q", "completion": "a"}
+
+
+def template(model: Path, folder: Path, text: str) -> Path:
+    """The model with a chat template of its own."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(text)
+    return folder
+
+
+def test_rows_that_the_template_refuses_are_taken_out(root: Path, models: dict[str, Path]) -> None:
+    """Gemma's template knows no system turn."""
+    gemma = template(models["llama"], root.parent / "gemma", (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"))
+    rows = [{"system": "Be short." if number % 10 == 0 else "", "prompt": question, "chosen": good, "rejected": bad}
+            for number, (question, good, bad) in enumerate(comparisons(200))]
+    (root.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = init(root, "team", "--model", gemma, "--pairs", "../pairs.jsonl")
+    assert done.returncode == 0, done.stderr
+    spec = root / "profiles" / "sources" / "team.yaml"
+    source = load_source(spec)
+    assert isinstance(source, Source)
+    assert source.rules.tokenizer == str(gemma)
+    looks = look_at(source, spec.parent, 1)
+    assert 0 < len(looks["rm"].kept) < 190
+    assert not [row for look in looks.values() for row in look.kept if isinstance(row["prompt"], list)]
+
+
+def test_rows_beyond_the_models_positions_are_dropped(root: Path, models: dict[str, Path]) -> None:
+    rows = [{"prompt": question, "chosen": f"{good} " * (40 if number % 25 == 0 else 1), "rejected": bad}
+            for number, (question, good, bad) in enumerate(comparisons(200))]
+    (root.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = init(root, "team", "--model", models["gpt2"], "--pairs", "../pairs.jsonl")
+    assert done.returncode == 0, done.stderr
+    rules = yaml.safe_load((root / "profiles" / "sources" / "team.yaml").read_text())["rules"]
+    assert rules["max_prompt_tokens"] + rules["max_completion_tokens"] == 128
+    assert rules["tokenizer"] == str(models["gpt2"])
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
