@@ -24,7 +24,7 @@ from rich.table import Table
 
 from flows.execution import check_params
 from flows.parameters import assigned
-from flows.workspaces import Changes, changed_by, changed_profile
+from flows.workspaces import Changes, changed_by, changed_profile, load_changed
 from mlops import imports_done, program
 from mlops.config.inputs import STAGES as WITH_INPUTS
 from mlops.config.inputs import linked_files
@@ -40,7 +40,7 @@ from mlops.config.loader import (
 )
 from mlops.config.paths import MODELS
 from mlops.config.sources import load_source
-from mlops.tools.row_lengths import accepted, tokens_of
+from mlops.tools.row_lengths import accepted, millions, tokens_of
 from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
 from rlhf.errors import UserError, first_line, one_line
@@ -141,7 +141,7 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
     """Tokenizer, template and configuration; the weights are read by stage pretrain."""
     name = profile.pretrain.base_model
     if not name:
-        yield Finding("base model", "ok", f"a small GPT of {own_parameters(profile) / 1e6:.1f}M parameters, trained "
+        yield Finding("base model", "ok", f"a small GPT of {millions(own_parameters(profile))} parameters, trained "
                                           "from scratch")
         return
     import datetime
@@ -181,7 +181,7 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
         yield Finding("base model", "stop", f"{name} has {context:,} positions, and {longest[0]} makes {longest[1]:,} "
                       "tokens", f"{longest[0]} smaller")
         return
-    yield Finding("base model", "ok", f"{name}: {size / 1e6:,.0f}M parameters, {context:,} positions, {own}")
+    yield Finding("base model", "ok", f"{name}: {millions(size)} parameters, {context:,} positions, {own}")
 
 
 def _has_template(folder: str) -> bool:
@@ -350,7 +350,7 @@ def params_of(root: Path, profile: str | None, changes: Changes) -> Params:
     top = read_yaml(root / PARAMS_FILE)
     name = profile or str(top["profile"])
     path = root / PROFILES_DIR / f"{name}.yaml"
-    stages = load_profile(path, changed_profile(read_yaml(path), changes, path) if changes else None)
+    stages = load_changed(path, changed_profile(read_yaml(path), changes, path)) if changes else load_profile(path)
     return Params(int(top.get("seed", 1)), name, stages)
 
 

@@ -128,6 +128,13 @@ def changes_of(parameters: Mapping[str, Any]) -> Changes:
     return Changes(parameters.get("profile"), parameters.get("seed"), changed_by({**given, **other}))
 
 
+def known_stage(root: Path, name: str) -> None:
+    """Raises UserError for a stage that no profile has; which arms there are is the profile's."""
+    names = list(dict.fromkeys(stage.partition("@")[0] for stage in pipeline_stages(root)))
+    if name.partition("@")[0] not in names:
+        raise UserError(f"--until {name}: no such stage; stages: {', '.join(names)}")
+
+
 def last_stage(root: Path, until: str | None) -> str:
     """The stage that `until` means: of several with that name, such as ppo@ppo and ppo@ppo_ptx, the last. Raises
     UserError."""
@@ -190,7 +197,8 @@ def main() -> None:
         parameters = {"profile": args.profile, "seed": args.seed, "changes": assigned(args.set) or None,
                       "stage_hours": args.stage_hours, "until": args.until}
         changed = changes_of(parameters)
-        last_stage(Path(), args.until)
+        if args.until:
+            known_stage(Path(), args.until)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

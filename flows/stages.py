@@ -45,7 +45,7 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 NO_RETRY = (2, 3, 4, 255)  # a user's mistake, a full disk, a training gone wrong, DVC: it would fail again
 FULL_BYTES = 4 * 2**20  # a disk with less left counts as full
 CHATTER = re.compile(r"(To track the changes|To enable auto staging|\t|Use `dvc push`|(Updat|Generat)ing lock file"
-                     r"|Data and pipelines are up to date|WARNING: Process .* in RWLock-file)")
+                     r"|Data and pipelines are up to date|WARNING: (Process .* in RWLock-file|'[^']*' is empty))")
 
 
 class StageFailed(Exception):

@@ -96,7 +96,8 @@ def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:
             continue
         shown = [(key.replace("tax/", "tax_").split("/")[-1], metrics[key]) for key in MAIN_NUMBERS.get(
             stage.partition("@")[0], []) if key in metrics]
-        texts[stage] = "  ".join(f"{key}={_number(value)}" for key, value in shown)
+        training = "in training: " if stage.startswith("ppo@") and shown else ""
+        texts[stage] = training + "  ".join(f"{key}={_number(value)}" for key, value in shown)
     return texts
 
 

@@ -41,8 +41,9 @@ from mlops.config.loader import load_params
 from mlops.config.paths import POLICIES, metrics_of
 from rlhf.errors import UserError
 
-SHOWN = {"KL": "ppo/kl", "beta": "ppo/beta", "win rate vs SFT": "eval/win_rate_vs_sft",
-         "gold gain": "eval/gold_gain_vs_sft", "mean tax": "tax/mean"}  # of the promoted arm
+SHOWN = {"KL": "eval/kl_{arm}", "KL in training": "ppo/kl", "beta": "ppo/beta",
+         "win rate vs SFT": "eval/win_rate_vs_sft", "gold gain": "eval/gold_gain_vs_sft",
+         "mean tax": "tax/mean"}  # of the promoted arm
 MOST = 100  # runs
 
 
@@ -124,7 +125,8 @@ def _figures(workspace: Path) -> dict[str, str]:
         path = workspace / f"{metrics_of(stage)}.json"
         if path.exists():
             metrics |= json.loads(path.read_text(encoding="utf-8"))
-    return {name: f"{metrics[key]:.3g}" for name, key in SHOWN.items() if key in metrics}
+    keys = {name: key.format(arm=arm) for name, key in SHOWN.items()}
+    return {name: f"{metrics[key]:.3g}" for name, key in keys.items() if key in metrics}
 
 
 async def run_sweep(parameters: Mapping[str, Any]) -> Any:

@@ -35,6 +35,7 @@ from mlops.config.stage_graph import unrolled
 from mlops.tracking.own_store import own_store
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
+from rlhf.params import Profile
 
 FOLDER = Path("scratch/workspaces")
 WORKSPACE_OF = Path("scratch/workspace-of.json")  # in a workspace: its checkout, the files that came from there
@@ -180,7 +181,7 @@ def _apply(root: Path, workspace: Path, changes: Changes) -> None:
         top["rounds"] = unrolled(changes.rounds)
     source, path = (folder / PROFILES_DIR / f"{top['profile']}.yaml" for folder in (root, workspace))
     sections = changed_profile(read_yaml(source), changes, source)
-    found = load_profile(source, sections)
+    found = load_changed(source, sections)
     for name in ("arms", "promoted"):
         top.pop(name, None)
     arms = f"arms: {as_yaml(list(found.arms))}\npromoted: {found.promoted}\n"  # at once: another run may read them now
@@ -189,6 +190,15 @@ def _apply(root: Path, workspace: Path, changes: Changes) -> None:
         if target.read_text(encoding="utf-8") != text:
             write_atomic(target, text.encode())
     write_arms(workspace)
+
+
+def load_changed(path: Path, sections: Mapping[str, Any]) -> Profile:
+    """The profile in `path` with other sections. Raises UserError, which names the file only where that is at fault."""
+    try:
+        return load_profile(path, sections)
+    except UserError as error:
+        load_profile(path)
+        raise UserError(f"with the changes of this run: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def changed_profile(profile: Mapping[str, Any], changes: Changes, path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from mlops.config.loader import load_params
 from mlops.tracking.own_store import DATABASE, champion_lost, damage
 from rlhf.errors import UserError, without_secrets
 
-MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+MARKS = {"ok": "[green]ok[/]", "unused": "[dim]–[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 FREE_GB = 5  # the cpu profile's data, cache and models
 MEMORY_GB = 4
 ANSWER_SECONDS = 5
@@ -44,10 +44,11 @@ SET_UP = "rm .venv/.installed; make setup"
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what it looks at, what it sees and, unless that is ok, how to fix it."""
+    """One check: what it looks at, what it sees and, unless that is ok, how to fix it. `unused`: the checkout does not
+    use it as it is set up now, so nothing was looked at."""
 
     what: str
-    state: Literal["ok", "warn", "fail"]
+    state: Literal["ok", "unused", "warn", "fail"]
     detail: str
     fix: str = ""
 
@@ -140,13 +141,13 @@ def gpu(root: Path) -> Finding:
         wanted = False
     if wanted:
         return Finding("GPU", "fail", "none, and the profile is gpu", "make run PROFILE=cpu, or a machine with a GPU")
-    return Finding("GPU", "ok", "none; the cpu profile needs none")
+    return Finding("GPU", "unused", "torch sees none; the cpu profile needs none")
 
 
 def prefect(root: Path) -> Finding:
     url = os.environ.get("PREFECT_API_URL") or local_prefect(root)
     if not url:
-        return Finding("Prefect", "ok", "no server: each run starts one of its own", "make ui")
+        return Finding("Prefect", "unused", "no server is running or named: each run starts one of its own")
     problem = _answers(f"{url}/health")
     if problem:
         return Finding("Prefect", "fail", f"{url}: {problem}", "start it (make ui), or unset PREFECT_API_URL")
@@ -156,7 +157,7 @@ def prefect(root: Path) -> Finding:
 def worker(root: Path) -> Finding:
     url = os.environ.get("PREFECT_API_URL") or local_prefect(root)
     if not url or _answers(f"{url}/health"):
-        return Finding("worker", "ok", "none is needed without a server")
+        return Finding("worker", "unused", "none is needed without a server")
     import asyncio
 
     from prefect.client.orchestration import get_client
@@ -182,7 +183,7 @@ def worker(root: Path) -> Finding:
 def mlflow(root: Path) -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith("http"):
-        return Finding("MLflow", "ok", uri or "mlflow.db in the checkout")
+        return Finding("MLflow", "unused", f"no server over HTTP: {uri or 'mlflow.db in the checkout'}")
     problem = _answers(f"{uri.rstrip('/')}/health")
     if problem:
         return Finding("MLflow", "warn", f"{uri}: {problem}", "start it; journals are kept and sent later")
@@ -205,7 +206,9 @@ def store(root: Path) -> Finding:
     if champion_lost(root, registry):
         return Finding("MLflow's store", "warn", "the registry lacks the champion that metrics/promote.json names",
                        "make run registers it again")
-    return Finding("MLflow's store", "ok", "whole" if (root / DATABASE).exists() else "none yet, or a server's")
+    if not (root / DATABASE).exists():
+        return Finding("MLflow's store", "unused", "no mlflow.db yet, or a server has it")
+    return Finding("MLflow's store", "ok", "whole")
 
 
 def notes(root: Path) -> Finding:
@@ -257,7 +260,7 @@ def labels(root: Path) -> Finding:
     """Label Studio, where rounds are to use it: its SDK's environment, an answer, the key."""
     url, key = os.environ.get("LABEL_STUDIO_URL", ""), os.environ.get("LABEL_STUDIO_API_KEY", "")
     if not url:
-        return Finding("Label Studio", "ok", "not used: people label on the terminal")
+        return Finding("Label Studio", "unused", "LABEL_STUDIO_URL is not set: people label on the terminal")
     sdk = Path(os.environ.get("LABEL_STUDIO_PYTHON") or root / ".venv-labels" / "bin" / "python")
     if not sdk.exists():
         return Finding("Label Studio", "fail", f"{sdk} is not there", "make labels, or set LABEL_STUDIO_PYTHON")
@@ -321,8 +324,9 @@ def main() -> None:
     findings = run_checks(Path.cwd())
     table = Table("check", "", "result", "how to fix", show_edge=False)
     for item in findings:
-        table.add_row(item.what, MARKS[item.state], item.detail, "" if item.state == "ok" else item.fix)
+        table.add_row(item.what, MARKS[item.state], item.detail, "" if item.state in ("ok", "unused") else item.fix)
     Console(highlight=False).print(table)
+    print("\n–: not used now, so not looked at. Your profile, data and model: instructflow check")
     if any(item.state == "fail" for item in findings):
         raise SystemExit(1)
 

@@ -73,6 +73,12 @@ def test_new_paths_are_those_of_the_folder_it_is_called_in(tmp_path: Path) -> No
     (["compare", "checkout"], "name two runs or more"),
     (["compare", "a", "b"], "a: no such run"),
     (["run", "--until", "nothing"], "--until nothing: no such stage; stages: parameters, ingest"),
+    (["run", "--profile", "smoke", "--until", "nothing"], "judge, ppo, evaluate, promote"),  # arms are the profile's
+    (["check", "--profile", "smoke", "--set", "sft.max_tokens=400"],
+     "check: with the changes of this run: pretrain.context = 128: must be >= 400"),
+    (["compare", "smoke"], "name two runs or more"),
+    (["compare", ".", "."], "checkout: is named twice; name two different runs"),
+    (["label", "nowhere", "--labeler", "ada"], "label: nowhere: is no batch, it has no items.jsonl"),
     (["run", "--set", "kl_goal=1"], "kl_goal: must be SECTION.PARAMETER"),
     (["run", "--set", "ppo.kl_goal"], "must be SECTION.PARAMETER=VALUE"),
     (["sweep", "--set", "ppo.kl_goal=1,-2"], "ppo.kl_goal = -2: must be float > 0"),

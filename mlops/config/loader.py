@@ -406,6 +406,9 @@ def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
         (ppo.batch_size % ppo.samples_per_prompt == 0,
          f"{named('batch_size')}: must be a multiple of {named('samples_per_prompt')}"),
         (ppo.episodes >= ppo.batch_size, f"{named('episodes')}: must be >= {named('batch_size')}"),
+        (ppo.value_warmup_iterations < max(ppo.episodes // ppo.batch_size, 1),
+         f"{named('value_warmup_iterations')}: must be < {ppo.episodes // ppo.batch_size}, the iterations of the run "
+         f"({named('episodes')} / {named('batch_size')}), or the policy may never be trained"),
     ):
         if not holds:
             raise UserError(f"{path}: {message}")

@@ -115,7 +115,10 @@ def write_batch(folder: Path, items: Sequence[Item], assignments: Sequence[Assig
 
 
 def read_batch(folder: Path) -> tuple[dict[str, Item], list[Assignment]]:
-    """Items by id, and the assignments. Raises UserError for a file that is missing or broken."""
+    """Items by id, and the assignments. Raises UserError for a folder without a batch and for a broken file."""
+    if missing := [name for name in ("items.jsonl", "assignments.jsonl") if not (folder / name).is_file()]:
+        raise UserError(f"{folder}: is no batch, it has no {' and no '.join(missing)}; "
+                        f"`python -m mlops.labeling.collect {folder} --labelers ada bob` makes one")
     own = {"item_id", "completions", "made_by"}
     items = {row["item_id"]: Item(row["item_id"], {key: value for key, value in row.items() if key not in own},
                                   tuple(row["completions"]), tuple(row["made_by"]))

@@ -132,7 +132,7 @@ def main() -> None:
     who.add_argument("--labeler", metavar="NAME", help="the labeler whose assignments to show")
     who.add_argument("--simulate", action="store_true", help="label with the embedded world's simulated labelers")
     options = parser.parse_args()
-    with one_line("terminal"):
+    with one_line("label"):
         items, assignments = read_batch(options.folder)
         store = LabelStore(options.folder / LABELS)
         try:

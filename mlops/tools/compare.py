@@ -168,11 +168,11 @@ def main() -> None:
     options = parser.parse_args()
     root = Path.cwd()
     with one_line("compare"):
-        if len(set(options.runs)) < 2:
+        if len(options.runs) < 2:
             raise UserError("name two runs or more; `instructflow status` lists them")
-        runs = [find_run(root, name) for name in dict.fromkeys(options.runs)]
+        runs = [find_run(root, name) for name in options.runs]
         if twice := next((run for run in runs if [other.folder for other in runs].count(run.folder) > 1), None):
-            raise UserError(f"{twice.name}: is named twice")
+            raise UserError(f"{twice.name}: is named twice; name two different runs, `instructflow status` lists them")
         policies = policies_of(runs)
         out = options.out if options.out == PAGE else from_caller(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from mlops import program
 from mlops.config.loader import PROFILE_NAME, PROFILES_DIR, SOURCES_DIR
 from mlops.config.sources import load_source
 from mlops.tools.recognize import ROLES, USUAL, has, reading_of, typical
-from mlops.tools.row_lengths import accepted, tokens_of
+from mlops.tools.row_lengths import accepted, millions, tokens_of
 from rlhf.curation.preview import Look, look_at, mapping_of
 from rlhf.curation.sources.map_rows import row_of
 from rlhf.curation.sources.read import files_of, read_entry
@@ -292,7 +292,7 @@ def write(options: argparse.Namespace, root: Path) -> None:
                 print(f"  {role}: {mapping_of(entry)}")
         print("\n".join(said) + "\n" if said else "", end="")
     write_atomic(target, profile(given, size, context, tokens).encode())
-    print(f"{target.relative_to(root)}: {given.model}, {size / 1e6:,.1f}M parameters, {context:,} positions; 95 % of "
+    print(f"{target.relative_to(root)}: {given.model}, {millions(size)} parameters, {context:,} positions; 95 % of "
           f"the prompts have up to {tokens['prompt']} tokens, of the answers up to {tokens['answer']}")
     print(f"Next: instructflow check --profile {options.name}")
 

@@ -46,16 +46,32 @@ def table_of(section: str, kind: type, values: Any, only: str = "") -> Table:
     return table
 
 
+def show_arms(profile: Profile) -> None:
+    """The policies that the profile trains, each with what differs from section ppo."""
+    table = Table("arm", "differs from section ppo", show_edge=False)
+    for arm, values in profile.arms.items():
+        own = [f"{item.name} = {shown(getattr(values, item.name))}" for item in dataclasses.fields(values)
+               if getattr(values, item.name) != getattr(profile.ppo, item.name)]
+        table.add_row(arm + (" (promoted)" if arm == profile.promoted else ""), ", ".join(own) or "nothing")
+    Console(highlight=False, markup=False).print(table)
+    print("\nAn arm may change any parameter of section ppo: in profiles/, or with --set arms.NAME.PARAMETER=VALUE; "
+          "`instructflow params ppo` lists them.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog=program("mlops.tools.params"), description=(
         "Every parameter: the profile's value where it differs, default, limits, meaning and source."))
-    parser.add_argument("section", nargs="?", help=f"one of {', '.join(sections())}, or SECTION.NAME; without: all")
+    parser.add_argument("section", nargs="?", help=(
+        f"one of {', '.join(sections())}, arms, or SECTION.NAME; without: all"))
     parser.add_argument("--profile", help="the profile whose values are shown (default: that of params.yaml)")
     options = parser.parse_args()
     with one_line("params"):
         path = Path(PROFILES_DIR) / f"{options.profile}.yaml"
         profile = load_profile(path) if options.profile else load_params().stages
         section, _, name = (options.section or "").partition(".")
+        if section == "arms":
+            show_arms(profile)
+            return
         if section and section not in sections():
             close = difflib.get_close_matches(section, sections(), n=1)
             raise UserError(f"{section}: no such section; " + (f"did you mean {close[0]}?" if close else

@@ -8,6 +8,11 @@ from rlhf.model.chat_format import ChatFormatError
 Row = Mapping[str, Any]
 
 
+def millions(parameters: int) -> str:
+    """A number of parameters for people: 0.13M, 134M."""
+    return f"{parameters / 1e6:,.{2 if parameters < 1e6 else 1 if parameters < 1e7 else 0}f}M"
+
+
 def accepted(codec: Any, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """The rows whose prompt the chat template takes, and why it refuses each other one."""
     taken, reasons = [], []

@@ -99,7 +99,7 @@ def test_the_gpu_profile_without_a_gpu(root: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert doctor.gpu(root).state == "ok"
+    assert doctor.gpu(root).state == "unused"
     (root / "params.yaml").write_text("seed: 1\nprofile: gpu\n")
     (root / "profiles" / "gpu.yaml").write_text("ppo: {}\n")
     assert doctor.gpu(root).state == "fail"
@@ -122,7 +122,7 @@ def test_servers_that_do_not_answer(root: Path, closed_port: int, monkeypatch: p
     checks = (doctor.prefect, doctor.worker, doctor.mlflow, doctor.webhook)
     findings = {item.what: item for item in run_checks(root, checks)}
     assert {name: item.state for name, item in findings.items()} == {
-        "Prefect": "fail", "worker": "ok", "MLflow": "warn", "notices": "fail"}
+        "Prefect": "fail", "worker": "unused", "MLflow": "warn", "notices": "fail"}
     assert "refused" in findings["Prefect"].detail
     assert "secret-part" not in findings["notices"].detail
 
@@ -138,7 +138,7 @@ def test_a_wrong_password_is_told(root: Path, guarded: str, monkeypatch: pytest.
 
 
 def test_label_studio(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.labels(root).state == "ok"
+    assert doctor.labels(root).state == "unused"
     monkeypatch.setenv("LABEL_STUDIO_URL", guarded)
     assert doctor.labels(root).fix.startswith("make labels")
     monkeypatch.setenv("LABEL_STUDIO_PYTHON", sys.executable)
@@ -149,7 +149,7 @@ def test_label_studio(root: Path, guarded: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_store_that_is_damaged_or_lost_its_champion(root: Path) -> None:
-    assert doctor.store(root).state == "ok"
+    assert doctor.store(root).state == "unused"
     (root / "metrics").mkdir()
     (root / "models" / "promoted").mkdir(parents=True)
     (root / "models" / "promoted" / "config.json").write_text("{}")

@@ -226,6 +226,8 @@ RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"ppo": {"batch_size": 100, "minibatch_size": 64}}, ["ppo.batch_size = 100", "ppo.minibatch_size = 64"]),
     ({"ppo": {"batch_size": 64, "samples_per_prompt": 3}}, ["ppo.batch_size = 64", "ppo.samples_per_prompt = 3"]),
     ({"ppo": {"episodes": 255}}, ["ppo.episodes = 255", "ppo.batch_size = 256"]),
+    ({"ppo": {"episodes": 1024, "value_warmup_iterations": 4}},
+     ["ppo.value_warmup_iterations = 4: must be < 4, the iterations of the run", "the policy may never be trained"]),
     ({"pretrain": {"n_embd": 130}}, ["pretrain.n_embd = 130", "pretrain.n_head = 4"]),
     ({"sft": {"max_tokens": 129}}, ["pretrain.context = 128", ">= 129"]),
     ({"rm": {"max_tokens": 200}}, ["pretrain.context = 128", ">= 200"]),

@@ -114,9 +114,9 @@ def test_a_conversation_is_shown_whole_and_stays_one_in_the_rows(tmp_path: Path)
 
 def test_an_error_is_one_line_that_names_the_command(batch: Path) -> None:
     for command, message in ((["to_rows", str(batch)], "to_rows: "),
-                             (["to_rows", "nowhere"], "to_rows: nowhere/items.jsonl: no such file"),
+                             (["to_rows", "nowhere"], "to_rows: nowhere: is no batch, it has no items.jsonl"),
                              (["terminal", str(batch), "--labeler", "bob"],
-                              f"terminal: {batch}: no assignments for bob; labelers: ada")):
+                              f"label: {batch}: no assignments for bob; labelers: ada")):
         done = run(batch, f"mlops.labeling.{command[0]}", *command[1:])
         assert done.returncode == 2
         assert done.stderr.startswith(message)
