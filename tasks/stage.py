@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, is_res
 from mlops.config.paths import PARAMETERS, metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.processes import die_with_parent
-from rlhf.errors import Interrupted, TrainingFailed, UserError, disk_problem
+from rlhf.errors import Interrupted, TrainingFailed, UserError, disk_problem, first_line
 from rlhf.files import hash_paths, is_writer, publish, write_json
 from rlhf.training.settings import fast_enabled
 from tasks import launch
 
 DISK = 3  # exit code where the disk is full or cannot be written
+FAILED = "failed.json"  # in the scratch folder of a stage that ended with an error
 
 
 @dataclass
@@ -134,6 +136,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
         from rlhf.training import distributed
 
         distributed.join()
+    scratch: Path | None = None
     try:
         params = load_params(root)
         if show and args.show is not None:
@@ -153,12 +156,7 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
             return
         stage = Stage(name, params, root, scratch)
         if is_writer():
-            if args.fresh and scratch.exists():
-                shutil.rmtree(scratch)
-            (scratch / "done.json").unlink(missing_ok=True)
-            scratch.mkdir(parents=True, exist_ok=True)
-            warn_of_other_versions(stage)
-            _start_uploader(stage)
+            _begin(stage, args.fresh)
         if together(stage, module):
             body(stage)
             if is_writer():
@@ -166,18 +164,33 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
             if "rlhf.training.distributed" in sys.modules:
                 sys.modules["rlhf.training.distributed"].leave()
     except UserError as error:
+        note_failure(scratch, str(error))
         fail(name, str(error), 2)
     except TrainingFailed as error:
+        note_failure(scratch, str(error))
         fail(name, str(error), 4)
     except Interrupted as stop:
         fail(name, str(stop), 128 + signal.SIGTERM)
     except Exception as error:
-        if problem := disk_problem(error, root):
+        problem = disk_problem(error, root)
+        note_failure(scratch, problem or f"{type(error).__name__}: {first_line(error)}")
+        if problem:
             fail(name, problem, DISK)
         together_with = sys.modules.get("rlhf.training.distributed")
         if together_with and together_with.peer_gone(error):
             fail_with_peer(name)
         raise
+
+
+def _begin(stage: Stage, fresh: bool) -> None:
+    """The stage's scratch folder without an earlier end, and who tells MLflow of it."""
+    if fresh and stage.scratch.exists():
+        shutil.rmtree(stage.scratch)
+    for end in ("done.json", FAILED):
+        (stage.scratch / end).unlink(missing_ok=True)
+    stage.scratch.mkdir(parents=True, exist_ok=True)
+    warn_of_other_versions(stage)
+    _start_uploader(stage)
 
 
 def _round(key: str, params: Params, root: Path) -> str:
@@ -268,6 +281,14 @@ def status(name: str, scratch: Path) -> str:
         lines.append(f"  checkpoints of {len(others)} other inputs are not used (other code, data, parameters, seed or "
                      "library versions)")
     return "\n".join(lines)
+
+
+def note_failure(scratch: Path | None, message: str) -> None:
+    """Leaves why the stage failed beside its journal, for MLflow; a stage that leaves neither this nor done.json was
+    stopped or killed."""
+    if scratch is not None and is_writer() and (scratch / "run.json").exists():
+        with suppress(OSError):  # a full disk
+            write_json(scratch / FAILED, {"message": message})
 
 
 def fail(name: str, message: str, code: int) -> None:

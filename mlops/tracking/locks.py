@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 UPLOADER, STAGES = "uploader.lock", "stages.lock"
+RUN = "run.lock"  # a flow holds it from its first stage to its end (flows/execution.py)
 OLD_UPLOADER = "mirror.lock"  # what an uploader of older code holds
 
 _held: dict[Path, int] = {}  # stages.lock of these checkouts stays open until this process ends
@@ -62,6 +63,11 @@ def owns_lock(root: Path, lock: int) -> bool:
 def stage_alive(root: Path) -> bool:
     """True while any process that called `ensure_uploader` lives."""
     return _is_held(root, STAGES)
+
+
+def run_alive(root: Path) -> bool:
+    """True while a stage lives, or a flow that may start one."""
+    return stage_alive(root) or _is_held(root, RUN)
 
 
 def _is_held(root: Path, name: str) -> bool:

@@ -34,9 +34,19 @@ from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.tracking.credentials import move_logins
 from mlops.tracking.own_store import artifacts_beside, keep_private, own_store, with_driver
+from mlops.tracking.parent_run import REPORTS, child_name, curve_rows, description, final_names
 from mlops.tracking.proxies import ask_loopback_directly
 from mlops.tracking.revision import COMMIT, revision
-from mlops.tracking.upload_record import Gone, Record, Refused, Row, Unreachable, data_version, numbers
+from mlops.tracking.upload_record import (
+    RUNNING,
+    Gone,
+    Record,
+    Refused,
+    Row,
+    Unreachable,
+    data_version,
+    numbers,
+)
 from rlhf.errors import UserError, without_secrets
 from rlhf.params import Profile
 
@@ -47,6 +57,9 @@ LAST_OF_ROUND = "round_scores@"
 KEY_TAG = "instructflow.key"
 RUN_NAME_TAG = "instructflow.run_name"
 PARENT_TAG = "mlflow.parentRunId"
+END_TAG = "ended"  # why a run failed or was killed
+LONGEST_TAG = 5000  # characters that MLflow takes
+NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 DIGEST_CHARS = 36  # MLflow's limit; an md5 with ".dir" just fits
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "MALFORMED_REQUEST", "FEATURE_DISABLED"}
 
@@ -100,14 +113,17 @@ class MlflowTracker:
             try:
                 once = (record.key, record.started_ns)
                 parent = self._once((*once, "parent"), lambda: self._parent_run(record.run_name, start_ms))
+                if parent.info.status != RUNNING:
+                    self._once((*once, "reopen"), lambda: self.reopen(parent.info.run_id))
                 child = self._once((*once, "run"), lambda: self._find_or_create(
-                    record.key, stage, start_ms, {PARENT_TAG: parent.info.run_id}))
+                    record.key, child_name(run, record.run_name), start_ms, {PARENT_TAG: parent.info.run_id}))
                 self._once((*once, "describe"), lambda: self._describe_parent(parent, record.run_name, run))
                 tags = self._tags(run) | {"stage": stage.partition("@")[0] if arm else stage, **arm}
                 if "beta_rule" in run["params"]:
                     tags["beta_rule"] = run["params"]["beta_rule"]
                 self._once((*once, "log"), lambda: self._log(child, params, tags))
-                self._once((*once, "inputs"), lambda: self._client.log_inputs(child.info.run_id, self._datasets(stage)))
+                self._once((*once, "inputs"), lambda: self._log_datasets(stage, [child.info.run_id,
+                                                                                 parent.info.run_id]))
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     self._answered.clear()
@@ -116,11 +132,14 @@ class MlflowTracker:
         record.run_id, record.parent_run_id = child.info.run_id, parent.info.run_id
         record.experiment_id = self._experiment
 
-    def send(self, run_id: str, rows: Sequence[Row], timestamp_ms: int) -> None:
-        points = [Metric(key=metric_name(name), value=value, timestamp=timestamp_ms, step=row.step)
-                  for row in rows for name, value in row.values.items()]
-        with _answers():
-            self._client.log_batch(run_id, metrics=points)
+    def send(self, record: Record, run: dict[str, Any], rows: Sequence[Row], timestamp_ms: int) -> None:
+        # The parent's first: what is asked after a lost answer is the stage's own run.
+        for run_id, part in ((record.parent_run_id, curve_rows(run, rows)), (record.run_id, rows)):
+            points = [Metric(key=metric_name(name), value=value, timestamp=timestamp_ms, step=row.step)
+                      for row in part for name, value in row.values.items()]
+            with _answers():
+                if points:
+                    self._client.log_batch(run_id, metrics=points)
 
     def last_step(self, run_id: str, metric: str) -> int:
         with _answers():
@@ -128,8 +147,8 @@ class MlflowTracker:
         return max((point.step for point in history), default=-1)
 
     def finish(self, record: Record, run: dict[str, Any], done: dict[str, Any], journaled: Collection[str]) -> None:
-        """The stage's run gets the final metrics that its journal does not have, the parent run all of them; an arm's
-        have the arm's name there: ppo_ptx/kl."""
+        """The stage's run gets the final metrics that its journal does not have, the parent run all of them, by the
+        names of `final_names`, and what REPORTS names."""
         stage, final = run["stage"], numbers(done["metrics"])
         own = {name: value for name, value in final.items() if name not in journaled}
         once = (record.run_id, record.end_ms)
@@ -144,15 +163,28 @@ class MlflowTracker:
                 self._describe_parent(parent, record.run_name, run)
                 self._client.set_tag(record.run_id, PARENT_TAG, parent.info.run_id)
                 record.parent_run_id = parent.info.run_id
-            if "arm" in run:
-                final = {re.sub("^ppo/", f"{run['arm']}/", name): value for name, value in final.items()}
-            self._log_final(record.parent_run_id, final, record.end_ms, run.get("round", 0))
+            self._log_final(record.parent_run_id, final_names(run, final, self._promoted()), record.end_ms,
+                            run.get("round", 0))
+            if report := REPORTS.get(stage):
+                self._once((*once, "report"), lambda: self._upload(record.parent_run_id, report))
+                said = description(self.root, record.run_name, self._tags(run), stage != "validate")
+                self._client.set_tag(record.parent_run_id, NOTE_TAG, said[:LONGEST_TAG])
             if stage == LAST_STAGE or stage.startswith(LAST_OF_ROUND):
                 self._client.set_terminated(record.parent_run_id, "FINISHED", record.end_ms)
 
-    def abandon(self, run_id: str) -> None:
+    def end(self, run_id: str, status: str, note: str = "") -> None:
         with _answers(gone=None):
-            self._client.set_terminated(run_id, "KILLED")
+            if self._client.get_run(run_id).info.status != RUNNING:
+                return
+            if note:
+                self._client.set_tag(run_id, END_TAG, without_secrets(note)[:LONGEST_TAG])
+            self._client.set_terminated(run_id, status)
+
+    def reopen(self, run_id: str) -> None:
+        with _answers(gone=None):
+            if self._client.get_run(run_id).info.status != RUNNING:
+                self._client.update_run(run_id, RUNNING)
+                self._client.set_tag(run_id, END_TAG, "")
 
     def system(self, run_id: str, values: Mapping[str, float], step: int) -> None:
         """The machine's load, as it is now (`mlops.tracking.system_metrics`)."""
@@ -186,6 +218,13 @@ class MlflowTracker:
     def _parent_run(self, run_name: str, start_ms: int) -> Run:
         return self._find_or_create(parent_key(run_name), run_name, start_ms, {RUN_NAME_TAG: run_name})
 
+    def _promoted(self) -> str:
+        """The arm that goes to the gates; empty where the profile cannot be read any more."""
+        try:
+            return load_params(self.root).stages.promoted
+        except UserError:
+            return ""
+
     def _describe_parent(self, parent: Run, run_name: str, run: dict[str, Any]) -> None:
         """Gives the parent run the parameters of all stages, so that runs can be compared."""
         arm = ""
@@ -199,6 +238,7 @@ class MlflowTracker:
             params = {"seed": run["seed"], "profile": run["profile"], **_prefixed(run["stage"], run["params"])}
         rule = params.get(f"arms.{arm}.beta_rule", params.get("ppo.beta_rule"))
         tags = self._tags(run) | {RUN_NAME_TAG: run_name}  # also where older code has made the run, without this tag
+        tags |= {NOTE_TAG: description(self.root, run_name, tags, False)} if NOTE_TAG not in parent.data.tags else {}
         self._log(parent, params, tags | ({"beta_rule": rule} if rule else {}))
 
     def _log(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
@@ -215,7 +255,7 @@ class MlflowTracker:
         tags = {"profile": run["profile"], "data_version": data_version(self.root), **revision(self.root)}
         return tags | ({"mlflow.source.git.commit": tags[COMMIT]} if COMMIT in tags else {})
 
-    def _datasets(self, stage: str) -> list[DatasetInput]:
+    def _log_datasets(self, stage: str, run_ids: Sequence[str]) -> None:
         """What dvc.yaml declares as the stage's inputs from data/, with the version that data.dvc pins."""
         path = self.root / "dvc.yaml"
         declared = declared_stages(self.root).get(stage, {}) if path.exists() else {}
@@ -226,7 +266,8 @@ class MlflowTracker:
                 source = CodeDatasetSource({"path": dep, "data.dvc": version})
                 dataset = MetaDataset(source, Path(dep).stem, version[:DIGEST_CHARS])  # type: ignore[abstract]
                 inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", stage)]))
-        return inputs
+        for run_id in run_ids:
+            self._client.log_inputs(run_id, inputs)
 
     def _upload(self, run_id: str, path: str) -> None:
         source = self.root / path

@@ -8,6 +8,8 @@
 3. A journal that was cut back by a resumed stage repeats its steps; those up to the last sent are skipped. An open
    batch keeps its timestamp until the journal has grown past it again.
 4. All that follows done.json (final metrics, artifacts, status) overwrites itself when repeated.
+5. A stage that ended otherwise is FAILED in MLflow where it has left failed.json, else KILLED: that is told when no
+   stage and no flow lives any more, by whichever uploader comes by. If the stage goes on, its run is RUNNING again.
 
 A new MLflow run begins where the run's name is not the recorded one, or the stage finished again with another result.
 """
@@ -28,6 +30,8 @@ import yaml
 from rlhf.files import write_json
 from rlhf.training.journal import read_journal
 
+FAILED_NOTE = "failed.json"  # of a stage that ended with an error (tasks/stage.py)
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # MLflow's states of a run
 RECORD, OLD_RECORD = "upload.json", "mirror.json"  # the latter as older code called it
 OPEN, DONE = "open", "done"
 POINTS_PER_CALL = 1000  # MLflow's limit for log_batch
@@ -79,6 +83,7 @@ class Record:
     state: str = OPEN
     done_ns: int = 0  # time and content of the done.json that was sent
     digest: str = ""
+    ended: str = ""  # FAILED or KILLED, once MLflow has been told
 
     @classmethod
     def load(cls, folder: Path) -> "Record | None":
@@ -102,8 +107,8 @@ class Tracker(Protocol):
     def open_run(self, record: Record, run: dict[str, Any]) -> None:
         """Finds or creates the run with `record.key` and its parent; fills in the record's three ids."""
 
-    def send(self, run_id: str, rows: Sequence[Row], timestamp_ms: int) -> None:
-        """Logs rows as metrics."""
+    def send(self, record: Record, run: dict[str, Any], rows: Sequence[Row], timestamp_ms: int) -> None:
+        """Logs rows as metrics of the stage's run, and the main ones as the parent's."""
 
     def last_step(self, run_id: str, metric: str) -> int:
         """The last step the server has of a metric, -1 for none."""
@@ -111,8 +116,11 @@ class Tracker(Protocol):
     def finish(self, record: Record, run: dict[str, Any], done: dict[str, Any], journaled: Collection[str]) -> None:
         """Logs final metrics and artifacts and ends the run; may be repeated."""
 
-    def abandon(self, run_id: str) -> None:
-        """Ends a run that no one will continue."""
+    def end(self, run_id: str, status: str, note: str = "") -> None:
+        """Gives a run that counts as running its end, and says why; of any other it changes nothing."""
+
+    def reopen(self, run_id: str) -> None:
+        """The run goes on after all."""
 
 
 @dataclass(frozen=True)
@@ -273,11 +281,36 @@ def _record_for(snapshot: Snapshot, folder: Path, root: Path, tracker: Tracker) 
         return record
     if run_name != record.run_name or other_result:
         if record.state == OPEN and record.run_id:
-            tracker.abandon(record.run_id)  # its stage goes on as part of another run
+            tracker.end(record.run_id, KILLED, "its stage goes on in another run")
         record = _new_record(run_name, snapshot)
+    elif record.run_id and (record.ended or other_result or restarted):
+        for run_id in (record.run_id, record.parent_run_id) if record.state == OPEN else (record.parent_run_id,):
+            tracker.reopen(run_id)
+        record.ended = ""
     record.started_ns = snapshot.marks.run[0]
     record.save(folder)
     return record
+
+
+def end_stopped(root: Path, tracker: Tracker) -> None:
+    """Ends the runs of stages that ended without done.json, and the parent runs whose stages have all ended. Call it
+    where no stage and no flow lives."""
+    last: dict[str, dict[str, str]] = {}  # parent run: stage: how it ended last
+    for folder in scratch_folders(root):
+        run, record = read_run(folder), Record.load(folder)
+        if run is None or record is None or not record.run_id:
+            continue
+        if record.state == OPEN and not record.ended:
+            failure = read_json(folder / FAILED_NOTE)
+            record.ended = KILLED if failure is None else FAILED
+            tracker.end(record.run_id, record.ended, "its process was stopped or killed; the same command resumes it"
+                        if failure is None else str(failure.get("message")))
+            record.save(folder)
+        last.setdefault(record.parent_run_id, {})[run["stage"]] = record.ended or FINISHED
+    for parent, ends in last.items():
+        status = next((status for status in (FAILED, KILLED) if status in ends.values()), FINISHED)
+        stopped = [stage for stage, end in ends.items() if end == status]
+        tracker.end(parent, status, "" if status == FINISHED else f"stage {', '.join(stopped)}: {status.lower()}")
 
 
 def _send_rows(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracker) -> None:
@@ -298,7 +331,7 @@ def _send_rows(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracke
         else:
             batch = [row for row in rows if record.last_step < row.step <= record.open_upto]
         if batch:
-            tracker.send(record.run_id, batch, record.open_ms)
+            tracker.send(record, snapshot.run, batch, record.open_ms)
             record.last_step = batch[-1].step
         whole = record.last_step >= record.open_upto or snapshot.done is not None
         if whole:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlops.tracking.locks import free_lock, hold_stages_lock, owns_lock, stage_alive, take_lock, try_lock
+from mlops.tracking.locks import free_lock, hold_stages_lock, owns_lock, run_alive, stage_alive, take_lock, try_lock
 from mlops.tracking.system_metrics import SystemWatch
 from mlops.tracking.upload_record import (
     DONE,
@@ -31,6 +31,7 @@ from mlops.tracking.upload_record import (
     Tracker,
     Unreachable,
     advance,
+    end_stopped,
     file_marks,
     forget_lost_store,
     read_run,
@@ -169,6 +170,15 @@ class Follower:
         self.refused: dict[Path, str] = {}
         self.compared = False
 
+    def end_stopped(self) -> None:
+        """Ends what nobody works on any more. Raises nothing: the next uploader tries again."""
+        if run_alive(self.root):
+            return
+        try:
+            end_stopped(self.root, self.tracker)
+        except Exception as error:
+            say(f"what has stopped is not marked so in MLflow: {_one_line(error)}")
+
     def sweep(self) -> bool:
         """True if nothing is left to send. Raises Unreachable or OSError: call again later.
 
@@ -212,7 +222,7 @@ def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None])
     while owns_lock(root, lock):
         before, marks = marks, all_marks(root)
         alive = stage_alive(root)
-        if marks != before or alive:
+        if marks != before or run_alive(root):
             news = time.monotonic()
         try:
             settled = follower.sweep()
@@ -226,7 +236,10 @@ def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None])
             if not trouble:
                 say(f"MLflow can't be reached; trying on: {_one_line(error)}")
             trouble = True
-        if time.monotonic() - news > (IDLE_S if settled else PATIENCE_S) and _leave(root, lock, marks):
+        long_quiet = time.monotonic() - news > (IDLE_S if settled else PATIENCE_S)
+        if long_quiet and settled:
+            follower.end_stopped()
+        if long_quiet and _leave(root, lock, marks):
             if not settled:
                 say("not everything is sent; the next stage's uploader or `python -m mlops.tracking.uploader --once` "
                     "goes on")
@@ -237,7 +250,7 @@ def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None])
 def _leave(root: Path, lock: int, marks: dict[Path, Marks]) -> bool:
     """Frees the lock and looks once more; False if there is work after all, with the lock held again."""
     free_lock(lock)
-    if all_marks(root) == marks and not stage_alive(root):
+    if all_marks(root) == marks and not run_alive(root):
         return True
     return not try_lock(lock)
 
@@ -249,6 +262,7 @@ def send_once(follower: Follower) -> None:
             time.sleep(0.1)
     except (Unreachable, OSError) as error:
         fail(f"MLflow can't be reached, nothing is lost: {_one_line(error)}")
+    follower.end_stopped()
     if follower.refused:
         raise SystemExit(1)
     print(f"uploader: nothing is pending in {len(follower.seen)} stage runs", flush=True)

@@ -13,6 +13,7 @@ import pytest
 from mlops.tracking import uploader
 from mlops.tracking.locks import OLD_UPLOADER, take_lock
 from mlops.tracking.mlflow_client import EXPERIMENT, MlflowTracker
+from mlops.tracking.parent_run import child_name
 from mlops.tracking.upload_record import OLD_RECORD, RECORD
 from mlops.tracking.uploader import Follower, ensure_uploader, wait_until_uploaded
 from rlhf.errors import UserError
@@ -76,7 +77,7 @@ def test_a_run_is_the_parent_of_its_stages(root: Path) -> None:
     assert ppo.data.params == {"seed": "7", "profile": "smoke", "ppo.kl_goal": "3.5", "ppo.beta_rule": "step"}
     assert ppo.data.tags.items() >= {"stage": "ppo", "profile": "smoke", "data_version": DATA_MD5,
                                      "beta_rule": "step"}.items()
-    assert parent.data.metrics == {"ppo/final": 0.75, "promote/final": 0.6, "ppo/kl": 1.5}
+    assert parent.data.metrics == {"detail/ppo/final": 0.75, "detail/promote/final": 0.6, "detail/ppo/kl": 1.5}
     assert ppo.data.metrics["ppo/final"] == 0.75
     assert ppo.data.metrics["ppo/kl"] == 0.2  # the journal's last, not a second point
     assert ppo.inputs is not None
@@ -110,7 +111,8 @@ def test_arms_are_runs_of_one_stage_and_stand_side_by_side_in_their_parent(root:
     found = {run.data.tags["arm"]: run for run in runs(root) if "arm" in run.data.tags}
     assert list(found) == ["ppo", "ppo_ptx"]
     for arm, run in found.items():
-        assert run.info.run_name == f"ppo@{arm}"
+        assert run.info.run_name == f"{arm} · brave-otter"
+        assert_points_once(root, parent.info.run_id, range(3), [f"{arm}/kl", f"{arm}/beta", f"{arm}/reward"])
         assert run.data.tags["stage"] == "ppo"
         assert run.data.params["arm"] == arm
         assert {"ppo/kl", "ppo/beta", "ppo/gold_last"} <= run.data.metrics.keys()  # the same keys: MLflow overlays them
@@ -120,7 +122,9 @@ def test_arms_are_runs_of_one_stage_and_stand_side_by_side_in_their_parent(root:
         assert run.inputs is not None
         assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["ppo"]
     assert found["ppo_ptx"].data.params["ppo.ptx_coef"] == "2.0"
-    assert parent.data.metrics.items() >= {"ppo/gold_last": 1.0, "ppo_ptx/gold_last": 2.0}.items()
+    assert parent.data.metrics.items() >= {"detail/ppo/gold_last": 1.0, "detail/ppo_ptx/gold_last": 2.0}.items()
+    assert parent.inputs is not None
+    assert {item.dataset.name for item in parent.inputs.dataset_inputs} == {"ppo"}
     assert parent.data.params.items() >= {"arms": "ppo, ppo_ptx", "promote.arm": "ppo_ptx",
                                           "arms.ppo_ptx.ptx_coef": "0.5", "ppo.ptx_coef": "0.0"}.items()
 
@@ -151,7 +155,7 @@ def test_plain_repro_gathers_a_configuration(root: Path) -> None:
     (root / "profiles" / "smoke.yaml").write_text("ppo:\n  kl_goal: 6.0\n")
     finish(root, start(root, "ppo", run_name=""))
     sweep(root)
-    parents = {run.info.run_name: run.data.tags["mlflow.parentRunId"] for run in runs(root)
+    parents = {run.info.run_name.partition(" · ")[0]: run.data.tags["mlflow.parentRunId"] for run in runs(root)
              if "mlflow.parentRunId" in run.data.tags}
     assert parents["sft"] == parents["rm"] != parents["ppo"]
     assert client(root).get_run(parents["sft"]).info.run_name.startswith("repro-")
@@ -189,6 +193,100 @@ def test_killed_in_one_run_and_resumed_in_another(root: Path) -> None:
     before, after = runs(root, "ppo")
     assert (before.info.status, after.info.status) == ("KILLED", "FINISHED")
     assert_points_once(root, after.info.run_id, range(6))
+
+
+def ends(root: Path, *names: str) -> list[tuple[str, str]]:
+    """State and reason of the newest run of each name."""
+    found = [runs(root, name)[-1] for name in names]
+    return [(run.info.status, run.data.tags.get("ended", "")) for run in found]
+
+
+def test_a_failed_stage_and_its_run_are_failed(root: Path) -> None:
+    finish(root, start(root, "sft"))
+    scratch = start(root)
+    write_json(scratch / "failed.json", {"message": "ppo: KL ran away; https://ada:hf_abc@example.org"})
+    follower = Follower(root, MlflowTracker(root))
+    follower.sweep()
+    assert ends(root, "ppo", "brave-otter") == [("RUNNING", ""), ("RUNNING", "")]
+    follower.end_stopped()
+    [(status, why), parent] = ends(root, "ppo", "brave-otter")
+    assert (status, why.startswith("ppo: KL ran away"), "hf_abc" in why) == ("FAILED", True, False)
+    assert parent == ("FAILED", "stage ppo: failed")
+    assert ends(root, "sft") == [("FINISHED", "")]
+
+    write_rows(start(root), range(2))  # the same command goes on
+    follower = Follower(root, MlflowTracker(root))
+    follower.sweep()
+    assert ends(root, "ppo", "brave-otter") == [("RUNNING", ""), ("RUNNING", "")]
+    finish(root, scratch)
+    follower.sweep()
+    follower.end_stopped()
+    assert ends(root, "ppo", "brave-otter") == [("FINISHED", ""), ("FINISHED", "")]
+    assert len(runs(root, "ppo")) == 1
+
+
+def test_a_killed_stage_is_killed_also_after_the_fact(root: Path) -> None:
+    """Stage, flow and uploader were killed with the machine; whichever uploader comes by tells it."""
+    write_rows(start(root), range(3))
+    sweep(root)
+    assert ends(root, "ppo") == [("RUNNING", "")]
+    subprocess.run([sys.executable, "-m", "mlops.tracking.uploader", "--once"], cwd=root, check=True)
+    (status, why), parent = ends(root, "ppo", "brave-otter")
+    assert (status, why) == ("KILLED", "its process was stopped or killed; the same command resumes it")
+    assert parent == ("KILLED", "stage ppo: killed")
+
+
+def test_what_a_living_flow_or_stage_may_continue_is_not_ended(root: Path) -> None:
+    start(root)
+    sweep(root)
+    follower = Follower(root, MlflowTracker(root))
+    for name in ("run.lock", "stages.lock"):
+        with (root / "scratch" / name).open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_SH)
+            follower.end_stopped()
+        assert ends(root, "ppo") == [("RUNNING", "")]
+    follower.end_stopped()
+    assert ends(root, "ppo")[0][0] == "KILLED"
+
+
+def test_a_run_of_some_stages_is_finished_when_nothing_goes_on(root: Path) -> None:
+    """`run --until rm`, or a stage by hand: its parent counted as running for ever."""
+    for stage in ("sft", "rm"):
+        finish(root, start(root, stage))
+    sweep(root)
+    Follower(root, MlflowTracker(root)).end_stopped()
+    assert ends(root, "brave-otter", "rm") == [("FINISHED", ""), ("FINISHED", "")]
+
+
+@pytest.mark.parametrize(("run_name", "name"), [
+    ("cpu,kl_goal=0.3 1f973d", "ppo_ptx · kl_goal=0.3"), ("smoke 9e72fe", "ppo_ptx · smoke"),
+    ("cpu,seed=3,kl_goal=0.3 1f973d", "ppo_ptx · seed=3,kl_goal=0.3"), ("brave-otter", "ppo_ptx · brave-otter"),
+    ("repro-1a2b3c4d", "ppo_ptx · repro-1a2b3c4d")])
+def test_a_stages_run_is_named_after_what_differs(run_name: str, name: str) -> None:
+    assert child_name({"stage": "ppo@ppo_ptx", "arm": "ppo_ptx"}, run_name) == name
+
+
+def test_the_run_as_a_whole_is_described_and_has_its_report(root: Path) -> None:
+    (root / "reports").mkdir()
+    (root / "reports" / "report.html").write_text("<p>")
+    write_json(root / "metrics" / "evaluate.json", {"eval/win_rate_vs_sft": 0.5})  # git's, of another run
+    scratch = start(root, "evaluate", "smoke,kl_goal=0.3 1f973d")
+    sweep(root)
+    [parent] = runs(root, "smoke,kl_goal=0.3 1f973d")
+    before = parent.data.tags["mlflow.note.content"]
+    assert before.startswith("Profile `smoke`, `kl_goal=0.3`, data `01234567`, commit `")
+    assert "win rate" not in before
+    metrics = {"eval/win_rate_vs_sft": 0.61, "eval/win_rate_vs_sft_low": 0.6, "eval/win_rate_vs_sft_high": 0.62,
+               "eval/kl_ppo": 1.5, "eval/toxic_sft": 0.1, "eval/prompts": 500}
+    write_json(root / "metrics" / "evaluate.json", metrics)
+    write_json(scratch / "done.json", {"metrics": metrics, "artifacts": ["reports/report.html"]})
+    sweep(root)
+    [parent] = runs(root, "smoke,kl_goal=0.3 1f973d")
+    assert "a win rate of 61.0 %" in parent.data.tags["mlflow.note.content"]
+    assert set(parent.data.metrics) == {"eval/win_rate_vs_sft", "eval/kl_ppo", "detail/eval/toxic_sft",
+                                        "detail/eval/win_rate_vs_sft_low", "detail/eval/win_rate_vs_sft_high",
+                                        "detail/eval/prompts"}
+    assert [item.path for item in client(root).list_artifacts(parent.info.run_id, "reports")] == ["reports/report.html"]
 
 
 def test_an_uploader_that_is_about_to_leave_sees_a_new_stage(root: Path) -> None:

@@ -69,7 +69,7 @@ def test_each_point_once_wherever_it_fails(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Record, "save", failing_save)
     failures, failed = 0, True
     while failed:
-        scratch = start(root, "ppo", folder=f"folder{failures}")
+        scratch = start(root, "ppo", f"otter-{failures}", f"folder{failures}", arm="ppo")
         notes = failures + 1 if failure == "before a note" else 0
         unsteady = Unsteady(client(root), (Crash, ConnectionError)[failures % 2],
                             failures + 1 if failure == "after a request" else 0)
@@ -90,18 +90,19 @@ def test_each_point_once_wherever_it_fails(root: Path, monkeypatch: pytest.Monke
         record = Record.load(scratch)
         assert record is not None
         assert record.state == "done"
-        assert_points_once(root, record.run_id, range(10))
+        for run_id in (record.run_id, record.parent_run_id):
+            assert_points_once(root, run_id, range(10))
         assert len(client(root).get_metric_history(record.run_id, "ppo/final")) == 1
+        assert len(runs(root, f"otter-{failures - failed}")) == 1
     assert failures >= 8
     assert len(runs(root, "ppo")) == failures + 1
     assert all(run.info.status == "FINISHED" for run in runs(root, "ppo"))
-    assert len(runs(root, "brave-otter")) == 1
 
 
 def send_and_crash(record: Record, snapshot: Snapshot, folder: Path, tracker: MlflowTracker) -> None:
     record.open_upto, record.open_ms = snapshot.rows[-1].step, 1_700_000_000_000
     record.save(folder)
-    tracker.send(record.run_id, snapshot.rows, record.open_ms)
+    tracker.send(record, snapshot.run, snapshot.rows, record.open_ms)
     raise Crash
 
 

@@ -122,7 +122,7 @@ def assert_everything_once(root: Path, uri: str) -> None:
     assert client.get_run(run_id).info.status == "FINISHED"
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
-    stages = client.search_runs([experiment.experiment_id], "attributes.run_name = 'ppo'")
+    stages = client.search_runs([experiment.experiment_id], "tags.stage = 'ppo'")
     assert len([run for run in stages if run.info.run_id == run_id]) == 1
 
 

@@ -1,6 +1,7 @@
 """What the uploader's tests share: what a stage writes, and what arrived in MLflow."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -16,12 +17,14 @@ DATA_MD5 = "0123456789abcdef0123456789abcdef.dir"
 COLUMNS = ["ppo/kl", "ppo/beta", "ppo/reward"]
 
 
-def start(root: Path, stage: str = "ppo", run_name: str = "brave-otter", folder: str = "c0ffee") -> Path:
+def start(root: Path, stage: str = "ppo", run_name: str = "brave-otter", folder: str = "c0ffee", arm: str = "") -> Path:
     """What a starting stage does."""
     scratch = root / "scratch" / stage / folder
-    (scratch / "done.json").unlink(missing_ok=True)
+    for name in ("done.json", "failed.json"):
+        (scratch / name).unlink(missing_ok=True)
     write_json(scratch / "run.json", {"stage": stage, "profile": "smoke", "seed": 7, "run_name": run_name,
-                                      "params": {"kl_goal": 3.5, "beta_rule": "step"} if stage == "ppo" else {}})
+                                      "params": {"kl_goal": 3.5, "beta_rule": "step"} if stage == "ppo" else {}}
+               | ({"arm": arm} if arm else {}))
     return scratch
 
 
@@ -48,15 +51,15 @@ def client(root: Path) -> MlflowClient:
 
 
 def runs(root: Path, name: str | None = None) -> list[Run]:
-    """All runs, or those with a name, oldest first."""
+    """All runs, or those with a name, or of a stage or arm of that name, oldest first."""
     store = client(root)
     experiment = store.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     every = store.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    return [run for run in every if name in (None, run.info.run_name)]
+    return [run for run in every if name in (None, run.info.run_name) or run.info.run_name.startswith(f"{name} · ")]
 
 
-def assert_points_once(root: Path, run_id: str, steps: range) -> None:
-    for column in COLUMNS:
+def assert_points_once(root: Path, run_id: str, steps: range, columns: Sequence[str] = COLUMNS) -> None:
+    for column in columns:
         counted = Counter(point.step for point in client(root).get_metric_history(run_id, column))
         assert counted == dict.fromkeys(steps, 1), column
