@@ -5,6 +5,7 @@
 
 import asyncio
 import fcntl
+import itertools
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -50,6 +51,7 @@ from rlhf.errors import UserError
 _runs: list[UUID] = []  # of this process
 UPLOAD_SECONDS = 60.0  # at the end of a run, for journals that MLflow does not have yet
 TIMED_OUT = 124  # exit code, as of the command timeout
+TAKEN_UP = "Taken up again"  # the state by which a run whose process died is scheduled again (infra/setup.py)
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------
@@ -107,6 +109,21 @@ async def run_lock(root: Path) -> AsyncIterator[None]:
                 waiting = True
                 await asyncio.sleep(1)
         yield
+
+
+async def ended_before() -> State[Any] | None:
+    """The end that this run has already had, where an automation has scheduled it again all the same: on a busy server
+    the event of the end comes after the time in which a sign of life was due. None for any other run."""
+    if (flow_run.run_count or 0) < 2:
+        return None
+    async with get_client() as client:
+        history = sorted(await client.read_flow_run_states(UUID(str(flow_run.id))), key=lambda state: state.timestamp)
+    before: State[Any] | None = None
+    for earlier, state in itertools.pairwise(history):
+        if state.name == TAKEN_UP:
+            before = earlier
+    ended = before is not None and before.type in (StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED)
+    return State(type=before.type, name=before.name, message=before.message) if before and ended else None
 
 
 async def close_earlier_tasks() -> None:

@@ -35,6 +35,7 @@ from flows.check import stop_early
 from flows.execution import (
     check_params,
     close_earlier_tasks,
+    ended_before,
     name_of_run,
     run_lock,
     run_stages,
@@ -88,6 +89,8 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
     """
     checkout = (root or Path()).resolve()
     run_name = str(flow_run.name)
+    if end := await best_effort(ended_before()):
+        return end
     try:
         check_params(checkout, profile)
         changed = changes_of({"profile": profile, "seed": seed, "kl_goal": kl_goal, "beta_rule": beta_rule,
@@ -169,9 +172,9 @@ def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:
     if uploaded.get("parent_run_id"):
         mlflow += f"/#/experiments/{uploaded['experiment_id']}/runs/{uploaded['parent_run_id']}"
     prefect = PREFECT_UI_URL.value() if server_lasts() else "`prefect server start`, then http://127.0.0.1:4200"
+    pages = [("report", root / "reports" / "report.html"), ("data docs", root / "reports" / "data_docs" / "index.html")]
     return [
-        ("report", str(root / "reports" / "report.html")),
-        ("data docs", str(root / "reports" / "data_docs" / "index.html")),
+        *((what, str(page)) for what, page in pages if page.is_file()),
         ("MLflow", mlflow),
         ("Prefect", f"{prefect}/runs"),
     ]

@@ -35,6 +35,7 @@ from flows.artifacts import best_effort
 from flows.execution import (
     check_params,
     close_earlier_tasks,
+    ended_before,
     name_of_run,
     run_lock,
     run_program,
@@ -93,6 +94,8 @@ async def rounds(count: Count = 3, labelers: Labelers = "simulated", prompts: An
     parameters = {"count": count, "prompts": prompts, "episodes": episodes, "select": select,
                   "restart": restart, "profile": profile, "seed": seed, "own_copy": own_copy}
     run_name = str(flow_run.name)
+    if end := await best_effort(ended_before()):
+        return end
     try:
         check_params(checkout, profile)
         workdir = workdir_of(parameters, checkout)

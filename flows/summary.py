@@ -82,7 +82,8 @@ class Summary:
             lines += ["", "| " + " | ".join(["model", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
             lines += ["| " + " | ".join(cells) + " |" for cells in models]
             lines += ["", NOTE]
-        lines += ["", *(f"- {what}: `{where}`" for what, where in self.links), *(f"- {note}" for note in self.notes)]
+        lines += ["", *(f"- {what}: <{where}>" if where.startswith("http") else f"- {what}: `{where}`"
+                        for what, where in self.links), *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 

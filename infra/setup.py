@@ -48,6 +48,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Scheduled, State
 from prefect.workers.process import ProcessWorker
 
+from flows.execution import TAKEN_UP
 from flows.remote import origin
 from flows.stages import TRAINING_LIMIT
 from mlops.tracking.credentials import without_login
@@ -118,7 +119,7 @@ async def take_up(client: PrefectClient) -> list[str]:
     for run in stopped:
         cancelled = run.state_type == StateType.CANCELLING
         state: State[Any] = Cancelled(message="its process ended with the servers") if cancelled else \
-            Scheduled(name="Taken up again", message="the servers were stopped while it ran")
+            Scheduled(name=TAKEN_UP, message="the servers were stopped while it ran")
         await client.set_flow_run_state(run.id, state, force=True)
     for limit in await client.read_global_concurrency_limits(limit=200, offset=0):
         if limit.active_slots:
@@ -153,14 +154,14 @@ def _flow_runs(**labels: list[str]) -> ResourceSpecification:
 
 
 def _again(message: str) -> ChangeFlowRunState:
-    return ChangeFlowRunState(state=StateType.SCHEDULED, name="Taken up again", message=message, force=False)
+    return ChangeFlowRunState(state=StateType.SCHEDULED, name=TAKEN_UP, message=message, force=False)
 
 
 def revive_silent() -> AutomationCore:
     """A run whose process died with its machine says nothing more: it is scheduled again, and goes on from its
     checkpoints."""
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Cancelled", "Suspended", *BAD_ENDS,
-                                                     "Taken up again")}
+                                                     TAKEN_UP)}
     return AutomationCore(
         name="instructflow: take up silent runs again",
         trigger=EventTrigger(after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.heartbeat", *ends},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -152,9 +153,11 @@ class Site(Checkout):
             return [run for run in self.ask(lambda client: client.read_flow_runs())
                     if not run.state.is_final() and not (run.auto_scheduled and run.state.is_scheduled())]
 
+        with suppress(AssertionError):  # between two states of a run nobody hears that it is cancelled
+            wait(lambda: not begun(), "an end by itself", 120)
         for run in begun():
             self.cancel(run.id)
-        wait(lambda: not begun(), "the end")
+        wait(lambda: not begun(), lambda: f"the end of {[(run.name, run.state_name) for run in begun()]}", 1200)
 
     def let_go(self) -> None:
         self.write("go", "")
@@ -165,9 +168,12 @@ class Site(Checkout):
         wait(lambda: path.exists() and path.read_text().strip(), f"{stage} to begin")
         return int(path.read_text())
 
-    def ends(self, run: UUID, name: str, seconds: float = 300) -> FlowRun:
+    def ends(self, run: UUID, name: str, seconds: float = 900) -> FlowRun:
         """Waits for the run's end and returns it."""
-        wait(lambda: self.run_of(run).state_name == name, f"{name}, it is {self.run_of(run).state_name}", seconds)
+        def state() -> str | None:
+            return self.run_of(run).state_name
+
+        wait(lambda: state() == name, lambda: f"{name}, it is {state()}", seconds)
         return self.run_of(run)
 
     def engine(self, run: UUID) -> int:
@@ -202,7 +208,8 @@ class Site(Checkout):
         return log.read_text().splitlines() if log.exists() else []
 
 
-def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
+def wait(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 900) -> None:
+    """Returns when the condition holds. The limit only ends a test that hangs: it is long enough for a busy machine."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -214,7 +221,7 @@ def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> None:
             if "onnect" not in str(error) and "onnect" not in type(error).__name__:
                 raise
         time.sleep(0.3)
-    raise AssertionError(f"waited {seconds:.0f} s for {what}")
+    raise AssertionError(f"waited {seconds:.0f} s for {what if isinstance(what, str) else what()}")
 
 
 def kill(pid: int) -> None:

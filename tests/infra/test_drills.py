@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from uuid import UUID
 
 import pytest
+from prefect.states import Scheduled
 
+from flows.execution import TAKEN_UP
 from flows.workspaces import FOLDER
 from tests.flows.checkout import alive
 from tests.infra.site import Site, kill, wait
@@ -146,6 +148,22 @@ def test_cancelling_ends_the_stage(site: Site) -> None:
     site.ends(run, "Cancelled")
     time.sleep(3)
     assert site.order() == ["sft began"]  # not taken up again
+
+
+@pytest.mark.parametrize("end", ["Completed", "Cancelled"])
+def test_a_run_that_has_ended_is_not_done_again(site: Site, end: str) -> None:
+    """On a busy server its last event came after the automation had given it up: it was scheduled again."""
+    run = site.begin()
+    site.pid("sft")
+    if end == "Cancelled":
+        site.cancel(run)
+    else:
+        site.let_go()
+    site.ends(run, end)
+    before = site.order()
+    site.ask(lambda client: client.set_flow_run_state(run, Scheduled(name=TAKEN_UP)))
+    wait(lambda: site.run_of(run).run_count == 2 and site.run_of(run).state_name == end, "the same end")
+    assert site.order() == before
 
 
 def test_a_failure_is_told(site: Site) -> None:

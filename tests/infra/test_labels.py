@@ -197,7 +197,7 @@ class LabelServer:
             [str(ENVIRONMENT / "bin" / "label-studio"), "start", "--no-browser", "--internal-host", "127.0.0.1",
              "--port", str(self.port)], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)
-        wait(self.healthy, "Label Studio", 180)
+        wait(self.healthy, "Label Studio")
 
     def healthy(self) -> bool:
         try:

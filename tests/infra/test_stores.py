@@ -157,5 +157,5 @@ def test_s3_away_while_outputs_are_pushed(machines: Checkout, stores: Stores) ->
     gate.write_text("")
     time.sleep(20)  # the push fails and is tried again
     stores.start_s3()
-    assert ends(stores, run, 300)[0] == "Completed"
+    assert ends(stores, run, 900)[0] == "Completed"
     assert (machines.root / "models" / "ppo").read_text() == "ppo the work\n"

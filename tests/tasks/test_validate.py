@@ -408,6 +408,17 @@ def test_data_docs_show_values_as_text_and_load_nothing(root: Path) -> None:
         assert "<link" not in page
 
 
+def test_data_docs_of_the_same_data_have_the_same_bytes(root: Path) -> None:
+    """They are an output of the stage: two machines must record the same hash."""
+    found = []
+    for _ in range(2):
+        run_here(root)
+        found.append({str(path.relative_to(root)): path.read_bytes() for path in sorted((root / "reports").rglob("*"))
+                      if path.is_file()})
+    assert found[0] == found[1]
+    assert {"reports/data_docs/index.html", "reports/quarantine.jsonl", "reports/validate.json"} <= found[0].keys()
+
+
 def test_several_failures_get_a_line_each(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = make_rows("sft")
     rows[6]["prompt"] = ""
