@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from mlops.tools.params import page as params_page
+
 REPO = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"`((?:rlhf|mlops|tasks|flows|infra|tests|bench)/[\w/]+\.py)(?::(\w+))?`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-PAGES = [*sorted((REPO / "docs").glob("*.md")), REPO / "README.md", REPO / "SECURITY.md"]
+PAGES = [*sorted((REPO / "docs").glob("*.md")), *(REPO / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING", "CHANGELOG"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -133,3 +135,19 @@ def test_no_function_is_longer_than_seventy_lines(package: str) -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 70, f"{file.relative_to(REPO)}:{node.name}"
+
+
+def test_the_page_of_parameters_is_current() -> None:
+    assert (REPO / "docs" / "parameters.md").read_text(encoding="utf-8") == params_page()
+
+
+def test_every_error_line_of_the_troubleshooting_page_is_in_the_code() -> None:
+    folders = ("infra", "flows", "tasks", "mlops", "rlhf")
+    code = "\n".join(file.read_text(encoding="utf-8") for folder in folders for file in (REPO / folder).rglob("*.py"))
+    joined = re.sub(r"\"\s*\n?\s*f?\"", "", code)  # a message may be written over several lines
+    text = (REPO / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `([^`]+)`", text.partition("## Results")[0], re.MULTILINE)
+    assert len(lines) >= 35
+    for line in lines:
+        for part in (item.strip() for item in re.split("…|NAME", line)):
+            assert len(part) < 4 or part in joined, f"{line}: no error says {part!r}"

@@ -1,6 +1,7 @@
 """Every parameter of a profile: its value, default, limits, meaning and source.
 
     python -m mlops.tools.params [SECTION | SECTION.NAME] [--profile NAME]
+    python -m mlops.tools.params --write            docs/parameters.md, which has all of them
 """
 
 import argparse
@@ -14,7 +15,9 @@ from rich.table import Table
 
 from mlops import program
 from mlops.config.loader import PROFILES_DIR, allowed, load_params, load_profile
+from rlhf.curation.sources.spec import Entry, RulesParams
 from rlhf.errors import UserError, one_line
+from rlhf.files import write_atomic
 from rlhf.params import Profile
 
 
@@ -58,13 +61,54 @@ def show_arms(profile: Profile) -> None:
           "`instructflow params ppo` lists them.")
 
 
+PAGE = Path("docs/parameters.md")
+HEAD = """# Every parameter
+
+Made by `python -m mlops.tools.params --write` from `rlhf/params.py` and `rlhf/curation/sources/spec.py`;
+`tests/test_docs.py` checks that it is current. `instructflow params SECTION` shows the same with the values of your
+profile. Sources in brackets are sections of the papers: [InstructGPT](https://arxiv.org/abs/2203.02155), Ziegler et al.
+([1909.08593](https://arxiv.org/abs/1909.08593)), and others where they are named.
+"""
+ARMS = """### `arms`
+
+Name: what this policy changes of section `ppo`, any of its parameters. Default: `ppo: {}`.
+"""
+DESCRIPTIONS = """## Source descriptions: `profiles/sources/NAME.yaml`
+
+[sources.md](sources.md) explains them with examples.
+"""
+
+
+def page() -> str:
+    """docs/parameters.md: the sections of a profile, then the keys of a source description."""
+    parts = [HEAD, "## Profiles: `profiles/NAME.yaml`\n"]
+    parts += [_markdown(f"`{section}`", kind) for section, kind in sections().items()]
+    parts += [ARMS, DESCRIPTIONS, _markdown("An entry of `sft`, `rm`, `ppo` or `corpus`", Entry),
+              _markdown("`rules`", RulesParams)]
+    return "\n".join(parts)
+
+
+def _markdown(title: str, kind: type) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("<", "&lt;")
+
+    rows = [f"| `{item.name}` | {cell(f'`{shown(default_of(item))}`')} | {cell(allowed(kind, item.name))} | "
+            f"{cell(item.metadata['help'])} |" for item in dataclasses.fields(kind)]
+    return "\n".join([f"### {title}\n", "| parameter | default | allowed | meaning |", "|---|---|---|---|", *rows, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog=program("mlops.tools.params"), description=(
         "Every parameter: the profile's value where it differs, default, limits, meaning and source."))
     parser.add_argument("section", nargs="?", help=(
         f"one of {', '.join(sections())}, arms, or SECTION.NAME; without: all"))
     parser.add_argument("--profile", help="the profile whose values are shown (default: that of params.yaml)")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE}")
     options = parser.parse_args()
+    if options.write:
+        write_atomic(PAGE, page().encode())
+        print(PAGE)
+        return
     with one_line("params"):
         path = Path(PROFILES_DIR) / f"{options.profile}.yaml"
         profile = load_profile(path) if options.profile else load_params().stages
