@@ -50,6 +50,7 @@ from flows.workspaces import FOLDER, Changes, changed_by, fill_workspace
 from mlops import program
 from mlops.config.loader import load_params
 from mlops.config.stage_graph import pipeline_stages
+from mlops.tracking.credentials import without_login
 from rlhf.errors import UserError, without_secrets
 
 NOT_PROMOTED = 5  # exit code of a run that is complete and missed a gate
@@ -161,14 +162,20 @@ async def make_summary(root: Path, run_name: str, results: list[StageResult]) ->
     uploaded, note = await wait_for_upload(root, run_name)
     notes = [*([note] if note else []), *ceiling_note(root)]
     return Summary(results, main_numbers(root, [result.stage for result in results]), compared_models(root),
-                   links_to(root, uploaded), notes)
+                   links_to(root, uploaded), notes, (str(uploaded.get("experiment_id", "")),
+                                                     str(uploaded.get("parent_run_id", ""))))
+
+
+def mlflow_address() -> str:
+    """Where MLflow's pages are, or what starts them and where they are then."""
+    tracker = without_secrets(without_login(os.environ.get("MLFLOW_TRACKING_URI", "")))
+    store = f" --backend-store-uri {tracker}" if tracker else ""
+    return tracker if tracker.startswith("http") else f"`mlflow ui{store}`, then http://127.0.0.1:5000"
 
 
 def links_to(root: Path, uploaded: dict[str, Any]) -> list[tuple[str, str]]:
     """Where to look next: (what, where)."""
-    tracker = without_secrets(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    store = f" --backend-store-uri {tracker}" if tracker else ""
-    mlflow = tracker if tracker.startswith("http") else f"`mlflow ui{store}`, then http://127.0.0.1:5000"
+    mlflow = mlflow_address()
     if uploaded.get("parent_run_id"):
         mlflow += f"/#/experiments/{uploaded['experiment_id']}/runs/{uploaded['parent_run_id']}"
     prefect = PREFECT_UI_URL.value() if server_lasts() else "`prefect server start`, then http://127.0.0.1:4200"

@@ -47,6 +47,7 @@ class Summary:
     models: tuple[list[str], list[list[str]]] = ([], [])
     links: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    in_mlflow: tuple[str, str] = ("", "")  # ids of experiment and run; empty where no stage ran
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         return [(item.stage, clock(item.seconds), item.how, self.numbers.get(item.stage, "")) for item in self.results]

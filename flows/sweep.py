@@ -9,7 +9,8 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ from rich.table import Column, Table
 from flows.artifacts import best_effort
 from flows.execution import check_params, run_to_end
 from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed, assigned_lists
-from flows.pipeline import NotPromoted, changes_of, pipeline
+from flows.pipeline import NotPromoted, changes_of, mlflow_address, pipeline
 from flows.summary import Summary
 from flows.workspaces import FOLDER
 from mlops import program
@@ -45,6 +46,7 @@ SHOWN = {"KL": "eval/kl_{arm}", "KL in training": "ppo/kl", "beta": "ppo/beta",
          "win rate vs SFT": "eval/win_rate_vs_sft", "gold gain": "eval/gold_gain_vs_sft",
          "mean tax": "tax/mean"}  # of the promoted arm
 MOST = 100  # runs
+NOT_SHOWN = ("workspace", "error", "MLflow run")  # of a row
 
 
 @flow(persist_result=False)
@@ -68,7 +70,7 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(max_length=10)] = [],  #
     """
     checkout = (root or Path()).resolve()
     rows: list[dict[str, Any]] = []
-    failed = 0
+    failed, experiment = 0, ""
     try:
         named: dict[str, list[Any]] = {"kl_goal": kl_goals, "beta_rule": beta_rules, "ptx_coef": ptx_coefs,
                                        "seed": seeds}
@@ -84,6 +86,10 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(max_length=10)] = [],  #
         if isinstance(result, Summary | NotPromoted):
             name = changes_of(parameters).name(checkout)
             row |= {"workspace": name, **_figures(checkout / FOLDER / name)}
+            summary = result.summary if isinstance(result, NotPromoted) else result
+            if all(summary.in_mlflow):
+                row["MLflow run"] = summary.in_mlflow[1]
+                experiment = summary.in_mlflow[0]
         else:
             get_run_logger().error("%s: %s", row, result)
             failed += 1
@@ -91,8 +97,21 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(max_length=10)] = [],  #
             if isinstance(result, UserError):
                 return Failed(message=str(result), data=result)
         rows.append(row)
-    await best_effort(acreate_table_artifact(rows, key="sweep", description=f"{len(rows)} runs, {failed} failed"))
+    link = compare_link(experiment, [row["MLflow run"] for row in rows if "MLflow run" in row])
+    linked = f". [Compare them in MLflow]({link})" if link.startswith("http") else ""
+    await best_effort(acreate_table_artifact(rows, key="sweep", description=(
+        f"{len(rows)} runs, {failed} failed{linked}")))
+    if link:
+        get_run_logger().info("compare them in MLflow: %s", link)
     return Failed(message=f"{failed} of {len(rows)} runs failed", data=rows) if failed else rows
+
+
+def compare_link(experiment: str, runs: Sequence[str]) -> str:
+    """MLflow's page that compares the runs, to keep; empty where there are fewer than two."""
+    if len(runs) < 2:
+        return ""
+    chosen, of = (urllib.parse.quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (runs, [experiment]))
+    return f"{mlflow_address()}/#/compare-runs?runs={chosen}&experiments={of}"
 
 
 def points_of(named: Mapping[str, list[Any]], changes: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
@@ -137,7 +156,7 @@ async def run_sweep(parameters: Mapping[str, Any]) -> Any:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The rows as a table, and what to do next."""
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("workspace", "error")))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in NOT_SHOWN))
     table = Table(*names, Column("run", overflow="fold"), show_edge=False)
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in names), row.get("error") or row["workspace"])

@@ -14,7 +14,7 @@ PLACE = re.compile(r"`((?:rlhf|mlops|tasks|flows|infra|tests|bench)/[\w/]+\.py)(
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-PAGES = [*sorted((REPO / "docs").glob("*.md")), *(REPO / f"{name}.md" for name in ("README", "SECURITY", "CONTRIBUTING", "CHANGELOG"))]
+PAGES = [*sorted((REPO / "docs").glob("*.md")), *sorted(REPO.glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prefect.states import State
 import flows.champion
 from flows.champion import evaluate_champion
 from flows.check_data import check_data
-from flows.sweep import sweep
+from flows.sweep import compare_link, sweep
 from flows.workspaces import FOLDER
 from rlhf.data.schema import KEYS, write_rows
 from tests.flows.checkout import Checkout
@@ -71,10 +72,20 @@ def test_a_sweep_trains_what_is_common_once(checkout: Checkout, monkeypatch: pyt
     assert (state.name, state.message) == ("Failed", "1 of 3 runs failed")
     assert checkout.order() == ["sft", "ppo0.5", "ppo9.0", "ppo2.0"]
     rows = artifact("sweep")
-    assert [row.get("KL") for row in rows] == ["0.5", None, "2"]
+    assert [row.get("KL in training") for row in rows] == ["0.5", None, "2"]
     assert rows[1]["error"] == "ppo@ppo: no message"
     assert sorted(path.name for path in (checkout.root / FOLDER).iterdir())[0] == (
         "small,kl_goal=0.5")
+
+
+def test_a_sweep_links_mlflows_page_that_compares_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:pw@tracker:5000")
+    link = compare_link("7", ["a1", "b2"])
+    address, _, query = link.partition("/#/compare-runs?")
+    assert address == "http://tracker:5000"  # without the login
+    assert {name: json.loads(values[0]) for name, values in urllib.parse.parse_qs(query).items()} == {
+        "runs": ["a1", "b2"], "experiments": ["7"]}
+    assert compare_link("7", ["a1"]) == ""
 
 
 @pytest.mark.parametrize(("parameters", "message"), [
