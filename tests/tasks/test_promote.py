@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,3 +179,17 @@ def test_the_champion_answers_a_request(promotion: Promotion, served: str) -> No
     sampling = Sampling(12, (codec.eos_id,), codec.pad_id, 0.7)
     ids = sample_responses(load_policy(folder), codec.prompts(prompts), sampling, generator(5, "served"))
     assert answers == [codec.decode(item) for item in ids]
+    hello = [{"prompt": "hello"}]
+    for odd, said in (
+        ({"dataframe_records": hello, "params": {"temperature": -1.0}}, "temperature = -1: must be a number >= 0"),
+        ({"dataframe_records": hello, "params": {"max_new_tokens": 0}}, "max_new_tokens = 0: must be >= 1"),
+        ({"dataframe_records": hello, "params": {"max_new_tokens": 10**9}}, "tokens = 1000000000: the model has"),
+        ({"dataframe_records": [*hello, {"prompt": "a story " * 999}]}, "row 2: "),
+        ({"dataframe_records": [{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}]}, "both prompt and"),
+        ({"dataframe_records": [{"messages": [{"role": "nobody", "content": "b"}]}]}, "unknown role: 'nobody'"),
+    ):
+        request = urllib.request.Request(served, json.dumps(odd).encode(), {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code == 400
+        assert said in json.loads(refused.value.read())["message"]
