@@ -161,6 +161,9 @@ async def make_summary(root: Path, run_name: str, results: list[StageResult]) ->
     """Waits until MLflow has the journals of this run, so that the summary can link it there."""
     uploaded, note = await wait_for_upload(root, run_name)
     notes = [*([note] if note else []), *ceiling_note(root)]
+    if all(result.how == "up to date" for result in results):
+        notes.insert(0, "Nothing ran: code, data, parameters and seed are those of the results that are here. A change "
+                        "of any of them runs the stages that read it.")
     return Summary(results, main_numbers(root, [result.stage for result in results]), compared_models(root),
                    links_to(root, uploaded), notes, (str(uploaded.get("experiment_id", "")),
                                                      str(uploaded.get("parent_run_id", ""))))

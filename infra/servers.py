@@ -153,6 +153,7 @@ class Servers:
             self._wait("mlflow", f"{links.mlflow}/health")
             if links.labels:
                 self._wait("labels", f"{links.labels}/health")
+            print("servers: deployments and automations are set up", flush=True)
             setup = subprocess.run([sys.executable, "-m", "infra.setup", "--workers-stopped"], cwd=self.root,
                                    capture_output=True, text=True,
                                    env={**os.environ, **links.environment(self.login())})
@@ -197,6 +198,7 @@ class Servers:
                               text=True)
 
     def _wait(self, name: str, url: str) -> None:
+        print(f"servers: {name} starts", flush=True)  # some seconds each, on a busy machine a minute
         deadline = time.monotonic() + HEALTHY_SECONDS
         while time.monotonic() < deadline:
             try:
