@@ -18,6 +18,7 @@ from flows.sweep import compare_link, sweep
 from flows.workspaces import FOLDER
 from rlhf.data.schema import KEYS, write_rows
 from tests.flows.checkout import Checkout
+from tests.tiny_model import comparisons
 
 SWEPT = """vars: [params.yaml]
 stages:
@@ -108,6 +109,19 @@ def test_new_data_s_findings_are_an_artifact(tmp_path: Path) -> None:
     state = ended(check_data, data=str(tmp_path), root=tmp_path)
     assert state.is_failed()
     assert any(item["rule"] == "filled_completion" and item["row"] == 1 for item in artifact("data-findings"))
+
+
+def test_new_data_by_the_name_of_their_description(tmp_path: Path) -> None:
+    """Pairs, named as a profile names them; the form had no min_k, so every pair broke a rule."""
+    rows = [{"prompt": question, "chosen": f"{good} ({number})", "rejected": f"{bad} ({number})"}
+            for number, (question, good, bad) in enumerate(comparisons(60))]
+    (tmp_path / "profiles" / "sources").mkdir(parents=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "profiles" / "sources" / "team.yaml").write_text("rm: [{files: ../../pairs.jsonl}]\n")
+    state = ended(check_data, source="team", root=tmp_path)
+    assert state.is_completed(), state.message
+    state = ended(check_data, source="team", min_k=4, root=tmp_path)
+    assert "completion_count 60" in str(state.message)
 
 
 CHAMPION = """stages:
