@@ -14,7 +14,7 @@ PLACE = re.compile(r"`((?:rlhf|mlops|tasks|flows|infra|tests|bench)/[\w/]+\.py)(
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-PAGES = [*sorted((REPO / "docs").glob("*.md")), *sorted(REPO.glob("*.md"))]
+PAGES = [*sorted((REPO / "docs").rglob("*.md")), *sorted(REPO.glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -151,3 +151,12 @@ def test_every_error_line_of_the_troubleshooting_page_is_in_the_code() -> None:
     for line in lines:
         for part in (item.strip() for item in re.split("…|NAME", line)):
             assert len(part) < 4 or part in joined, f"{line}: no error says {part!r}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
+def test_the_japanese_pages_have_the_commands_of_the_english_ones(name: str) -> None:
+    english = REPO / ("README.md" if name == "README.md" else f"docs/{name}")
+    blocks = [re.findall(r"^```\w*\n.*?^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+              for page in (REPO / "docs" / "ja" / name, english)]
+    assert blocks[0]
+    assert blocks[0] == blocks[1][:len(blocks[0])]
