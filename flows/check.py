@@ -48,6 +48,7 @@ from rlhf.params import Profile
 
 State = Literal["ok", "warn", "stop"]
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "stop": "[red]STOP[/]"}
+FOR_GPU = 10_000  # episodes that take days on a CPU
 FEW_PROMPTS, FEW_PAIRS = 200, 500  # held-out prompts, comparisons to train on
 OF_THE_MACHINE = ("machine", "memory", "disk")
 LONG_SHARE = 0.05  # of rows that are longer than a stage takes
@@ -83,6 +84,7 @@ def findings(params: Params, root: Path) -> Iterator[Finding]:
     yield Finding("parameters", "ok", f"profile {params.profile}, seed {params.seed}, arms {', '.join(profile.arms)}")
     yield from _guarded("files", lambda: _files(params, root))
     yield from _guarded("machine", lambda: _machine(params))
+    yield from _guarded("PPO", lambda: _warmup(profile))
     base: list[Base] = []
     yield from _guarded("base model", lambda: _base_model(profile, root, base))
     looks: dict[str, Look] = {}
@@ -108,6 +110,16 @@ def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Findi
 # --- parameters, files, machine ---------------------------------------------------------------------------------------
 
 
+def _warmup(profile: Profile) -> Iterator[Finding]:
+    """Whether PPO has iterations left once the value model is warm."""
+    for name, arm in profile.arms.items():
+        iterations = arm.episodes // arm.batch_size
+        if arm.value_warmup_iterations * 2 > iterations:
+            yield Finding("PPO", "warn", f"arm {name}: up to {arm.value_warmup_iterations} of its {iterations} "
+                          "iterations train the value model alone, so the policy may hardly change",
+                          "more ppo.episodes, or fewer ppo.value_warmup_iterations")
+
+
 def _files(params: Params, root: Path) -> Iterator[Finding]:
     count = sum(len(linked_files(stage, params, root)) for stage in WITH_INPUTS)
     yield Finding("files", "ok", f"{count} outside the checkout, all there" if count else "none outside the checkout")
@@ -124,8 +136,12 @@ def _machine(params: Params) -> Iterator[Finding]:
     most = gpus or cores
     over = {name: count for name, count in asked.items() if count > most}
     kind = f"{gpus} GPUs" if gpus else f"no GPU, {cores} cores"
+    for_gpu = bool(profile.pretrain.base_model) and max(arm.episodes for arm in profile.arms.values()) >= FOR_GPU
     if not gpus and params.profile == "gpu":
         yield Finding("machine", "stop", f"{kind}, and profile gpu is for one", "a GPU, or another profile")
+    elif not gpus and for_gpu:
+        yield Finding("machine", "warn", f"{kind}, and {max(arm.episodes for arm in profile.arms.values()):,} episodes "
+                      "are meant for a GPU", "ppo.episodes, or instructflow init ... --device cpu")
     elif over:
         name, count = next(iter(over.items()))
         yield Finding("machine", "stop" if gpus else "warn", f"{kind}; {name} asks for {count} processes",
@@ -146,6 +162,7 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
         return
     import datetime
 
+    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlhf.model.chat_format import ChatFormatError, codec_with_pad
@@ -172,6 +189,13 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
     if folder_path.is_dir() and not list(folder_path.glob("*.safetensors")):
         yield Finding("base model", "stop", f"{name}: has no *.safetensors", "save it with safe_serialization=True")
         return
+    for file in sorted(folder_path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:  # reads the header, and compares it with the length
+                weights.keys()
+        except Exception as error:
+            yield Finding("base model", "stop", f"{file}: is damaged: {first_line(error)[:200]}", "get the file again")
+            return
     own = "its own chat template" if codec.tokenizer.chat_template and _has_template(folder) else \
         "no chat template: the project's own is used"
     context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
@@ -223,6 +247,8 @@ def _data(params: Params, root: Path, looks: dict[str, Look]) -> Iterator[Findin
                       "(sft), comparisons (rm) and prompts (ppo); entries may read the same file")
         return
     looks |= look_at(source, spec.parent, params.seed)
+    if any(look.refused and not look.whole for look in looks.values()):  # a few rows more tell whether it is so
+        looks |= look_at(source, spec.parent, params.seed, further=True)
     for role, look in looks.items():
         if look.refused:
             yield Finding(f"data, {role}", "stop" if look.whole else "warn", look.refused,
@@ -369,8 +395,12 @@ def stop_early(params: Params, root: Path, elsewhere: bool = False) -> None:
         return
     if is_resolved(profile, root) and (root / MODELS["base"] / "config.json").is_file():
         return
-    stops = [item for item in findings(params, root)
-             if item.state == "stop" and not (elsewhere and item.what in OF_THE_MACHINE)]
+    stops = []
+    for item in findings(params, root):
+        if item.state == "stop" and not (elsewhere and item.what in OF_THE_MACHINE):
+            stops.append(item)
+            if item.what == "machine":
+                break  # known at once; what follows may wait for a hub that does not answer
     if stops:
         raise UserError("; ".join(f"{item.what}: {item.detail}" + (f" → {item.change}" if item.change else "")
                                   for item in stops[:3]))
@@ -395,7 +425,10 @@ def main() -> None:
         raise SystemExit(2)
     chosen = (f" --profile {options.profile}" if options.profile else "") + "".join(
         f" --set {shlex.quote(text)}" for text in options.set)
-    print(f"Nothing would stop the run. Next: instructflow run{chosen}")
+    doubts = sum(item.state == "warn" and item.what.startswith("data") and "are lost" in item.detail for item in found)
+    certain = "Nothing would stop the run." if not doubts else (
+        "The first rows would stop the run; it goes on only if the later ones are better: read the warnings.")
+    print(f"{certain} Next: instructflow run{chosen}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
 from flows.artifacts import best_effort, show_curves, show_metrics
-from flows.check import stop_early
+from flows.check import params_of, stop_early
 from flows.execution import (
     check_params,
     close_earlier_tasks,
@@ -48,7 +48,7 @@ from flows.stages import StageFailed, mend_dvc_lock
 from flows.summary import StageResult, Summary, ceiling_note, compared_models, main_numbers
 from flows.workspaces import FOLDER, Changes, changed_by, fill_workspace
 from mlops import program
-from mlops.config.loader import load_params
+from mlops.config.loader import PARAMS_FILE, load_params, read_yaml
 from mlops.config.stage_graph import pipeline_stages
 from mlops.tracking.credentials import without_login
 from rlhf.errors import UserError, without_secrets
@@ -101,10 +101,12 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
         async with run_lock(workdir):
             if in_workspace:
                 await asyncio.to_thread(fill_workspace, checkout, workdir, changed)
-            else:
-                use_profile(workdir, profile)
-            params = load_params(workdir)  # once more: another run may have held the lock for hours
+            # Now: another run may have held the lock for hours. In the checkout before anything is written.
+            params = load_params(workdir) if in_workspace else params_of(
+                workdir, profile or str(read_yaml(workdir / PARAMS_FILE)["profile"]), Changes())
             await asyncio.to_thread(stop_early, params, workdir, gpu_workers)
+            if not in_workspace:
+                use_profile(workdir, profile)
             mend_dvc_lock(workdir)
             await best_effort(close_earlier_tasks())
             results = await run_stages(workdir, run_name, stage_hours, gpu_workers, last_stage(workdir, until))
@@ -160,11 +162,13 @@ def not_promoted(root: Path) -> list[str]:
 async def make_summary(root: Path, run_name: str, results: list[StageResult]) -> Summary:
     """Waits until MLflow has the journals of this run, so that the summary can link it there."""
     uploaded, note = await wait_for_upload(root, run_name)
-    notes = [*([note] if note else []), *ceiling_note(root)]
+    evaluated = any(result.stage == "evaluate" for result in results)  # else metrics/evaluate.json is of another run
+    notes = [*([note] if note else []), *(ceiling_note(root) if evaluated else [])]
     if all(result.how == "up to date" for result in results):
         notes.insert(0, "Nothing ran: code, data, parameters and seed are those of the results that are here. A change "
                         "of any of them runs the stages that read it.")
-    return Summary(results, main_numbers(root, [result.stage for result in results]), compared_models(root),
+    return Summary(results, main_numbers(root, [result.stage for result in results]),
+                   compared_models(root) if evaluated else ([], []),
                    links_to(root, uploaded), notes, (str(uploaded.get("experiment_id", "")),
                                                      str(uploaded.get("parent_run_id", ""))))
 
@@ -209,6 +213,10 @@ def main() -> None:
         check_params(Path(), args.profile)
         parameters = {"profile": args.profile, "seed": args.seed, "changes": assigned(args.set) or None,
                       "stage_hours": args.stage_hours, "until": args.until}
+        if args.seed is not None and not 0 <= args.seed < 2**31:
+            raise UserError(f"--seed {args.seed}: must be an int >= 0 and < 2^31")
+        if args.stage_hours is not None and not 0 < args.stage_hours <= 1000:
+            raise UserError(f"--stage-hours {args.stage_hours:g}: must be a number > 0 and <= 1000")
         changed = changes_of(parameters)
         if args.until:
             known_stage(Path(), args.until)

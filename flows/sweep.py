@@ -123,6 +123,12 @@ def points_of(named: Mapping[str, list[Any]], changes: Mapping[str, list[Any]]) 
     for key, values in changes.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"sweep: {key}: must be a list of values")
+    for key, values in {**lists, **changes}.items():
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise UserError(f"sweep: {key} = {twice} stands twice")
+    for seed in named.get("seed", []):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise UserError(f"sweep: seed = {seed!r}: must be an int >= 0 and < 2^31")
     points = []
     for chosen in itertools.product(*lists.values(), *changes.values()):
         point: dict[str, Any] = dict(zip(lists, chosen, strict=False))

@@ -76,6 +76,11 @@ def test_new_paths_are_those_of_the_folder_it_is_called_in(tmp_path: Path) -> No
     (["run", "--profile", "smoke", "--until", "nothing"], "judge, ppo, evaluate, promote"),  # arms are the profile's
     (["check", "--profile", "smoke", "--set", "sft.max_tokens=400"],
      "check: with the changes of this run: pretrain.context = 128: must be >= 400"),
+    (["run", "--seed", "-1"], "--seed -1: must be an int >= 0"),
+    (["run", "--stage-hours", "0"], "--stage-hours 0: must be a number > 0"),
+    (["sweep", "--set", "seed=1,x"], "sweep: seed = 'x': must be an int >= 0"),
+    (["sweep", "--set", "ppo.kl_goal=0.5,0.5"], "sweep: ppo.kl_goal = 0.5 stands twice"),
+    (["chat", "sft", "--temperature", "-1"], "chat: --temperature -1"),
     (["compare", "smoke"], "name two runs or more"),
     (["compare", ".", "."], "checkout: is named twice; name two different runs"),
     (["label", "nowhere", "--labeler", "ada"], "label: nowhere: is no batch, it has no items.jsonl"),

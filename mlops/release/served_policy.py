@@ -47,6 +47,8 @@ class Policy(PythonModel):
         options = {"max_new_tokens": 64, "temperature": 1.0, "seed": 1, **(params or {})}
         sampling = Sampling(int(options["max_new_tokens"]), self.codec.stop_ids, self.codec.pad_id,
                             float(options["temperature"]))
+        if not {"prompt", "messages"} & set(model_input.columns):
+            raise MlflowException.invalid_parameter_value("a row needs prompt, a text, or messages, a conversation")
         try:
             prompts = self.codec.prompts([asked(row) for row in model_input.to_dict("records")])
             check_request(prompts, sampling, int(options["seed"]), context_of(self.model))

@@ -62,14 +62,17 @@ class Speaker:
 
 def load(name: str) -> Speaker:
     """Loads a stage's model or a model folder. Raises UserError where there is none."""
-    from rlhf.model.chat_format import load_codec
+    from rlhf.model.chat_format import ChatFormatError, load_codec
     from rlhf.model.load import load_policy
 
     folder = folders().get(name) or policy_folder(Path(), name) or Path(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model; `instructflow run` makes them. Models: {', '.join(folders())}, a folder, "
                         "or RUN:MODEL of a workspace")
-    return Speaker(name, load_codec(folder), load_policy(folder))
+    try:
+        return Speaker(name, load_codec(folder), load_policy(folder))
+    except ChatFormatError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def reply(speaker: Speaker, messages: list[dict[str, str]], options: argparse.Namespace, turn: int) -> str:
@@ -91,6 +94,9 @@ def reply(speaker: Speaker, messages: list[dict[str, str]], options: argparse.Na
     except ChatFormatError as error:
         raise UserError(f"{speaker.name}: {error}") from None
     room = context_of(speaker.model) - options.max_new_tokens
+    if room < 1:
+        raise UserError(f"{speaker.name}: --max-new-tokens {options.max_new_tokens}: the model has "
+                        f"{context_of(speaker.model)} positions")
     if len(prompt_ids[0]) > room:
         raise UserError(f"{speaker.name}: the conversation has {len(prompt_ids[0])} tokens, and the model's context "
                         f"has room for {room}; /reset begins another")
@@ -154,6 +160,9 @@ def main() -> None:
     parser.add_argument("--separate", action="store_true", help="each line is a conversation of its own")
     options = parser.parse_args()
     with one_line("chat"):
+        if not 0 <= options.temperature < math.inf or options.max_new_tokens < 1 or options.seed < 0:
+            raise UserError(f"--temperature {options.temperature:g} --max-new-tokens {options.max_new_tokens} --seed "
+                            f"{options.seed}: temperature must be >= 0, max-new-tokens >= 1, seed >= 0")
         names = options.models or [default_model(Path())]
         talk([load(name) for name in names], options, Console(highlight=False))
 

@@ -113,7 +113,8 @@ def goal_note(policy: Policy) -> str:
     if kl is None or not len(goal) or kl >= REACHED * goal[-1]:
         return ""
     return (f"its KL of {kl:.3g} nats is far from its goal of {goal[-1]:.3g} after {len(goal)} iterations, so the goal "
-            "has hardly acted: more ppo.episodes, a higher ppo.lr or a smaller ppo.beta")
+            "has hardly acted: more ppo.episodes, a higher ppo.lr, a smaller ppo.beta or a shorter "
+            "ppo.value_warmup_iterations")
 
 
 def curves(policies: Sequence[Policy]) -> list[tuple[str, str]]:

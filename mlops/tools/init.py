@@ -137,8 +137,8 @@ def description(given: Given, roles: Mapping[str, list[dict[str, Any]]], limits:
 
 
 def lengths(codec: Any, looks: Mapping[str, Look]) -> dict[str, int]:
-    """Tokens that 95 % of the rows do not exceed: prompt, answer, whole, rounded up to multiples of 16; the tokens of
-    the longest row; the rows that the template refuses. Raises UserError where it refuses all of a role."""
+    """Tokens that 95 % of the rows do not exceed: prompt, answer, demonstration, whole, rounded up to multiples of 16;
+    the longest row's tokens; the rows that the template refuses. Raises UserError where it refuses all of a role."""
     def high(counts: Sequence[int]) -> int:
         value = sorted(counts)[min(len(counts) - 1, int(SHARE_THAT_FITS * len(counts)))]
         return max(16, -(-value // 16) * 16)
@@ -150,9 +150,10 @@ def lengths(codec: Any, looks: Mapping[str, Look]) -> dict[str, int]:
     asked = [prompt for prompt, _ in tokens_of(codec, taken["ppo"])]
     ranked = tokens_of(codec, taken["rm"], "completions")
     longest, compared = [answer for _, answer in ranked], [sum(pair) for pair in ranked]
-    trained = [sum(pair) for pair in tokens_of(codec, taken["sft"], "completion")]
+    demonstrated = tokens_of(codec, taken["sft"], "completion")
+    trained = [sum(pair) for pair in demonstrated]
     return {"prompt": high(asked), "answer": high(longest), "rm": high(compared), "sft": high(trained),
-            "longest": max(*asked, *compared, *trained),
+            "shown": high([answer for _, answer in demonstrated]), "longest": max(*asked, *compared, *trained),
             "refused": sum(len(looks[role].kept) - len(rows) for role, rows in taken.items())}
 
 
@@ -161,7 +162,7 @@ def row_limits(tokens: Mapping[str, int], context: int, whole: bool) -> dict[str
     fit."""
     if whole and tokens["longest"] <= context and not tokens["refused"]:
         return {}
-    answer = min(tokens["answer"], context // 2)
+    answer = min(max(tokens["answer"], tokens["shown"]), context // 2)
     return {"max_prompt_tokens": context - answer, "max_completion_tokens": answer}
 
 
@@ -254,6 +255,25 @@ def given_by(options: argparse.Namespace, folder: Path) -> Given:
                  options.language)
 
 
+def looked_at(text: str, given: Given, folder: Path, why: str = "") -> dict[str, Look]:
+    """The first rows by a description that is not written yet. Raises UserError where a run would refuse them."""
+    probe = folder / f".{given.name}.init.yaml"
+    write_atomic(probe, text.encode())
+    try:
+        source = load_source(probe)
+        assert isinstance(source, Source)
+        looks = look_at(source, folder, 1)
+    except UserError as error:
+        raise UserError(str(error).replace(str(probe), "the description")) from None
+    finally:
+        probe.unlink(missing_ok=True)
+    for role, look in looks.items():
+        if look.refused:
+            hint = "; --language de, for instance, says another language" if "language" in look.refused else why
+            raise UserError(f"{getattr(source, role)[0].files}: {look.refused}{hint}")
+    return looks
+
+
 def write(options: argparse.Namespace, root: Path) -> None:
     """Writes both files and says what to do next. Raises UserError."""
     if not PROFILE_NAME.fullmatch(options.name):
@@ -268,32 +288,24 @@ def write(options: argparse.Namespace, root: Path) -> None:
         tokens = {"prompt": 512, "answer": 256, "rm": 768, "sft": 768}
     else:
         entries, said = entries_of(given, folder)
-        text = description(given, entries)
-        probe = folder / f".{options.name}.init.yaml"
-        write_atomic(probe, text.encode())
-        try:
-            source = load_source(probe)
-            assert isinstance(source, Source)
-            looks = look_at(source, folder, 1)
-        finally:
-            probe.unlink(missing_ok=True)
-        for role, look in looks.items():
-            if look.refused:
-                hint = "; --language de, for instance, says another language" if "language" in look.refused else ""
-                raise UserError(f"{getattr(source, role)[0].files}: {look.refused}{hint}")
+        looks = looked_at(description(given, entries), given, folder)
         codec, context, size = base(given.model, root)
         tokens = lengths(codec, looks)
         limits = row_limits(tokens, context, all(look.whole for look in looks.values()))
-        write_atomic(spec, description(given, entries, limits).encode())
-        print(f"{spec.relative_to(root)}: " + ", ".join(f"{role} {len(look.kept):,} of the first {look.read:,} rows"
-                                                        for role, look in looks.items()))
-        for role in ("sft", "rm", "ppo"):
-            for entry in getattr(source, role):
-                print(f"  {role}: {mapping_of(entry)}")
+        text = description(given, entries, limits)
+        if limits:
+            looks = looked_at(text, given, folder, f" (the model has {context:,} positions)")
+        write_atomic(spec, text.encode())
+        print(f"{spec.relative_to(root)}:")
+        for role, look in looks.items():
+            kept = f"{len(look.kept):,} of {'all' if look.whole else 'the first'} {look.read:,} rows"
+            print(f"  {role}: {kept}{f' (not kept: {look.lost})' if look.lost else ''}: "
+                  + "; ".join(mapping_of(entry) for entry in getattr(load_source(spec), role)))
         print("\n".join(said) + "\n" if said else "", end="")
     write_atomic(target, profile(given, size, context, tokens).encode())
-    print(f"{target.relative_to(root)}: {given.model}, {millions(size)} parameters, {context:,} positions; 95 % of "
-          f"the prompts have up to {tokens['prompt']} tokens, of the answers up to {tokens['answer']}")
+    measured = "its lengths are guesses, for no data were read" if given.public else (
+        f"95 % of the prompts have up to {tokens['prompt']} tokens, of the answers up to {tokens['answer']}")
+    print(f"{target.relative_to(root)}: {given.model}, {millions(size)} parameters, {context:,} positions; {measured}")
     print(f"Next: instructflow check --profile {options.name}")
 
 

@@ -30,11 +30,13 @@ USUAL = {
     "messages": ("messages", "conversations", "conversation"),
     "text": ("text", "content", "document"),
     "system": ("system", "system_prompt"),
-    "user_id": ("user_id",),
-    "labeler_id": ("labeler_id",),
+    "user_id": ("user_id", "userid"),
+    "labeler_id": ("labeler_id", "labeler", "annotator_id", "annotator", "rater"),
+    "split": ("split",),
 }
-OPTIONAL = {"rm": ("system", "user_id", "labeler_id"), "sft": ("system", "user_id"), "ppo": ("system", "user_id"),
-            "corpus": ()}
+OPTIONAL = {"rm": ("system", "user_id", "labeler_id", "split"), "sft": ("system", "user_id", "split"),
+            "ppo": ("system", "user_id", "split"), "corpus": ()}
+KNOWN_SPLITS = {"train", "valid", "validation", "dev", "test"}
 VOTES = ("preference", "preferred", "winner", "choice", "better_response_id", "better", "vote", "label", "chosen")
 TIES = ("tie", "equal", "same", "both", "draw")
 STEMS = ("response", "answer", "completion", "output", "candidate", "rank", "score", "rating")
@@ -71,7 +73,7 @@ def reading_of(kind: str, rows: Sequence[Row], given: Mapping[str, str], file: s
     keys = _comparisons(columns, rows, file) if role == "rm" else _others(columns, role, file)
     mapped = dict(keys["columns"])
     for name in OPTIONAL[role]:
-        if name not in mapped and (column := columns.find(name)):
+        if name not in mapped and (column := columns.find(name)) and (name in of_role or fits(name, column, rows)):
             mapped[name] = column
     mapped |= {name: column for name, column in of_role.items() if name not in mapped}
     listed = {part for value in mapped.values() for part in ([value] if isinstance(value, str) else value)}
@@ -81,6 +83,12 @@ def reading_of(kind: str, rows: Sequence[Row], given: Mapping[str, str], file: s
     used = {part.split(".")[0] for part in listed} | vote
     return Reading(keys | {"columns": mapped} | ({"json_columns": as_json} if as_json else {}),
                    [name for name in row if name not in used])
+
+
+def fits(name: str, column: str, rows: Sequence[Row]) -> bool:
+    """Whether a column that is called like an optional field also holds what that takes."""
+    values = [row[column] for row in rows if row.get(column) not in (None, "")]
+    return name != "split" or (bool(values) and {str(value).lower() for value in values} <= KNOWN_SPLITS)
 
 
 def has(row: Row, column: str) -> bool:

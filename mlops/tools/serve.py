@@ -48,6 +48,7 @@ def main() -> None:
     print(f"Serving {name} at {address} until Ctrl-C. Ask it:\n"
           f"curl {address} -H 'Content-Type: application/json' \\\n"
           """     -d '{"dataframe_records": [{"prompt": "..."}], "params": {"temperature": 0.7}}'""", flush=True)
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(target), "--env-manager",
                               "local", "-p", str(options.port), "-h", options.host])
 

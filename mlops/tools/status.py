@@ -25,6 +25,7 @@ from rlhf.training.journal import read_journal
 
 DASH = "–"
 NOTHING = "nothing has run yet: `instructflow run` (or `--profile smoke` for a look in a minute)"
+NO_OUTPUT = "has no output here"
 
 
 def works_now(folder: Path) -> str:
@@ -64,7 +65,7 @@ def stage_states(root: Path) -> dict[str, str]:
         if not reasons:
             states[stage] = "up to date"
         elif "deleted" in outs or "not in cache" in outs:
-            states[stage] = "has no output here"
+            states[stage] = NO_OUTPUT
         else:
             states[stage] = f"changed: {', '.join(names[:3]) or 'its outputs or its command'}" + (
                 f" and {len(names) - 3} more" if names[3:] else "")
@@ -93,7 +94,7 @@ def champion(root: Path, params: Params) -> str:
     """One line about the promoted policy."""
     promotion = Run("", root).metrics("promote")
     if not promotion:
-        return "no policy has gone to the gates yet"
+        return "no policy of the checkout itself has gone to the gates yet"
     if reasons := promotion.get("reasons"):
         return f"not promoted: {'; '.join(str(reason) for reason in reasons)}"
     version = number(promotion, "promote/policy_version")
@@ -111,10 +112,15 @@ def main() -> None:
         params = load_params(root)
         print(f"profile {params.profile}, seed {params.seed}, arms {', '.join(params.stages.arms)}")
         table = Table("stage", "state", "measured", show_edge=False)
-        for stage, state in stage_states(root).items():
+        states = stage_states(root)
+        for stage, state in states.items():
             file = root / f"{metrics_of(stage)}.json"
-            table.add_row(stage, state, f"{file.relative_to(root)}" if file.is_file() else "")
-        console.print(table)
+            measured = file.is_file() and state != NO_OUTPUT  # else git's, of the reference run
+            table.add_row(stage, state, f"{file.relative_to(root)}" if measured else "")
+        if set(states.values()) == {NO_OUTPUT}:
+            print("The checkout itself has run no stage; its metrics/ are git's, of the reference run.")
+        else:
+            console.print(table)
         runs = runs_of(root)
         console.print()
         console.print(run_table(runs))

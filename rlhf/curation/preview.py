@@ -26,7 +26,7 @@ from rlhf.curation.sources.spec import Entry, RulesParams, Source
 from rlhf.data.schema import KEYS, SPLITS
 from rlhf.errors import UserError
 
-SAMPLE = 2000  # rows of each entry
+SAMPLE, FURTHER = 2000, 20_000  # rows of each entry
 LONG, ITEMS = 160, 6  # what is shown of a text and of a list
 
 
@@ -57,11 +57,12 @@ def preview(source: Source, root: Path, seed: int, count: int) -> Iterator[str]:
         yield from _of_role(role, samples[role], splits, fates, source.rules)
 
 
-def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder: Path) -> _Sample:
-    sample = _Sample()
+def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder: Path, most: int | None = None
+            ) -> _Sample:
+    sample, most = _Sample(), most or SAMPLE
     for entry in getattr(source, role):
-        seen, left, shown = Seen(), SAMPLE, 0
-        for place, numbers, rows in batches_of(entry, root, folder, seen, SAMPLE):
+        seen, left, shown = Seen(), most, 0
+        for place, numbers, rows in batches_of(entry, root, folder, seen, left):
             for number, row in islice(zip(numbers, rows, strict=True), left):
                 screened, bad, found = screen_rows(role, entry, source.rules, seed, [number], [row])
                 seen.merge(found)
@@ -85,9 +86,9 @@ def _sample(role: str, source: Source, root: Path, seed: int, count: int, folder
         except UserError as error:
             if left > 0:  # all rows have been read
                 raise
-            sample.notes[id(entry)] = f"{error} (of the first {SAMPLE:,})"
+            sample.notes[id(entry)] = f"{error} (of the first {most:,})"
         if not shown:
-            sample.notes.setdefault(id(entry), f"{name_of(entry)}: no row in the first {SAMPLE:,}")
+            sample.notes.setdefault(id(entry), f"{name_of(entry)}: no row in the first {most:,}")
     return sample
 
 
@@ -161,21 +162,24 @@ def _short(value: Any) -> Any:
 class Look:
     """The first rows of a role: how many were read, those that would be kept, why a run would refuse them.
 
-    `whole`: these are all rows. Else later ones may be better, and `refused` is no verdict.
+    `whole`: these are all rows. Else later ones may be better, and `refused` is no verdict. `lost`: the most frequent
+    reasons why rows are not kept.
     """
 
     read: int
     kept: list[dict[str, Any]]
     refused: str = ""
     whole: bool = True
+    lost: str = ""
 
 
-def look_at(source: Source, root: Path, seed: int) -> dict[str, Look]:
-    """The first SAMPLE rows of each entry as a run would keep them, by role. Raises UserError if a source cannot be
-    read."""
+def look_at(source: Source, root: Path, seed: int, further: bool = False) -> dict[str, Look]:
+    """The first SAMPLE rows of each entry as a run would keep them, by role; `further`: the first FURTHER. Raises
+    UserError if a source cannot be read."""
     roles = [role for role in KEYS if getattr(source, role)]
+    most = FURTHER if further else SAMPLE
     with TemporaryDirectory() as folder:
-        samples = {role: _sample(role, source, root, seed, SAMPLE, Path(folder)) for role in roles}
+        samples = {role: _sample(role, source, root, seed, most, Path(folder), most) for role in roles}
     decided = apply_rules({role: samples[role].rows for role in roles}, source.rules, seed)
     found = {}
     for role, sample in samples.items():
@@ -192,5 +196,5 @@ def look_at(source: Source, root: Path, seed: int) -> dict[str, Look]:
         elif is_too_much(counts, source.rules):
             refused = (f"{lost_rows(counts):,} of its first {sample.read:,} rows are lost ({why}), more than "
                        f"rules.max_lost_share = {source.rules.max_lost_share:g}")
-        found[role] = Look(sample.read, kept, refused, sample.whole)
+        found[role] = Look(sample.read, kept, refused, sample.whole, why)
     return found

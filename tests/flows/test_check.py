@@ -39,6 +39,9 @@ def make(tmp_path: Path, model: Path) -> Make:
         (tmp_path / "raw" / "long.jsonl").write_text("".join(json.dumps(
             {"prompt": f"{question} {number}", "chosen": f"{good} " * (30 if number % 50 == 0 else 1)}) + "\n"
             for number, (question, good, _) in enumerate(comparisons(rows))))
+        (tmp_path / "raw" / "all-long.jsonl").write_text("".join(json.dumps(  # more than a first look reads
+            {"prompt": f"{question} {number}", "chosen": f"{good} " * (5 if number % 2 else 1),
+             "rejected": f"no {number}"}) + "\n" for number, (question, good, _) in enumerate(comparisons(2300))))
         files = "../../raw/pairs.jsonl"
         spec = {"sft": [{"files": files, "columns": {"prompt": "prompt", "completion": "chosen"}}],
                 "rm": [{"files": files}], "ppo": [{"files": files, "columns": {"prompt": "prompt"}}],
@@ -78,6 +81,8 @@ def test_a_good_profile_is_looked_at_from_end_to_end(make: Make, tmp_path: Path)
     ({"sft": {"max_tokens": 100}, "rm": {"max_tokens": 100}}, {"sft": [
         {"files": "../../raw/long.jsonl", "columns": {"prompt": "prompt", "completion": "chosen"}}]},
      "rows have more than the model's 128 positions, and stage validate stops at them", "rules.tokenizer"),
+    ({}, {"rm": [{"files": "../../raw/all-long.jsonl"}], "rules": {"max_completion_chars": 100}},
+     "rows are lost (long_completion", "--preview 3"),
     ({"validate": {"max_prompt_chars": 10}}, {}, "prompts are longer than validate.max_prompt_chars = 10", "validate"),
 ])
 def test_what_would_stop_a_run(make: Make, tmp_path: Path, sections: dict[str, Any], description: dict[str, Any],
@@ -97,7 +102,8 @@ def test_a_sample_is_no_verdict_on_later_rows(make: Make, tmp_path: Path, monkey
     rows = [{"prompt": f"What is {number}?", "chosen": "a b.", "rejected": "c d.",
              "lang": "de" if number < 20 else "en"} for number in range(40)]
     (tmp_path / "raw" / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("rlhf.curation.preview.SAMPLE", 15)
+    for name in ("SAMPLE", "FURTHER"):
+        monkeypatch.setattr(f"rlhf.curation.preview.{name}", 15)
     assert not [item for item in stops(params, tmp_path) if item.what.startswith("data")]
     assert any(item.state == "warn" and "sorted.jsonl: no row in the first 15" in item.detail
                for item in findings(params, tmp_path))
@@ -110,6 +116,23 @@ def test_where_others_train_this_machine_s_size_stops_nothing(make: Make, tmp_pa
     with pytest.raises(UserError, match="memory"):
         stop_early(params, tmp_path)
     stop_early(params, tmp_path, elsewhere=True)
+
+
+def test_a_model_whose_weights_are_cut(make: Make, tmp_path: Path, model: Path) -> None:
+    params = make()
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    try:
+        assert any("model.safetensors: is damaged" in item.detail for item in stops(params, tmp_path))
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_a_value_warm_up_of_most_iterations_is_told(make: Make, tmp_path: Path) -> None:
+    params = make({"ppo": {"episodes": 1536, "value_warmup_iterations": 4}})
+    assert any(item.state == "warn" and "up to 4 of its 6 iterations" in item.detail
+               for item in findings(params, tmp_path))
 
 
 def test_a_model_without_safetensors(make: Make, tmp_path: Path, model: Path) -> None:

@@ -185,6 +185,7 @@ def test_the_champion_answers_a_request(promotion: Promotion, served: str) -> No
         ({"dataframe_records": hello, "params": {"max_new_tokens": 0}}, "max_new_tokens = 0: must be >= 1"),
         ({"dataframe_records": hello, "params": {"max_new_tokens": 10**9}}, "tokens = 1000000000: the model has"),
         ({"dataframe_records": [*hello, {"prompt": "a story " * 999}]}, "row 2: "),
+        ({"dataframe_records": [{"question": "a"}]}, "a row needs prompt"), ({"inputs": ["a"]}, "a row needs prompt"),
         ({"dataframe_records": [{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}]}, "both prompt and"),
         ({"dataframe_records": [{"messages": [{"role": "nobody", "content": "b"}]}]}, "unknown role: 'nobody'"),
     ):

@@ -71,7 +71,10 @@ def map_rows(role: str, entry: Entry, numbers: Sequence[int], rows: Sequence[Any
 
 
 def _part(record: Record, role: str) -> Record:
-    """What a role takes of a comparison: SFT its best completion, PPO its prompt."""
+    """What a role takes of a comparison: SFT its best completion, PPO its prompt. Raises ValueError where SFT would
+    take one that nobody preferred."""
+    if role == "sft" and len(set(record.ranks)) == 1:
+        raise ContentError("all completions tie, none is the best")
     best = (record.completions[record.ranks.index(min(record.ranks))],) if role == "sft" else ()
     return replace(record, completions=best, ranks=())
 

@@ -141,6 +141,23 @@ def test_each_kind_of_file(kind: str, row: dict[str, Any], keys: dict[str, Any],
     assert (dict(found.keys), list(found.unused)) == (keys, unused)
 
 
+def test_labelers_users_and_splits_are_recognized(tmp_path: Path) -> None:
+    """Rows marked as test went into training."""
+    rows = [{"prompt": f"{ASKED} {number}", "chosen": GOOD, "rejected": BAD, "annotator": f"a{number % 3}",
+             "user_id": f"u{number}", "split": ("train", "test")[number % 2]} for number in range(6)]
+    found = kept(tmp_path, rows)
+    assert {row["split"] for row in found["rm"] if row["prompt"].endswith(("1", "3", "5"))} == {"valid"}
+    assert len({row["labeler_id"] for row in found["rm"]}) == 3
+    assert reading_of("pairs", [{**rows[0], "split": "holdout"}], {}, "f").unused == ["split"]
+
+
+def test_a_tie_is_no_demonstration(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{ASKED} {number}", "response_a": GOOD, "response_b": BAD, "winner": winner}
+            for number, winner in enumerate(("a", "tie", "a"))]
+    found = kept(tmp_path, rows)
+    assert [len(found[role]) for role in ("sft", "rm", "ppo")] == [2, 2, 3]
+
+
 def test_a_column_that_the_user_names_wins() -> None:
     row = {"prompt": "old", "asked": ASKED, "chosen": GOOD, "rejected": BAD, "who": "ada"}
     found = reading_of("pairs", [row], {"prompt": "asked", "labeler_id": "who"}, "f")
