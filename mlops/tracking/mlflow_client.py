@@ -157,14 +157,14 @@ class MlflowTracker:
                        lambda: self._log_final(record.run_id, own, record.end_ms, max(record.last_step, 0)))
             for path in dict.fromkeys([*done["artifacts"], f"{metrics_of(stage)}.json"]):
                 self._once((*once, "upload", path), partial(self._upload, record.run_id, path))
-            self._client.set_terminated(record.run_id, "FINISHED", record.end_ms)
+            self._once((*once, "ended"), lambda: self._client.set_terminated(record.run_id, "FINISHED", record.end_ms))
             parent = self._parent_run(record.run_name, record.started_ns // 1_000_000)
             if parent.info.run_id != record.parent_run_id:  # somebody deleted it
                 self._describe_parent(parent, record.run_name, run)
                 self._client.set_tag(record.run_id, PARENT_TAG, parent.info.run_id)
                 record.parent_run_id = parent.info.run_id
-            self._log_final(record.parent_run_id, final_names(run, final, self._promoted()), record.end_ms,
-                            run.get("round", 0))
+            self._once((*once, "final", record.parent_run_id), lambda: self._log_final(
+                record.parent_run_id, final_names(run, final, self._promoted()), record.end_ms, run.get("round", 0)))
             if report := REPORTS.get(stage):
                 self._once((*once, "report"), lambda: self._upload(record.parent_run_id, report))
                 said = description(self.root, record.run_name, self._tags(run), stage != "validate")

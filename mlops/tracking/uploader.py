@@ -170,14 +170,18 @@ class Follower:
         self.refused: dict[Path, str] = {}
         self.compared = False
 
-    def end_stopped(self) -> None:
-        """Ends what nobody works on any more. Raises nothing: the next uploader tries again."""
+    def end_stopped(self) -> bool:
+        """Ends what nobody works on any more. False: MLflow did not answer, try again; if not, the next uploader
+        will."""
         if run_alive(self.root):
-            return
+            return True
         try:
             end_stopped(self.root, self.tracker)
+        except (Unreachable, OSError):
+            return False
         except Exception as error:
             say(f"what has stopped is not marked so in MLflow: {_one_line(error)}")
+        return True
 
     def sweep(self) -> bool:
         """True if nothing is left to send. Raises Unreachable or OSError: call again later.
@@ -237,8 +241,8 @@ def follow(root: Path, lock: int, follower: Follower, watch: Callable[[], None])
                 say(f"MLflow can't be reached; trying on: {_one_line(error)}")
             trouble = True
         long_quiet = time.monotonic() - news > (IDLE_S if settled else PATIENCE_S)
-        if long_quiet and settled:
-            follower.end_stopped()
+        if long_quiet and settled and not follower.end_stopped() and time.monotonic() - news < PATIENCE_S:
+            long_quiet, delay = False, min(2 * delay, LONGEST_BACKOFF_S)
         if long_quiet and _leave(root, lock, marks):
             if not settled:
                 say("not everything is sent; the next stage's uploader or `python -m mlops.tracking.uploader --once` "
@@ -262,7 +266,8 @@ def send_once(follower: Follower) -> None:
             time.sleep(0.1)
     except (Unreachable, OSError) as error:
         fail(f"MLflow can't be reached, nothing is lost: {_one_line(error)}")
-    follower.end_stopped()
+    if not follower.end_stopped():
+        say("what has stopped is not marked so in MLflow, which does not answer any more")
     if follower.refused:
         raise SystemExit(1)
     print(f"uploader: nothing is pending in {len(follower.seen)} stage runs", flush=True)

@@ -40,7 +40,7 @@ def test_the_models_stand_in_one_table_with_the_promoted_arm_marked(root: Path) 
     results = [StageResult(stage, 1, "ran") for stage in ("ppo@ppo", "ppo@ppo_ptx", "evaluate")]
     numbers = main_numbers(root, [item.stage for item in results])
     assert numbers["ppo@ppo"] == "in training: kl=0.75"
-    assert numbers["ppo@ppo_ptx"] == "kl=0.65"
+    assert numbers["ppo@ppo_ptx"] == "in training: kl=0.65"
     assert numbers["evaluate"].startswith("arm=ppo_ptx  win_rate_vs_sft=0.61")
     summary = Summary(results, numbers, (titles, rows))
     assert "| PPO-ptx * | 6.30 |" in summary.markdown()
