@@ -54,7 +54,7 @@ def options(**values: object) -> list[str]:
         for item in value if isinstance(value, list) else [value]:
             if item is True:
                 found.append(f"--{name.replace('_', '-')}")
-            elif item not in (None, "", False):
+            elif item is not None and item is not False and item != "":  # 0 is a value
                 found += [f"--{name.replace('_', '-')}", str(item)]
     return found
 

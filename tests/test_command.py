@@ -34,6 +34,7 @@ def test_help_shows_every_command_with_its_sentence() -> None:
 
 
 def test_options_become_a_command_line() -> None:
+    assert instructflow.options(seed=0, stage_hours=0.0) == ["--seed", "0", "--stage-hours", "0.0"]
     line = instructflow.options(profile="cpu", set=["a=1", "b=2"], seed=None, until="", stage_hours=1.5, force=True)
     assert line == ["--profile", "cpu", "--set", "a=1", "--set", "b=2", "--stage-hours", "1.5", "--force"]
 
