@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import csv
-import io
 import json
 import logging
 import re
@@ -16,7 +14,6 @@ from typing import Any
 import flows.environment  # noqa: F401
 
 # isort: split
-from matplotlib.figure import Figure
 from prefect.artifacts import (
     acreate_image_artifact,
     acreate_progress_artifact,
@@ -26,16 +23,11 @@ from prefect.artifacts import (
 
 from flows.terminal import PROGRESS
 from mlops.config.paths import POLICY_METRICS
+from mlops.reporting.picture import picture
 from mlops.tracking.upload_record import numbers
 
 SHOWN_FINDINGS = 200
 PROGRESS_SECONDS = 5.0
-CURVES = (  # stage, columns of its journal, title
-    ("sft", ("sft/loss", "sft/valid_loss"), "SFT: loss"),
-    ("rm", ("rm/loss", "rm/accuracy"), "Reward model: loss, valid accuracy"),
-    ("ppo", ("ppo/kl", "ppo/kl_goal"), "PPO: KL and its goal, nats"),
-    ("ppo", ("ppo/rm_score", "ppo/gold"), "PPO: reward model's and gold score"),
-)
 
 logger = logging.getLogger("prefect.flow_runs")
 
@@ -121,46 +113,7 @@ async def show_metrics(root: Path, run_name: str) -> None:
 
 async def show_curves(root: Path, run_name: str) -> None:
     """The training's curves as one picture; nothing without journals."""
-    picture = await asyncio.to_thread(curves, root)
-    if picture:
-        url = "data:image/png;base64," + base64.b64encode(picture).decode()
+    drawn = await asyncio.to_thread(picture, root)
+    if drawn:
+        url = "data:image/png;base64," + base64.b64encode(drawn).decode()
         await best_effort(acreate_image_artifact(url, key="curves", description=f"Run {run_name}: training curves"))
-
-
-def curves(root: Path) -> bytes:
-    """PNG of the journals in metrics/, those of PPO's arms in one plot; empty where there are none."""
-    drawn = []
-    for stage, names, title in CURVES:
-        files = [root / "metrics" / f"{stage}.csv"] if stage != "ppo" else sorted((root / POLICY_METRICS).glob("*.csv"))
-        columns = {f"{path.stem}: {name}" if len(files) > 1 else name: curve
-                   for path in files for name, curve in _columns(path, names).items()}
-        if columns:
-            drawn.append((title, columns))
-    if not drawn:
-        return b""
-    figure = Figure(figsize=(9, 2.6 * ((len(drawn) + 1) // 2)), layout="constrained")
-    for place, (title, columns) in enumerate(drawn, 1):
-        axes = figure.add_subplot((len(drawn) + 1) // 2, 2, place)
-        for name, (steps, values) in columns.items():
-            axes.plot(steps, values, label=name, linewidth=1.4)
-        axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=8, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _columns(path: Path, names: tuple[str, ...]) -> dict[str, tuple[list[float], list[float]]]:
-    """name: (steps, values) of a journal's columns, empty cells left out."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {}
-    for name in names:
-        points = [(float(row["step"]), float(row[name])) for row in rows if re.match(r"[-\d]", row.get(name) or "")]
-        if points:
-            steps, values = zip(*points, strict=True)
-            columns[name] = (list(steps), list(values))
-    return columns

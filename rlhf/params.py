@@ -165,7 +165,8 @@ class RmParams:
     max_tokens: int = max_tokens()
     checkpoint: Literal["last", "valid_accuracy"] = param(
         "last", "which weights are saved; valid_accuracy: the best of `checks`")
-    checks: int = param(4, "times that validation accuracy is measured, for checkpoint valid_accuracy", ge=1, le=100)
+    checks: int = param(4, "times that accuracy and loss on valid rankings are measured while training: of 500, for "
+                        "checkpoint valid_accuracy of all", ge=1, le=100)
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("prompts")

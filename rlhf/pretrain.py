@@ -25,13 +25,14 @@ from rlhf.model.tokenizer import text_ids, train_tokenizer
 from rlhf.model.vocabulary import check_untrained, check_vocabulary, describe
 from rlhf.params import PretrainParams
 from rlhf.training import distributed
-from rlhf.training.loop import Part, train_loop
+from rlhf.training.loop import Part, Validation, evenly, train_loop
 from rlhf.training.optim import muon_and_adamw
 from rlhf.training.seeding import generator, seed_everything
 
 LEAST_DOCUMENTS = 100
 LONGEST_ROW = 2048  # tokens of a pretraining row where the parameters ask for the model's context [InstructGPT App. C]
 LEAST_ROWS = 16
+CHECKS = 10  # times that the loss on held-out documents is measured while training
 
 
 def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Path) -> dict[str, float]:
@@ -63,8 +64,10 @@ def pretrain(params: PretrainParams, texts: Sequence[str], seed: int, folder: Pa
         return [(loss * (len(mine) / len(ids)), {})]
 
     optimizers = muon_and_adamw(model, params.lr, params.muon_lr, params.weight_decay)
+    validation = Validation(evenly(params.steps, CHECKS), ["pretrain/valid_loss"],
+                            lambda: {"pretrain/valid_loss": rows_loss(model, valid_rows, params, eos_id)})
     train_loop("pretrain", folder, model, optimizers, steps=params.steps, warmup=params.warmup_steps,
-               loss_of_step=loss_of_step, columns=[])
+               loss_of_step=loss_of_step, columns=[], validation=validation)
     model.eval()
     save_model(model, tokenizer, folder / "model")
     return {"pretrain/valid_loss": rows_loss(model, valid_rows, params, eos_id), "pretrain/tokens": params.steps

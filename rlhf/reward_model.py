@@ -34,9 +34,11 @@ from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_groups, score_together
 from rlhf.params import RmParams
 from rlhf.training import distributed
-from rlhf.training.loop import BestCheckpoint, Part, train_loop
+from rlhf.training.loop import Part, Validation, evenly, train_loop
 from rlhf.training.optim import adamw
 from rlhf.training.seeding import generator, seed_everything
+
+CURVE_ROWS = 500  # valid rankings that accuracy and loss are measured on while training
 
 
 @dataclass(frozen=True)
@@ -142,15 +144,14 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
             scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
             ranks, present = data.batch_ranks(indices)
             right, _ = ranking_accuracy(scores.detach(), ranks, present)
-            yield loss_of(scores, ranks, present) * (len(indices) / len(batch)), {"rm/accuracy": right / max(1, pairs)}
+            yield (loss_of(scores, ranks, present) * (len(indices) / len(batch)),
+                   {"rm/train_accuracy": right / max(1, pairs)})
 
     steps = epochs.per_epoch * params.epochs
-    best = None
-    if params.checkpoint == "valid_accuracy":
-        checks = frozenset(max(1, steps * (number + 1) // params.checks) for number in range(params.checks))
-        best = BestCheckpoint(checks, lambda: accuracy(score_rows(model, codec, valid_rows, params, folder)))
+    checks, valid = evenly(steps, params.checks), of_split(rows, "valid")
+    validation = validation_at(checks, model, codec, valid, params, seed, folder)
     last_step = train_loop("rm", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
-                           columns=["rm/accuracy"], best_checkpoint=best)
+                           columns=["rm/train_accuracy"], validation=validation)
     model.eval()
     samples = anchors
     if params.normalise == "gain_and_bias":
@@ -160,6 +161,22 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     save_model(model, tokenizer, folder / "model")
     return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/gain": gain, "rm/bias": bias,
                    "rm/steps_kept": last_step}
+
+
+def validation_at(steps: frozenset[int], model: PreTrainedModel, codec: PromptCodec, valid: Iterable[dict[str, Any]],
+                  params: RmParams, seed: int, folder: Path) -> Validation:
+    """Accuracy, and where training has it the ranking loss, on CURVE_ROWS of the valid rankings; on all of
+    `params.max_valid_prompts` where the accuracy chooses the weights."""
+    chooses, count = params.checkpoint == "valid_accuracy", params.max_valid_prompts
+    rows = sample_rows(valid, count if chooses else min(CURVE_ROWS, count or CURVE_ROWS), seed)
+
+    def measure() -> dict[str, float]:
+        scored = score_rows(model, codec, rows, params, folder)
+        measured = {"rm/valid_accuracy": accuracy(scored), "rm/valid_loss": mean_ranking_loss(scored)}
+        return {name: measured[name] for name in columns}
+
+    columns = ["rm/valid_accuracy", *(["rm/valid_loss"] if params.loss == "ranking" else [])]
+    return Validation(steps, columns, measure, (lambda measured: measured["rm/valid_accuracy"]) if chooses else None)
 
 
 def normalise(model: PreTrainedModel, samples: Sequence[Sequence[int]], pad_id: int, params: RmParams
@@ -291,6 +308,13 @@ def accuracy(scored: Iterable[Scored]) -> float:
         for _, agrees in item.pairs():
             agreed, pairs = agreed + agrees, pairs + 1
     return agreed / max(1, pairs)
+
+
+def mean_ranking_loss(scored: Iterable[Scored]) -> float:
+    """The ranking loss of prompts as in training [InstructGPT eq. 1], nats; 0 without prompts."""
+    losses = [ranking_loss(torch.tensor([item.scores], dtype=torch.float64), torch.tensor([item.row["ranks"]]),
+                           torch.ones(1, len(item.scores), dtype=torch.bool)).item() for item in scored]
+    return sum(losses) / max(1, len(losses))
 
 
 def contradicted_pairs(scored: Iterable[Scored]) -> float:

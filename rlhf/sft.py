@@ -35,7 +35,7 @@ from rlhf.model.scoring import score_sequences
 from rlhf.params import SftParams
 from rlhf.pretrain import corpus_batch, corpus_losses, read_corpus
 from rlhf.training import distributed
-from rlhf.training.loop import BestCheckpoint, Part, train_loop
+from rlhf.training.loop import Part, Validation, train_loop
 from rlhf.training.optim import adamw
 from rlhf.training.seeding import generator, seed_everything
 
@@ -167,12 +167,11 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             for other in corpus_losses(model, rows, params.precision, params.micro_batch_size):
                 yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.detach()}
 
-    measure = {"valid_loss": lambda: -valid_loss(model, valid, params, codec.pad_id),
-               "rm_score": lambda: rm_score(model, valid, params, codec, seed)}.get(params.checkpoint)
-    ends = frozenset(epochs.per_epoch * (epoch + 1) for epoch in range(params.epochs))
-    last_step = train_loop("sft", folder, model, [adamw(model, params.lr)], steps=epochs.per_epoch * params.epochs,
-                           loss_of_step=loss_of_step, columns=["sft/completion_loss", "sft/pretrain_loss"],
-                           best_checkpoint=BestCheckpoint(ends, measure) if measure else None)
+    steps = epochs.per_epoch * params.epochs
+    ends = frozenset(range(epochs.per_epoch, steps + 1, epochs.per_epoch))
+    last_step = train_loop("sft", folder, model, [adamw(model, params.lr)], steps=steps, loss_of_step=loss_of_step,
+                           columns=["sft/completion_loss", "sft/pretrain_loss"],
+                           validation=validation_after(ends, model, valid, params, codec, seed))
     set_dropout(model, 0.0)
     model.eval()
     save_model(model, tokenizer, folder / "model")
@@ -180,6 +179,23 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
             "sft/epoch_kept": last_step // epochs.per_epoch, "sft/train_rows": len(train.ids),
             "sft/valid_rows": len(valid.ids),
             "sft/too_long": train.too_long + valid.too_long}
+
+
+def validation_after(ends: frozenset[int], model: PreTrainedModel, valid: Demonstrations, params: SftParams,
+                     codec: PromptCodec, seed: int) -> Validation:
+    """The loss on the valid split after each epoch (its last step is in `ends`), and where the weights are chosen by it
+    the reward model's score of samples [InstructGPT App. C.1]."""
+    def measure() -> dict[str, float]:
+        measured = {"sft/valid_loss": valid_loss(model, valid, params, codec.pad_id)}
+        if params.checkpoint == "rm_score":
+            measured["sft/valid_rm_score"] = rm_score(model, valid, params, codec, seed)
+        return measured
+
+    if params.checkpoint == "rm_score":
+        return Validation(ends, ["sft/valid_loss", "sft/valid_rm_score"], measure,
+                          lambda measured: measured["sft/valid_rm_score"])
+    return Validation(ends, ["sft/valid_loss"], measure,
+                      (lambda measured: -measured["sft/valid_loss"]) if params.checkpoint == "valid_loss" else None)
 
 
 def batch_loss(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, precision: str, tokens: float = 0

@@ -21,7 +21,7 @@ from rlhf.evaluation.lm_eval import TaskScore, TaskSuite, local_tasks, measure
 from rlhf.evaluation.metrics import gold_metrics, kl_metrics, preference_metrics, safety_metrics, tax_metrics
 from rlhf.evaluation.overoptimisation import find_peak
 from rlhf.evaluation.perplexity import document_bits
-from rlhf.evaluation.preference import compare_all, reward_judge
+from rlhf.evaluation.preference import compare_all, outcome, reward_judge
 from rlhf.files import is_writer, write_csv
 from rlhf.params import EvaluateParams
 from rlhf.training import distributed
@@ -35,8 +35,6 @@ from tasks.stage import Stage, code_hash, run_stage
 PROMPTED = "base_prompted"
 KEPT = Path("scratch/evaluate/kept")  # results of tasks, by code, then by the contents of model and task
 BEST_OF = "best_of_n.csv"
-
-
 
 
 def evaluate(stage: Stage) -> None:
@@ -73,7 +71,8 @@ def evaluate(stage: Stage) -> None:
             grades = {name: distributed.by_rows(held_out.labeler.grades, held_out.prompts, found.texts)
                       for name, found in answers.items()}
             metrics |= gold_metrics(held_out, grades, params, seed, arms, promoted)
-        metrics |= preferences(stage, held_out, answers)
+        judged, preferred = preferences(stage, held_out, answers)
+        metrics |= judged
         kl = {arm: kl_to_reference(folders[arm], MODELS["sft"], held_out.prompts, answers[arm], params.precision,
                                    params.temperature) for arm in arms}
         metrics |= kl_metrics(kl, params, seed)
@@ -86,15 +85,16 @@ def evaluate(stage: Stage) -> None:
     write_csv(stage.scratch / BEST_OF, curve)
     stage.publish(BEST_OF, f"metrics/{BEST_OF}")
     if is_writer():  # the others need not draw
-        write_page(stage, metrics, samples(held_out.rows, answers, grades), curve)
+        write_page(stage, metrics, samples(held_out.rows, answers, grades, preferred), curve)
     stage.finish(metrics, ["reports/report.html"])
 
 
+def preferences(stage: Stage, held_out: HeldOut, answers: dict[str, Answers]) -> tuple[dict[str, Any], list[float]]:
+    """(metrics, preference for the promoted arm over SFT on each prompt, 0 to 1).
 
-
-def preferences(stage: Stage, held_out: HeldOut, answers: dict[str, Answers]) -> dict[str, Any]:
-    """Win rates by the judge; beside those of a judge trained on comparisons, what the run's own reward model prefers,
-    which PPO has optimised."""
+    Win rates by the judge; beside those of a judge trained on comparisons, what the run's own reward model prefers,
+    which PPO has optimised. No preference on each prompt where that model alone judges.
+    """
     params, seed, promoted = stage.params.stages.evaluate, stage.params.seed, stage.params.stages.promoted
     texts = {name: found.texts for name, found in answers.items()}
     metrics: dict[str, Any] = {}
@@ -104,9 +104,10 @@ def preferences(stage: Stage, held_out: HeldOut, answers: dict[str, Answers]) ->
         metrics |= preference_metrics(held_out, answers, own, params, seed, "rm_prefers", promoted)
         measured = json.loads(Path("metrics/judge.json").read_text(encoding="utf-8"))
         metrics["eval/judge_accuracy"] = measured["judge/accuracy"]
-    metrics |= preference_metrics(held_out, answers, compare_all(held_out.prompts, texts, judge), params, seed,
+    outcomes = compare_all(held_out.prompts, texts, judge)
+    metrics |= preference_metrics(held_out, answers, outcomes, params, seed,
                                   "rm_prefers" if kind == "own" else "win_rate", promoted)
-    return metrics | {"eval/judge": kind}
+    return metrics | {"eval/judge": kind}, [] if kind == "own" else outcome(outcomes, promoted, "sft")
 
 
 def demonstrations(count: int) -> list[dict[str, str]]:
@@ -134,10 +135,6 @@ def tax_harness(params: EvaluateParams) -> TaskSuite:
     return harness(params, [*local_tasks([TAX]), *params.tax_tasks])
 
 
-
-
-
-
 def turn_metrics(arms: Sequence[str], curve: Sequence[dict[str, float]]) -> dict[str, float]:
     """Where the gold score peaks over each arm's PPO run and over best-of-n; a fitted turn only where Gao's curve has
     one."""
@@ -158,13 +155,17 @@ def turn_metrics(arms: Sequence[str], curve: Sequence[dict[str, float]]) -> dict
     return metrics
 
 
-def samples(rows: list[dict[str, Any]], answers: dict[str, Answers],
-            grades: dict[str, list[Grades]]) -> list[dict[str, Any]]:
-    """Responses side by side, for the report."""
-    return [{"use_case": row["use_case"], "prompt": row["prompt"],
-             **{name: found.texts[index] for name, found in answers.items()},
-             **{f"gold_{name}": found[index].score for name, found in grades.items()}}
-            for index, row in enumerate(rows)]
+def samples(rows: list[dict[str, Any]], answers: dict[str, Answers], grades: dict[str, list[Grades]],
+            preferred: Sequence[float]) -> list[dict[str, Any]]:
+    """Responses side by side, for the report (mlops/reporting/report.py:write_report)."""
+    found = []
+    for index, row in enumerate(rows):
+        sides = {name: {"text": own.texts[index], "rm_score": own.rm_scores[index],
+                        **({"gold": grades[name][index].score} if name in grades else {})}
+                 for name, own in answers.items()}
+        found.append({"use_case": row["use_case"], "prompt": row["prompt"], "answers": sides,
+                      **({"preferred": preferred[index]} if preferred else {})})
+    return found
 
 
 def write_page(stage: Stage, metrics: dict[str, Any], side_by_side: list[dict[str, Any]],
@@ -174,7 +175,7 @@ def write_page(stage: Stage, metrics: dict[str, Any], side_by_side: list[dict[st
     )
 
     page = stage.scratch / "report.html"
-    write_report(stage.root, page, metrics, side_by_side, {"best_of_n": best_of})
+    write_report(stage.root, page, metrics, side_by_side, {"best_of_n": best_of}, code_hash(stage.name, stage.root))
     stage.publish("report.html", "reports/report.html")
 
 

@@ -33,11 +33,6 @@ def models_of(evaluation: Mapping[str, Any]) -> list[str]:
     return in_order(answered | taxed | graded, arms)
 
 
-def models_of_sample(sample: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
-    """The models with a completion in a sample."""
-    return in_order((key for key in sample if key not in ("use_case", "prompt") and not key.startswith("gold_")), arms)
-
-
 def win_matrix(evaluation: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
     """One row per model: its win rates against the others with intervals; a cell is None where nothing was judged."""
     rows = []

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mlops.reporting.journals import KlRule
 from mlops.reporting.plots import Estimate, label
 
 MINUS, DASH, NBSP = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NO-BREAK SPACE}"
 FEW_PROMPTS = 200  # intervals of win rates are wider than 14 points
-KL_BAND = (2 / 3, 3 / 2)  # of the goal; outside this band beta changes
 Form = Callable[[float | None], str]
 
 
@@ -73,8 +73,11 @@ def estimate(values: Mapping[str, Any], key: str, name: str = "") -> Estimate | 
     return Estimate(name or key, value, low, high, None if n is None else int(n))
 
 
-def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]:
-    """{"tone": good, bad or open, "headline", "text"}: is the promoted arm better than SFT, and at what price?"""
+def verdict(evaluation: Mapping[str, Any], rule: KlRule) -> dict[str, str]:
+    """{"tone": good, bad or open, "headline", "text"}: is the promoted arm better than SFT, and at what price?
+
+    `rule`: what the arm's β followed.
+    """
     arm = promoted_of(evaluation)
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
     tone, headline = _answer(win, gain, label(arm), str(evaluation.get("eval/judge", "gold")) == "gold")
@@ -87,7 +90,7 @@ def verdict(evaluation: Mapping[str, Any], goal: float | None) -> dict[str, str]
                          f"{_interval(win, percent)} against SFT{where}.")
     if gain:
         sentences.append(f"The mean gold score changes by {signed(gain.value)}{_interval(gain, signed)}.")
-    sentences.append(_price(evaluation, goal))
+    sentences.append(_price(evaluation, rule))
     rm_sft, rm_ppo = (number(evaluation, f"eval/rm_score_{name}") for name in ("sft", arm))
     fell = gain is not None and gain.high is not None and gain.high < 0
     if fell and rm_sft is not None and rm_ppo is not None and rm_ppo > rm_sft:
@@ -129,12 +132,12 @@ def _interval(value: Estimate, form: Form) -> str:
     return f" (95{NBSP}% interval {form(value.low)} to {form(value.high)})"
 
 
-def _price(evaluation: Mapping[str, Any], goal: float | None) -> str:
+def _price(evaluation: Mapping[str, Any], rule: KlRule) -> str:
     """The price in words: KL relative to its goal band, and the mean alignment tax."""
     parts = []
     kl, mean = number(evaluation, f"eval/kl_{promoted_of(evaluation)}"), tax_mean(evaluation)
     if kl is not None:
-        where = f", {_band_text(kl, goal)}" if goal else ""
+        where = f", {_band_text(kl, rule.limits)}" if rule.limits else ""
         parts.append(f"{score(kl)}{NBSP}nats of KL from the SFT policy{where}")
     if mean:
         interval = _interval(mean, points) + _tax_words(mean)
@@ -142,8 +145,8 @@ def _price(evaluation: Mapping[str, Any], goal: float | None) -> str:
     return "The price: " + "; and ".join(parts) + "." if parts else "The price was not measured."
 
 
-def _band_text(kl: float, goal: float) -> str:
-    low, high = KL_BAND[0] * goal, KL_BAND[1] * goal
+def _band_text(kl: float, limits: tuple[float, float]) -> str:
+    low, high = limits
     where = "below" if kl < low else "above" if kl > high else "inside"
     return f"{where} the goal band of {score(low)} to {score(high)}"
 
@@ -158,7 +161,7 @@ def _tax_words(mean: Estimate) -> str:
     return ", a loss" if mean.low > 0 else ", a gain" if mean.high < 0 else ", not distinguishable from zero"
 
 
-def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[dict[str, Any]]:
+def headline_cards(evaluation: Mapping[str, Any], rule: KlRule) -> list[dict[str, Any]]:
     """The four cards: title, value, range, note, tone, and the strip that draws the interval."""
     win, gain = estimate(evaluation, "eval/win_rate_vs_sft"), estimate(evaluation, "eval/gold_gain_vs_sft")
     base, mean = estimate(evaluation, "eval/win_rate_vs_base"), tax_mean(evaluation)
@@ -175,12 +178,15 @@ def headline_cards(evaluation: Mapping[str, Any], goal: float | None) -> list[di
         cards.append({"title": "Gold score gain", "value": signed(gain.value), "range": _range(gain, signed),
                       "note": note, **_strip(gain, 0, "0", up=True)})
     if kl is not None:
-        band = Estimate("kl", kl, KL_BAND[0] * goal, KL_BAND[1] * goal) if goal else Estimate("kl", kl)
-        inside = goal is None or KL_BAND[0] * goal <= kl <= KL_BAND[1] * goal
-        note = f"{_band_text(kl, goal).split(' the ')[0]} its goal band" if goal else ""
-        cards.append({"title": "KL to the SFT policy", "value": f"{score(kl)}{NBSP}nats", "note": note,
-                      "range": f"goal {score(goal)}, band {score(band.low)} to {score(band.high)}" if goal else "",
-                      **_strip(band, goal or 0, "goal", band=True), "tone": "good" if inside and goal else "open"})
+        limits = rule.limits
+        inside = limits is not None and limits[0] <= kl <= limits[1]
+        cards.append({"title": "KL to the SFT policy", "value": f"{score(kl)}{NBSP}nats",
+                      "note": f"{_band_text(kl, limits).split(' the ')[0]} its goal band" if limits else
+                              "beta is fixed, no goal" if rule.name == "fixed" else "",
+                      "range": f"goal {score(rule.goal)}, band {score(limits[0])} to {score(limits[1])}" if limits
+                               else "",
+                      **_strip(Estimate("kl", kl, *(limits or (None, None))), rule.goal or 0, "goal", band=True),
+                      "tone": "good" if inside else "open"})
     if mean:
         cards.append({"title": "Mean alignment tax", "value": f"{points(mean.value)}{NBSP}points",
                       "range": _range(mean, points), "note": f"base {MINUS} {label(arm)}, lower is better",

@@ -68,6 +68,14 @@ def model_table(evaluation: Mapping[str, Any], tasks: bool = True) -> tuple[list
                    for model, cells in found.items() if any(cells[title].value != DASH for title in shown)]
 
 
+def task_taxes(evaluation: Mapping[str, Any]) -> tuple[list[str], list[ModelRow]]:
+    """(names of the tasks, a row for each model after the base): tax on each task, points of a perfect score."""
+    arms, tasks = arms_of(evaluation), tax_tasks(evaluation)
+    rows = [ModelRow(model, label(model), len(arms) > 1 and model == promoted_of(evaluation),
+                     [_tax(evaluation, f"tax_of/{model}", task) for task in tasks]) for model in ("sft", *arms)]
+    return [words(task) for task in tasks], [row for row in rows if any(cell.value != DASH for cell in row.cells)]
+
+
 def at_ceiling(evaluation: Mapping[str, Any]) -> list[str]:
     """The tasks on which the base has (nearly) a perfect score: their tax says little, only a large loss shows."""
     def share(task: str) -> float:

@@ -159,18 +159,20 @@ def stacked(name: str, label: str, panels: Sequence[tuple[str, Sequence[Curve]]]
 
 @dataclass(frozen=True)
 class KlRun:
-    """KL of each iteration of a run, the moving average that sets beta, and the goal."""
+    """KL of each iteration of a run, the moving average that sets beta, the goal (None: there is none) and its band:
+    KL may be `band` times the goal, or the goal `band` times KL."""
 
     colour: str
     step: np.ndarray
     measured: np.ndarray
     smoothed: np.ndarray
-    goal: np.ndarray
+    goal: float | None
+    band: float = 1.5
 
 
 def kl(runs: Sequence[KlRun]) -> str:
-    """KL of each iteration and its moving average; a goal of all runs with its band [2/3, 3/2], else each run's own."""
-    goals = {float(value) for run in runs for value in run.goal[np.isfinite(run.goal)]}
+    """KL of each iteration and its moving average; the goal of all runs with its band, else a line for each's goal."""
+    goals = {(run.goal, run.band) for run in runs}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -180,14 +182,13 @@ def kl(runs: Sequence[KlRun]) -> str:
                 axes.plot(*thin(run.step, run.smoothed), color=run.colour)
             else:
                 _curve(axes, run.step, run.measured, run.colour)
-        if len(goals) > 1 and len(runs) > 1:
-            for run in runs:
-                axes.plot(*thin(run.step, run.goal), color=run.colour, linestyle=(0, (5, 3)), linewidth=1.2)
-        else:
-            longest = max(runs, key=lambda run: len(run.step))
-            x, y = thin(longest.step, longest.goal)
-            axes.fill_between(x, y * 2 / 3, y * 3 / 2, color=GOAL, alpha=0.18, linewidth=0)
-            axes.plot(x, y, color=GOAL, linestyle=(0, (5, 3)), linewidth=1.4)
+        for goal, band in goals if len(goals) == 1 else ():
+            if goal is not None:
+                axes.axhspan(goal / band, goal * band, color=GOAL, alpha=0.18, linewidth=0)
+                axes.axhline(goal, color=GOAL, linestyle=(0, (5, 3)), linewidth=1.4)
+        for run in runs if len(goals) > 1 else ():
+            if run.goal is not None:
+                axes.axhline(run.goal, color=run.colour, linestyle=(0, (5, 3)), linewidth=1.2)
         _axis(axes, "nats per response", "iteration")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     return svg("kl", "KL to the SFT policy with its goal band", 270, draw)
@@ -260,23 +261,25 @@ def _square_root_ticks(axes: Axes, top: float) -> None:
     axes.set_xticks([math.sqrt(tick) for tick in ticks], [f"{tick:.2g}" for tick in ticks])
 
 
-def loss(name: str, step: np.ndarray, train: np.ndarray, valid: np.ndarray, colour: str,
-         chance: float | None = None) -> str:
-    """A training loss, its validation loss (points) where measured, and the loss of guessing (dashes)."""
+def trained(name: str, ylabel: str, train: Curve, valid: tuple[np.ndarray, np.ndarray],
+            chance: float | None = None) -> str:
+    """A training's loss or accuracy, the same on validation rows (points) where measured, and that of guessing
+    (dashes). `name`: what it is, as the label of the plot."""
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _curve(axes, step, train, colour)
-        x, y = thin(step, valid)
+        step, values, colour = train
+        _curve(axes, step, values, colour)
+        x, y = thin(*valid)
         if len(x):
             axes.plot(x, y, color=INK, linewidth=1, marker="o", markersize=3.5)
         if chance is not None:
             axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-        _axis(axes, "loss, nats", "step")
-        finite = np.sort(train[np.isfinite(train)])
-        if len(finite) >= 20:  # a high first loss must not flatten the curve
+        _axis(axes, ylabel, "step")
+        finite = np.sort(values[np.isfinite(values)])
+        if ylabel.startswith("loss") and len(finite) >= 20:  # a high first loss must not flatten the curve
             low, high = axes.get_ylim()
             axes.set_ylim(low, min(high, finite[0] + 2.5 * (finite[int(0.95 * len(finite))] - finite[0]) + 0.05))
-    return svg(name, f"{name} loss", 240, draw)
+    return svg(name, name, 240, draw)
 
 
 def signal(name: str, curves: Sequence[Curve]) -> str:

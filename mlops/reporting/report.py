@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ import yaml
 
 from mlops.config.loader import load_params, read_yaml
 from mlops.config.paths import POLICY_METRICS, metrics_of
-from mlops.reporting import plots
+from mlops.reporting import captions, plots
 from mlops.reporting.comparison import (
     SLICES,
     best_of_plot,
     machine,
     models_of,
-    models_of_sample,
     slice_rows,
     strength_plot,
     task_rows,
@@ -47,11 +47,11 @@ from mlops.reporting.headline import (
     tax_tasks,
     verdict,
 )
-from mlops.reporting.models import at_ceiling, model_table
-from rlhf.data.prompts import prompt_text
+from mlops.reporting.journals import RUN_MARK, KlRule, Rows, column, columns, measured, read_rows, rules_of
+from mlops.reporting.models import at_ceiling, model_table, task_taxes
+from mlops.reporting.samples import group_samples
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
-from rlhf.training.journal import read_journal
 
 STAGES = ("validate", "pretrain", "sft", "rm")
 JOURNALS = STAGES[1:]
@@ -70,40 +70,47 @@ QUALITIES = {  # metric's stem: row title, format
     "repetition": ("repeated 3-grams", percent), "unsupported_words": ("words not in the prompt", percent),
     "rm_score": ("reward-model score", score), "length": ("length, tokens", length),
 }
-SAMPLES_PER_USE_CASE = 12
 # Control characters, bidirectional overrides and lone surrogates, which a model may emit.
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-Rows = list[dict[str, str]]
 
 
 def write_report(root: Path, target: Path, evaluation: dict[str, Any], samples: list[dict[str, Any]],
-                 curves: dict[str, Any]) -> None:
+                 curves: dict[str, Any], code: str = "") -> None:
     """Renders the report of the run in `root` to `target`.
 
-    `evaluation`: the content of metrics/evaluate.json. `samples`: rows with use_case, prompt, one completion per model
-    under the model's name, and gold_<model>. `curves`: "kl_gold", rows {"kl", "rm_score", "gold"} that replace those
-    of ppo.csv, and "best_of_n", rows of the same form; both optional.
+    `evaluation`: the content of metrics/evaluate.json. `samples`: rows with use_case, prompt, answers: {model: {text,
+    gold, rm_score}}, and `preferred`, the judge's preference for the promoted arm over SFT, 0 to 1. `curves`:
+    "kl_gold", rows {"kl", "rm_score", "gold"} that replace those of ppo.csv, and "best_of_n", rows of the same form;
+    both optional. `code`: the version of the code.
     """
     models, arms, promoted = models_of(evaluation), arms_of(evaluation), promoted_of(evaluation)
-    journals = {stage: _journal(root / "metrics" / f"{stage}.csv") for stage in JOURNALS}
-    runs = {arm: _journal(root / POLICY_METRICS / f"{arm}.csv") for arm in arms}
-    goal = _last(runs[promoted], "ppo/kl_goal")
+    journals = {stage: read_rows(root / "metrics" / f"{stage}.csv") for stage in JOURNALS}
+    runs = {arm: read_rows(root / POLICY_METRICS / f"{arm}.csv") for arm in arms}
+    rules, finals = rules_of(root, runs), final_metrics(root, evaluation)
     taxes = tax_rows(evaluation)
-    titles, steps = model_table(evaluation)
+    titles, steps = model_table(evaluation, tasks=False)
     page = _template().render(
-        verdict=verdict(evaluation, goal), cards=headline_cards(evaluation, goal), models=models,
+        facts=run_facts(root, code), run_mark=RUN_MARK,
+        verdict=verdict(evaluation, rules[promoted]), cards=headline_cards(evaluation, rules[promoted]), models=models,
         colours={model: plots.css_colour(model, [*models, *arms]) for model in [*models, *arms]}, arms=arms,
-        promoted=promoted, titles=titles, steps=steps, ceiling=at_ceiling(evaluation),
+        promoted=promoted, titles=titles, steps=steps, task_taxes=task_taxes(evaluation),
+        ceiling=at_ceiling(evaluation),
         judge=judge_words(evaluation), stand_in=f"eval/gold_{promoted}" in evaluation,
         taxed=[model for model in models if any(model in row.scores for row in taxes)], machine=machine(),
         matrix=win_matrix(evaluation, models), strengths=strength_plot(evaluation, models),
         slices=slice_rows(evaluation, models), best_of=best_of_plot(curves.get("best_of_n") or []),
         turns=turn_sentences(evaluation), tasks=task_rows(evaluation, models),
-        ppo_plots=ppo_plots(runs, curves, models), losses=loss_plots(journals), signals=signals(runs, models),
+        ppo_plots=ppo_plots(runs, curves, models, rules), losses=loss_plots(journals, dict(finals)),
+        signals=signals(runs, models),
+        captions={"scores": captions.of_scores(runs), "kl": captions.of_kl(runs, rules),
+                  "beta": captions.of_beta(runs, rules)},
+        one_goal=len({(rule.goal, rule.band) for rule in rules.values()}) == 1 and rules[promoted].goal is not None,
+        rule=rules[promoted],
         ratio_error=_ratio_error(runs), taxes=taxes, tax_plot=plots.tax(taxes) if taxes else "",
-        wins=win_plots(evaluation, models), qualities=quality_rows(evaluation), samples=group_samples(samples, arms),
-        data_versions=data_versions(root), parameters=parameters(root), finals=final_metrics(root, evaluation),
+        wins=win_plots(evaluation, models), qualities=quality_rows(evaluation),
+        samples=group_samples(samples, arms, promoted),
+        data_versions=data_versions(root), parameters=parameters(root), finals=finals,
     )
     write_atomic(target, (page.strip() + "\n").encode())
 
@@ -111,9 +118,14 @@ def write_report(root: Path, target: Path, evaluation: dict[str, Any], samples: 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(percent=percent, score=score, points=points, figure=figure, clean=clean,
+    environment.filters.update(percent=percent, score=score, points=points, figure=figure, clean=clean, fixed=fixed,
                                words=plots.words, label=plots.label)
     return environment.get_template("report.html.j2")
+
+
+def fixed(value: float) -> str:
+    """A score with two decimals."""
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def clean(text: Any) -> str:
@@ -121,35 +133,8 @@ def clean(text: Any) -> str:
     return UNPRINTABLE.sub("\ufffd", str(text).replace("\r\n", "\n"))
 
 
-def _journal(path: Path) -> Rows:
-    return read_journal(path) if path.exists() else []
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    """A journal's column; NaN where it is absent, blank or not a number."""
-    values = np.full(len(rows), math.nan)
-    for i, row in enumerate(rows):
-        try:
-            values[i] = float(row.get(name) or math.nan)
-        except ValueError:
-            continue
-    return np.where(np.isfinite(values), values, math.nan)
-
-
-def _columns(rows: Rows, *names: str) -> list[np.ndarray]:
-    return [_column(rows, name) for name in names]
-
-
-def _has(values: np.ndarray) -> bool:
-    return bool(np.isfinite(values).any())
-
-
-def _last(rows: Rows, name: str) -> float | None:
-    values = _column(rows, name)
-    return float(values[np.isfinite(values)][-1]) if _has(values) else None
-
-
-def ppo_plots(runs: Mapping[str, Rows], curves: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
+def ppo_plots(runs: Mapping[str, Rows], curves: Mapping[str, Any], models: Sequence[str],
+              rules: Mapping[str, KlRule]) -> dict[str, str]:
     """The SVGs "scores", "kl", "beta" and "against_kl", with a curve for each arm; empty where columns are missing."""
     drawn = dict.fromkeys(("scores", "kl", "beta", "against_kl"), "")
     scores = {"RM score": _of_arms(runs, "ppo/rm_score", models, plots.RM),
@@ -158,21 +143,22 @@ def ppo_plots(runs: Mapping[str, Rows], curves: Mapping[str, Any], models: Seque
         drawn["scores"] = plots.stacked("scores", "reward-model and gold score",
                                         [panel for panel in scores.items() if panel[1]], "iteration")
     colours = _arm_colours(runs, models, plots.PPO)
-    measured = [plots.KlRun(colours[arm], *_columns(rows, "step", "ppo/kl", "ppo/kl_smoothed", "ppo/kl_goal"))
-                for arm, rows in runs.items() if _has(_column(rows, "ppo/kl"))]
-    if measured:
-        drawn["kl"] = plots.kl(measured)
+    distances = [plots.KlRun(colours[arm], column(rows, "step"), column(rows, "ppo/kl"),
+                             column(rows, "ppo/kl_smoothed"), rules[arm].goal, rules[arm].band)
+                 for arm, rows in runs.items() if measured(column(rows, "ppo/kl"))]
+    if distances:
+        drawn["kl"] = plots.kl(distances)
     betas = [curve for curve in _of_arms(runs, "ppo/beta", models, plots.PPO) if (curve[1] > 0).any()]
     if betas:
         drawn["beta"] = plots.beta(betas)
     alone = (plots.RM, plots.GOLD)
     scored = [plots.ScoredRun(alone if len(runs) == 1 else (colours[arm], colours[arm]),
-                              *_columns(rows, "ppo/kl", "ppo/rm_score", "ppo/gold")) for arm, rows in runs.items()]
+                              *columns(rows, "ppo/kl", "ppo/rm_score", "ppo/gold")) for arm, rows in runs.items()]
     points = curves.get("kl_gold") or []
     if points:
         scored = [plots.ScoredRun(alone, *(np.array([_float(point.get(name)) for point in points])
                                            for name in ("kl", "rm_score", "gold")))]
-    scored = [run for run in scored if _has(run.kl + run.rm_score + run.gold)]
+    scored = [run for run in scored if measured(run.kl + run.rm_score + run.gold)]
     if scored:
         drawn["against_kl"] = plots.against_kl(scored, joined=bool(points))
     return drawn
@@ -187,32 +173,35 @@ def _arm_colours(runs: Mapping[str, Rows], models: Sequence[str], alone: str) ->
 def _of_arms(runs: Mapping[str, Rows], name: str, models: Sequence[str], alone: str) -> list[plots.Curve]:
     """A column of each arm that has it, over the iterations."""
     colours = _arm_colours(runs, models, alone)
-    return [(_column(rows, "step"), values, colours[arm]) for arm, rows in runs.items()
-            if _has(values := _column(rows, name))]
+    return [(column(rows, "step"), values, colours[arm]) for arm, rows in runs.items()
+            if measured(values := column(rows, name))]
 
 
 def _float(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def loss_plots(journals: Mapping[str, Rows]) -> list[dict[str, Any]]:
-    """Title, SVG and legend of each stage's loss and of the reward model's accuracy."""
+def loss_plots(journals: Mapping[str, Rows], finals: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Title, SVG, legend and caption of each stage's loss and of the reward model's accuracy."""
     entries = []
     for stage, title, colour in (("pretrain", "Pretraining", plots.BASE), ("sft", "SFT", plots.SFT),
                                  ("rm", "Reward model", plots.RM)):
-        rows = journals[stage]
-        train, valid = _column(rows, f"{stage}/loss"), _column(rows, f"{stage}/valid_loss")
-        if _has(train):
+        rows, final = journals[stage], finals.get(stage, {})
+        step, train, valid = columns(rows, "step", f"{stage}/loss", f"{stage}/valid_loss")
+        before = final.get("sft/valid_loss_base") if stage == "sft" else None
+        points = (step, valid) if before is None else (np.append([0.0], step), np.append([before], valid))
+        if measured(train):
             chance = math.log(2) if stage == "rm" else None
             entries.append({"title": f"{title} loss", "colour": {"pretrain": "base"}.get(stage, stage),
-                            "valid": _has(valid), "chance": "ln 2, guessing" if chance else "",
-                            "svg": plots.loss(stage, _column(rows, "step"), train, valid, colour, chance)})
-    accuracy = _column(journals["rm"], "rm/accuracy")
-    if _has(accuracy):
-        entries.append({"title": "Reward model accuracy", "colour": "rm", "valid": False, "chance": "",
-                        "svg": plots.stacked("rm accuracy", "reward model accuracy", [(
-                            "pairs ranked as labeled", [(_column(journals["rm"], "step"), accuracy, plots.RM)])],
-                            "step")})
+                            "valid": measured(points[1]), "chance": "ln 2, guessing" if chance else "",
+                            "caption": captions.of_loss(stage, rows, final),
+                            "svg": plots.trained(f"{stage} loss", "loss, nats", (step, train, colour), points, chance)})
+    step, train, valid = columns(journals["rm"], "step", "rm/train_accuracy", "rm/valid_accuracy")
+    if measured(train):
+        entries.append({"title": "Reward model accuracy", "colour": "rm", "valid": measured(valid),
+                        "chance": "guessing", "caption": captions.of_accuracy(journals["rm"], finals.get("rm", {})),
+                        "svg": plots.trained("rm accuracy", "pairs as labeled", (step, train, plots.RM), (step, valid),
+                                             0.5)})
     return entries
 
 
@@ -230,8 +219,8 @@ def signals(runs: Mapping[str, Rows], models: Sequence[str]) -> list[dict[str, A
 
 def _ratio_error(runs: Mapping[str, Rows]) -> float | None:
     """Largest |ratio - 1| in the first minibatch of an iteration; near 0 in a correct PPO."""
-    ratios = np.concatenate([_column(rows, "ppo/ratio_first") for rows in runs.values()])
-    return float(np.nanmax(np.abs(ratios - 1))) if _has(ratios) else None
+    ratios = np.concatenate([column(rows, "ppo/ratio_first") for rows in runs.values()])
+    return float(np.nanmax(np.abs(ratios - 1))) if measured(ratios) else None
 
 
 def tax_rows(evaluation: Mapping[str, Any]) -> list[plots.TaxRow]:
@@ -276,21 +265,15 @@ def quality_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
-def group_samples(samples: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """The first samples of each use case, sorted by its name."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        groups.setdefault(str(sample.get("use_case", "other")), []).append(sample)
-    return [{"use_case": name, "total": len(rows), "rows": [
-        {"prompt": prompt_text(row.get("prompt", "")), "answers": _side_by_side(row, arms)}
-        for row in rows[:SAMPLES_PER_USE_CASE]]}
-        for name, rows in sorted(groups.items())]
-
-
-def _side_by_side(sample: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
-    models = models_of_sample(sample, arms)
-    return [{"model": model, "colour": plots.css_colour(model, models), "text": sample.get(model) or "",
-             "gold": number(sample, f"gold_{model}")} for model in models]
+def run_facts(root: Path, code: str) -> list[tuple[str, str]]:
+    """(name, value) of what tells this run from others. Its name, time and commit come with the upload (RUN_MARK):
+    the page of equal code, data and parameters has equal bytes."""
+    facts = []
+    with suppress(OSError, UserError):
+        loaded = load_params(root)
+        facts = [("profile", loaded.profile), ("seed", str(loaded.seed)), ("policies", ", ".join(loaded.stages.arms))]
+    facts += [(f"md5 of {out['path']}/", str(out["md5"])[:8]) for out in data_versions(root)]
+    return facts + ([("code of the evaluation", code)] if code else [])
 
 
 def data_versions(root: Path) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ from mlops import from_caller, program
 from mlops.config.paths import POLICY_METRICS
 from mlops.reporting import plots
 from mlops.reporting.headline import estimate, figure, length, number, percent, points, score, signed
+from mlops.reporting.journals import KlRule, Rows, column, read_rows, rules_of
 from mlops.tools.runs import Run, differing, find_run
 from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
-from rlhf.training.journal import read_journal
 
 PAGE = Path("reports/compare.html")
 COLOURS = (plots.SFT, plots.PPO, plots.RM, plots.GOLD, plots.GOAL, *plots.OTHER_COLOURS)  # of the policies, in turn
@@ -44,14 +44,15 @@ JUDGES = {"gold": "gold labeler", "model": "a model", "reward_model": "a reward 
 
 @dataclass(frozen=True)
 class Policy:
-    """One policy of a run: its name in the tables, its colour, its evaluation and its journal."""
+    """One policy of a run: its name in the tables, its colour, its evaluation, its journal, what its β followed."""
 
     name: str
     arm: str
     colour: str
     evaluation: dict[str, Any]
-    journal: list[dict[str, str]]
+    journal: Rows
     promotion: dict[str, Any]
+    rule: KlRule
 
     def cell(self, key: str, form: Any) -> str:
         """A measured number with its interval; a dash where it was not measured."""
@@ -62,7 +63,7 @@ class Policy:
         return f"{form(found.value)}{interval}"
 
     def column(self, name: str) -> np.ndarray:
-        return np.array([float(row.get(name) or "nan") for row in self.journal])
+        return column(self.journal, name)
 
     def gates(self) -> str:
         """What the gates said of it; a dash for an arm that does not go to them."""
@@ -81,14 +82,15 @@ def policies_of(runs: Sequence[Run]) -> list[Policy]:
             raise UserError(f"{run.name}: has no trained policy yet; `instructflow run` makes one")
         for arm in arms:
             path = run.folder / POLICY_METRICS / f"{arm}.csv"
+            journal = read_rows(path)
             found.append(Policy(run.label(arm), arm, COLOURS[len(found) % len(COLOURS)], run.metrics("evaluate"),
-                                read_journal(path) if path.is_file() else [], run.metrics("promote")))
+                                journal, run.metrics("promote"), rules_of(run.folder, {arm: journal})[arm]))
     return found
 
 
 def result_rows(policies: Sequence[Policy]) -> list[tuple[str, list[str]]]:
     """(what, its value for each policy); what was measured of none is left out."""
-    rows = [("KL goal, nats", [_last(policy, "ppo/kl_goal") for policy in policies]),
+    rows = [("KL goal, nats", [DASH if policy.rule.goal is None else f"{policy.rule.goal:.3g}" for policy in policies]),
             ("β at the end", [_last(policy, "ppo/beta") for policy in policies])]
     rows += [(title, [policy.cell(key, form) for policy in policies]) for title, key, form in MEASURED]
     judges = [JUDGES.get(str(policy.evaluation.get("eval/judge")), DASH) for policy in policies]
@@ -109,11 +111,11 @@ def _last(policy: Policy, name: str) -> str:
 
 def goal_note(policy: Policy) -> str:
     """What to do where the policy has not come near its KL goal; empty where it has, or where nothing is known."""
-    kl, goal = number(policy.evaluation, f"eval/kl_{policy.arm}"), policy.column("ppo/kl_goal")
-    if kl is None or not len(goal) or kl >= REACHED * goal[-1]:
+    kl, goal = number(policy.evaluation, f"eval/kl_{policy.arm}"), policy.rule.goal
+    if kl is None or goal is None or not policy.journal or kl >= REACHED * goal:
         return ""
-    return (f"its KL of {kl:.3g} nats is far from its goal of {goal[-1]:.3g} after {len(goal)} iterations, so the goal "
-            "has hardly acted: more ppo.episodes, a higher ppo.lr, a smaller ppo.beta or a shorter "
+    return (f"its KL of {kl:.3g} nats is far from its goal of {goal:.3g} after {len(policy.journal)} iterations, so "
+            "the goal has hardly acted: more ppo.episodes, a higher ppo.lr, a smaller ppo.beta or a shorter "
             "ppo.value_warmup_iterations")
 
 
@@ -123,8 +125,8 @@ def curves(policies: Sequence[Policy]) -> list[tuple[str, str]]:
     found = []
     if trained:
         found.append(("KL to the SFT policy, with its goal", plots.kl([plots.KlRun(
-            policy.colour, *(policy.column(name) for name in ("step", "ppo/kl", "ppo/kl_smoothed", "ppo/kl_goal")))
-            for policy in trained])))
+            policy.colour, policy.column("step"), policy.column("ppo/kl"), policy.column("ppo/kl_smoothed"),
+            policy.rule.goal, policy.rule.band) for policy in trained])))
         found.append(("β", plots.beta([(policy.column("step"), policy.column("ppo/beta"), policy.colour)
                                        for policy in trained])))
     for name, title in (("ppo/rm_score", "reward-model score"), ("ppo/gold", "gold score")):

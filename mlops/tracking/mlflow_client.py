@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.tracking.credentials import move_logins
 from mlops.tracking.own_store import artifacts_beside, keep_private, own_store, with_driver
-from mlops.tracking.parent_run import REPORTS, child_name, curve_rows, description, final_names
+from mlops.tracking.parent_run import REPORTS, child_name, curve_rows, description, final_names, with_run
 from mlops.tracking.proxies import ask_loopback_directly
 from mlops.tracking.revision import COMMIT, revision
 from mlops.tracking.upload_record import (
@@ -154,9 +155,11 @@ class MlflowTracker:
         once = (record.run_id, record.end_ms)
         with _answers():
             self._once((*once, "final"),
-                       lambda: self._log_final(record.run_id, own, record.end_ms, max(record.last_step, 0)))
+                       lambda: self._log_final(record.run_id, own, max(record.end_ms, record.open_ms + 1),
+                                               max(record.last_step, 0)))  # after the journal's: the last one counts
+            told = partial(self._told, record)
             for path in dict.fromkeys([*done["artifacts"], f"{metrics_of(stage)}.json"]):
-                self._once((*once, "upload", path), partial(self._upload, record.run_id, path))
+                self._once((*once, "upload", path), partial(self._upload, record.run_id, path, told))
             self._once((*once, "ended"), lambda: self._client.set_terminated(record.run_id, "FINISHED", record.end_ms))
             parent = self._parent_run(record.run_name, record.started_ns // 1_000_000)
             if parent.info.run_id != record.parent_run_id:  # somebody deleted it
@@ -166,7 +169,7 @@ class MlflowTracker:
             self._once((*once, "final", record.parent_run_id), lambda: self._log_final(
                 record.parent_run_id, final_names(run, final, self._promoted()), record.end_ms, run.get("round", 0)))
             if report := REPORTS.get(stage):
-                self._once((*once, "report"), lambda: self._upload(record.parent_run_id, report))
+                self._once((*once, "report"), lambda: self._upload(record.parent_run_id, report, told))
                 said = description(self.root, record.run_name, self._tags(run), stage != "validate")
                 self._client.set_tag(record.parent_run_id, NOTE_TAG, said[:LONGEST_TAG])
             if stage == LAST_STAGE or stage.startswith(LAST_OF_ROUND):
@@ -269,13 +272,21 @@ class MlflowTracker:
         for run_id in run_ids:
             self._client.log_inputs(run_id, inputs)
 
-    def _upload(self, run_id: str, path: str) -> None:
-        source = self.root / path
+    def _upload(self, run_id: str, path: str, told: Callable[[str], str]) -> None:
+        """`told`: adds to a report which run it is of."""
+        source, folder = self.root / path, str(Path(path).parent)
         if source.is_dir():
             self._client.log_artifacts(run_id, str(source), path)
         elif source.exists():  # else another run has replaced it since
-            folder = str(Path(path).parent)
-            self._client.log_artifact(run_id, str(source), None if folder == "." else folder)
+            with tempfile.TemporaryDirectory() as scratch:
+                if source.suffix == ".html":
+                    source = Path(scratch) / source.name
+                    source.write_text(told((self.root / path).read_text(encoding="utf-8")), encoding="utf-8")
+                self._client.log_artifact(run_id, str(source), None if folder == "." else folder)
+
+    def _told(self, record: Record, page: str) -> str:
+        started = self._client.get_run(record.parent_run_id).info.start_time
+        return with_run(page, record.run_name, started, revision(self.root).get(COMMIT, ""))
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """What a whole run shows in MLflow, on the parent of its stages' runs: the numbers that matter, their curves, what it
 is in words, its report. All other numbers are there too, under `detail/`."""
 
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mlops.config.loader import load_params
 from mlops.reporting.headline import verdict
+from mlops.reporting.journals import RUN_MARK, kl_rule
 from mlops.tracking.upload_record import Row
 from rlhf.errors import UserError
 
@@ -54,6 +57,14 @@ def final_names(run: Mapping[str, Any], final: Mapping[str, float], arm: str) ->
     return {name if name in main else f"{DETAIL}{name}": value for name, value in final.items()}
 
 
+def with_run(page: str, run_name: str, started_ms: int, commit: str) -> str:
+    """A report with the run's name, its start (UTC) and its commit at the top: in the file of a checkout, which has the
+    same bytes wherever it is made, they are not."""
+    started = datetime.fromtimestamp(started_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    facts = [("run", run_name), ("started", started), *([("commit", commit[:12])] if commit else [])]
+    return page.replace(RUN_MARK, " ".join(f"<span>{name} <b>{html.escape(value)}</b></span>" for name, value in facts))
+
+
 def description(root: Path, run_name: str, tags: Mapping[str, str], evaluated: bool) -> str:
     """The run in Markdown: what was run, and, where it is `evaluated`, what came out."""
     lines = [f"Profile `{tags['profile']}`" + (f", `{what_differs(run_name)}`" if "," in run_name else "")
@@ -64,7 +75,7 @@ def description(root: Path, run_name: str, tags: Mapping[str, str], evaluated: b
     try:
         profile = load_params(root).stages
         evaluation = json.loads(path.read_text(encoding="utf-8"))
-        said = verdict(evaluation, profile.arms[profile.promoted].kl_goal)
+        said = verdict(evaluation, kl_rule(profile.arms[profile.promoted]))
     except (OSError, ValueError, KeyError, UserError):
         return lines[0]
     lines += [f"**{said['headline']}** {said['text']}",

@@ -325,7 +325,7 @@ def _send_rows(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracke
             waiting = [row for row in rows if row.step > record.last_step]
             if not waiting:
                 return
-            batch = waiting[: max(1, POINTS_PER_CALL // max(1, len(waiting[0].values)))]
+            batch = waiting[: max(1, POINTS_PER_CALL // max(1, *(len(row.values) for row in waiting)))]
             record.open_upto, record.open_ms = batch[-1].step, time.time_ns() // 1_000_000
             record.save(folder)
         else:
@@ -341,13 +341,20 @@ def _send_rows(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracke
             return  # the journal was cut back within the open batch; its rows come again
 
 
+def journaled(rows: Sequence[Row], final: Mapping[str, float]) -> set[str]:
+    """The metrics that need no final value: a curve of every step shows its own end. One of some steps (validation) may
+    end with weights that are not the ones kept."""
+    last = {name: value for row in rows for name, value in row.values.items()}
+    return {name for name, value in last.items() if final.get(name) == value or all(name in row.values for row in rows)}
+
+
 def _finish(record: Record, snapshot: Snapshot, folder: Path, tracker: Tracker) -> None:
     assert snapshot.done is not None
     assert snapshot.marks.done is not None
     if not record.end_ms:
         record.end_ms = snapshot.marks.done[0] // 1_000_000
         record.save(folder)
-    tracker.finish(record, snapshot.run, snapshot.done, {name for row in snapshot.rows for name in row.values})
+    tracker.finish(record, snapshot.run, snapshot.done, journaled(snapshot.rows, numbers(snapshot.done["metrics"])))
     record.state, record.done_ns, record.digest = DONE, snapshot.marks.done[0], snapshot.digest
     record.save(folder)
 

@@ -16,9 +16,11 @@ class Journal:
     only the main one writes.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], resume_after: int | None = None) -> None:
-        """`resume_after`: keep the rows up to and including this step; None starts a new file."""
-        self.columns = ["step", *columns]
+    def __init__(self, path: Path, columns: Sequence[str], resume_after: int | None = None,
+                 sometimes: Sequence[str] = ()) -> None:
+        """`resume_after`: keep the rows up to and including this step; None starts a new file. `sometimes`: further
+        columns, blank in rows without a value."""
+        self.columns, self.sometimes = ["step", *columns, *sometimes], frozenset(sometimes)
         if not is_writer():
             return
         rows: list[dict[str, str]] = []
@@ -37,8 +39,8 @@ class Journal:
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Writes and flushes one row. Raises ValueError if columns are missing or unknown."""
-        if set(values) != set(self.columns[1:]):
-            raise ValueError(f"journal columns differ: {sorted(set(values) ^ set(self.columns[1:]))}")
+        if wrong := (set(values) ^ set(self.columns[1:])) - (self.sometimes - set(values)):
+            raise ValueError(f"journal columns differ: {sorted(wrong)}")
         if not is_writer():
             return
         self._writer.writerow({"step": step, **values})

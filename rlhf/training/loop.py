@@ -22,19 +22,22 @@ Part = tuple[Tensor, Mapping[str, float | Tensor]]  # a part of a step's loss an
 
 
 @dataclass(frozen=True)
-class BestCheckpoint:
-    """The weights are measured after `steps`; those with the highest value become the result.
+class Validation:
+    """After each of `steps` the model is measured on held-out rows; the journal gets the values of `columns`.
 
     `measure()` evaluates the model, which is in evaluation mode, and must not draw from the global random generators.
+    `best(values)`: the weights where it is highest become the result; without it, the last ones do.
     """
 
     steps: frozenset[int]
-    measure: Callable[[], float]
+    columns: Sequence[str]
+    measure: Callable[[], Mapping[str, float]]
+    best: Callable[[Mapping[str, float]], float] | None = None
 
 
 def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], *,
                steps: int, loss_of_step: Callable[[int], Iterable[Part]], columns: list[str],
-               warmup: int = 0, max_grad_norm: float = 1.0, best_checkpoint: BestCheckpoint | None = None) -> int:
+               warmup: int = 0, max_grad_norm: float = 1.0, validation: Validation | None = None) -> int:
     """Runs `steps` optimizer steps with a cosine learning rate; resumes from the newest checkpoint if there is one.
 
     Returns the step whose weights the model has at the end: the last one, or that of the best checkpoint. Raises
@@ -66,7 +69,7 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
                 "rng": rng_state(), "best": best}
 
     journal = Journal(folder / "journal.csv", [f"{name}/loss", f"{name}/lr", f"{name}/grad_norm", *columns],
-                      resume_after=start if checkpoint else None)
+                      start if checkpoint else None, validation.columns if validation else ())
     with StageProgress(name, steps, done=start) as progress:
         for step in range(start, steps):
             factor = cosine_factor(step, steps, warmup)
@@ -82,21 +85,28 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            journal.append(step + 1, {f"{name}/loss": loss, f"{name}/lr": factor * optimizers[-1].defaults["lr"],
-                                      f"{name}/grad_norm": norm, **values})
-            progress.step({"loss": loss, **values})
-            if best_checkpoint is not None and step + 1 in best_checkpoint.steps:
+            found: Mapping[str, float] = {}
+            if validation is not None and step + 1 in validation.steps:
                 model.eval()
-                value = best_checkpoint.measure()
+                found = validation.measure()
                 model.train()
-                if not best or value > best["value"]:
-                    best = {"value": value, "step": step + 1, "model": _copy(model)}
+                if validation.best and (not best or validation.best(found) > best["value"]):
+                    best = {"value": validation.best(found), "step": step + 1, "model": _copy(model)}
+            journal.append(step + 1, {f"{name}/loss": loss, f"{name}/lr": factor * optimizers[-1].defaults["lr"],
+                                      f"{name}/grad_norm": norm, **values, **found})
+            progress.step({"loss": loss, **values, **found})
             checkpoints.after_step(step + 1, state_now)
     journal.close()
     if not best:
         return steps
     distributed.load_weights(model, best["model"])
     return int(best["step"])
+
+
+def evenly(steps: int, times: int) -> frozenset[int]:
+    """`times` of the steps 1 to `steps`, equally far apart, the last one among them; all of them where there are fewer.
+    """
+    return frozenset(max(1, steps * (number + 1) // times) for number in range(times)) if steps else frozenset()
 
 
 def _backward(model: PreTrainedModel, parts: Iterable[Part]) -> dict[str, float]:

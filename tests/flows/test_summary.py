@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows.artifacts import curves
 from flows.summary import StageResult, Summary, compared_models, main_numbers
+from mlops.reporting.picture import picture
 
 EVALUATION = {
     "eval/arm": "ppo_ptx", "eval/arms": ["ppo", "ppo_ptx"], "eval/prompts": 60, "eval/win_rate_vs_sft": 0.61,
@@ -56,7 +56,8 @@ def test_without_an_evaluation_there_is_no_such_table(tmp_path: Path) -> None:
 
 
 def test_the_arms_curves_are_in_one_picture(root: Path) -> None:
-    both = curves(root)
+    both = picture(root)
     (root / "metrics" / "policies" / "ppo_ptx.csv").unlink()
     assert both.startswith(b"\x89PNG")
-    assert curves(root) != both
+    assert picture(root) != both
+    assert picture(root / "metrics") == b""

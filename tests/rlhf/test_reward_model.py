@@ -19,7 +19,7 @@ import rlhf.reward_model
 from rlhf.errors import UserError
 from rlhf.fast.packed_attention import NAME
 from rlhf.losses import best_of_loss
-from rlhf.model.chat_format import PromptCodec
+from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.load import load_policy, load_scorer, new_scorer, no_dropout, save_memory
 from rlhf.model.scoring import score_groups, score_sequences
 from rlhf.model.tokenizer import load_tokenizer
@@ -31,6 +31,7 @@ from rlhf.reward_model import (
     calibration,
     calibration_error,
     contradicted_pairs,
+    mean_ranking_loss,
     reference_samples,
     score_rows,
     train_reward_model,
@@ -323,6 +324,29 @@ def test_sft_keeps_the_epoch_that_the_reward_model_or_the_loss_likes_best(
     assert by_loss["sft/valid_loss"] <= metrics["sft/valid_loss"] + 1e-6
     assert json.loads((tmp_path / "rm" / "model" / "config.json").read_text())["model_type"] == "gpt2"
     load_policy(tmp_path / "rm" / "model")
+
+
+def test_the_loss_on_validation_rankings_is_the_papers() -> None:
+    """By hand [InstructGPT eq. 1]: the mean over C(K, 2) pairs of -log sigmoid, a tie adding nothing."""
+    scored = [Scored({"ranks": [1, 2, 2]}, [0.5, -1.0, 2.0]), Scored({"ranks": [2, 1]}, [0.3, 0.3])]
+    first = (math.log1p(math.exp(-1.5)) + math.log1p(math.exp(1.5))) / 3
+    assert mean_ranking_loss(scored) == pytest.approx((first + math.log(2)) / 2, rel=1e-12)
+    assert mean_ranking_loss([]) == 0.0
+
+
+def test_the_journal_has_accuracy_and_loss_on_validation_rankings_while_it_trains(policy_folder: Path, tmp_path: Path
+                                                                                  ) -> None:
+    _, metrics = train(tmp_path, policy_folder, checks=2)
+    rows = read_journal(tmp_path / "journal.csv")
+    measured = [(int(row["step"]), float(row["rm/valid_accuracy"]), float(row["rm/valid_loss"])) for row in rows
+                if row["rm/valid_loss"]]
+    assert [step for step, *_ in measured] == [len(rows) // 2, len(rows)]
+    valid = [row for row in rankings(240) if row["split"] == "valid"]
+    model = load_scorer(tmp_path / "model")
+    scored = score_rows(model, load_codec(policy_folder), valid, RmParams(precision="fp32", max_tokens=60), tmp_path)
+    assert measured[-1][1] == pytest.approx(accuracy(scored))
+    assert measured[-1][2] == pytest.approx(mean_ranking_loss(scored), rel=1e-5)
+    assert metrics["rm/steps_kept"] == len(rows)
 
 
 def test_more_tokens_than_positions_are_refused_before_training(policy_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from mlops.reporting import plots
 from mlops.reporting.headline import estimate, tax_mean, verdict
+from mlops.reporting.journals import RUN_MARK, KlRule
 from mlops.reporting.report import write_report
+from mlops.tracking.parent_run import with_run
 from rlhf.training.journal import Journal
 
 PPO_COLUMNS = ["kl", "kl_goal", "kl_smoothed", "beta", "rm_score", "gold", "entropy", "clip_fraction",
@@ -30,9 +32,11 @@ EVALUATION: dict[str, Any] = {
     "tax_se/base/cloze": 0.02, "tax_se/ppo/cloze": 0.02, "tax_se/base/spelling": 0.02, "tax_se/ppo/spelling": 0.02,
 }
 SAMPLES: list[dict[str, Any]] = [
-    {"use_case": "open_qa", "prompt": "Is <b>2 & 2</b> four?", "base": "<script>alert(1)</script>", "sft": "Yes.",
-     "ppo": "", "gold_base": -0.5, "gold_sft": 0.5, "gold_ppo": 0.0},
-    {"use_case": "chat", "prompt": "Hi", "base": "a\x00b\ud800c\u202ed", "sft": "Hello", "ppo": "Hello there"},
+    {"use_case": "open_qa", "prompt": "Is <b>2 & 2</b> four?", "answers": {
+        "base": {"text": "<script>alert(1)</script>", "gold": -0.5}, "sft": {"text": "Yes.", "gold": 0.5},
+        "ppo": {"text": "", "gold": 0.0}}},
+    {"use_case": "chat", "prompt": "Hi", "answers": {
+        "base": {"text": "a\x00b\ud800c\u202ed"}, "sft": {"text": "Hello"}, "ppo": {"text": "Hello there"}}},
 ]
 
 
@@ -42,7 +46,8 @@ def make_run(root: Path, iterations: int = 30) -> None:
         "pretrain": (["pretrain/loss", "pretrain/valid_loss"],
                      [(5 / s, 5 / s if s % 10 == 0 else "") for s in range(1, 400)]),
         "sft": (["sft/loss", "sft/lr"], [(2 / s, 1e-3) for s in range(1, 41)]),
-        "rm": (["rm/loss", "rm/accuracy"], [(0.69 - s / 1000, 0.5 + s / 200) for s in range(1, 41)]),
+        "rm": (["rm/loss", "rm/train_accuracy", "rm/valid_accuracy"],
+               [(0.69 - s / 1000, 0.5 + s / 200, 0.6 + s / 400 if s % 20 == 0 else "") for s in range(1, 41)]),
         "ppo": ([f"ppo/{name}" for name in PPO_COLUMNS],
                 [[s * 0.1, 2.0, s * 0.09, 0.05, s * 0.05, 0.4 + 0.01 * s, *[1.0] * 7] for s in range(iterations)]),
     }
@@ -124,6 +129,29 @@ def test_samples_are_escaped_and_unprintable_characters_replaced(page: str) -> N
     assert "\x00" not in page
 
 
+def test_every_cell_of_a_table_says_on_a_narrow_page_what_it_is(page: str) -> None:
+    """There the column titles are hidden (style.css)."""
+    tables = re.findall(r'<div class="[^"]*scroll(?! facts)[^"]*"><table>(.*?)</table>', page, flags=re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table.split("<tbody>")[1], flags=re.DOTALL):
+            _, *cells = re.findall(r"<td[^>]*>", row)
+            assert all('data-label="' in cell for cell in cells), row
+
+
+def test_the_page_says_of_which_run_it_is_and_leaves_room_for_the_upload(root: Path, tmp_path: Path) -> None:
+    write_report(root, tmp_path / "report.html", EVALUATION, SAMPLES, {}, "c0de")
+    page = (tmp_path / "report.html").read_text()
+    line = page[page.index('<p class="run">'):page.index("<nav>")]
+    for fact in ("profile <b>tiny</b>", "seed <b>7</b>", "policies <b>ppo</b>", "md5 of data/ <b>0123abcd</b>",
+                 "code of the evaluation <b>c0de</b>"):
+        assert fact in line, fact
+    assert page.count(RUN_MARK) == 1
+    uploaded = with_run(page, "smoke,<b> 1f973d", 0, "0123456789abcdef")
+    assert "<span>run <b>smoke,&lt;b&gt; 1f973d</b></span> <span>started <b>1970-01-01 00:00 UTC</b></span> " \
+        "<span>commit <b>0123456789ab</b></span>" in uploaded
+
+
 def test_an_empty_run_still_gives_a_page(tmp_path: Path) -> None:
     page = render(tmp_path, {}, [])
     assert "Not measured" in page
@@ -160,16 +188,18 @@ def two_arms(root: Path) -> None:
 
 def test_arms_stand_side_by_side_and_the_promoted_one_is_marked(tmp_path: Path) -> None:
     two_arms(tmp_path)
-    page = render(tmp_path, ARMS, [row | {"ppo_ptx": "Yes!"} for row in SAMPLES])
+    samples = [row | {"answers": row["answers"] | {"ppo_ptx": {"text": "Yes!"}}} for row in SAMPLES]
+    page = render(tmp_path, ARMS, samples)
     text = page.replace("\N{NO-BREAK SPACE}", " ")
     assert "Yes: PPO-ptx is better than SFT." in text
     first_screen = text[:text.index('id="training"')]
     rows = re.findall(r"<tr.*?</tr>", first_screen, flags=re.DOTALL)
-    assert len(rows) == 5  # titles, base, SFT, PPO, PPO-ptx
-    assert [name in row for name, row in zip(("base", "SFT", "PPO", "PPO-ptx"), rows[1:], strict=True)] == [True] * 4
-    assert ["goes to the gates" in row for row in rows] == [False, False, False, False, True]
+    assert len(rows) == 5 + 2  # titles, base, SFT, PPO, PPO-ptx; titles and PPO-ptx, of which alone a task has a tax
+    assert [name in row for name, row in zip(("base", "SFT", "PPO", "PPO-ptx"), rows[1:5], strict=True)] == [True] * 4
+    assert ["goes to the gates" in row for row in rows] == [False, False, False, False, True, False, False]
     for row, figures in ((rows[1], ("25.0 %", "20.0 % to 30.0 %")), (rows[3], ("63.0 %", "3.4", "2.1 to 4.7")),
-                         (rows[4], ("0.490", "0.470 to 0.520", "1.90", "1.1", "\N{MINUS SIGN}0.1", "1.3"))):
+                         (rows[4], ("0.490", "0.470 to 0.520", "1.90", "1.1", "\N{MINUS SIGN}0.1")),
+                         (rows[6], ("PPO-ptx", "1.3"))):
         for figure in figures:
             assert figure in row, figure
     kl = text[text.index("<h3>KL to the SFT policy</h3>"):text.index("<h3>beta, the KL coefficient</h3>")]
@@ -188,10 +218,11 @@ def test_one_arm_has_its_table_without_a_mark(page: str) -> None:
 
 def test_arms_with_goals_of_their_own_have_a_line_each() -> None:
     step = np.arange(30.0)
-    runs = [plots.KlRun(colour, step, step / 10, step / 10, np.full(30, goal))
-            for colour, goal in ((plots.PPO, 1.0), ("#01010b", 2.0))]
+    runs = [plots.KlRun(colour, step, step / 10, step / 10, goal)
+            for colour, goal in ((plots.PPO, 1.0), ("#01010b", 2.0), ("#01010c", None))]
     assert "var(--goal)" not in plots.kl(runs)
     assert "var(--goal)" in plots.kl(runs[:1])
+    assert "var(--goal)" not in plots.kl(runs[2:])  # beta is fixed
 
 
 def test_given_curve_replaces_the_one_of_the_journal(root: Path, page: str) -> None:
@@ -204,7 +235,7 @@ def test_given_curve_replaces_the_one_of_the_journal(root: Path, page: str) -> N
 def test_verdict_follows_the_intervals(low: float, high: float, gain: float, start: str) -> None:
     evaluation = EVALUATION | {"eval/win_rate_vs_sft_low": low, "eval/win_rate_vs_sft_high": high,
                                "eval/gold_gain_vs_sft_low": gain - 0.05, "eval/gold_gain_vs_sft_high": gain + 0.05}
-    found = verdict(evaluation, 2.0)
+    found = verdict(evaluation, KlRule(goal=2.0))
     assert found["headline"].startswith(start)
     assert ("over-optimised" in found["text"]) == (gain < 0)
 
@@ -217,7 +248,7 @@ def test_who_judged_is_said_and_only_the_gold_labeler_knows(kind: str, who: str,
     evaluation = {"eval/arm": "ppo", "eval/judge": kind, "eval/prompts": 90, "eval/win_rate_vs_sft": 0.7,
                   "eval/win_rate_vs_sft_low": 0.6, "eval/win_rate_vs_sft_high": 0.8} | (
         {"eval/judge_accuracy": 0.62} if kind == "held_out" else {})
-    found = verdict(evaluation, 2.0)
+    found = verdict(evaluation, KlRule(goal=2.0))
     assert found["headline"] == headline
     assert found["text"].startswith(who)
     assert "on 90 held-out prompts, which are few." in found["text"]
@@ -225,7 +256,7 @@ def test_who_judged_is_said_and_only_the_gold_labeler_knows(kind: str, who: str,
 
 def test_kl_is_placed_against_its_band() -> None:
     for kl, place in ((1.0, "below"), (2.0, "inside"), (3.1, "above")):
-        assert f"{place} the goal band" in verdict({"eval/kl_ppo": kl}, 2.0)["text"]
+        assert f"{place} the goal band" in verdict({"eval/kl_ppo": kl}, KlRule(goal=2.0))["text"]
 
 
 def test_mean_tax_has_the_interval_of_its_errors() -> None:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 
+from mlops.reporting.journals import RUN_MARK
 from mlops.tracking import uploader
 from mlops.tracking.locks import OLD_UPLOADER, take_lock
 from mlops.tracking.mlflow_client import EXPERIMENT, MlflowTracker
@@ -18,6 +20,7 @@ from mlops.tracking.upload_record import OLD_RECORD, RECORD
 from mlops.tracking.uploader import Follower, ensure_uploader, wait_until_uploaded
 from rlhf.errors import UserError
 from rlhf.files import write_json
+from rlhf.training.journal import Journal
 from tests.mlops.tracking.uploaded import (
     CLOSED_PORT,
     DATA_MD5,
@@ -268,7 +271,7 @@ def test_a_stages_run_is_named_after_what_differs(run_name: str, name: str) -> N
 
 def test_the_run_as_a_whole_is_described_and_has_its_report(root: Path) -> None:
     (root / "reports").mkdir()
-    (root / "reports" / "report.html").write_text("<p>")
+    (root / "reports" / "report.html").write_text(f"<p>{RUN_MARK}é")
     write_json(root / "metrics" / "evaluate.json", {"eval/win_rate_vs_sft": 0.5})  # git's, of another run
     scratch = start(root, "evaluate", "smoke,kl_goal=0.3 1f973d")
     sweep(root)
@@ -287,6 +290,37 @@ def test_the_run_as_a_whole_is_described_and_has_its_report(root: Path) -> None:
                                         "detail/eval/win_rate_vs_sft_low", "detail/eval/win_rate_vs_sft_high",
                                         "detail/eval/prompts"}
     assert [item.path for item in client(root).list_artifacts(parent.info.run_id, "reports")] == ["reports/report.html"]
+    [child] = runs(root, "evaluate")
+    for run in (parent, child):
+        page = (root / "mlartifacts" / run.info.run_id / "artifacts" / "reports" / "report.html").read_text()
+        assert page.startswith("<p><span>run <b>smoke,kl_goal=0.3 1f973d</b></span> <span>started <b>20")
+        assert page.endswith("é")
+    assert (root / "reports" / "report.html").read_text() == f"<p>{RUN_MARK}é"
+
+
+def test_validation_values_are_a_curve_and_the_kept_weights_value_its_end(root: Path) -> None:
+    """Of weights that are kept from an earlier step the final value is another than the journal's last."""
+    for stage, kept in (("sft", 0.4), ("rm", 0.5)):
+        scratch = start(root, stage)
+        journal = Journal(scratch / "journal.csv", [f"{stage}/loss"], None, [f"{stage}/valid_loss"])
+        for step in range(1, 5):
+            measured = {f"{stage}/valid_loss": 0.3 + step / 20} if step % 2 == 0 else {}
+            journal.append(step, {f"{stage}/loss": 1 / step, **measured})
+        journal.close()
+        metrics = {f"{stage}/valid_loss": kept, f"{stage}/loss": 9.0}
+        write_json(root / "metrics" / f"{stage}.json", metrics)
+        write_json(scratch / "done.json", {"metrics": metrics, "artifacts": []})
+    sweep(root)
+    [sft], [rm] = runs(root, "sft"), runs(root, "rm")
+
+    def history(run: Run, name: str) -> list[tuple[int, float]]:
+        points = client(root).get_metric_history(run.info.run_id, name)
+        return [(point.step, point.value) for point in sorted(points, key=lambda point: (point.step, point.timestamp))]
+
+    assert history(sft, "sft/valid_loss") == [(2, 0.4), (4, 0.5), (4, 0.4)]
+    assert history(rm, "rm/valid_loss") == [(2, 0.4), (4, 0.5)]
+    assert sft.data.metrics["sft/valid_loss"] == 0.4
+    assert sft.data.metrics["sft/loss"] == 0.25  # the curve's own end
 
 
 def test_an_uploader_that_is_about_to_leave_sees_a_new_stage(root: Path) -> None:

@@ -101,7 +101,8 @@ def assert_same(one: Result | None, other: Result | None, before: Path) -> None:
     assert len(one.journal) == len(other.journal) > 3
     for row, second in zip(one.journal, other.journal, strict=True):
         for key, text in row.items():
-            assert float(second[key]) == pytest.approx(float(text), rel=1e-3, abs=1e-5), key
+            assert bool(second[key]) == bool(text), key
+            assert float(second[key] or 0) == pytest.approx(float(text or 0), rel=1e-3, abs=1e-5), key
     assert other.metrics == pytest.approx(one.metrics, rel=1e-3, abs=1e-4)
 
 

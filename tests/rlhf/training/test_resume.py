@@ -16,7 +16,7 @@ from rlhf.ppo.run import train_ppo
 from rlhf.pretrain import corpus_batch, lm_loss
 from rlhf.training.checkpoint import Checkpoints, StopSignal
 from rlhf.training.journal import Journal, read_journal
-from rlhf.training.loop import Part, train_loop
+from rlhf.training.loop import Part, Validation, evenly, train_loop
 from rlhf.training.optim import adamw, muon_and_adamw
 
 STEPS = 7
@@ -37,7 +37,7 @@ def no_hook(step: int) -> None:
 @pytest.fixture
 def train(make_policy: Callable[..., Any], architecture: str) -> Callable[..., dict[str, bytes]]:
     """train(folder, hook): trains a fresh tiny model with dropout; hook(step) runs before a step's loss."""
-    def run(folder: Path, hook: Hook = no_hook) -> dict[str, bytes]:
+    def run(folder: Path, hook: Hook = no_hook, validated: bool = True) -> dict[str, bytes]:
         model = make_policy(architecture).train()
         set_dropout(model, 0.1 if architecture in ("gpt_neox", "gpt2") else 0.0)
         torch.manual_seed(42)
@@ -47,8 +47,14 @@ def train(make_policy: Callable[..., Any], architecture: str) -> Callable[..., d
             hook(step)
             return [(lm_loss(model, corpus_batch(ROWS, 4, step, 3), "fp32"), {"toy/step": step})]
 
+        def measure() -> dict[str, float]:
+            assert not model.training
+            with torch.no_grad():
+                return {"toy/valid_loss": float(lm_loss(model, torch.tensor(ROWS[:4]), "fp32"))}
+
+        validation = Validation(frozenset({2, 5, STEPS}), ["toy/valid_loss"], measure) if validated else None
         train_loop("toy", folder, model, optimizers, steps=STEPS, loss_of_step=loss_of_step, columns=["toy/step"],
-                   warmup=2)
+                   warmup=2, validation=validation)
         model.save_pretrained(folder / "model")
         return result(folder)
     return run
@@ -246,6 +252,25 @@ def test_a_run_resumed_from_the_older_checkpoint_ends_the_same(train: Callable[.
     assert train(tmp_path / "stopped") == whole
 
 
+def test_validation_fills_its_column_and_changes_no_weight(train: Callable[..., dict[str, bytes]], tmp_path: Path
+                                                           ) -> None:
+    with_it, without = train(tmp_path / "with"), train(tmp_path / "without", validated=False)
+    assert with_it["model"] == without["model"]
+    rows = read_journal(tmp_path / "with" / "journal.csv")
+    assert [bool(row["toy/valid_loss"]) for row in rows] == [step in (2, 5, STEPS) for step in range(1, STEPS + 1)]
+    found = [float(row["toy/valid_loss"]) for row in rows if row["toy/valid_loss"]]
+    assert found[-1] < found[0]
+    for row in rows:
+        del row["toy/valid_loss"]
+    assert rows == read_journal(tmp_path / "without" / "journal.csv")
+
+
+def test_the_steps_of_a_validation_are_spread_and_end_with_the_last() -> None:
+    assert evenly(10, 4) == {2, 5, 7, 10}
+    assert evenly(3, 10) == {1, 2, 3}
+    assert evenly(0, 4) == frozenset()
+
+
 def test_the_journal_is_truncated_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
     journal = Journal(path, ["a/x", "a/y"])
@@ -264,6 +289,16 @@ def test_the_journal_is_truncated_to_the_checkpoint(tmp_path: Path) -> None:
     assert [(float(row["a/x"]), float(row["a/y"])) for row in read_journal(path)] == values
     Journal(path, ["a/x"]).close()
     assert path.read_text() == "step,a/x\n"
+
+
+def test_some_columns_of_a_journal_may_be_blank(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.csv", ["a/x"], None, ["a/valid"])
+    journal.append(1, {"a/x": 1.0})
+    journal.append(2, {"a/x": 2.0, "a/valid": 0.5})
+    with pytest.raises(ValueError, match=r"journal columns differ: \['a/x'\]"):
+        journal.append(3, {"a/valid": 0.5})
+    journal.close()
+    assert (tmp_path / "journal.csv").read_text() == "step,a/x,a/valid\n1,1.0,\n2,2.0,0.5\n"
 
 
 @pytest.mark.parametrize("values", [{"a/x": 1.0}, {"a/x": 1.0, "a/y": 2.0, "a/z": 3.0}])
