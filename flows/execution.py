@@ -32,6 +32,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
 from flows.artifacts import best_effort, findings_of, show_findings
+from flows.parameters import profile_names
 from flows.preflight import check_checkout, check_server
 from flows.process import run_lines, work_begins
 from flows.remote import delegated_task
@@ -79,7 +80,7 @@ def check_params(root: Path, profile: str | None) -> None:
     if profile is None:
         load_params(root)
         return
-    known = sorted(path.stem for path in (root / PROFILES_DIR).glob("*.yaml"))
+    known = profile_names(root)
     if profile not in known:
         raise UserError(f"unknown profile {profile!r}: must be one of {', '.join(known)}")
     load_profile(root / PROFILES_DIR / f"{profile}.yaml")

@@ -13,9 +13,14 @@ from pydantic import Field
 
 from rlhf.errors import UserError
 
-PROFILES = sorted(path.stem for path in (Path(__file__).parents[1] / "profiles").glob("*.yaml"))
 
-ProfileName = Annotated[str, Field(json_schema_extra={"enum": PROFILES})]
+def profile_names(root: Path) -> list[str]:
+    """The profiles of a checkout, sorted."""
+    return sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+
+
+# The form's list; of a local server it is renewed as the form is opened (infra/forms.py).
+ProfileName = Annotated[str, Field(json_schema_extra={"enum": profile_names(Path(__file__).parents[1])})]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 KlGoal = Annotated[float, Field(gt=0, le=1000)]
 BetaRule = Literal["step", "step_ahead", "proportional", "fixed"]

@@ -77,14 +77,16 @@ async def pipeline(profile: ProfileName | None = None, seed: Seed | None = None,
 
     Args:
         profile: Which file of profiles/ to use; in the checkout it is written into params.yaml. Empty: what that says.
-        seed: Another seed than params.yaml's.
-        kl_goal: The KL that beta is steered to, nats a response; like beta_rule and ptx_coef for every arm.
-        beta_rule: How beta follows the KL.
-        ptx_coef: Weight of the pretraining loss in PPO; 0 is plain PPO. Arms that are then equal are trained once.
-        changes: Other parameters by name, e.g. {"sft.epochs": 3, "arms.ppo_ptx.lr": 0.0001}.
+        seed: The seed of everything. Empty: params.yaml's.
+        kl_goal: The KL that beta is steered to, nats a response, in every arm. Empty: what the profile says of each.
+        beta_rule: How beta follows the KL, in every arm. Empty: what the profile says of each.
+        ptx_coef: Weight of the pretraining loss in PPO, in every arm; 0 is plain PPO. Arms that are then equal are
+            trained once. Empty: what the profile says of each.
+        changes: Other parameters by name, e.g. {"sft.epochs": 3, "arms.ppo_ptx.lr": 0.0001}. Empty: all as in the
+            profile.
         own_copy: Work in a workspace even if no parameter differs.
         gpu_workers: Training and evaluation run on the workers of pool gpu, at the exact revision (flows/remote.py).
-        stage_hours: A stage that takes longer is ended; its checkpoint stays.
+        stage_hours: A stage that takes longer is ended; its checkpoint stays. Empty: no limit.
         until: The last stage to run, e.g. rm; empty: all.
         root: The checkout; empty: the folder that the deployment was made in.
     """

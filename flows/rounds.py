@@ -85,7 +85,7 @@ async def rounds(count: Count = 3, labelers: Labelers = "simulated", prompts: An
         select: Prompts at random, or those that reward models disagree on; empty: what the profile says.
         restart: Each round's policy starts from SFT instead of the last one; empty: what the profile says.
         profile: Which file of profiles/ to use; empty: what params.yaml says.
-        seed: Another seed than params.yaml's.
+        seed: The seed of everything. Empty: params.yaml's.
         own_copy: Work in a workspace even if no parameter differs.
         gpu_workers: Training runs on the workers of pool gpu, at the exact revision.
         root: The checkout; empty: the folder that the deployment was made in.

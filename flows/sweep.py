@@ -60,11 +60,11 @@ async def sweep(kl_goals: Annotated[list[KlGoal], Field(max_length=10)] = [],  #
     """Runs the pipeline for each combination and compares the results. A run that fails stops none of the others.
 
     Args:
-        kl_goals: KL goals, nats a response. Like the others: empty, what the profile says.
-        beta_rules: Rules for beta.
-        ptx_coefs: Weights of the pretraining loss; 0 is plain PPO.
-        seeds: Seeds of everything: with another seed all stages run.
-        changes: Values of other parameters by name, e.g. {"sft.epochs": [1, 2]}.
+        kl_goals: KL goals, nats a response, for every arm. Empty: the profile's own.
+        beta_rules: Rules for beta, for every arm. Empty: the profile's own.
+        ptx_coefs: Weights of the pretraining loss, for every arm; 0 is plain PPO. Empty: the profile's own.
+        seeds: Seeds of everything: with another seed all stages run. Empty: params.yaml's.
+        changes: Values of other parameters by name, e.g. {"sft.epochs": [1, 2]}. Empty: all as in the profile.
         profile: Which file of profiles/ to use; empty: what params.yaml says.
         root: The checkout; empty: the folder that the deployment was made in.
     """

@@ -13,12 +13,14 @@ port alone. A cookie would be sent to every port of this machine, and other acco
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import flows.environment  # noqa: F401
 
 # isort: split
 from flows.gate import ENTER, Gate, names_of
+from infra.forms import Forms
 
 HOST = "127.0.0.1"
 PAGE = """<!doctype html><meta charset="utf-8"><title>instructflow</title><p id="text">logging in ...</p>
@@ -81,7 +83,7 @@ def gated(kind: str, port: int) -> Gate:
     """The server behind its gate."""
     login = os.environ["INSTRUCTFLOW_LOGIN"]
     if kind == "prefect":
-        return Gate(prefect_app(login), names_of(port), enter=page(kind))
+        return Gate(Forms(prefect_app(login), Path.cwd(), login), names_of(port), enter=page(kind))
     app = mlflow_app(os.environ["INSTRUCTFLOW_STORE"], os.environ["INSTRUCTFLOW_ARTIFACTS"])
     return Gate(app, names_of(port), login, open_paths={"/health"}, enter=page(kind))
 

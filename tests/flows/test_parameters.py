@@ -62,3 +62,10 @@ def test_what_is_no_assignment_is_said(texts: list[str]) -> None:
 def test_lists_of_values() -> None:
     assert parameters.assigned_lists(["ppo.kl_goal=0.3,0.6", "seed=1,2", "validate.warn=[a, b],[c]"]) == {
         "ppo.kl_goal": [0.3, 0.6], "seed": [1, 2], "validate.warn": [["a", "b"], ["c"]]}
+
+
+@pytest.mark.parametrize("flow", [pipeline, sweep, evaluate_champion, rounds])
+def test_a_field_that_may_be_empty_says_what_that_means(flow: Any) -> None:
+    for name, item in parameter_schema(flow).properties.items():
+        optional = any(kind.get("type") == "null" for kind in item.get("anyOf", [])) or item.get("default") in ([], {})
+        assert not optional or "empty" in item["description"].lower(), name
