@@ -36,22 +36,24 @@ def copy_checkout(root: Path) -> None:
 @contextmanager
 def servers_of(root: Path, first_port: int) -> Iterator[None]:
     """`make ui` there, then `make down`."""
+    try:
+        control(root, first_port, "up", "--detach")
+        yield
+    finally:
+        control(root, first_port, "down")
+
+
+def control(root: Path, first_port: int, *command: str) -> str:
+    """What `python -m infra.servers` prints in a checkout."""
     environment = {**os.environ, "PREFECT_HOME": str(root / "prefect-home"),
                    **{f"INSTRUCTFLOW_{name}_PORT": str(first_port + 10 * place)
                       for place, name in enumerate(("PREFECT", "MLFLOW", "LABELS"))}}
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "INSTRUCTFLOW_UPLOADER"):
         environment.pop(name, None)
-
-    def servers(*command: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "infra.servers", *command], cwd=root, env=environment, text=True,
-                              capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    try:
-        servers("up", "--detach")
-        yield
-    finally:
-        servers("down")
+    done = subprocess.run([sys.executable, "-m", "infra.servers", *command], cwd=root, env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @contextmanager

@@ -176,17 +176,6 @@ class Site(Checkout):
         wait(lambda: state() == name, lambda: f"{name}, it is {state()}", seconds)
         return self.run_of(run)
 
-    def engine(self, run: UUID) -> int:
-        """The process that executes the flow run: the first of those that have the run's id in their environment."""
-        parents = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if str(run).encode() in (path / "environ").read_bytes():
-                    parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # ended meanwhile, or not ours to read
-        return next(pid for pid, parent in parents.items() if parent not in parents)
-
     def service(self, name: str) -> int:
         """The pid of a supervised program; 0 while it has none."""
         running = re.search(rf"\b{name}\s+RUNNING\s+pid (\d+)", self.control("status"))
@@ -206,6 +195,18 @@ class Site(Checkout):
     def order(self) -> list[str]:
         log = self.root / "order.log"
         return log.read_text().splitlines() if log.exists() else []
+
+
+def engine_of(run: UUID | str) -> int:
+    """The process that executes a flow run: the first of those that have the run's id in their environment."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run).encode() in (path / "environ").read_bytes():
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # ended meanwhile, or not ours to read
+    return next(pid for pid, parent in parents.items() if parent not in parents)
 
 
 def wait(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 900) -> None:

@@ -10,7 +10,7 @@ from prefect.states import Scheduled
 from flows.execution import TAKEN_UP
 from flows.workspaces import FOLDER
 from tests.flows.checkout import alive
-from tests.infra.site import Site, kill, wait
+from tests.infra.site import Site, engine_of, kill, wait
 from tests.infra.stores import answer
 
 pytestmark = pytest.mark.drill
@@ -71,7 +71,7 @@ def test_a_killed_stage_is_tried_again(site: Site, stage: str) -> None:
 def test_a_killed_flow_is_taken_up_again(site: Site) -> None:
     run = site.begin()
     pid = site.pid("sft")
-    kill(site.engine(run))
+    kill(engine_of(run))
     wait(lambda: site.order().count("sft began") == 2, "a second start")
     assert not alive(pid)  # the first stage ended with its flow: no training runs beside its successor
     site.let_go()
@@ -85,7 +85,7 @@ def test_a_dead_worker_s_run_is_taken_up_again(site: Site) -> None:
     run = site.begin()
     site.pid("sft")
     time.sleep(35)  # the first sign of life
-    engine = site.engine(run)
+    engine = engine_of(run)
     kill(site.service("worker-cpu"))
     kill(engine)
     starts_again_and_completes(site, run)
