@@ -12,7 +12,7 @@ PREFILL_TOKENS = 16_384  # rlhf/model/sampling.py: prompt tokens of one forward 
 SCORE_ROWS = 512  # rlhf/model/scoring.py:SCORE_BATCH
 VALID_ROWS = 256  # rlhf/sft.py:valid_loss
 PASS_TOKENS = 65_536  # rlhf/data/batching.py: tokens of a forward pass without gradients
-LOGITS_AT_ONCE = 2**26  # rlhf/model/forward.py: logits of SFT's loss; PPO computes those of a whole micro-batch
+LOGITS_AT_ONCE = 2**26  # rlhf/model/forward.py
 MOVED = 3.5  # element-wise traffic of a forward pass / saved bytes; counted with a torch dispatch mode
 DECODE_OPERATIONS = 30  # rlhf/fast/decoder.py: small operations per block and token
 OF_A_MACHINE = 8  # accelerators with fast links
@@ -230,10 +230,11 @@ def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
               "logits": 24 * rows * job.policy.vocabulary}
     tokens, places = (at_once(job, job.minibatch) * length for length in (job.longest, job.longest_response))
     look = passing(job, job.policy, read * job.longest, job.longest,
-                   18 * read * job.longest_response * job.policy.vocabulary)
+                   18 * min(LOGITS_AT_ONCE, read * job.longest_response * job.policy.vocabulary))
     score = passing(job, job.scorer, scored * job.longest, job.longest, 0, frozen=True)
     gradients = {"gradients": 4 * (policy + scorer) / job.shards}
-    update = training_bytes(job, job.policy, tokens, job.longest, places, places * job.policy.vocabulary)
+    update = training_bytes(job, job.policy, tokens, job.longest, places,
+                            min(LOGITS_AT_ONCE, places * job.policy.vocabulary))
     value = training_bytes(job, job.scorer, tokens, job.longest, 0, 0)
     return {"sample": state | sample, "log-probs": state | look, "scores": state | score,
             "update": state | gradients | max((update, value), key=lambda parts: sum(parts.values()))}

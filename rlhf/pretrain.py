@@ -17,10 +17,9 @@ from rlhf.errors import UserError, disk_problem, first_line
 from rlhf.files import is_writer
 from rlhf.losses import completion_loss
 from rlhf.model.chat_format import ChatFormatError, PromptCodec, codec_with_pad
-from rlhf.model.device import autocast, device
-from rlhf.model.forward import next_token_logits
+from rlhf.model.device import device
+from rlhf.model.forward import next_token_log_probs
 from rlhf.model.load import load_policy, save_model, small_gpt
-from rlhf.model.log_probs import token_log_probs
 from rlhf.model.tokenizer import text_ids, train_tokenizer
 from rlhf.model.vocabulary import check_untrained, check_vocabulary, describe
 from rlhf.params import PretrainParams
@@ -126,9 +125,7 @@ def positions_of(ids: Tensor, params: PretrainParams, eos_id: int) -> Tensor | N
 
 def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None) -> Tensor:
     """Mean next-token loss over all positions of packed rows, nats. `positions` [B, T] keep documents apart."""
-    with autocast(precision):
-        logits = next_token_logits(model, ids, positions=positions)
-    log_probs = token_log_probs(logits, ids[:, 1:])
+    log_probs = next_token_log_probs(model, ids, precision, positions)
     return completion_loss(log_probs, torch.ones_like(log_probs))
 
 

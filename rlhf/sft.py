@@ -223,7 +223,8 @@ def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, c
     prompts = [ids[:length] for ids, length in first]
     room = max(1, params.max_tokens - max(map(len, prompts)))
     sampling = Sampling(room, codec.stop_ids, codec.pad_id, precision=params.precision)
-    responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))
+    with distributed.unsharded(model):
+        responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))
     sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     scores = score_sequences(load_scorer(params.reward_model), sequences, codec.pad_id, params.precision)
     return sum(scores) / len(scores)

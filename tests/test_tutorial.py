@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.checkout import REPOSITORY, copy_to
+from tests.printed import missing_links, missing_paths
 from tests.tiny_model import write_model, write_pairs
 
 TEXT = (REPOSITORY / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -59,16 +60,33 @@ def test_every_command_of_the_page(tmp_path: Path, kind: str) -> None:
                               timeout=1800)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         said[command] = done.stdout
+        assert not missing_paths(done.stdout + done.stderr, root), f"{command}\n{done.stdout}\n{done.stderr}"
     nexts = [command for command in said if re.match(r"instructflow (init|check|sweep|compare|run|status)", command)]
     for command in nexts:  # each ends in a sentence that says what to do next
         assert "Next: " in said[command].splitlines()[-1], f"{command}\n{said[command][-500:]}"
     compared = next(text for command, text in said.items() if command.startswith("instructflow compare"))
     assert re.search(r"win rate against SFT +│ \d", compared), compared
-    assert (root / "reports" / "compare.html").is_file()
+    assert not missing_links(root / "reports" / "compare.html")
+    workspaces = sorted((root / "scratch" / "workspaces").glob("team,*"))
+    assert len(workspaces) == 2
+    for workspace in workspaces:
+        what_the_readme_names_is_there(workspace)
     assert (tmp_path / "my-policy" / "model.safetensors").is_file()
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True).stdout
     assert changed.split() == ["??", "profiles/sources/team.yaml", "??", "profiles/team.yaml"]  # else it is as it was
     serves(blocks("background")[0], root, environment)
+
+
+def what_the_readme_names_is_there(folder: Path) -> None:
+    """Each path of its table "What to open", and each page that those pages link."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## What to open"):].partition("\n\nA policy")[0]
+    names = [name for name in re.findall(r"`([\w*./]+)`", table) if "/" in name]
+    assert len(names) >= 4
+    for name in names:
+        assert list(folder.glob(name)), f"{folder}: {name}"
+    for page in ("report.html", "data_docs/index.html"):
+        assert not missing_links(folder / "reports" / page)
 
 
 def serves(command: str, root: Path, environment: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from rlhf.model.responses import (
     on_grid,
     response_kl,
     response_kl_k3,
-    response_log_probs,
+    response_logits,
     response_mask,
 )
 from rlhf.model.sampling import Sampling, sample_responses
@@ -139,8 +139,8 @@ def kl_to_reference(folder: Path, reference: Path, prompts: Sequence[Prompt], an
             width = max(map(len, responses))
             mask = response_mask(responses, width)
             (ours, logits), (theirs, ref_logits) = (
-                response_log_probs(model, own, responses, width, pad_id=codec.pad_id, temperature=temperature,
-                                   precision=precision) for model in models)
+                response_logits(model, own, responses, width, pad_id=codec.pad_id, temperature=temperature,
+                                precision=precision) for model in models)
             exact = on_grid(categorical_kl(logits, ref_logits, temperature), mask).sum(dim=1)
             for row, *values in zip(rows, exact.tolist(), response_kl(ours, theirs, mask).tolist(),
                                     response_kl_k3(ours, theirs, mask).tolist(), strict=True):

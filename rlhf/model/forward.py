@@ -15,7 +15,7 @@ from rlhf.fast import packed_attention
 from rlhf.fast.blocks import last_mlp_at, round_up
 from rlhf.fast.gpt_neox import first_block_per_unique_token, fused_rope, last_block_at
 from rlhf.model.device import autocast
-from rlhf.model.log_probs import log_probs_in_parts, token_log_probs
+from rlhf.model.log_probs import log_probs_and_entropy, log_probs_in_parts, token_log_probs
 from rlhf.training import distributed
 from rlhf.training.settings import fast_enabled
 
@@ -89,22 +89,47 @@ def logits_at(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor)
     return distributed.compute(lambda model: head_at(model, model.get_output_embeddings(), batch, token_indices), model)
 
 
-def log_probs_at(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, precision: str) -> Tensor:
-    """Log-probs of the tokens after some indices of the flattened ids, float32: ids [B, T], token_indices [n] -> [n].
+def log_probs_at(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, precision: str,
+                 temperature: float = 1.0) -> Tensor:
+    """Log-probs of the tokens after some indices of the flattened ids at a temperature, float32: ids [B, T],
+    token_indices [n] -> [n].
 
     Many tokens times a wide vocabulary go through the output layer in parts, so that never more than LOGITS_AT_ONCE
     logits are alive (`rlhf/model/log_probs.py:log_probs_in_parts`).
     """
+    return log_probs_and_entropy_at(model, batch, token_indices, precision, temperature, with_entropy=False)[0]
+
+
+def log_probs_and_entropy_at(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, precision: str,
+                             temperature: float = 1.0, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
+    """As `log_probs_at`, and the entropies of the distributions that the tokens are drawn from, nats, without gradient:
+    [n] each."""
     targets = batch.ids.flatten()[token_indices + 1]
 
-    def log_probs(model: PreTrainedModel) -> Tensor:
+    def computed(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         head = model.get_output_embeddings()
         with autocast(precision):
             if len(token_indices) * len(head.weight) > LOGITS_AT_ONCE:
                 return log_probs_in_parts(hidden_states_at(model, batch, token_indices), head, targets,
-                                          max(1, LOGITS_AT_ONCE // len(head.weight)))
+                                          max(1, LOGITS_AT_ONCE // len(head.weight)), temperature, with_entropy)
             logits = head_at(model, head, batch, token_indices)
-        return token_log_probs(logits, targets)
+        return log_probs_and_entropy(logits, targets, temperature, with_entropy)
+
+    return distributed.compute(computed, model)
+
+
+def next_token_log_probs(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tensor | None = None
+                         ) -> Tensor:
+    """Log-probs of every token after the first of packed rows, float32: ids [B, T] -> [B, T-1]; in parts as above."""
+    def log_probs(model: PreTrainedModel) -> Tensor:
+        head = model.get_output_embeddings()
+        with autocast(precision):
+            states = hidden_states(model, PackedBatch(ids, positions))[:, :-1]
+            if ids[:, 1:].numel() * len(head.weight) > LOGITS_AT_ONCE:
+                return log_probs_in_parts(states.flatten(0, 1), head, ids[:, 1:].flatten(),
+                                          max(1, LOGITS_AT_ONCE // len(head.weight)))[0].view_as(ids[:, 1:])
+            logits = head(states)
+        return token_log_probs(logits, ids[:, 1:])
 
     return distributed.compute(log_probs, model)
 

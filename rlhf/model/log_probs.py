@@ -1,4 +1,4 @@
-"""Log-probs of tokens from logits or hidden states, in parts that stay in cache or in memory."""
+"""Log-probs and entropies of tokens from logits or hidden states, in parts that stay in cache or in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,16 +50,36 @@ def _in_cache(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
     return rows.split(max(1, most))
 
 
-def log_probs_in_parts(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor, rows: int) -> Tensor:
-    """log softmax(head(states)) at `ids`, float32, `rows` at a time: states [n, d], ids [n] -> [n].
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Of softmax(logits / temperature), nats: [..., V] -> [...]."""
+    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+def log_probs_in_parts(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor, rows: int,
+                       temperature: float = 1.0, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """log softmax(head(states) / temperature) at `ids`, and with `with_entropy` that distribution's entropy (without
+    gradient; else empty), float32, `rows` at a time: states [n, d], ids [n] -> [n] each.
 
     Only one part's logits are alive at a time, in the backward pass too, which computes them again (one more
     multiplication by the head). torch 2.13's `linear_cross_entropy` does the same but ignores autocast.
     """
-    parts = [checkpoint(_head_log_probs, some, head, chosen, use_reentrant=False, preserve_rng_state=False)
+    parts = [checkpoint(_through_head, some, head, chosen, temperature, with_entropy, use_reentrant=False,
+                        preserve_rng_state=False)
              for some, chosen in zip(states.split(rows), ids.split(rows), strict=True)]
-    return torch.cat(parts)
+    log_probs, entropies = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
 
 
-def _head_log_probs(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    return token_log_probs(head(states), ids)
+def _through_head(states: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor, temperature: float,
+                  with_entropy: bool) -> tuple[Tensor, Tensor]:
+    logits = head(states)
+    return log_probs_and_entropy(logits, ids, temperature, with_entropy)
+
+
+def log_probs_and_entropy(logits: Tensor, ids: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """`token_log_probs`, and `entropy` without gradient where it is asked for, else nothing: [n, V], [n] -> [n], [n]
+    or [0]."""
+    log_probs = token_log_probs(logits, ids, temperature)
+    with torch.no_grad():
+        return log_probs, entropy(logits, temperature) if with_entropy else log_probs.new_zeros(0)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf.data.packing import PackedBatch
 from rlhf.model.device import autocast, device
-from rlhf.model.forward import logits_at, pack, scores_at
+from rlhf.model.forward import log_probs_and_entropy_at, logits_at, pack, scores_at
 from rlhf.model.log_probs import token_log_probs
 
 Prompts = Sequence[Sequence[int]]
@@ -27,9 +27,22 @@ def pack_responses(model: PreTrainedModel, prompts: Prompts, responses: Response
 
 
 def response_log_probs(model: PreTrainedModel, prompts: Prompts, responses: Responses, width: int, *, pad_id: int,
-                       temperature: float, precision: str) -> tuple[Tensor, Tensor]:
+                       temperature: float, precision: str, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probs of the response tokens at a temperature, float32, and with `with_entropy` the entropies, nats, of the
+    distributions that they are drawn from (without gradient; else 0): [B, width] each.
+
+    The logits of a wide vocabulary are never there at once (`log_probs_at`).
+    """
+    log_probs, entropies = log_probs_and_entropy_at(model, *pack_responses(model, prompts, responses, pad_id),
+                                                    precision, temperature, with_entropy)
+    mask = response_mask(responses, width)
+    return on_grid(log_probs, mask), on_grid(entropies, mask) if with_entropy else torch.zeros_like(mask)
+
+
+def response_logits(model: PreTrainedModel, prompts: Prompts, responses: Responses, width: int, *, pad_id: int,
+                    temperature: float, precision: str) -> tuple[Tensor, Tensor]:
     """Log-probs of the response tokens at a temperature, float32 [B, width], and the logits that each response token
-    is drawn from, one response after the other [tokens, V]."""
+    is drawn from, one response after the other [tokens, V]: for what needs the whole distributions."""
     batch, token_indices = pack_responses(model, prompts, responses, pad_id)
     with autocast(precision):
         logits = logits_at(model, batch, token_indices)
@@ -59,12 +72,6 @@ def on_grid(values: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the entries where mask is 1."""
     return (values * mask).sum() / mask.sum()
-
-
-def entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Of softmax(logits / temperature), nats: [..., V] -> [...]."""
-    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def categorical_kl(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:

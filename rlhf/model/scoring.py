@@ -53,9 +53,9 @@ def score_store(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_
                 precision: str) -> "array[float]":
     """As score_sequences; an array of eight bytes a score."""
     scores = array("d", bytes(8 * len(sequences)))
-    for indices in pass_batches(lengths_of(sequences), SCORE_BATCH):
+    for indices, counts in distributed.equal_passes(model, pass_batches(lengths_of(sequences), SCORE_BATCH)):
         grid = score_groups(model, [[sequences[index]] for index in indices], pad_id, precision)
-        for index, value in zip(indices, grid[:, 0].tolist(), strict=True):
+        for index, value in zip(indices, grid[:, 0].tolist(), strict=True) if counts else ():
             scores[index] = value
     return scores
 

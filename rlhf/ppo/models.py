@@ -75,12 +75,16 @@ class PpoModels:
         for model in (self.policy, self.value):
             model.train(on and self.params.gradient_checkpointing)
 
-    def log_probs(self, model: PreTrainedModel, prompts: Prompts, responses: Responses, width: int
-                  ) -> tuple[Tensor, Tensor]:
-        """The policy's or the reference's log-probs of the response tokens at the sampling temperature [B, width], and
-        the logits that each response token is drawn from [tokens, V]."""
+    def log_probs(self, model: PreTrainedModel, prompts: Prompts, responses: Responses, width: int) -> Tensor:
+        """The policy's or the reference's log-probs of the response tokens at the sampling temperature: [B, width]."""
+        return self.log_probs_and_entropy(model, prompts, responses, width, with_entropy=False)[0]
+
+    def log_probs_and_entropy(self, model: PreTrainedModel, prompts: Prompts, responses: Responses, width: int,
+                              with_entropy: bool = True) -> tuple[Tensor, Tensor]:
+        """As `log_probs`, and the entropies of the distributions that the tokens are drawn from: [B, width] each."""
         return response_log_probs(model, prompts, responses, width, pad_id=self.codec.pad_id,
-                                  temperature=self.params.temperature, precision=self.params.precision)
+                                  temperature=self.params.temperature, precision=self.params.precision,
+                                  with_entropy=with_entropy)
 
     def values(self, prompts: Prompts, responses: Responses, width: int) -> Tensor:
         """Value of the state before each response token: [B, width]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.data.batching import length_batches
 from rlhf.model.device import device
-from rlhf.model.responses import entropy, masked_mean, on_grid, response_mask
+from rlhf.model.responses import masked_mean, on_grid, response_mask
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
 from rlhf.params import PpoParams
@@ -129,15 +129,15 @@ def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[li
         some, answers = [own_prompts[index] for index in batch], [responses[index] for index in batch]
         with torch.set_grad_enabled(keep):
             models.train_mode(keep)
-            log_probs, logits = models.log_probs(models.policy, some, answers, width)
+            log_probs, entropies = models.log_probs_and_entropy(models.policy, some, answers, width)
             values = models.values(some, answers, width)
         models.train_mode(False)
         if keep:
             reusable.keep([rows[index] for index in batch], log_probs, values)
         grid["log_probs"][batch], grid["values"][batch] = log_probs.detach(), values.detach()
-        grid["entropy"][batch] = on_grid(entropy(logits, params.temperature), response_mask(answers, width))
+        grid["entropy"][batch] = entropies
         with models.as_reference() as reference:
-            grid["ref_log_probs"][batch], _ = models.log_probs(reference, some, answers, width)
+            grid["ref_log_probs"][batch] = models.log_probs(reference, some, answers, width)
     scores = torch.tensor(score_sequences(models.reward_model, sequences, models.codec.pad_id, params.precision),
                           device=device())
     ended = torch.tensor([response[-1] in models.codec.stop_ids for response in responses], device=device())

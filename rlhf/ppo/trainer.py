@@ -209,7 +209,7 @@ class Trainer:
             reusable = rollouts.reusable.take(batch, width)  # log-probs and values, or None
             loss, ratio = torch.zeros_like(tokens), torch.ones_like(mask)
             if train_policy:
-                log_probs = reusable[0] if reusable else models.log_probs(models.policy, prompts, responses, width)[0]
+                log_probs = reusable[0] if reusable else models.log_probs(models.policy, prompts, responses, width)
                 losses, ratio = policy_loss(log_probs, old, advantages[batch, :width], params.clip)
                 loss = (losses * mask).sum() / tokens
                 distributed.backward(models.policy, loss)

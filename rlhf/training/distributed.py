@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.files import leave_writing_to_main
+from rlhf.training.settings import number
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-WAIT_HOURS = 4  # timeout of a collective operation
+WAIT_HOURS = 4.0  # timeout of a collective operation: the main process may measure meanwhile
 PEER_SECONDS = 10.0  # until a process whose connection is closed has ended
 PEER_GONE = re.compile(r"(closed|reset) by peer|broken pipe|remote process exited", re.I)  # as gloo and NCCL say it
 BUCKET = 2**24  # gradient entries per all-reduce
@@ -51,15 +52,22 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def patience() -> timedelta:
+    """How long a process waits for the others in a collective operation, then it ends: INSTRUCTFLOW_COLLECTIVE_HOURS.
+    Raises UserError where that is no number."""
+    return timedelta(hours=number("INSTRUCTFLOW_COLLECTIVE_HOURS", WAIT_HOURS, 0.001))
+
+
 def join() -> None:
     """Initialises the process group that torchrun started; does nothing without torchrun or when called again."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])),
+                                timeout=patience())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience())
     if not is_main():
         leave_writing_to_main()
 
@@ -76,9 +84,9 @@ def fork(count: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     own_rank = 0
-    for number in range(1, count):
+    for place in range(1, count):
         if (pid := os.fork()) == 0:
-            own_rank = number
+            own_rank = place
             break
         _forks.pids.append(pid)
     _forks.reading = reading
@@ -86,7 +94,7 @@ def fork(count: int) -> None:
         store = dist.TCPStore("127.0.0.1", store.port, count, is_master=False)
         leave_writing_to_main()
     dist.init_process_group("gloo", store=store, rank=own_rank, world_size=count,
-                            timeout=timedelta(hours=WAIT_HOURS))
+                            timeout=patience())
 
 
 @dataclass
@@ -150,6 +158,17 @@ def share_passes(model: nn.Module, batches: Sequence[Item]) -> Sequence[Item]:
     A sharded model needs all processes in every forward pass, so there each process takes all batches.
     """
     return batches if sharded(model) else share(batches)
+
+
+def equal_passes(model: nn.Module, batches: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+    """This process's batches, each with whether its result counts.
+
+    A sharded model needs all processes in every forward pass: those with fewer batches repeat their last one, whose
+    result does not count again. Each process must have a batch.
+    """
+    most = max(all_gather(len(batches))) if sharded(model) else len(batches)
+    for place in range(most):
+        yield batches[min(place, len(batches) - 1)], place < len(batches)
 
 
 def all_reduce(values: Mapping[str, float]) -> dict[str, float]:

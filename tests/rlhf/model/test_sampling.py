@@ -209,7 +209,7 @@ def test_log_probs_of_samples_are_those_of_a_plain_pass(make_trainer: Callable[.
     trainer = make_trainer(architecture, temperature=0.6)
     responses = sample_responses(trainer.models.policy, prompts, trainer.sampling, noise())
     with torch.no_grad():
-        found = trainer.models.log_probs(trainer.models.policy, prompts, responses, 8)[0]
+        found = trainer.models.log_probs(trainer.models.policy, prompts, responses, 8)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             logits = trainer.models.policy(torch.tensor([prompt + response])).logits[0].double().numpy() / 0.6
             for place, token in enumerate(response):

@@ -12,7 +12,8 @@ from rlhf.fast.decoder import decoder_for
 from rlhf.model.chat_format import load_codec
 from rlhf.model.forward import log_probs_at, next_token_logits, pack
 from rlhf.model.load import load_policy, save_model
-from rlhf.model.responses import categorical_kl, entropy, response_log_probs
+from rlhf.model.log_probs import entropy
+from rlhf.model.responses import categorical_kl, response_logits
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.vocabulary import NEVER, describe, untrained_ids
 from rlhf.params import PretrainParams
@@ -58,8 +59,8 @@ def test_rows_that_nobody_trained_have_probability_0_in_every_pass(base: tuple[P
         responses = sample_responses(policy, prompts, sampling, generator(1, "test"))
         assert not set(dead) & {index for response in responses for index in response}
     with torch.no_grad():
-        log_probs, logits = response_log_probs(policy, prompts, responses, 24, pad_id=codec.pad_id, temperature=1.0,
-                                               precision="fp32")
+        log_probs, logits = response_logits(policy, prompts, responses, 24, pad_id=codec.pad_id, temperature=1.0,
+                                            precision="fp32")
         assert float(logits.softmax(dim=-1)[:, dead].max()) == 0
         decoder = decoder_for(policy, "fp32")
         assert decoder is not None

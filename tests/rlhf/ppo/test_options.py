@@ -180,13 +180,13 @@ def test_lora_trains_adapters_alone_and_the_reference_is_the_policy_without_them
     prompts = trainer.models.codec.prompts(prompt_texts)
     rollouts = trainer.respond(prompts, 9)
     with torch.no_grad():
-        expected, _ = untouched.models.log_probs(untouched.models.policy, prompts, rollouts.responses,
+        expected = untouched.models.log_probs(untouched.models.policy, prompts, rollouts.responses,
                                                  rollouts.mask.shape[1])
     torch.testing.assert_close(rollouts.ref_log_probs, expected * rollouts.mask, rtol=0, atol=1e-5)
     trainer.save(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        ours = untouched.models.log_probs(merged, prompts, rollouts.responses, rollouts.mask.shape[1])[0]
+        ours = untouched.models.log_probs(merged, prompts, rollouts.responses, rollouts.mask.shape[1])
     torch.testing.assert_close(ours * rollouts.mask, rollouts.log_probs, rtol=0, atol=1e-4)
     assert not list(tmp_path.glob("adapter*"))
 

@@ -90,7 +90,7 @@ def test_the_first_iteration_has_no_kl_and_its_first_ratio_is_one(make_trainer: 
     trainer = make_trainer(architecture, minibatch_size=8, micro_batch_size=3)
     rollouts = rolled_out(trainer, prompt_texts)
     assert (rollouts.log_probs - rollouts.ref_log_probs).abs().max().item() == 0
-    again, _ = trainer.models.log_probs(trainer.models.policy, rollouts.prompts, rollouts.responses,
+    again = trainer.models.log_probs(trainer.models.policy, rollouts.prompts, rollouts.responses,
                                         rollouts.mask.shape[1])
     assert (((again - rollouts.log_probs).exp() - 1) * rollouts.mask).abs().max().item() < 1e-5
     values = trainer.learn(rollouts, 0)

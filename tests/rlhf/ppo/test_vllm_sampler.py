@@ -142,7 +142,7 @@ def test_it_has_the_policys_weights_before_it_samples(make_trainer: Make, archit
         assert all(torch.equal(value, before[name]) for name, value in trainer.models.policy.state_dict().items())
         with torch.no_grad():
             width = rollouts.mask.shape[1]
-            theirs = trainer.models.log_probs(fake.model, prompts, rollouts.responses, width)[0]
+            theirs = trainer.models.log_probs(fake.model, prompts, rollouts.responses, width)
         torch.testing.assert_close(theirs, rollouts.log_probs, rtol=0, atol=1e-4)
         assert not Path(fake.asked[0][1]["kwargs"]["weights_path"]).exists()  # it was for that only
         values = trainer.learn(rollouts, iteration)

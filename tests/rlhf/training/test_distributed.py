@@ -50,6 +50,18 @@ class Train:
     def policy(self) -> Path:
         return self.folders[self.architecture][0]
 
+    def scored(self, folder: Path, **task: Any) -> dict[str, float]:
+        """What `train_in_processes.score` found."""
+        self.run({"stage": "score", "folder": str(folder), "scorer": str(self.folders[self.architecture][1]),
+                  "params": {"shard": True}, **task})
+        return dict(json.loads((folder / "metrics.json").read_text()))
+
+    def run(self, task: dict[str, Any], launcher: tuple[str, ...] = ()) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, *(launcher or ("-m",)), "tests.rlhf.training.train_in_processes", json.dumps(task)]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+
     def __call__(self, stage: str, folder: Path, launcher: tuple[str, ...] = (), processes: int = 1,
                  stop_after: int | None = None, **changes: Any) -> Result | None:
         policy, scorer = self.folders[self.architecture]
@@ -59,10 +71,7 @@ class Train:
         if stop_after is not None:
             task["stop_after"] = stop_after
         folder.mkdir(exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, *(launcher or ("-m",)), "tests.rlhf.training.train_in_processes", json.dumps(task)]
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
+        self.run(task, launcher)
         if stop_after is not None:
             assert not (folder / "model").exists()
             return None
@@ -119,6 +128,23 @@ def test_reused_forward_passes_in_two_processes_change_nothing(train: Train, alo
     """Each process reuses one of the two micro-batches of the first update."""
     two = train("ppo", tmp_path / "two", processes=2, shard=shard, reuse_forward_passes=1)
     assert_same(alone["ppo"], two, train.policy)
+
+
+def test_processes_that_need_different_numbers_of_passes_make_as_many(train: Train, tmp_path: Path) -> None:
+    """A sharded reward model needs all processes in each of its passes: one with shorter responses, which fit into
+    fewer passes, left the other waiting for ever."""
+    metrics = train.scored(tmp_path, processes=2, pass_tokens=40)
+    assert metrics["difference"] < 1e-5
+    assert metrics["own"] < metrics["others"] == metrics["all"]
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["unsharded", "sharded"])
+def test_weights_are_chosen_by_the_reward_model_s_score_in_several_processes(train: Train, shard: bool, tmp_path: Path
+                                                                              ) -> None:
+    scorer = str(train.folders[train.architecture][1])
+    one, two = (train("sft", tmp_path / str(processes), processes=processes, shard=shard and processes > 1,
+                      checkpoint="rm_score", reward_model=scorer) for processes in (1, 2))
+    assert_same(one, two, train.policy)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,18 +3,23 @@
     python -m tests.rlhf.training.train_in_processes '{...}'
 
 The JSON has stage, policy and scorer (folders), rows, folder, params of the stage, and may have processes (number to
-fork) and stop_after (a step after which the last process behaves as if it had received SIGTERM).
+fork), stop_after (a step after which the last process behaves as if it had received SIGTERM) and pass_tokens (how many
+padded tokens a pass of the reward model has at most).
 """
 
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import rlhf.model.scoring
 from rlhf.errors import Interrupted
+from rlhf.model.load import load_scorer
+from rlhf.model.scoring import score_sequences
 from rlhf.params import PpoParams, RmParams, SftParams
 from rlhf.ppo.run import train_ppo
 from rlhf.reward_model import train_reward_model
@@ -50,6 +55,8 @@ def record_shard_sizes(counts: list[tuple[int, int]]) -> None:
 
 
 def train(task: dict[str, Any]) -> dict[str, float]:
+    if task["stage"] == "score":
+        return score(Path(task["scorer"]))
     folder, policy, rows, params = Path(task["folder"]), Path(task["policy"]), task["rows"], task["params"]
     if task["stage"] == "sft":
         return sft(SftParams(**params), rows, policy, SEED, folder, Path(task["corpus"]))
@@ -60,12 +67,38 @@ def train(task: dict[str, Any]) -> dict[str, float]:
                      corpus=Path(task["corpus"]))
 
 
+def score(folder: Path) -> dict[str, float]:
+    """Scores sequences that are longer in each next process, by a whole reward model and by a sharded one; returns the
+    largest difference and the number of passes that the first process made for itself."""
+    model = load_scorer(folder)
+    mine = [[7] * length for length in range(3 + 8 * distributed.rank(), 9 + 8 * distributed.rank())]
+    whole = score_sequences(model, mine, 0, "fp32")
+    distributed.shard(model)
+    counted: list[bool] = []
+    original = distributed.equal_passes
+
+    def equal_passes(*arguments: Any) -> Any:
+        for batch, counts in original(*arguments):
+            counted.append(counts)
+            yield batch, counts
+
+    setattr(distributed, "equal_passes", equal_passes)  # noqa: B010
+    again = score_sequences(model, mine, 0, "fp32")
+    found = distributed.all_gather((max(abs(a - b) for a, b in zip(whole, again, strict=True)), counted))
+    first, last = found[0][1], found[-1][1]
+    return {"difference": max(item for item, _ in found), "own": float(sum(first)), "all": float(len(first)),
+            "others": float(sum(last))}
+
+
 def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     if task.get("processes", 1) > 1:
         distributed.fork(task["processes"])
     distributed.join()
+    if "pass_tokens" in task:
+        few = partial(rlhf.model.scoring.pass_batches, max_tokens=task["pass_tokens"])
+        setattr(rlhf.model.scoring, "pass_batches", few)  # noqa: B010
     if "stop_after" in task:
         stop_after(task["stop_after"])
     counts: list[tuple[int, int]] = []
@@ -75,7 +108,7 @@ def main() -> None:
     except Interrupted:
         metrics = {}
     if task["params"].get("shard") and distributed.size() > 1:
-        assert len(counts) == (4 if task["stage"] == "ppo" else 1)
+        assert len(counts) == {"ppo": 4}.get(task["stage"], 1)
         assert all(here < 0.6 * total for total, here in counts)
     if distributed.is_main():
         (Path(task["folder"]) / "metrics.json").write_text(json.dumps(metrics))
