@@ -31,6 +31,7 @@ from rlhf.training.seeding import generator, seed_everything
 LEAST_DOCUMENTS = 100
 LONGEST_ROW = 2048  # tokens of a pretraining row where the parameters ask for the model's context [InstructGPT App. C]
 LEAST_ROWS = 16
+ROWS_OF = 64  # a vocabulary that a PAD row is added to becomes a multiple of this: matrix units are fast with it
 CHECKS = 10  # times that the loss on held-out documents is measured while training
 
 
@@ -177,13 +178,20 @@ def take_base_model(params: PretrainParams, folder: Path) -> dict[str, float]:
     for line in filter(None, named):
         if is_writer():
             print(line, flush=True)
+    narrow = exact_in_bfloat16(model)
     if tokenizer.pad_token_id >= known:
-        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+        rows = -(-(tokenizer.pad_token_id + 1) // ROWS_OF) * ROWS_OF
+        model.resize_token_embeddings(rows, mean_resizing=False)
         with torch.no_grad():  # as transformers does, but without its random part
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.weight[known:] = layer.weight[:known].mean(dim=0)
     model.config.pad_token_id = tokenizer.pad_token_id
     parameters = model.num_parameters()
     describe(model, tokenizer, codec.stop_ids)
-    save_model(model, tokenizer, folder / "model")
+    save_model(model.to(torch.bfloat16) if narrow else model, tokenizer, folder / "model")
     return {"pretrain/parameters": parameters}
+
+
+def exact_in_bfloat16(model: PreTrainedModel) -> bool:
+    """Whether no weight loses anything in bfloat16: the model was published in it, and is saved in it again."""
+    return all(torch.equal(value, value.to(torch.bfloat16).to(value.dtype)) for value in model.parameters())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf.fast.decoder import decoder_for
@@ -20,6 +21,7 @@ from rlhf.params import PretrainParams
 from rlhf.pretrain import take_base_model
 from rlhf.training.seeding import generator
 from tests.rlhf.model.families import FAMILIES, build
+from tests.tiny_model import write_model
 
 PADDED = 7  # rows beyond the tokenizer's
 
@@ -142,3 +144,26 @@ def test_every_family_s_model_is_made_ready(name: str, tmp_path: Path) -> None:
     sampling = Sampling(12, codec.stop_ids, codec.pad_id, 0.0)
     assert sample_responses(policy, ids.tolist(), sampling, generator(1, "test")) == [out]
     assert not set(policy.generation_config.suppress_tokens) & set(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_base_is_saved_in_the_precision_that_it_was_published_in(kind: str, dtype: torch.dtype, tmp_path: Path
+                                                                   ) -> None:
+    """A bfloat16 model took twice its room; a PAD row that it needs makes its vocabulary a multiple of 64."""
+    given = write_model(tmp_path / "given", kind)
+    AutoModelForCausalLM.from_pretrained(given, dtype=dtype).save_pretrained(given)
+    take_base_model(PretrainParams(base_model=str(given)), tmp_path / "made")
+    with safe_open(tmp_path / "made" / "model" / "model.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {value.dtype for value in saved.values()} == {dtype}
+    original, base = load_policy(given), load_policy(tmp_path / "made" / "model")
+    rows = original.get_input_embeddings().num_embeddings
+    assert base.config.vocab_size == base.get_output_embeddings().weight.shape[0] == -(-(rows + 1) // 64) * 64
+    for name, value in original.state_dict().items():
+        assert torch.equal(base.state_dict()[name][:len(value)], value), name
+    prompt = torch.arange(2, 20).view(2, 9)
+    with torch.no_grad():
+        logits = base(prompt).logits
+        assert torch.equal(logits[..., :rows], original(prompt).logits)
+        assert float(logits.softmax(-1)[..., rows:].max()) == 0
