@@ -160,3 +160,21 @@ def test_the_japanese_pages_have_the_commands_of_the_english_ones(name: str) -> 
               for page in (REPO / "docs" / "ja" / name, english)]
     assert blocks[0]
     assert blocks[0] == blocks[1][:len(blocks[0])]
+
+
+# What this project once called things that have a name in the field, which is what readers of docs and logs know.
+PRIVATE_WORDS = re.compile(r"\b(mirror(s|ed|ing)?|kept_passes|roll_out|lay_out|leftover|turned together|asked where|"
+                           r"looked at its rollouts|line of the run|the line's (stages|parameters))\b", re.IGNORECASE)
+
+
+def test_docs_logs_and_errors_have_the_fields_words() -> None:
+    """docs/operations.md keeps a table of old names, README's tree says that tests mirror it."""
+    for page in [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]:
+        text = page.read_text(encoding="utf-8").partition("## Modules and names that have moved")[0]
+        found = [item[0] for item in PRIVATE_WORDS.finditer(text.replace("mirrors the tree", ""))]
+        assert not found, f"{page.relative_to(REPO)}: {found}"
+    for folder in ("infra", "flows", "tasks", "mlops", "rlhf"):
+        for file in sorted((REPO / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                    assert not PRIVATE_WORDS.search(node.value), f"{file.relative_to(REPO)}: {node.value}"
