@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -66,9 +67,10 @@ class Summary:
         console.print(table)
         titles, models = self.models
         if models:
-            compared = Table("model", *titles, caption=NOTE)
+            compared = Table("model", *titles, caption=NOTE.replace("In brackets", "Below"), box=box.SIMPLE_HEAD,
+                             padding=(0, 1, 0, 0))
             for cells in models:
-                compared.add_row(*(cell.replace(" (", "\n(") for cell in cells))
+                compared.add_row(*map(on_two_lines, cells))
             console.print(compared)
         for what, where in self.links:
             console.print(f"{what:<12} {where}", soft_wrap=True, markup=False)
@@ -86,6 +88,15 @@ class Summary:
         lines += ["", *(f"- {what}: <{where}>" if where.startswith("http") else f"- {what}: `{where}`"
                         for what, where in self.links), *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
+
+
+def on_two_lines(cell: str) -> str:
+    """A number and below it its interval, which no table breaks: "62.4 % (61.3 % to 63.5 %)" as 62.4 % and 61.3…63.5 %.
+    """
+    value, _, interval = cell.partition(" (")
+    low, to, high = interval.removesuffix(")").partition(" to ")
+    shown = f"{value}\n{low.removesuffix('%').rstrip().lstrip('+')}…{high.lstrip('+')}"
+    return shown.replace(" ", "\N{NO-BREAK SPACE}") if to else cell
 
 
 def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:

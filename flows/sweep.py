@@ -35,7 +35,7 @@ from flows.artifacts import best_effort
 from flows.execution import check_params, run_to_end
 from flows.parameters import BetaRule, KlGoal, ProfileName, PtxCoef, Seed, assigned_lists
 from flows.pipeline import NotPromoted, changes_of, mlflow_address, pipeline
-from flows.summary import Summary
+from flows.summary import WIDTH, Summary
 from flows.workspaces import FOLDER
 from mlops import program
 from mlops.config.loader import load_params
@@ -190,7 +190,9 @@ def main() -> None:
     result = run_to_end(partial(run_sweep, parameters))
     if not isinstance(result, list):
         raise result
-    show(result, Console(highlight=False))
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    show(result, console)
     if errors := [row["error"] for row in result if "error" in row]:
         print(f"{len(errors)} of {len(result)} runs failed", file=sys.stderr)
         raise SystemExit(1)
