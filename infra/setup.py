@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,13 +33,15 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterName,
     FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -125,6 +127,23 @@ async def take_up(client: PrefectClient) -> list[str]:
         if limit.active_slots:
             await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))
     return [run.name for run in stopped if run.state_type != StateType.CANCELLING]
+
+
+async def forget_missed(client: PrefectClient) -> int:
+    """Of the runs of a schedule that were due while the servers were stopped, the last one is done now and the others
+    never: a schedule of every two minutes had dozens, which kept Prefect's database locked for minutes. Returns how
+    many were deleted."""
+    now: Any = datetime.now(UTC)  # Prefect's type of it is an alias
+    due = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                        expected_start_time=FlowRunFilterExpectedStartTime(before_=now))
+    missed: dict[UUID, list[FlowRun]] = {}
+    for run in await client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC):
+        if run.auto_scheduled and run.deployment_id and run.run_count == 0:
+            missed.setdefault(run.deployment_id, []).append(run)
+    earlier = [run.id for runs in missed.values() for run in runs[1:]]
+    for run_id in earlier:
+        await client.delete_flow_run(run_id)
+    return len(earlier)
 
 
 async def _pools(client: PrefectClient) -> None:
@@ -285,6 +304,9 @@ async def _set_up(workers_stopped: bool, root: Path, reset: Sequence[str]) -> di
         if workers_stopped:
             for name in await take_up(client):
                 print(f"setup: {name} goes on from its checkpoint")
+            if missed := await forget_missed(client):
+                print(f"setup: {missed} runs of schedules were due while the servers were stopped and are left out; "
+                      "of each schedule the last one runs now")
     return content
 
 

@@ -153,9 +153,7 @@ def test_runs_that_did_not_end_well_say_so_in_both_pages(pages: Pages) -> None:
     menu = wait(lambda: browser.find_elements("css selector", ".p-icon-button-menu button"), "the run's menu")[0]
     browser.execute_script("arguments[0].click()", menu)
     browser.execute_script("arguments[0].click()", button(browser, "Cancel"))
-    wait(lambda: shows(browser, "Cancel Flow Run"), "the question")
-    confirm = browser.find_elements("css selector", ".p-modal button.p-button--danger, .p-modal .p-button--primary")[-1]
-    browser.execute_script("arguments[0].click()", confirm)
+    browser.execute_script("arguments[0].click()", button(browser, "Confirm"))
     ended_in_both(cancelled, "Cancelled", "KILLED", "Killed")
 
     killed = pages.begin("smoke", profile="smoke", seed=6)

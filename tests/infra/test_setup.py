@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitUpdate,
     WorkPoolUpdate,
 )
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events.schemas.automations import EventTrigger
 
@@ -31,8 +33,8 @@ SILENT, CRASHED = (f"instructflow: take up {kind} runs again" for kind in ("sile
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A Prefect server: its address and its home."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -40,7 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     prefect = str(Path(sys.executable).with_name("prefect"))
     with (home / "log").open("wb") as log:
-        server = subprocess.Popen([prefect, "server", "start", "--port", str(port)], env=environment, stdout=log,
+        process = subprocess.Popen([prefect, "server", "start", "--port", str(port)], env=environment, stdout=log,
                                   stderr=log)
     found = f"http://127.0.0.1:{port}/api"
     while True:
@@ -48,11 +50,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             urllib.request.urlopen(f"{found}/health", timeout=5).close()
             break
         except OSError:
-            assert server.poll() is None, (home / "log").read_text()
+            assert process.poll() is None, (home / "log").read_text()
             time.sleep(0.2)
-    yield found
-    server.terminate()
-    server.wait()
+    yield found, home
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(server: tuple[str, Path]) -> str:
+    return server[0]
 
 
 def set_up(url: str, *arguments: str) -> list[str]:
@@ -158,3 +165,28 @@ def test_a_new_entry_is_as_prefect_yaml_says(url: str) -> None:
                                  "schedules": [{"cron": "0 2 * * *", "active": False}]}, ask(url, nightly))
     assert (kept["entrypoint"], kept["parameters"], "schedules" in kept) == ("new.py:flow", {"profile": "cpu"}, False)
     assert differences == ["parameters profile = cpu (prefect.yaml: profile = gpu)"]
+
+
+def test_of_the_runs_missed_while_the_servers_were_stopped_the_last_one_is_done(server: tuple[str, Path]) -> None:
+    """A night of two-minute runs, all due at once, kept the database locked for minutes."""
+    url, home = server
+    set_up(url)
+
+    async def scheduled(client: PrefectClient) -> list[Any]:
+        wake = await client.read_deployment_by_name("wake-rounds/wake")
+        runs = await client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[wake.id])))
+        return sorted((run.expected_start_time, run.id) for run in runs if run.auto_scheduled)
+
+    while len(ask(url, scheduled)) < 5:  # Prefect's scheduler makes some ahead
+        time.sleep(0.5)
+    planned = ask(url, scheduled)
+    with sqlite3.connect(home / "prefect.db", timeout=60) as database:
+        for _, run in planned[:4]:
+            day_before = "strftime('%Y-%m-%d %H:%M:%f000', expected_start_time, '-1 day')"
+            changed = database.execute(f"UPDATE flow_run SET expected_start_time = {day_before}, "
+                                       f"next_scheduled_start_time = {day_before} WHERE id = ?", (str(run),))
+            assert changed.rowcount == 1
+    assert any(line.startswith("setup: 3 runs of schedules") for line in set_up(url, "--workers-stopped"))
+    kept = {run for _, run in ask(url, scheduled)}
+    assert [run in kept for _, run in planned[:4]] == [False, False, False, True]
+    assert not any("left out" in line for line in set_up(url, "--workers-stopped"))
