@@ -46,6 +46,7 @@ from mlops.config.arms import write_arms
 from mlops.config.inputs import link_all
 from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, load_params, load_profile
 from mlops.config.stage_graph import pipeline_stages
+from mlops.tracking.upload_record import flow_of
 from mlops.tracking.uploader import check_variables, wait_until_uploaded
 from rlhf.errors import UserError
 
@@ -147,13 +148,14 @@ async def run_stages(root: Path, run_name: str, stage_hours: float | None = None
     results = []
     link_all(load_params(root), root)  # a missing file is better said now than after hours
     stages = pipeline_stages(root)
-    for stage in stages[: stages.index(last) + 1 if last else None]:
-        before = findings_of(root)
-        try:
-            results.append(await run_stage_of(stage, root, run_name, stage_hours, gpu_workers))
-        finally:
-            if stage == "validate":
-                await show_findings(root, before)
+    with flow_of(root, run_name):
+        for stage in stages[: stages.index(last) + 1 if last else None]:
+            before = findings_of(root)
+            try:
+                results.append(await run_stage_of(stage, root, run_name, stage_hours, gpu_workers))
+            finally:
+                if stage == "validate":
+                    await show_findings(root, before)
     return results
 
 

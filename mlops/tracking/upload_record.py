@@ -19,8 +19,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +34,7 @@ FAILED_NOTE = "failed.json"  # of a stage that ended with an error (tasks/stage.
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # MLflow's states of a run
 RECORD, OLD_RECORD = "upload.json", "mirror.json"  # the latter as older code called it
 OPEN, DONE = "open", "done"
+UNFINISHED = Path("scratch") / "unfinished.json"  # runs whose flow has begun and not ended
 POINTS_PER_CALL = 1000  # MLflow's limit for log_batch
 
 Mark = tuple[int, int, int] | None  # mtime in ns, size, inode; None if the file is absent
@@ -292,10 +293,25 @@ def _record_for(snapshot: Snapshot, folder: Path, root: Path, tracker: Tracker) 
     return record
 
 
+def unfinished(root: Path) -> set[str]:
+    """The names of the runs whose flow has begun and has not come to its end."""
+    return set((read_json(root / UNFINISHED) or {}).get("runs", []))
+
+
+@contextmanager
+def flow_of(root: Path, run_name: str) -> Iterator[None]:
+    """While a flow runs the stages of a run in `root`, whose lock it holds. A run that is cut short between two stages
+    is known by what stays here: no stage of its was stopped."""
+    write_json(root / UNFINISHED, {"runs": sorted({*unfinished(root), run_name})})
+    yield
+    write_json(root / UNFINISHED, {"runs": sorted(unfinished(root) - {run_name})})
+
+
 def end_stopped(root: Path, tracker: Tracker) -> None:
     """Ends the runs of stages that ended without done.json, and the parent runs whose stages have all ended. Call it
     where no stage and no flow lives."""
     last: dict[str, dict[str, str]] = {}  # parent run: stage: how it ended last
+    names, cut_short = dict[str, str](), unfinished(root)
     for folder in scratch_folders(root):
         run, record = read_run(folder), Record.load(folder)
         if run is None or record is None or not record.run_id:
@@ -307,9 +323,13 @@ def end_stopped(root: Path, tracker: Tracker) -> None:
                         if failure is None else str(failure.get("message")))
             record.save(folder)
         last.setdefault(record.parent_run_id, {})[run["stage"]] = record.ended or FINISHED
+        names[record.parent_run_id] = record.run_name
     for parent, ends in last.items():
         status = next((status for status in (FAILED, KILLED) if status in ends.values()), FINISHED)
         stopped = [stage for stage, end in ends.items() if end == status]
+        if status == FINISHED and names[parent] in cut_short:
+            tracker.end(parent, KILLED, "cancelled, stopped or killed between two stages")
+            continue
         tracker.end(parent, status, "" if status == FINISHED else f"stage {', '.join(stopped)}: {status.lower()}")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mlops.tracking import uploader
 from mlops.tracking.locks import OLD_UPLOADER, take_lock
 from mlops.tracking.mlflow_client import EXPERIMENT, MlflowTracker
 from mlops.tracking.parent_run import child_name
-from mlops.tracking.upload_record import OLD_RECORD, RECORD
+from mlops.tracking.upload_record import OLD_RECORD, RECORD, flow_of, unfinished
 from mlops.tracking.uploader import Follower, ensure_uploader, wait_until_uploaded
 from rlhf.errors import UserError
 from rlhf.files import write_json
@@ -259,6 +260,24 @@ def test_a_run_of_some_stages_is_finished_when_nothing_goes_on(root: Path) -> No
     sweep(root)
     Follower(root, MlflowTracker(root)).end_stopped()
     assert ends(root, "brave-otter", "rm") == [("FINISHED", ""), ("FINISHED", "")]
+
+
+@pytest.mark.parametrize(("cut_short", "end"), [(True, "KILLED"), (False, "FINISHED")])
+def test_a_run_cancelled_between_two_stages_is_no_finished_one(root: Path, cut_short: bool, end: str) -> None:
+    with suppress(KeyboardInterrupt), flow_of(root, "brave-otter"):
+        finish(root, start(root, "sft"))
+        sweep(root)
+        if cut_short:
+            raise KeyboardInterrupt
+    assert unfinished(root) == ({"brave-otter"} if cut_short else set())
+    Follower(root, MlflowTracker(root)).end_stopped()
+    assert [status for status, _ in ends(root, "brave-otter", "sft")] == [end, "FINISHED"]
+    with flow_of(root, "brave-otter"):  # it goes on, and ends
+        finish(root, start(root, "rm"))
+        sweep(root)
+    assert unfinished(root) == set()
+    Follower(root, MlflowTracker(root)).end_stopped()
+    assert ends(root, "brave-otter")[0][0] == "FINISHED"
 
 
 @pytest.mark.parametrize(("run_name", "name"), [
