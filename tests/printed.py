@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 FOLDERS = "build|data|docs|infra|inputs|metrics|mlartifacts|models|profiles|raw|reports|scratch"
 # A path from the root, from a folder above, or below one of the checkout's folders; not a part of a longer word.
-PATH = re.compile(rf"(?<![\w:/.~$<-])((?:\.\.)?/[\w.@=,+-]+(?:/[\w.@=,+-]+)*|(?:{FOLDERS})/[\w./@=,+-]+)")
+PATH = re.compile(rf"(?<![\w:/.~$<#-])((?:\.\.)?/[\w.@=,+-]+(?:/[\w.@=,+-]+)*|(?:{FOLDERS})/[\w./@=,+-]+)")
 LINK = re.compile(r"""(?:href|src)\s*=\s*["']([^"'#?]+)[^"']*["']""")
 
 
@@ -16,9 +16,9 @@ def paths_in(text: str) -> list[str]:
     return list(dict.fromkeys(found.rstrip(".,=") for found in PATH.findall(text)))
 
 
-def missing_paths(text: str, folder: Path) -> list[str]:
-    """Those that are not there, seen from `folder`."""
-    return [path for path in paths_in(text) if not (folder / path).exists()]
+def missing_paths(text: str, *folders: Path) -> list[str]:
+    """Those that are not there, seen from any of the folders."""
+    return [path for path in paths_in(text) if not any((folder / path).exists() for folder in folders)]
 
 
 def missing_links(page: Path) -> list[str]:

@@ -7,7 +7,8 @@ from tests.printed import missing_links, missing_paths, paths_in
 
 def test_paths_are_found_in_what_programs_print() -> None:
     text = ("report       /tmp/a b/reports/report.html\nwrote reports/compare.html, models/promoted.\n"
-            "see docs/tutorial.md; https://example.org/models/x; 3/4 of the rows; and/or; --data DIR/models/x; "
+            "see docs/tutorial.md; http://127.0.0.1:5000/#/models/x; https://example.org/models/x; 3/4 of the rows; "
+            "and/or; --data DIR/models/x; "
             "scratch/workspaces/team,kl_goal=0.5 has metrics/*.json: ../my-model")
     assert paths_in(text) == ["/tmp/a", "reports/compare.html", "models/promoted", "docs/tutorial.md",
                               "scratch/workspaces/team,kl_goal=0.5", "../my-model"]
