@@ -136,10 +136,11 @@ async def forget_missed(client: PrefectClient) -> int:
     now: Any = datetime.now(UTC)  # Prefect's type of it is an alias
     due = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
                         expected_start_time=FlowRunFilterExpectedStartTime(before_=now))
-    missed: dict[UUID, list[FlowRun]] = {}
+    missed: dict[tuple[UUID, str], list[FlowRun]] = {}  # a schedule may have parameters of its own
     for run in await client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC):
         if run.auto_scheduled and run.deployment_id and run.run_count == 0:
-            missed.setdefault(run.deployment_id, []).append(run)
+            parameters = json.dumps(run.parameters, sort_keys=True, default=str)
+            missed.setdefault((run.deployment_id, parameters), []).append(run)
     earlier = [run.id for runs in missed.values() for run in runs[1:]]
     for run_id in earlier:
         await client.delete_flow_run(run_id)

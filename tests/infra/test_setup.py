@@ -177,11 +177,13 @@ def test_of_the_runs_missed_while_the_servers_were_stopped_the_last_one_is_done(
         runs = await client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[wake.id])))
         return sorted((run.expected_start_time, run.id) for run in runs if run.auto_scheduled)
 
-    while len(ask(url, scheduled)) < 5:  # Prefect's scheduler makes some ahead
+    while len(ask(url, scheduled)) < 6:  # Prefect's scheduler makes some ahead
         time.sleep(0.5)
     planned = ask(url, scheduled)
+    other = planned.pop(0)[1]  # of a schedule with a parameter of its own: it is the last of its kind
     with sqlite3.connect(home / "prefect.db", timeout=60) as database:
-        for _, run in planned[:4]:
+        database.execute("UPDATE flow_run SET parameters = ? WHERE id = ?", ('{"root": "elsewhere"}', str(other)))
+        for run in (other, *(run for _, run in planned[:4])):
             day_before = "strftime('%Y-%m-%d %H:%M:%f000', expected_start_time, '-1 day')"
             changed = database.execute(f"UPDATE flow_run SET expected_start_time = {day_before}, "
                                        f"next_scheduled_start_time = {day_before} WHERE id = ?", (str(run),))
@@ -189,4 +191,5 @@ def test_of_the_runs_missed_while_the_servers_were_stopped_the_last_one_is_done(
     assert any(line.startswith("setup: 3 runs of schedules") for line in set_up(url, "--workers-stopped"))
     kept = {run for _, run in ask(url, scheduled)}
     assert [run in kept for _, run in planned[:4]] == [False, False, False, True]
+    assert other in kept
     assert not any("left out" in line for line in set_up(url, "--workers-stopped"))
