@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flows.pipeline import pipeline
 from infra.serve_local import link
 from infra.servers import Servers
 from tests.infra.browsing import (
@@ -29,6 +30,7 @@ from tests.infra.browsing import (
 
 pytestmark = BROWSER
 RUN_SECONDS = 420  # two cores, nothing beside it: 90
+HELP = next(line for line in (pipeline.__doc__ or "").splitlines() if "beta_rule:" in line).split(":", 1)[1].strip()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_run_from_its_form_to_the_comparison(checkout: Path, browser: Any) -> 
     button(browser, "smoke").click()
     wait(lambda: "/deployment/" in browser.current_url, "the deployment's page")
     browser.get(browser.current_url.split("?")[0] + "/run")
-    wait(lambda: "How beta follows the KL." in text_of(browser), "the form with its help")
+    wait(lambda: HELP in text_of(browser), f"the form with its help: {HELP}")
     keep(browser, "form")
     browser.execute_script("arguments[0].click()", button(browser, "Submit"))
 
