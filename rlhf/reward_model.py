@@ -22,6 +22,7 @@ from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
 from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.load import (
+    Layout,
     check_length,
     load_policy,
     new_scorer,
@@ -125,7 +126,8 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     if not data.ids:
         raise UserError(f"data/rm.jsonl: no train row of at most rm.max_tokens = {params.max_tokens} tokens")
     anchors = demonstration_ids(codec, demonstrations, params, folder)
-    model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
+    model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"),
+                       Layout(shard=params.shard, precision=params.precision))
     check_length(model, params.max_tokens, "rm.max_tokens")
     distributed.check_divides(params.batch_size, "rm.batch_size")
     prepare_training(model, params)

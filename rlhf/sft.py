@@ -22,6 +22,7 @@ from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import (
+    Layout,
     check_length,
     context_of,
     load_policy,
@@ -136,7 +137,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     if left_out := train.left_out + valid.left_out:
         log.warning("sft.train_on = all_answers: %d earlier answers are read only, since the chat template gives them "
                     "another form or end than an answer of its own", left_out)
-    model = load_policy(base_folder)
+    model = load_policy(base_folder, Layout(shard=params.shard, precision=params.precision))
     check_length(model, params.max_tokens, "sft.max_tokens")
     if params.packing:
         check_packing(model)
@@ -223,8 +224,7 @@ def rm_score(model: PreTrainedModel, valid: Demonstrations, params: SftParams, c
     prompts = [ids[:length] for ids, length in first]
     room = max(1, params.max_tokens - max(map(len, prompts)))
     sampling = Sampling(room, codec.stop_ids, codec.pad_id, precision=params.precision)
-    with distributed.unsharded(model):
-        responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))
+    responses = sample_responses(model, prompts, sampling, generator(seed, "sft", "choice"))
     sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     scores = score_sequences(load_scorer(params.reward_model), sequences, codec.pad_id, params.precision)
     return sum(scores) / len(scores)

@@ -4,6 +4,7 @@ The same numbers as the Hugging Face model's own pass, up to rounding, in less t
 arithmetic costs more than the arithmetic. Other architectures are sampled by their own pass (rlhf/model/sampling.py).
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.training import distributed
 from rlhf.training.hardware import in_bf16
 
 Affine = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
@@ -54,8 +56,8 @@ class KVCache:
 
 
 class Decoder:
-    """Built from a model's weights as they are now; matrices are kept in bfloat16 where `in_bf16(precision)`, keys and
-    values too unless the steps run on a CPU and are not `compiled`."""
+    """Built from a model's weights as they are now, tensor by tensor where it is sharded. Matrices are kept in bfloat16
+    where `in_bf16(precision)`, keys and values too unless the steps run on a CPU and are not `compiled`."""
 
     def __init__(self, model: PreTrainedModel, precision: str, compiled: bool = False) -> None:
         config = model.config
@@ -66,11 +68,12 @@ class Decoder:
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         base = model.base_model
-        self.embed, self.rotary = model.get_input_embeddings(), getattr(base, "rotary_emb", None)
-        self.position_embeddings = None if self.rotary else base.wpe
+        self.embed, self.rotary = whole(model.get_input_embeddings()), getattr(base, "rotary_emb", None)
+        self.position_embeddings = None if self.rotary else whole(base.wpe)
         read = {"gpt_neox": self._neox, "gpt2": self._gpt2}.get(config.model_type, self._llama)
         self.blocks = [read(layer) for layer in (base.h if config.model_type == "gpt2" else base.layers)]
-        self.final = getattr(base, {"gpt_neox": "final_layer_norm", "gpt2": "ln_f"}.get(config.model_type, "norm"))
+        final = {"gpt_neox": "final_layer_norm", "gpt2": "ln_f"}.get(config.model_type, "norm")
+        self.final = whole(getattr(base, final))
         self.head = self._affine(model.get_output_embeddings())
 
     # --- weights ---------------------------------------------------------------------------------------------
@@ -78,30 +81,32 @@ class Decoder:
     def _affine(self, *modules: Any) -> Affine:
         """Weight and bias of modules one above the other, adapters merged."""
         weights = [weight_of(module) for module in modules]
-        biases = [getattr(module, "base_layer", module).bias for module in modules]
+        biases: list[Any] = [getattr(module, "base_layer", module).bias for module in modules]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        bias = None if biases[0] is None else torch.cat(biases) if len(biases) > 1 else biases[0]
+        bias = None if biases[0] is None else torch.cat([distributed.full_tensor(item) for item in biases])
         return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
 
     def _neox(self, layer: Any) -> Block:
         attention, mlp = layer.attention, layer.mlp
         weight, bias = self._affine(attention.query_key_value)
         order = torch.arange(len(weight), device=weight.device).view(self.heads, 3, -1).transpose(0, 1).flatten()
-        return Block(layer.input_layernorm, (weight[order], None if bias is None else bias[order]),
-                     self._affine(attention.dense), layer.post_attention_layernorm, self._affine(mlp.dense_h_to_4h),
+        return Block(whole(layer.input_layernorm), (weight[order], None if bias is None else bias[order]),
+                     self._affine(attention.dense), whole(layer.post_attention_layernorm),
+                     self._affine(mlp.dense_h_to_4h),
                      self._affine(mlp.dense_4h_to_h), mlp.act, False, bool(layer.use_parallel_residual),
                      attention.scaling)
 
     def _llama(self, layer: Any) -> Block:
         attention, mlp = layer.self_attn, layer.mlp
-        return Block(layer.input_layernorm, self._affine(attention.q_proj, attention.k_proj, attention.v_proj),
-                     self._affine(attention.o_proj), layer.post_attention_layernorm,
+        return Block(whole(layer.input_layernorm), self._affine(attention.q_proj, attention.k_proj, attention.v_proj),
+                     self._affine(attention.o_proj), whole(layer.post_attention_layernorm),
                      self._affine(mlp.gate_proj, mlp.up_proj), self._affine(mlp.down_proj), mlp.act_fn, True, False,
                      attention.scaling)
 
     def _gpt2(self, layer: Any) -> Block:
         attention, mlp = layer.attn, layer.mlp
-        return Block(layer.ln_1, self._affine(attention.c_attn), self._affine(attention.c_proj), layer.ln_2,
+        return Block(whole(layer.ln_1), self._affine(attention.c_attn), self._affine(attention.c_proj),
+                     whole(layer.ln_2),
                      self._affine(mlp.c_fc), self._affine(mlp.c_proj), mlp.act, False, False,
                      getattr(attention, "scaling", self.head_width**-0.5))
 
@@ -212,10 +217,21 @@ def rotate(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated if width == state.shape[-1] else torch.cat((rotated, state[..., width:].float()), dim=-1)
 
 
+def whole(module: Any) -> Any:
+    """A norm or an embedding with all its weights: itself, or of a sharded model a copy that holds them in float32."""
+    if not any(distributed.is_dtensor(item) for item in module.parameters()):
+        return module
+    copied = copy.copy(module)
+    copied._parameters = {name: None if item is None else
+                          torch.nn.Parameter(distributed.full_tensor(item.detach()).float(), requires_grad=False)
+                          for name, item in module._parameters.items()}
+    return copied
+
+
 def weight_of(module: Any) -> Tensor:
     """The weight [out, in] that a linear layer applies: active LoRA adapters added, GPT-2's layers transposed."""
     inner = getattr(module, "base_layer", module)
-    weight = inner.weight.detach()
+    weight = distributed.full_tensor(inner.weight.detach())
     if inner is not module and not module.disable_adapters:
         weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
     return weight.t() if type(inner).__name__ == "Conv1D" else weight

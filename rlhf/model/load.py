@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from rlhf.files import is_writer
 from rlhf.model.device import device
 from rlhf.model.folders import check_folder
 from rlhf.model.forward import prepare
+from rlhf.model.load_sharded import load_in_shards
+from rlhf.model.save_sharded import save_in_shards
 from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
@@ -30,10 +33,6 @@ from rlhf.training import distributed
 log = logging.getLogger(__name__)
 
 RESIDUAL_DROPOUTS = ("resid_dropout", "mlp.dropout", "post_attention_dropout", "post_mlp_dropout")
-
-
-
-
 
 
 def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -48,17 +47,40 @@ def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> Pre
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))).to(device())
 
 
-def _loading() -> dict[str, Any]:
-    """Arguments of every from_pretrained: float32 weights, no remote code, no pickle files (loading one can run code).
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies in memory: `dtype` of its weights; with `shard` split over the processes, where its passes have
+    `precision` (rlhf/training/distributed.py:shard)."""
 
-    On a CPU plain attention: at these lengths its backward pass is one and a half times as fast as the fused one.
-    """
-    attention = {} if device().type == "cuda" else {"attn_implementation": "eager"}
-    return {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True,
-            **attention}
+    dtype: torch.dtype = torch.float32
+    shard: bool = False
+    precision: str = "fp32"
 
 
-def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), **more: Any) -> PreTrainedModel:
+WHOLE = Layout()
+
+
+def _attention() -> dict[str, Any]:
+    """On a CPU plain attention: at these lengths its backward pass is one and a half times as fast as the fused one."""
+    return {} if device().type == "cuda" else {"attn_implementation": "eager"}
+
+
+def _read(kind: Any, folder: str | Path, new: frozenset[str], layout: Layout, **more: Any
+          ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(a model, what was missing, surplus, of another shape or not finite). No remote code, no pickle files (loading
+    one can run code)."""
+    splits = layout.shard and distributed.size() > 1
+    if splits and (found := load_in_shards(kind, folder, new, layout.dtype, layout.precision, _attention(), **more)):
+        return found
+    model, report = kind.from_pretrained(
+        str(folder), ignore_mismatched_sizes=True, dtype=layout.dtype, trust_remote_code=False, use_safetensors=True,
+        output_loading_info=True, **_attention(), **more)
+    report["not_finite"] = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+    return model, report
+
+
+def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), layout: Layout = WHOLE,
+          **more: Any) -> PreTrainedModel:
     """A model whose every tensor comes from the folder (or hub name), but for the `new` ones.
 
     transformers fills what is missing with random numbers and drops what is too much, with a warning. Raises UserError
@@ -67,7 +89,7 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), **mo
     """
     check_folder(folder)
     try:
-        model, report = kind.from_pretrained(str(folder), ignore_mismatched_sizes=True, **_loading(), **more)
+        model, report = _read(kind, folder, new, layout, **more)
     except Exception as error:  # whatever a foreign configuration makes transformers raise
         if disk_problem(error, Path(folder)):
             raise
@@ -84,10 +106,15 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), **mo
     dropped = sorted(report["unexpected_keys"])
     if beyond := [name for name in dropped if re.sub(r"\d+", "0", name) in shapes]:
         raise UserError(f"{folder}: {_named(beyond)} of blocks that config.json does not count: they would be dropped")
-    if broken := [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]:
+    if broken := report["not_finite"]:
         raise UserError(f"{folder}: {_named(broken)} not finite (NaN or infinity)")
     if dropped and kind is AutoModelForCausalLM:
         log.warning("%s: %s not used by %s", folder, _named(dropped), type(model).__name__)
+    if layout.shard and not distributed.sharded(model):
+        if distributed.size() > 1 and is_writer():
+            log.warning("%s: each process loads it whole before it is split: its tensors have other names than %s "
+                        "gives them", folder, type(model).__name__)
+        distributed.shard(model, layout.precision)
     return model
 
 
@@ -97,34 +124,35 @@ def _named(tensors: Sequence[str]) -> str:
     return f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''} ({', '.join(tensors[:3])}{more})"
 
 
-def load_policy(folder: str | Path) -> PreTrainedModel:
-    """A causal language model in float32, dropout off, the rows that nobody trained masked (rlhf/model/vocabulary.py).
+def load_policy(folder: str | Path, layout: Layout = WHOLE) -> PreTrainedModel:
+    """A causal language model, dropout off, the rows that nobody trained masked (rlhf/model/vocabulary.py).
 
     Raises UserError for a model that is not whole (`_load`).
     """
-    return mask_untrained(prepare(_load(AutoModelForCausalLM, folder)).to(device()).eval())
+    return mask_untrained(prepare(_load(AutoModelForCausalLM, folder, layout=layout)).to(device()).eval())
 
 
-def load_scorer(folder: str | Path, new_head: bool = False) -> PreTrainedModel:
-    """A reward or value model: backbone and one linear head, in float32, dropout off.
+def load_scorer(folder: str | Path, new_head: bool = False, layout: Layout = WHOLE) -> PreTrainedModel:
+    """A reward or value model: backbone and one linear head, dropout off.
 
     Raises UserError for a model that is not whole (`_load`); with `new_head` the head may be missing.
     """
     model = _load(AutoModelForSequenceClassification, folder, frozenset({"score.weight"} if new_head else ()),
-                  num_labels=1)
+                  layout, num_labels=1)
     if getattr(model.config, "score_shift", 0.0):
         _add_bias(model, model.config.score_shift)
     return prepare(model).to(device()).eval()
 
 
-def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) -> PreTrainedModel:
+def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator, layout: Layout = WHOLE
+               ) -> PreTrainedModel:
     """A reward model on a policy's backbone; the head starts at N(0, 1/(d+1)), without bias [Ziegler]."""
-    model = load_scorer(policy_folder, new_head=True)
+    model = load_scorer(policy_folder, new_head=True, layout=layout)
     model.config.pad_token_id = pad_id
     width = model.score.weight.shape[1]
     fresh = torch.randn(model.score.weight.shape, generator=seed) / math.sqrt(width + 1)
     with torch.no_grad():
-        model.score.weight.copy_(fresh)
+        model.score.weight.copy_(distributed.shard_like(fresh, model.score.weight))
     return model
 
 
@@ -136,13 +164,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     masks = {f"{name}.bias" for name, module in model.named_modules() if is_mask(module)}
     weights = {name: value for name, value in model.state_dict().items() if name not in {"score.bias", *masks}}
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    if distributed.sharded(model):  # gathered, tied weights are no longer one tensor: only the first name stays
-        weights = {name: distributed.full_tensor(value) for name, value in weights.items() if untie or name not in tied}
-    elif untie:
-        weights |= {name: weights[name].clone() for name in tied}
+    if distributed.sharded(model):
+        save_in_shards(model, {name: value for name, value in weights.items() if untie or name not in tied}, folder)
+    elif is_writer():
+        weights |= {name: weights[name].clone() for name in tied} if untie else {}
+        model.save_pretrained(folder, state_dict=weights)
     if not is_writer():
         return
-    model.save_pretrained(folder, state_dict=weights)
     if untie:
         config = copy.deepcopy(model.config)
         config.tie_word_embeddings = False
@@ -217,11 +245,9 @@ def save_memory(model: PreTrainedModel, on: bool) -> None:
 
 
 def prepare_training(model: PreTrainedModel, params: SftParams | RmParams) -> None:
-    """Training mode, with gradient checkpointing, torch.compile and sharding as the parameters say."""
+    """Training mode, with gradient checkpointing and torch.compile as the parameters say."""
     save_memory(model, params.gradient_checkpointing)
     compile_model(model, params.compile)
-    if params.shard:
-        distributed.shard(model)
     model.train()
 
 
@@ -234,19 +260,9 @@ def no_dropout(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0
 
 
-
-
-
-
 def compile_model(model: PreTrainedModel, on: bool) -> None:
     """torch.compile of the backbone, in place: names of weights stay as they are."""
     if on:
         model.base_model.compile(dynamic=True)
-
-
-
-
-
-
 
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.data.batching import length_batches, pad_left, pad_right
 from rlhf.fast.decoder import Decoder, KVCache, decoder_for
 from rlhf.model.device import autocast, device
+from rlhf.training import distributed
 from rlhf.training.settings import fast_enabled
 
 SHRINK_AT = 0.7  # the batch is cut to its unfinished rows when at most this share of it is left
@@ -54,10 +55,11 @@ def sample_responses(model: PreTrainedModel, prompts: Sequence[Sequence[int]], s
     if decoder is not None and prompts:
         return _ContinuousBatch(decoder, prompts, sampling, uniforms.to(device())).run()
     responses: list[list[int]] = [[] for _ in prompts]
-    for indices in length_batches([len(item) for item in prompts], sampling.batch_size, None):
-        sampled = _sample_batch(model, [prompts[index] for index in indices], sampling, uniforms[indices])
-        for index, response in zip(indices, sampled, strict=True):
-            responses[index] = response
+    with distributed.unsharded(model):
+        for indices in length_batches([len(item) for item in prompts], sampling.batch_size, None):
+            sampled = _sample_batch(model, [prompts[index] for index in indices], sampling, uniforms[indices])
+            for index, response in zip(indices, sampled, strict=True):
+                responses[index] = response
     return responses
 
 

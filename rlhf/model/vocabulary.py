@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.training import distributed
 
 NEVER = -1e9  # a logit; finite, so that probability 0 times its logarithm is 0
 TINY = 1e-3  # the largest share of its own probability that a sound model gives to such rows
@@ -41,7 +42,9 @@ def mask_untrained(model: PreTrainedModel) -> PreTrainedModel:
         return model
     if head.bias is not None and not is_mask(head):  # a bias of its own: it is saved with these entries
         with torch.no_grad():
-            head.bias[ids] = NEVER
+            whole = distributed.full_tensor(head.bias)
+            whole[ids] = NEVER
+            head.bias.copy_(distributed.shard_like(whole, head.bias))
         return model
     bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
     bias[ids] = NEVER

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.errors import UserError
 from rlhf.model.chat_format import load_codec
 from rlhf.model.load import (
+    Layout,
     check_length,
     compile_model,
     load_policy,
@@ -23,7 +24,6 @@ from rlhf.model.load import (
 from rlhf.model.lora import add_adapter
 from rlhf.model.responses import Prompts, Responses, response_log_probs, response_values
 from rlhf.params import PpoParams
-from rlhf.training import distributed
 from rlhf.training.seeding import generator
 
 
@@ -35,30 +35,28 @@ class PpoModels:
 
     def __init__(self, params: PpoParams, sft_folder: Path, rm_folder: Path, seed: int,
                  begin_with: Path | None = None) -> None:
+        if params.shard and params.lora_rank:
+            raise UserError("ppo.shard cannot be combined with ppo.lora_rank, whose adapters are small")
         self.params = params
+        layout = Layout(shard=params.shard, precision=params.precision)
         self.codec = load_codec(sft_folder)
         self.tokenizer = self.codec.tokenizer
-        self.policy = load_policy(begin_with or sft_folder)
+        self.policy = load_policy(begin_with or sft_folder, layout)
         check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
                      "ppo.max_prompt_tokens + ppo.max_new_tokens")
-        self.reward_model = load_scorer(rm_folder).requires_grad_(False)
-        self.value = load_scorer(rm_folder) if params.value_init == "reward_model" else new_scorer(
-            sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"))
+        self.reward_model = load_scorer(rm_folder, layout=layout).requires_grad_(False)
+        self.value = load_scorer(rm_folder, layout=layout) if params.value_init == "reward_model" else new_scorer(
+            sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"), layout)
         self.adapter: Any = None
         if params.lora_rank:
             self.adapter = add_adapter(self.policy, params)
             add_adapter(self.value, params, train_head=True)
         # With LoRA the policy without its adapter is the reference: no second copy of the weights.
-        self.reference = None if self.adapter else load_policy(sft_folder).requires_grad_(False)
+        self.reference = None if self.adapter else load_policy(sft_folder, layout).requires_grad_(False)
         for model in (self.policy, self.value):
             no_dropout(model)
             save_memory(model, params.gradient_checkpointing)
             compile_model(model, params.compile)
-        if params.shard:
-            if self.reference is None:
-                raise UserError("ppo.shard cannot be combined with ppo.lora_rank, whose adapters are small")
-            for model in (self.policy, self.value, self.reference, self.reward_model):
-                distributed.shard(model)
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:

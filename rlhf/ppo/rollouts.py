@@ -82,8 +82,7 @@ def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[in
         sampled = sample_on(server, models.policy, models.adapter, models.tokenizer, prompts, sampling, noise)
         mine = [sampled[row][0] for row in rows]
     else:
-        with distributed.unsharded(models.policy):
-            mine = sample_responses(models.policy, prompts, sampling, noise, rows)
+        mine = sample_responses(models.policy, prompts, sampling, noise, rows)
     evaluated, reusable = evaluate_rollouts(models, params, prompts, rows, mine, len(first))
     parts = distributed.all_gather((rows, mine, evaluated))
     responses: list[list[int]] = [[]] * len(prompts)

@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.files import leave_writing_to_main
+from rlhf.training.hardware import in_bf16
 from rlhf.training.settings import number
 
 Item = TypeVar("Item")
@@ -269,16 +272,34 @@ class _Root(nn.Module):
         return function(self.model, *arguments)
 
 
-def shard(model: Any) -> None:
-    """Shards a transformer over the processes, block by block, in place (FSDP2); no effect with one process."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: Any, precision: str = "fp32") -> None:
+    """Shards a transformer over the processes, block by block, in place (FSDP2); no effect with one process.
+
+    Where passes are `in_bf16(precision)`, a block's weights are gathered in bfloat16 and its gradients summed in
+    float32; the shards themselves keep their type. What runs between the blocks stays in float32, as with autocast.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if size() == 1:
         return
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if in_bf16(precision):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.float())
+        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+            vars(norm)["forward"] = partial(_layer_norm, norm)  # on a CPU torch's own wants its input's type
     blocks = next(module for module in model.base_model.children() if isinstance(module, nn.ModuleList))
     for block in blocks:
-        fully_shard(block)
-    vars(model)["_root"] = fully_shard(_Root(model))  # not registered as a submodule: it contains the model
+        fully_shard(block, mp_policy=policy)
+    # Resharded after each pass, as the blocks are: between passes `model.parameters()` are the shards.
+    root = fully_shard(_Root(model), mp_policy=policy, reshard_after_forward=True)
+    vars(model)["_root"] = root  # not registered as a submodule: it contains the model
+
+
+def _layer_norm(norm: nn.LayerNorm, state: Tensor) -> Tensor:
+    """A layer norm in float32, whatever its weights are in."""
+    weight, bias = (None if item is None else item.float() for item in (norm.weight, norm.bias))
+    return F.layer_norm(state.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def sharded(model: nn.Module) -> bool:
@@ -301,6 +322,21 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     yield
     for unit in units:
         unit.reshard()
+
+
+def local_box(tensor: Any) -> tuple[slice, ...]:
+    """Which part of a DTensor this process has: a slice of each dimension, which may be empty.
+
+    FSDP2 splits the first dimension into equal chunks, of which the last ones may be shorter or empty.
+    """
+    box = [slice(0, length) for length in tensor.shape]
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            part, place = box[placement.dim], tensor.device_mesh.get_local_rank(dimension)
+            chunk = -(-(part.stop - part.start) // tensor.device_mesh.size(dimension))
+            start = min(part.start + place * chunk, part.stop)
+            box[placement.dim] = slice(start, min(start + chunk, part.stop))
+    return tuple(box)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

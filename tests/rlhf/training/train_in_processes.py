@@ -45,8 +45,8 @@ def record_shard_sizes(counts: list[tuple[int, int]]) -> None:
     """Records (number of weights, number of them in this process) of every model that is sharded."""
     original = distributed.shard
 
-    def shard(model: Any) -> None:
-        original(model)
+    def shard(model: Any, precision: str = "fp32") -> None:
+        original(model, precision)
         weights: list[Any] = list(model.parameters())
         counts.append((sum(item.numel() for item in weights),
                        sum((item.to_local() if distributed.is_dtensor(item) else item).numel() for item in weights)))
