@@ -47,6 +47,20 @@ def micro_batch_size(of: str) -> Any:
     return param(0, f"{of} per forward pass, 0: the whole step; changes memory and speed, not the update", ge=0)
 
 
+def micro_batch_tokens() -> Any:
+    return param(0, "tokens per forward pass, PADs included; 0: as many as the rows have; changes memory and speed, "
+                    "not the update", ge=0)
+
+
+def offload_activations() -> Any:
+    return param(False, "with gradient_checkpointing: what it keeps for the backward pass is kept on the CPU")
+
+
+def cpu_offload() -> Any:
+    return param(False, "with shard: each process has its part of weights, gradients and optimizer state on the CPU, "
+                        "which takes the optimizer's steps (FSDP2)")
+
+
 def max_tokens(help: str = "longest prompt + completion, tokens") -> Any:
     return param(96, help, ge=2)
 
@@ -138,10 +152,13 @@ class SftParams:
         "last", "which epoch's weights are saved; rm_score needs reward_model [InstructGPT App. C.1]")
     reward_model: str = param("", "folder of the reward model that selects the epoch")
     gradient_checkpointing: bool = gradient_checkpointing()
+    offload_activations: bool = offload_activations()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("demonstrations")
+    micro_batch_tokens: int = micro_batch_tokens()
     processes: int = processes()
     shard: bool = shard()
+    cpu_offload: bool = cpu_offload()
     precision: Precision = precision("auto")
 
 
@@ -168,10 +185,13 @@ class RmParams:
     checks: int = param(4, "times that accuracy and loss on valid rankings are measured while training: of 500, for "
                         "checkpoint valid_accuracy of all", ge=1, le=100)
     gradient_checkpointing: bool = gradient_checkpointing()
+    offload_activations: bool = offload_activations()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("prompts")
+    micro_batch_tokens: int = micro_batch_tokens()
     processes: int = processes()
     shard: bool = shard()
+    cpu_offload: bool = cpu_offload()
     precision: Precision = precision("auto")
 
 
@@ -191,6 +211,7 @@ class PpoParams:
     batch_size: int = param(256, "rollouts per iteration [512]", ge=1)
     minibatch_size: int = param(64, "rollouts per optimizer step [64]", ge=1)
     micro_batch_size: int = param(32, "rollouts per forward pass; changes memory and speed, not the update", ge=1)
+    micro_batch_tokens: int = micro_batch_tokens()
     reuse_forward_passes: int = param(0, "micro-batches whose activations from scoring the rollouts are reused by the "
                                       "iteration's first update; changes memory and speed, not the update", ge=0)
     rollout_batch_size: int = param(256, "responses sampled at once (rows of the KV cache)", ge=1)
@@ -237,7 +258,11 @@ class PpoParams:
     value_init: Literal["reward_model", "policy"] = param("reward_model", "initial weights of the value model")
     lora_rank: int = param(0, "rank of the LoRA adapters of policy and value model; 0: train all weights", ge=0)
     lora_alpha: int = param(32, "LoRA alpha: updates are scaled by alpha / rank", ge=1)
+    frozen_precision: Literal["fp32", "bf16"] = param(
+        "fp32", "weights of reference and reward model; bf16 where the passes are in bf16: half the memory")
+    frozen_on_cpu: bool = param(False, "keep reference and reward model on the CPU between their uses")
     gradient_checkpointing: bool = gradient_checkpointing()
+    offload_activations: bool = offload_activations()
     compile: bool = compile_training()
     kl_limit: float = param(20.0, "stop when an iteration's KL exceeds this many times kl_goal; 0: never", ge=0)
     entropy_floor: float = param(0.02, "stop when entropy falls below this share of the first iteration's; 0: never",
@@ -251,6 +276,7 @@ class PpoParams:
     ptx_row_tokens: int = pretrain_row_tokens()
     processes: int = processes()
     shard: bool = shard()
+    cpu_offload: bool = cpu_offload()
     precision: Precision = precision("auto")
 
 

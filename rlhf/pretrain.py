@@ -130,9 +130,12 @@ def lm_loss(model: PreTrainedModel, ids: Tensor, precision: str, positions: Tens
     return completion_loss(log_probs, torch.ones_like(log_probs))
 
 
-def corpus_losses(model: PreTrainedModel, ids: Tensor, precision: str, at_once: int = 0) -> Iterator[Tensor]:
-    """This process's part of the mean loss over a step's packed rows, `at_once` rows at a time (0: all); the parts of
-    all processes add up to it."""
+def corpus_losses(model: PreTrainedModel, ids: Tensor, precision: str, at_once: int = 0, tokens: int = 0
+                  ) -> Iterator[Tensor]:
+    """This process's part of the mean loss over a step's packed rows, at most `at_once` rows and `tokens` tokens at a
+    time (0: all); the parts of all processes add up to it."""
+    if tokens:
+        at_once = min(at_once or len(ids), max(1, tokens // ids.shape[1]))
     mine = list(distributed.share(range(len(ids))))
     most = -(-len(ids) // distributed.size())  # rows of the process that has most: all make as many passes
     for start in range(0, most, at_once or most):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import ShuffledEpochs, length_batches, pieces
+from rlhf.data.batching import ShuffledEpochs, length_batches
 from rlhf.data.prompts import Prompt, prompt_key
 from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
@@ -36,6 +36,7 @@ from rlhf.model.scoring import score_groups, score_together
 from rlhf.params import RmParams
 from rlhf.training import distributed
 from rlhf.training.loop import Part, Validation, evenly, train_loop
+from rlhf.training.micro_batches import shares
 from rlhf.training.optim import adamw
 from rlhf.training.seeding import generator, seed_everything
 
@@ -127,11 +128,13 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
         raise UserError(f"data/rm.jsonl: no train row of at most rm.max_tokens = {params.max_tokens} tokens")
     anchors = demonstration_ids(codec, demonstrations, params, folder)
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"),
-                       Layout(shard=params.shard, precision=params.precision))
+                       Layout.of(params, "rm"))
     check_length(model, params.max_tokens, "rm.max_tokens")
     distributed.check_divides(params.batch_size, "rm.batch_size")
     prepare_training(model, params)
     lengths = data.lengths()
+    tokens = [len(ranks) * length for ranks, length in zip(data.ranks, lengths, strict=True)
+              ] if params.micro_batch_tokens else lengths
     # All comparisons of a prompt in one step: apart from each other, a pass over them overfits [InstructGPT §3.5]. The
     # choices that best_of draws from one ranking are apart, as in [Ziegler].
     together = data.prompts if params.loss == "ranking" else None
@@ -142,12 +145,12 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     def loss_of_step(step: int) -> Iterator[Part]:
         batch = epochs[step]
         pairs = sum(decided_pairs(data.ranks[index]) for index in batch)
-        for indices in pieces(distributed.share(batch), params.micro_batch_size):
+        for indices, counts in shares(model, batch, tokens, params.micro_batch_size, params.micro_batch_tokens):
             scores = score_groups(model, [data.ids[index] for index in indices], codec.pad_id, params.precision)
             ranks, present = data.batch_ranks(indices)
             right, _ = ranking_accuracy(scores.detach(), ranks, present)
-            yield (loss_of(scores, ranks, present) * (len(indices) / len(batch)),
-                   {"rm/train_accuracy": right / max(1, pairs)})
+            yield (loss_of(scores, ranks, present) * (counts * len(indices) / len(batch)),
+                   {"rm/train_accuracy": counts * right / max(1, pairs)})
 
     steps = epochs.per_epoch * params.epochs
     checks, valid = evenly(steps, params.checks), of_split(rows, "valid")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batching import ShuffledEpochs, length_batches, pass_batches, pieces
+from rlhf.data.batching import ShuffledEpochs, length_batches, pass_batches
 from rlhf.data.packing import PackedBatch, Span, check_packing, pack_rows, shuffled_batches
 from rlhf.data.prompts import Prompt, answers_in
 from rlhf.data.rows import of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of
 from rlhf.errors import UserError
 from rlhf.model.chat_format import PromptCodec, load_codec
-from rlhf.model.device import device
+from rlhf.model.device import autocast, device
 from rlhf.model.forward import log_probs_at, pack
 from rlhf.model.load import (
     Layout,
@@ -36,7 +36,9 @@ from rlhf.model.scoring import score_sequences
 from rlhf.params import SftParams
 from rlhf.pretrain import corpus_batch, corpus_losses, read_corpus
 from rlhf.training import distributed
+from rlhf.training.hardware import in_bf16
 from rlhf.training.loop import Part, Validation, train_loop
+from rlhf.training.micro_batches import shares
 from rlhf.training.optim import adamw
 from rlhf.training.seeding import generator, seed_everything
 
@@ -137,10 +139,11 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     if left_out := train.left_out + valid.left_out:
         log.warning("sft.train_on = all_answers: %d earlier answers are read only, since the chat template gives them "
                     "another form or end than an answer of its own", left_out)
-    model = load_policy(base_folder, Layout(shard=params.shard, precision=params.precision))
+    model = load_policy(base_folder, Layout.of(params, "sft"))
     check_length(model, params.max_tokens, "sft.max_tokens")
     if params.packing:
-        check_packing(model)
+        with autocast(params.precision):
+            distributed.compute(check_packing, model, 0.05 if in_bf16(params.precision) else 1e-3)
     corpus_rows = None
     if corpus and params.pretrain_mix:
         corpus_rows = read_corpus(corpus, tokenizer, context_of(model), folder, params.pretrain_row_tokens)
@@ -158,14 +161,15 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
         batch = epochs[step]
         tokens = train.tokens(batch)
         share = 1.0 if corpus_rows is None else 1 - params.pretrain_mix
-        for chosen in pieces(distributed.share(batch), params.micro_batch_size):
+        for chosen, counts in shares(model, batch, lengths, params.micro_batch_size, params.micro_batch_tokens):
             packed = (train.packed(chosen, params.max_tokens, codec.pad_id) if params.packing else
                       train.batch(model, chosen, codec.pad_id))
-            loss = batch_loss(model, *packed, params.precision, tokens)
+            loss = batch_loss(model, *packed, params.precision, tokens) * counts
             yield share * loss, {"sft/completion_loss": loss.detach(), "sft/pretrain_loss": 0.0}
         if corpus_rows is not None:
             rows = corpus_batch(corpus_rows, mixed_rows, step, seed)
-            for other in corpus_losses(model, rows, params.precision, params.micro_batch_size):
+            for other in corpus_losses(model, rows, params.precision, params.micro_batch_size,
+                                       params.micro_batch_tokens):
                 yield params.pretrain_mix * other, {"sft/completion_loss": 0.0, "sft/pretrain_loss": other.detach()}
 
     steps = epochs.per_epoch * params.epochs

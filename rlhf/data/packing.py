@@ -140,7 +140,7 @@ def document_positions(ids: Tensor, eos_id: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel) -> None:
+def check_packing(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
     """Raises UserError where a model's texts see those that they are glued to, or where it takes no positions."""
     ids, _, positions = pack_rows(PROBE, [[(1, len(text))] for text in PROBE], 9, 0)
     device = next(model.parameters()).device
@@ -151,5 +151,5 @@ def check_packing(model: PreTrainedModel) -> None:
         glued = None
     alone = [model.base_model(input_ids=torch.tensor([text], device=device), use_cache=False).last_hidden_state[0]
              for text in PROBE]
-    if glued is None or not torch.allclose(glued, torch.cat(alone), rtol=1e-3, atol=1e-3):
+    if glued is None or not torch.allclose(glued, torch.cat(alone), rtol=tolerance, atol=tolerance):
         raise UserError(f"sft.packing: {type(model).__name__} mixes texts that are glued into a row; set it to false")

@@ -5,6 +5,8 @@ transformers' own over a padded batch, and computes every position.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +43,18 @@ def pack(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Last hidden states of a batch: ids [B, T] -> [B, T, d]."""
     if not fast_enabled():
+        with saved_on_cpu(model):
+            return model.base_model(input_ids=batch.ids, use_cache=False, **batch.arguments()).last_hidden_state
+    with first_block_per_unique_token(model, batch.ids), fused_rope(model, batch.layout), saved_on_cpu(model):
         return model.base_model(input_ids=batch.ids, use_cache=False, **batch.arguments()).last_hidden_state
-    with first_block_per_unique_token(model, batch.ids), fused_rope(model, batch.layout):
-        return model.base_model(input_ids=batch.ids, use_cache=False, **batch.arguments()).last_hidden_state
+
+
+def saved_on_cpu(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """A pass that keeps on the CPU what its backward pass needs, where `save_memory` says so; the blocks are
+    checkpointed then, and what they keep is their inputs."""
+    if not (vars(model).get("keeps_on_cpu") and model.training and torch.is_grad_enabled()):
+        return nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
 
 def hidden_states_at(model: PreTrainedModel, batch: PackedBatch, token_indices: Tensor, extra: int = 0) -> Tensor:

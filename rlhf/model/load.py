@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from rlhf.model.forward import prepare
 from rlhf.model.load_sharded import load_in_shards
 from rlhf.model.save_sharded import save_in_shards
 from rlhf.model.vocabulary import is_mask, mask_untrained
-from rlhf.params import PretrainParams, RmParams, SftParams
+from rlhf.params import PpoParams, PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
+from rlhf.training.hardware import in_bf16
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,28 @@ def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> Pre
 @dataclass(frozen=True)
 class Layout:
     """How a model lies in memory: `dtype` of its weights; with `shard` split over the processes, where its passes have
-    `precision` (rlhf/training/distributed.py:shard)."""
+    `precision`, and with `cpu_offload` on the CPU (rlhf/training/distributed.py:shard)."""
 
     dtype: torch.dtype = torch.float32
     shard: bool = False
     precision: str = "fp32"
+    cpu_offload: bool = False
+
+    @classmethod
+    def of(cls, params: SftParams | RmParams | PpoParams, section: str) -> "Layout":
+        """Of the model that a stage trains. Raises UserError for options that need another one."""
+        for option, needed in (("cpu_offload", "shard"), ("offload_activations", "gradient_checkpointing")):
+            if getattr(params, option) and not getattr(params, needed):
+                raise UserError(f"{section}.{option} needs {section}.{needed}: true")
+        if params.cpu_offload and distributed.size() == 1:
+            log.warning("%s.cpu_offload: nothing is on the CPU with %s.processes = 1, as nothing is sharded", section,
+                        section)
+        return cls(shard=params.shard, precision=params.precision, cpu_offload=params.cpu_offload)
+
+    def frozen(self, params: PpoParams) -> "Layout":
+        """Of a model that PPO does not train."""
+        narrow = params.frozen_precision == "bf16" and in_bf16(params.precision)
+        return replace(self, dtype=torch.bfloat16 if narrow else torch.float32, cpu_offload=params.frozen_on_cpu)
 
 
 WHOLE = Layout()
@@ -70,7 +88,8 @@ def _read(kind: Any, folder: str | Path, new: frozenset[str], layout: Layout, **
     """(a model, what was missing, surplus, of another shape or not finite). No remote code, no pickle files (loading
     one can run code)."""
     splits = layout.shard and distributed.size() > 1
-    if splits and (found := load_in_shards(kind, folder, new, layout.dtype, layout.precision, _attention(), **more)):
+    if splits and (found := load_in_shards(kind, folder, new, layout.dtype, _attention(), layout.precision,
+                                           layout.cpu_offload, **more)):
         return found
     model, report = kind.from_pretrained(
         str(folder), ignore_mismatched_sizes=True, dtype=layout.dtype, trust_remote_code=False, use_safetensors=True,
@@ -114,7 +133,9 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), layo
         if distributed.size() > 1 and is_writer():
             log.warning("%s: each process loads it whole before it is split: its tensors have other names than %s "
                         "gives them", folder, type(model).__name__)
-        distributed.shard(model, layout.precision)
+        distributed.shard(model, layout.precision, layout.cpu_offload)
+    if layout.dtype == torch.bfloat16 and not distributed.sharded(model):
+        distributed.keep_residual_in_float32(model)
     return model
 
 
@@ -236,9 +257,10 @@ def check_length(model: PreTrainedModel, tokens: int, parameter: str) -> None:
         raise UserError(f"{parameter} = {tokens}: must be at most {positions}, the positions that the model has")
 
 
-def save_memory(model: PreTrainedModel, on: bool) -> None:
+def save_memory(model: PreTrainedModel, on: bool, on_cpu: bool = False) -> None:
     """Gradient checkpointing: Hugging Face models recompute activations only in training mode, so every dropout that
-    is to stay off must be 0 (`no_dropout`)."""
+    is to stay off must be 0 (`no_dropout`). `on_cpu`: what it keeps is kept there (rlhf/model/forward.py)."""
+    vars(model)["keeps_on_cpu"] = on and on_cpu
     if on:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -246,7 +268,7 @@ def save_memory(model: PreTrainedModel, on: bool) -> None:
 
 def prepare_training(model: PreTrainedModel, params: SftParams | RmParams) -> None:
     """Training mode, with gradient checkpointing and torch.compile as the parameters say."""
-    save_memory(model, params.gradient_checkpointing)
+    save_memory(model, params.gradient_checkpointing, params.offload_activations)
     compile_model(model, params.compile)
     model.train()
 

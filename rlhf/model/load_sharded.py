@@ -15,14 +15,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from rlhf.model.device import device
 from rlhf.training import distributed
 
 log = logging.getLogger(__name__)
 
 
-def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], dtype: torch.dtype, precision: str,
-                   attention: dict[str, Any], **more: Any) -> tuple[PreTrainedModel, dict[str, Any]] | None:
-    """(the model in shards, what `from_pretrained` reports as its loading_info, and `not_finite`: names); the tensors
+def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], dtype: torch.dtype, attention: dict[str, Any],
+                   precision: str, cpu_offload: bool, **more: Any) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """(the model, in shards, what `from_pretrained` reports as its loading_info, and `not_finite`: names); the tensors
     in `new` are 0 where the folder lacks them.
 
     None for a folder that cannot be read by slices: a hub name, quantised weights, tensors under other names than the
@@ -42,8 +43,8 @@ def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], dtype: to
     if set(report["missing_keys"]) - new and report["unexpected_keys"]:
         return None
     if not (report["mismatched_keys"] or set(report["missing_keys"]) - new):
-        distributed.shard(model, precision)
-        report["not_finite"] = fill(model, where, dtype)
+        distributed.shard(model, precision, cpu_offload)
+        report["not_finite"] = fill(model, where, dtype, "cpu" if cpu_offload else device().type)
     return model, report
 
 
@@ -84,9 +85,10 @@ def shapes(where: dict[str, Path], names: Any) -> list[tuple[str, tuple[int, ...
     return found
 
 
-def fill(model: PreTrainedModel, where: dict[str, Path], dtype: torch.dtype) -> list[str]:
-    """Gives a sharded model on the meta device its values: 0 where the folder has none. Returns the names of tensors
-    that are not finite, the same in every process."""
+def fill(model: PreTrainedModel, where: dict[str, Path], dtype: torch.dtype, place: str) -> list[str]:
+    """Gives a sharded model on the meta device its values, 0 where the folder has none, on the device `place`. Returns
+    the names of tensors that are not finite, the same in every process.
+    """
     made: dict[int, nn.Parameter] = {}
     state: dict[str, Any] = {}
     broken: list[str] = []
@@ -98,7 +100,7 @@ def fill(model: PreTrainedModel, where: dict[str, Path], dtype: torch.dtype) -> 
             local = read_local(parameter, where[source], source) if source else None
             if local is not None and not bool(local.isfinite().all()):
                 broken.append(name)
-            made[id(parameter)] = placed_as(parameter, local, dtype)
+            made[id(parameter)] = placed_as(parameter, local, dtype, place)
         state[name] = made[id(parameter)]
     buffers = [name for name, _ in model.named_buffers() if name in where]
     for name in buffers:
@@ -118,10 +120,10 @@ def read_local(parameter: Tensor, path: Path, name: str) -> Tensor | None:
     return part
 
 
-def placed_as(parameter: Any, local: Tensor | None, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter with these values in this process (0 where there are none), split as another is."""
+def placed_as(parameter: Any, local: Tensor | None, dtype: torch.dtype, place: str) -> nn.Parameter:
+    """A parameter with these values in this process (0 where there are none), split as another is, on a device."""
     mesh = parameter.device_mesh
-    values = torch.zeros(parameter.to_local().shape, dtype=dtype, device=mesh.device_type)
+    values = torch.zeros(parameter.to_local().shape, dtype=dtype, device=place)
     if local is not None:
         values.copy_(local)
     from torch.distributed.tensor import DTensor

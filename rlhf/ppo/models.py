@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
 from rlhf.model.chat_format import load_codec
+from rlhf.model.device import device
 from rlhf.model.load import (
     Layout,
     check_length,
@@ -24,6 +25,7 @@ from rlhf.model.load import (
 from rlhf.model.lora import add_adapter
 from rlhf.model.responses import Prompts, Responses, response_log_probs, response_values
 from rlhf.params import PpoParams
+from rlhf.training import distributed
 from rlhf.training.seeding import generator
 
 
@@ -37,14 +39,17 @@ class PpoModels:
                  begin_with: Path | None = None) -> None:
         if params.shard and params.lora_rank:
             raise UserError("ppo.shard cannot be combined with ppo.lora_rank, whose adapters are small")
+        if params.reuse_forward_passes and params.micro_batch_tokens:
+            raise UserError("ppo.reuse_forward_passes cannot be combined with ppo.micro_batch_tokens: the passes to "
+                            "reuse are counted in micro-batches of ppo.micro_batch_size")
         self.params = params
-        layout = Layout(shard=params.shard, precision=params.precision)
+        layout = Layout.of(params, "ppo")
         self.codec = load_codec(sft_folder)
         self.tokenizer = self.codec.tokenizer
         self.policy = load_policy(begin_with or sft_folder, layout)
         check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
                      "ppo.max_prompt_tokens + ppo.max_new_tokens")
-        self.reward_model = load_scorer(rm_folder, layout=layout).requires_grad_(False)
+        self.reward_model = load_scorer(rm_folder, layout=layout.frozen(params)).requires_grad_(False)
         self.value = load_scorer(rm_folder, layout=layout) if params.value_init == "reward_model" else new_scorer(
             sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"), layout)
         self.adapter: Any = None
@@ -52,10 +57,15 @@ class PpoModels:
             self.adapter = add_adapter(self.policy, params)
             add_adapter(self.value, params, train_head=True)
         # With LoRA the policy without its adapter is the reference: no second copy of the weights.
-        self.reference = None if self.adapter else load_policy(sft_folder, layout).requires_grad_(False)
+        self.reference = None if self.adapter else load_policy(sft_folder, layout.frozen(params)).requires_grad_(
+            False)
+        if params.frozen_on_cpu:
+            for frozen in (self.reference, self.reward_model):
+                if frozen is not None and not distributed.sharded(frozen):
+                    frozen.to("cpu")
         for model in (self.policy, self.value):
             no_dropout(model)
-            save_memory(model, params.gradient_checkpointing)
+            save_memory(model, params.gradient_checkpointing, params.offload_activations)
             compile_model(model, params.compile)
 
     @contextmanager
@@ -67,6 +77,17 @@ class PpoModels:
             return
         with self.adapter.disable_adapter():
             yield self.policy
+
+    @contextmanager
+    def in_use(self, model: PreTrainedModel | None) -> Iterator[None]:
+        """A frozen model is on the device in this context; with `frozen_on_cpu` on the CPU before and after. A sharded
+        one brings its blocks to the device itself."""
+        if model is None or not self.params.frozen_on_cpu or distributed.sharded(model):
+            yield
+            return
+        model.to(device())
+        yield
+        model.to("cpu")
 
     def train_mode(self, on: bool) -> None:
         """Training mode only switches gradient checkpointing on: dropout is 0 everywhere."""

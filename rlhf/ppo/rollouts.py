@@ -3,11 +3,12 @@
 Of several processes each samples and evaluates its share of the prompts; all hold all rollouts afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches
 from rlhf.model.device import device
@@ -18,6 +19,7 @@ from rlhf.params import PpoParams
 from rlhf.ppo.models import PpoModels
 from rlhf.ppo.vllm_sampler import Sampled, VllmServer, sample_on
 from rlhf.training import distributed
+from rlhf.training.micro_batches import micro_batches
 
 Rows = tuple[int, ...]
 
@@ -103,6 +105,19 @@ def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[in
     return rollouts
 
 
+def evaluation_batches(policy: PreTrainedModel, lengths: Sequence[int], first: int, params: PpoParams
+                       ) -> Iterator[tuple[list[int], bool]]:
+    """(rows of a forward pass, whether the first update takes it) for rollouts of these lengths; the others have four
+    times as many rows, as they keep nothing for gradients."""
+    to_keep = length_batches(lengths[:first], params.micro_batch_size, None)[:params.reuse_forward_passes]
+    yield from ((batch, True) for batch in to_keep)
+    kept = {index for batch in to_keep for index in batch}
+    others = [index for index in range(len(lengths)) if index not in kept]
+    for picked, _ in micro_batches(policy, [lengths[index] for index in others], 4 * params.micro_batch_size,
+                                   4 * params.micro_batch_tokens):
+        yield [others[index] for index in picked], False
+
+
 @torch.no_grad()
 def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[list[int]], rows: Sequence[int],
                       responses: Sequence[list[int]], first: int) -> tuple[dict[str, Tensor], ReusableForwards]:
@@ -119,26 +134,23 @@ def evaluate_rollouts(models: PpoModels, params: PpoParams, prompts: Sequence[li
     width = mask.shape[1]
     grid = {name: torch.zeros_like(mask) for name in ("log_probs", "ref_log_probs", "values", "entropy")}
     reusable = ReusableForwards()
-    to_keep = length_batches(lengths[:first], params.micro_batch_size, None)[:params.reuse_forward_passes]
-    kept = {index for batch in to_keep for index in batch}
-    others = [index for index in range(len(sequences)) if index not in kept]
-    batches = length_batches([lengths[index] for index in others], 4 * params.micro_batch_size, None)
-    for batch, keep in [(batch, True) for batch in to_keep] + [([others[index] for index in picked], False)
-                                                               for picked in batches]:
-        some, answers = [own_prompts[index] for index in batch], [responses[index] for index in batch]
-        with torch.set_grad_enabled(keep):
-            models.train_mode(keep)
-            log_probs, entropies = models.log_probs_and_entropy(models.policy, some, answers, width)
-            values = models.values(some, answers, width)
-        models.train_mode(False)
-        if keep:
-            reusable.keep([rows[index] for index in batch], log_probs, values)
-        grid["log_probs"][batch], grid["values"][batch] = log_probs.detach(), values.detach()
-        grid["entropy"][batch] = entropies
-        with models.as_reference() as reference:
-            grid["ref_log_probs"][batch] = models.log_probs(reference, some, answers, width)
-    scores = torch.tensor(score_sequences(models.reward_model, sequences, models.codec.pad_id, params.precision),
-                          device=device())
+    with models.in_use(models.reference):
+        for batch, keep in evaluation_batches(models.policy, lengths, first, params):
+            some, answers = [own_prompts[index] for index in batch], [responses[index] for index in batch]
+            with torch.set_grad_enabled(keep):
+                models.train_mode(keep)
+                log_probs, entropies = models.log_probs_and_entropy(models.policy, some, answers, width)
+                values = models.values(some, answers, width)
+            models.train_mode(False)
+            if keep:
+                reusable.keep([rows[index] for index in batch], log_probs, values)
+            grid["log_probs"][batch], grid["values"][batch] = log_probs.detach(), values.detach()
+            grid["entropy"][batch] = entropies
+            with models.as_reference() as reference:
+                grid["ref_log_probs"][batch] = models.log_probs(reference, some, answers, width)
+    with models.in_use(models.reward_model):
+        scores = torch.tensor(score_sequences(models.reward_model, sequences, models.codec.pad_id, params.precision),
+                              device=device())
     ended = torch.tensor([response[-1] in models.codec.stop_ids for response in responses], device=device())
     scores = torch.where(ended, scores, scores.clamp(max=params.no_eos_score))
     on_cpu = {name: (values * mask).cpu() for name, values in grid.items()}

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data.batching import length_batches
 from rlhf.errors import TrainingFailed
 from rlhf.model.device import device
 from rlhf.model.responses import masked_mean, response_kl, response_kl_k3
@@ -29,6 +28,7 @@ from rlhf.ppo.rollouts import Rollouts, collect_rollouts, share_of_unsampled
 from rlhf.ppo.vllm_sampler import VllmServer
 from rlhf.pretrain import corpus_batch, corpus_losses
 from rlhf.training import distributed
+from rlhf.training.micro_batches import micro_batches
 from rlhf.training.optim import adamw, scale_lr
 from rlhf.training.seeding import generator, restore_rng, rng_state
 
@@ -201,11 +201,14 @@ class Trainer:
                 distributed.share(sorted(rows, key=lambda row: lengths[row])))
         sums: dict[str, Any] = {name: torch.zeros((), dtype=torch.float64, device=device())
                                 for name in ("policy_loss", "value_loss", "clipped", "ratio")}
-        for picked in length_batches([lengths[row] for row in mine], params.micro_batch_size, None):
+        for picked, counts in micro_batches(models.policy, [lengths[row] for row in mine], params.micro_batch_size,
+                                            params.micro_batch_tokens):
             batch = [mine[index] for index in picked]
             prompts, responses = [rollouts.prompts[row] for row in batch], [rollouts.responses[row] for row in batch]
             width = max(map(len, responses))
             mask, old = rollouts.mask[batch, :width], rollouts.log_probs[batch, :width]
+            if not counts:
+                mask = torch.zeros_like(mask)
             reusable = rollouts.reusable.take(batch, width)  # log-probs and values, or None
             loss, ratio = torch.zeros_like(tokens), torch.ones_like(mask)
             if train_policy:
@@ -238,7 +241,8 @@ class Trainer:
         batch = corpus_batch(self.corpus_rows, params.ptx_batch_size or PTX_ROWS_PER_EPISODE * params.minibatch_size,
                              step, self.seed)
         total = 0.0
-        for loss in corpus_losses(self.models.policy, batch, params.precision, params.micro_batch_size):
+        for loss in corpus_losses(self.models.policy, batch, params.precision, params.micro_batch_size,
+                                  params.micro_batch_tokens):
             distributed.backward(self.models.policy, params.ptx_coef * loss)
             total += loss.item()
         return total

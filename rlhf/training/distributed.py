@@ -272,32 +272,41 @@ class _Root(nn.Module):
         return function(self.model, *arguments)
 
 
-def shard(model: Any, precision: str = "fp32") -> None:
+def shard(model: Any, precision: str = "fp32", cpu_offload: bool = False) -> None:
     """Shards a transformer over the processes, block by block, in place (FSDP2); no effect with one process.
 
     Where passes are `in_bf16(precision)`, a block's weights are gathered in bfloat16 and its gradients summed in
     float32; the shards themselves keep their type. What runs between the blocks stays in float32, as with autocast.
+    `cpu_offload`: shards, their gradients and so the optimizer's state are on the CPU.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if size() == 1:
         return
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if in_bf16(precision):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.float())
-        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
-            vars(norm)["forward"] = partial(_layer_norm, norm)  # on a CPU torch's own wants its input's type
+        keep_residual_in_float32(model)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     blocks = next(module for module in model.base_model.children() if isinstance(module, nn.ModuleList))
     for block in blocks:
-        fully_shard(block, mp_policy=policy)
+        fully_shard(block, mp_policy=policy, offload_policy=offload)
     # Resharded after each pass, as the blocks are: between passes `model.parameters()` are the shards.
-    root = fully_shard(_Root(model), mp_policy=policy, reshard_after_forward=True)
+    root = fully_shard(_Root(model), mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     vars(model)["_root"] = root  # not registered as a submodule: it contains the model
 
 
+def keep_residual_in_float32(model: Any) -> None:
+    """Lets a model with weights in bfloat16 compute what stands between its matrix products in float32, as autocast
+    does with weights in float32."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _, inputs, output: output.float())
+        elif isinstance(module, nn.LayerNorm):
+            vars(module)["forward"] = partial(_layer_norm, module)  # on a CPU torch's own wants its input's type
+
+
 def _layer_norm(norm: nn.LayerNorm, state: Tensor) -> Tensor:
-    """A layer norm in float32, whatever its weights are in."""
     weight, bias = (None if item is None else item.float() for item in (norm.weight, norm.bias))
     return F.layer_norm(state.float(), norm.normalized_shape, weight, bias, norm.eps)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.errors import UserError
 from rlhf.model.load import new_scorer, save_model
 from rlhf.params import PpoParams
 from rlhf.ppo.kl_controller import RULES, FixedBeta, ProportionalBeta, StepAheadBeta, StepBeta, beta_rule
@@ -201,3 +202,68 @@ def test_lora_goes_on_from_a_checkpoint(make_trainer: Make, prompt_texts: list[s
     assert run(resumed, prompt_texts, 2) == expected
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+def test_frozen_models_in_bfloat16_say_what_the_whole_ones_say(make_trainer: Make, architecture: str,
+                                                               prompt_texts: list[str]) -> None:
+    """Where the passes are in bfloat16, reference and reward model lose nothing that the passes keep: the KL of the
+    first iteration is rounding, scores differ by less than the passes' own rounding does."""
+    whole, narrow = (make_trainer(architecture, precision="bf16", frozen_precision=frozen) for frozen in (
+        "fp32", "bf16"))
+    assert narrow.models.reference is not None
+    for frozen in (narrow.models.reference, narrow.models.reward_model):
+        assert {value.dtype for value in frozen.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in narrow.models.policy.parameters()} == {torch.float32}
+    prompts = narrow.models.codec.prompts(prompt_texts)
+    one, other = (trainer.respond(prompts, 0) for trainer in (whole, narrow))
+    assert one.responses == other.responses
+    tokens = one.mask.sum()
+    assert ((other.ref_log_probs - other.log_probs).abs() * other.mask).sum() / tokens < 0.02
+    assert (one.scores - other.scores).abs().max() < 0.03 * one.scores.abs().max()
+
+
+def test_frozen_models_stay_in_float32_where_the_passes_are(make_trainer: Make) -> None:
+    models = make_trainer(precision="fp32", frozen_precision="bf16").models
+    assert {value.dtype for value in models.reward_model.parameters()} == {torch.float32}
+
+
+def test_frozen_models_are_on_the_device_only_while_they_are_used(make_trainer: Make, prompt_texts: list[str],
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, plain = make_trainer(frozen_on_cpu=True), make_trainer()
+    moves: list[tuple[str, str]] = []
+    for name in ("reference", "reward_model"):
+        model = getattr(trainer.models, name)
+        monkeypatch.setattr(model, "to", lambda place, name=name: moves.append((name, str(place))), raising=False)
+    monkeypatch.setattr("rlhf.ppo.models.device", lambda: "the device")
+    rows = trainer.models.codec.prompts(prompt_texts)
+    assert trainer.step(rows, 0)[1] == plain.step(rows, 0)[1]
+    assert moves == [("reference", "the device"), ("reference", "cpu"), ("reward_model", "the device"),
+                     ("reward_model", "cpu")]
+
+
+def test_what_checkpointing_keeps_is_kept_on_the_cpu(make_trainer: Make, prompt_texts: list[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    original = torch.autograd.graph.save_on_cpu
+
+    def save_on_cpu(pin_memory: bool) -> Any:
+        kept.append(pin_memory)
+        return original(pin_memory)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", save_on_cpu)
+    on, off = (make_trainer(gradient_checkpointing=True, offload_activations=on) for on in (True, False))
+    rows = on.models.codec.prompts(prompt_texts)
+    assert on.step(rows, 0)[1] == off.step(rows, 0)[1]
+    assert kept
+    assert not any(kept)  # pinned only beside a GPU
+
+
+@pytest.mark.parametrize(("changes", "line"), [
+    ({"cpu_offload": True}, r"ppo\.cpu_offload needs ppo\.shard: true"),
+    ({"offload_activations": True}, r"ppo\.offload_activations needs ppo\.gradient_checkpointing: true"),
+    ({"reuse_forward_passes": 1, "micro_batch_tokens": 9}, r"reuse_forward_passes cannot be .*micro_batch_tokens")])
+def test_an_option_without_what_it_needs_is_refused(make_trainer: Make, changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        make_trainer(**changes)
