@@ -59,6 +59,14 @@ def peak_lr(default: float) -> Any:
     return param(default, "peak learning rate, cosine decay to 10 %", gt=0, le=1)
 
 
+def lora_rank(of: str) -> Any:
+    return param(0, f"rank of the LoRA adapters of {of}; 0: train all weights", ge=0)
+
+
+def lora_alpha() -> Any:
+    return param(32, "LoRA alpha: updates are scaled by alpha / rank", ge=1)
+
+
 def max_new_tokens(help: str) -> Any:
     return param(32, help, ge=1)
 
@@ -137,6 +145,8 @@ class SftParams:
     checkpoint: Literal["last", "valid_loss", "rm_score"] = param(
         "last", "which epoch's weights are saved; rm_score needs reward_model [InstructGPT App. C.1]")
     reward_model: str = param("", "folder of the reward model that selects the epoch")
+    lora_rank: int = lora_rank("all linear layers but the output")
+    lora_alpha: int = lora_alpha()
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("demonstrations")
@@ -167,6 +177,8 @@ class RmParams:
         "last", "which weights are saved; valid_accuracy: the best of `checks`")
     checks: int = param(4, "times that accuracy and loss on valid rankings are measured while training: of 500, for "
                         "checkpoint valid_accuracy of all", ge=1, le=100)
+    lora_rank: int = lora_rank("the backbone, whose head is trained whole")
+    lora_alpha: int = lora_alpha()
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("prompts")
@@ -235,8 +247,8 @@ class PpoParams:
     ema_decay: float = param(0.0, "decay of the moving average that is saved as the policy; 0: off [InstructGPT 0.992]",
                              ge=0, lt=1)
     value_init: Literal["reward_model", "policy"] = param("reward_model", "initial weights of the value model")
-    lora_rank: int = param(0, "rank of the LoRA adapters of policy and value model; 0: train all weights", ge=0)
-    lora_alpha: int = param(32, "LoRA alpha: updates are scaled by alpha / rank", ge=1)
+    lora_rank: int = lora_rank("policy and value model")
+    lora_alpha: int = lora_alpha()
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     kl_limit: float = param(20.0, "stop when an iteration's KL exceeds this many times kl_goal; 0: never", ge=0)

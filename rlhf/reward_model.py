@@ -128,7 +128,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
     check_length(model, params.max_tokens, "rm.max_tokens")
     distributed.check_divides(params.batch_size, "rm.batch_size")
-    prepare_training(model, params)
+    prepare_training(model, params, generator(seed, "rm", "lora"))
     lengths = data.lengths()
     # All comparisons of a prompt in one step: apart from each other, a pass over them overfits [InstructGPT §3.5]. The
     # choices that best_of draws from one ranking are apart, as in [Ziegler].

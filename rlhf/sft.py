@@ -147,7 +147,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     loss_base = valid_loss(model, valid, params, codec.pad_id)
     set_dropout(model, params.dropout)
     distributed.check_divides(params.batch_size, "sft.batch_size")
-    prepare_training(model, params)
+    prepare_training(model, params, generator(seed, "sft", "lora"))
     lengths = lengths_of(train.ids)
     batches = shuffled_batches if params.packing else length_batches
     epochs = ShuffledEpochs(lambda epoch: batches(lengths, params.batch_size, generator(seed, "sft", epoch),

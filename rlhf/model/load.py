@@ -23,6 +23,7 @@ from rlhf.files import is_writer
 from rlhf.model.device import device
 from rlhf.model.folders import check_folder
 from rlhf.model.forward import prepare
+from rlhf.model.lora import add_adapter, plain_weights
 from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
@@ -131,10 +132,11 @@ def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) ->
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untie: bool = False) -> None:
     """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes.
 
-    `untie`: an output layer that shares its weights with the embeddings is written as one of its own.
+    Active LoRA adapters are merged in the folder, not in the model. `untie`: an output layer that shares its weights
+    with the embeddings is written as one of its own.
     """
     masks = {f"{name}.bias" for name, module in model.named_modules() if is_mask(module)}
-    weights = {name: value for name, value in model.state_dict().items() if name not in {"score.bias", *masks}}
+    weights = {name: value for name, value in plain_weights(model).items() if name not in {"score.bias", *masks}}
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     if distributed.sharded(model):  # gathered, tied weights are no longer one tensor: only the first name stays
         weights = {name: distributed.full_tensor(value) for name, value in weights.items() if untie or name not in tied}
@@ -216,8 +218,13 @@ def save_memory(model: PreTrainedModel, on: bool) -> None:
         enable({"use_reentrant": False})
 
 
-def prepare_training(model: PreTrainedModel, params: SftParams | RmParams) -> None:
-    """Training mode, with gradient checkpointing, torch.compile and sharding as the parameters say."""
+def prepare_training(model: PreTrainedModel, params: SftParams | RmParams, noise: torch.Generator) -> None:
+    """Training mode, with LoRA, gradient checkpointing, torch.compile and sharding as the parameters say.
+
+    With LoRA only the adapters are trained, and the scalar head of a scorer. `noise`: draws how they start.
+    """
+    if params.lora_rank:
+        add_adapter(model, params, noise, train_head=isinstance(params, RmParams))
     save_memory(model, params.gradient_checkpointing)
     compile_model(model, params.compile)
     if params.shard:

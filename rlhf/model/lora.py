@@ -1,23 +1,70 @@
-"""Low-rank adapters (LoRA, through peft) on a model's linear layers, in place."""
+"""Low-rank adapters (LoRA, through peft) on a model's linear layers, in place; and the weights with adapters merged.
 
+A layer then computes W·x + (alpha / rank)·B·(A·x) [Hu et al. 2021]; A and B are trained, W is not.
+"""
+
+import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.params import PpoParams
+from rlhf.params import PpoParams, RmParams, SftParams
+from rlhf.training import distributed
 
 
-def add_adapter(model: PreTrainedModel, params: PpoParams, train_head: bool = False) -> Any:
+def add_adapter(model: PreTrainedModel, params: SftParams | RmParams | PpoParams, noise: torch.Generator,
+                train_head: bool = False) -> Any:
     """Puts an adapter of `params.lora_rank` on every linear layer but the output, and freezes the other weights.
 
     Returns peft's wrapper, whose `disable_adapter()` gives the model as it was; `model` itself is changed in place.
-    `train_head`: the scalar head of a scorer stays trainable.
+    `noise`: draws A; B starts at 0. `train_head`: the scalar head of a scorer stays trainable.
     """
     from peft import LoraConfig, get_peft_model
 
-    head: Any = {"exclude_modules": ["score"]} if train_head else {}
-    wrapped = get_peft_model(model, LoraConfig(r=params.lora_rank, lora_alpha=params.lora_alpha, lora_dropout=0.0,
-                                               target_modules="all-linear", bias="none", **head))
+    wrapped = get_peft_model(model, LoraConfig(
+        r=params.lora_rank, lora_alpha=params.lora_alpha, lora_dropout=0.0, bias="none", target_modules="all-linear",
+        exclude_modules=["score"] if train_head else None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules())))  # GPT-2's linear layers
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():  # in the order of the blocks
+            for matrix in layer.lora_A.values():
+                bound = 1 / math.sqrt(matrix.weight.shape[1])
+                matrix.weight.copy_(torch.empty(matrix.weight.shape).uniform_(-bound, bound, generator=noise))
     if train_head:
         model.score.weight.requires_grad_(True)
     return wrapped
+
+
+def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The linear layers that have adapters, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@torch.no_grad()
+def plain_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The model's state_dict as it would be without adapters: active ones merged, under the names of the plain model.
+
+    Of a sharded model merged weights are whole tensors, and every process must call this. The model stays as it is.
+    """
+    state = model.state_dict()
+    weights = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    for name, layer in adapted_layers(model).items():
+        if not layer.disable_adapters and layer.active_adapters:
+            weights[f"{name}.weight"] = merged(layer, name, state)
+    return weights
+
+
+def merged(layer: Any, name: str, state: Mapping[str, Tensor]) -> Tensor:
+    """W + Σ (alpha / rank)·B·A over a layer's active adapters, summed in float32 at least. As W is stored: [out, in],
+    in GPT-2 [in, out]. `state`: the state_dict of its model, in which it is called `name`.
+    """
+    weight = distributed.full_tensor(state[f"{name}.base_layer.weight"])
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for adapter in layer.active_adapters:
+        down, up = (distributed.full_tensor(state[f"{name}.lora_{part}.{adapter}.weight"]) for part in "AB")
+        delta = layer.scaling[adapter] * (up @ down)
+        total += delta.t() if layer.fan_in_fan_out else delta
+    return total

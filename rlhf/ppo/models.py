@@ -46,8 +46,8 @@ class PpoModels:
             sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"))
         self.adapter: Any = None
         if params.lora_rank:
-            self.adapter = add_adapter(self.policy, params)
-            add_adapter(self.value, params, train_head=True)
+            self.adapter = add_adapter(self.policy, params, generator(seed, "ppo", "policy adapter"))
+            add_adapter(self.value, params, generator(seed, "ppo", "value adapter"), train_head=True)
         # With LoRA the policy without its adapter is the reference: no second copy of the weights.
         self.reference = None if self.adapter else load_policy(sft_folder).requires_grad_(False)
         for model in (self.policy, self.value):
@@ -93,12 +93,9 @@ class PpoModels:
 
     def save_policy(self, folder: Path, average: dict[str, Tensor]) -> None:
         """The policy as a plain Hugging Face folder: adapter merged, weights of `average` (a moving average by name)
-        in place of its own. Merging removes the adapter: nothing can be trained afterwards."""
+        in place of its own."""
         self.train_mode(False)
         own = {name: value.detach().clone() for name, value in self.policy.named_parameters() if name in average}
         self.policy.load_state_dict(average, strict=False)
-        if self.adapter is not None:
-            save_model(self.adapter.merge_and_unload(), self.tokenizer, folder)
-            return
         save_model(self.policy, self.tokenizer, folder)
         self.policy.load_state_dict(own, strict=False)

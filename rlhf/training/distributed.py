@@ -333,11 +333,25 @@ def full_state(state: Any) -> Any:
     return full_tensor(state) if isinstance(state, Tensor) else state
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Loads whole tensors into a model, sharded or not."""
-    own = model.state_dict()
-    placed = {name: shard_like(value, own[name]) if name in own else value for name, value in state.items()}
-    model.load_state_dict(placed, strict=strict)
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name, whole: with LoRA adapters and head, without it all. What is frozen is
+    read from the model's folder again."""
+    state = model.state_dict()  # after a forward pass parameters may still be gathered; state_dict() has the parts
+    return {name: full_tensor(state[name]) for name in _trained_names(model)}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `trained_weights` returned into a model, sharded or not. Raises UserError where a trained weight is
+    missing; those that the model does not train are left out."""
+    own, names = model.state_dict(), _trained_names(model)
+    if missing := sorted(set(names) - state.keys()):
+        raise UserError(f"the checkpoint lacks {len(missing)} trained weights such as {missing[0]}: it is of other "
+                        "parameters; start over with --fresh")
+    model.load_state_dict({name: shard_like(state[name], own[name]) for name in names}, strict=False)
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, value in model.named_parameters() if value.requires_grad]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
