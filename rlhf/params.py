@@ -21,6 +21,7 @@ def param(default: Any, help: str, *, gt: float | None = None, ge: float | None 
 # --- parameters of several sections ----------------------------------------------------------------------------------
 
 Precision = Literal["auto", "fp32", "bf16"]
+LoraBase = Literal["fp32", "bf16"]
 
 
 def processes(help: str = "processes per machine that share each batch; one per GPU, or one thread each on CPU") -> Any:
@@ -65,6 +66,10 @@ def lora_rank(of: str) -> Any:
 
 def lora_alpha() -> Any:
     return param(32, "LoRA alpha: updates are scaled by alpha / rank", ge=1)
+
+
+def lora_base() -> Any:
+    return param("fp32", "precision of the frozen weights under LoRA adapters; bf16: half the memory, in bf16 passes")
 
 
 def max_new_tokens(help: str) -> Any:
@@ -147,6 +152,7 @@ class SftParams:
     reward_model: str = param("", "folder of the reward model that selects the epoch")
     lora_rank: int = lora_rank("all linear layers but the output")
     lora_alpha: int = lora_alpha()
+    lora_base: LoraBase = lora_base()
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("demonstrations")
@@ -179,6 +185,7 @@ class RmParams:
                         "checkpoint valid_accuracy of all", ge=1, le=100)
     lora_rank: int = lora_rank("the backbone, whose head is trained whole")
     lora_alpha: int = lora_alpha()
+    lora_base: LoraBase = lora_base()
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     micro_batch_size: int = micro_batch_size("prompts")
@@ -249,6 +256,7 @@ class PpoParams:
     value_init: Literal["reward_model", "policy"] = param("reward_model", "initial weights of the value model")
     lora_rank: int = lora_rank("policy and value model")
     lora_alpha: int = lora_alpha()
+    lora_base: LoraBase = lora_base()
     gradient_checkpointing: bool = gradient_checkpointing()
     compile: bool = compile_training()
     kl_limit: float = param(20.0, "stop when an iteration's KL exceeds this many times kl_goal; 0: never", ge=0)

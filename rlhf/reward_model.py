@@ -30,6 +30,7 @@ from rlhf.model.load import (
     scale_scores,
     shift_scores,
 )
+from rlhf.model.lora import check_base
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_groups, score_together
 from rlhf.params import RmParams
@@ -114,6 +115,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     ones, prompt and completion) score mean 0 [InstructGPT], or samples of the policy score mean 0 and deviation 1
     [Ziegler]. Raises UserError where no row fits or nothing can be normalised by, before anything is trained.
     """
+    check_base(params, "rm")
     seed_everything(seed)
     codec = load_codec(policy_folder)
     tokenizer = codec.tokenizer

@@ -30,6 +30,7 @@ from rlhf.model.load import (
     save_model,
     set_dropout,
 )
+from rlhf.model.lora import check_base
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
 from rlhf.params import SftParams
@@ -125,6 +126,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     `rows` have prompt, completion and split; they are passed over twice. `sft/valid_loss` and `sft/valid_loss_base`
     are nats per token of the loss on the valid split, after and before. Raises UserError where no row fits.
     """
+    check_base(params, "sft")
     seed_everything(seed)
     codec = load_codec(base_folder)
     tokenizer = codec.tokenizer

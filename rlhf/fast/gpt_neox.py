@@ -47,7 +47,7 @@ def first_block_per_unique_token(model: PreTrainedModel, ids: Tensor) -> Iterato
     block: Any = blocks[0]
     products = (block.attention.query_key_value, block.mlp)
     norms = (block.input_layernorm, block.post_attention_layernorm)
-    embeddings = F.embedding(tokens, model.get_input_embeddings().weight)
+    embeddings = model.get_input_embeddings()(tokens)
     for product, norm in zip(products, norms, strict=True):
         def of_tokens(_: Tensor, product: Any = product.forward, norm: Any = norm.forward) -> Tensor:
             return _Gather.apply(product(norm(embeddings)), token_indices)

@@ -23,7 +23,7 @@ from rlhf.files import is_writer
 from rlhf.model.device import device
 from rlhf.model.folders import check_folder
 from rlhf.model.forward import prepare
-from rlhf.model.lora import add_adapter, plain_weights
+from rlhf.model.lora import add_adapter, plain_weights, saved_dtype
 from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
@@ -144,10 +144,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         weights |= {name: weights[name].clone() for name in tied}
     if not is_writer():
         return
+    if dtype := saved_dtype(model):
+        weights = {name: value.to(dtype) if value.dim() == 2 and name != "score.weight" else value
+                   for name, value in weights.items() if untie or name not in tied}
     model.save_pretrained(folder, state_dict=weights)
-    if untie:
+    if untie or dtype:
         config = copy.deepcopy(model.config)
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.tie_word_embeddings and not untie
+        config.dtype = dtype or config.dtype
         config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

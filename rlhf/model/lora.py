@@ -11,16 +11,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.errors import UserError
 from rlhf.params import PpoParams, RmParams, SftParams
 from rlhf.training import distributed
+from rlhf.training.hardware import in_bf16
+
+PUBLISHED = "_published_in_bfloat16"  # an attribute of a model that holds frozen weights in bfloat16
+Params = SftParams | RmParams | PpoParams
 
 
-def add_adapter(model: PreTrainedModel, params: SftParams | RmParams | PpoParams, noise: torch.Generator,
-                train_head: bool = False) -> Any:
+def check_base(params: Params, section: str) -> None:
+    """Raises UserError where `lora_base` does not fit the section's other parameters, or this machine."""
+    if params.lora_base == "bf16" and not params.lora_rank:
+        raise UserError(f"{section}.lora_base = bf16: must be fp32 where {section}.lora_rank = 0, which trains all "
+                        "weights")
+    if params.lora_base == "bf16" and not in_bf16(params.precision):
+        raise UserError(f"{section}.lora_base = bf16: must be fp32 where {section}.precision = {params.precision}, "
+                        "which computes in float32 here")
+
+
+def add_adapter(model: PreTrainedModel, params: Params, noise: torch.Generator, train_head: bool = False) -> Any:
     """Puts an adapter of `params.lora_rank` on every linear layer but the output, and freezes the other weights.
 
     Returns peft's wrapper, whose `disable_adapter()` gives the model as it was; `model` itself is changed in place.
-    `noise`: draws A; B starts at 0. `train_head`: the scalar head of a scorer stays trainable.
+    `noise`: draws A; B starts at 0. `train_head`: the scalar head of a scorer stays trainable. With `params.lora_base`
+    bf16 the frozen weights are held in bfloat16 (`hold_in_bfloat16`), adapters and head in float32.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -35,7 +50,33 @@ def add_adapter(model: PreTrainedModel, params: SftParams | RmParams | PpoParams
                 matrix.weight.copy_(torch.empty(matrix.weight.shape).uniform_(-bound, bound, generator=noise))
     if train_head:
         model.score.weight.requires_grad_(True)
+    if params.lora_base == "bf16":
+        hold_in_bfloat16(model)
     return wrapped
+
+
+@torch.no_grad()
+def hold_in_bfloat16(model: PreTrainedModel) -> None:
+    """Holds matrices that are not trained in bfloat16: half their memory. Norms, biases and a scalar head stay float32,
+    and so do the states between the blocks.
+
+    Autocast rounds the weights of products to bfloat16 anyway, so a pass gives the same bits as before, but where an
+    embedding loses something: a model that was published in bfloat16 loses nothing. That is remembered: `save_model`
+    saves it in bfloat16 again, any other in float32.
+    """
+    frozen = [value for name, value in model.named_parameters()
+              if value.dim() == 2 and not value.requires_grad and name != "score.weight"]
+    vars(model)[PUBLISHED] = all(torch.equal(value, value.to(torch.bfloat16).to(value.dtype)) for value in frozen)
+    for value in frozen:
+        value.data = value.data.to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda _, inputs, output: output.float())
+
+
+def saved_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """The type that matrices are saved in where the model holds some in bfloat16 (`hold_in_bfloat16`); else None."""
+    return {True: torch.bfloat16, False: torch.float32}.get(vars(model).get(PUBLISHED))
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:

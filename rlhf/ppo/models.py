@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.errors import UserError
 from rlhf.model.chat_format import load_codec
 from rlhf.model.load import (
     check_length,
@@ -20,7 +19,7 @@ from rlhf.model.load import (
     save_memory,
     save_model,
 )
-from rlhf.model.lora import add_adapter
+from rlhf.model.lora import add_adapter, check_base, hold_in_bfloat16
 from rlhf.model.responses import Prompts, Responses, response_log_probs, response_values
 from rlhf.params import PpoParams
 from rlhf.training import distributed
@@ -35,6 +34,7 @@ class PpoModels:
 
     def __init__(self, params: PpoParams, sft_folder: Path, rm_folder: Path, seed: int,
                  begin_with: Path | None = None) -> None:
+        check_base(params, "ppo")
         self.params = params
         self.codec = load_codec(sft_folder)
         self.tokenizer = self.codec.tokenizer
@@ -48,6 +48,8 @@ class PpoModels:
         if params.lora_rank:
             self.adapter = add_adapter(self.policy, params, generator(seed, "ppo", "policy adapter"))
             add_adapter(self.value, params, generator(seed, "ppo", "value adapter"), train_head=True)
+            if params.lora_base == "bf16":
+                hold_in_bfloat16(self.reward_model)
         # With LoRA the policy without its adapter is the reference: no second copy of the weights.
         self.reference = None if self.adapter else load_policy(sft_folder).requires_grad_(False)
         for model in (self.policy, self.value):
@@ -55,9 +57,7 @@ class PpoModels:
             save_memory(model, params.gradient_checkpointing)
             compile_model(model, params.compile)
         if params.shard:
-            if self.reference is None:
-                raise UserError("ppo.shard cannot be combined with ppo.lora_rank, whose adapters are small")
-            for model in (self.policy, self.value, self.reference, self.reward_model):
+            for model in filter(None, (self.policy, self.value, self.reference, self.reward_model)):
                 distributed.shard(model)
 
     @contextmanager

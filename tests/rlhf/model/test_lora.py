@@ -15,7 +15,7 @@ from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_policy, load_scorer, new_scorer, save_model
 from rlhf.model.lora import add_adapter
 from rlhf.model.scoring import score_sequences
-from rlhf.params import RmParams, SftParams
+from rlhf.params import LoraBase, RmParams, SftParams
 from rlhf.pretrain import lm_loss
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import Demonstrations, sft, valid_loss
@@ -257,3 +257,70 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(policy_folder: Path
     del state[lacking]
     with pytest.raises(UserError, match=f"lacks 1 trained weights such as {lacking}"):
         distributed.load_weights(model, state)
+
+
+# --- a base in bfloat16 ----------------------------------------------------------------------------------------------
+
+def rounded(folder: Path, tokenizer: Any, target: Path) -> Path:
+    """The same model as if it had been published in bfloat16."""
+    save_model(load_policy(folder).to(torch.bfloat16), tokenizer, target)
+    return target
+
+
+def test_a_base_in_bfloat16_that_lost_nothing_gives_the_same_bits_and_gradients(
+        policy_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    folder = rounded(policy_folder, tokenizer, tmp_path / "published")
+    ids = torch.randint(5, 40, (8, 24), generator=noise())  # few distinct tokens: GPT-NeoX's first block is by token
+    found: list[tuple[float, dict[str, Any]]] = []
+    bases: tuple[LoraBase, ...] = ("fp32", "bf16")
+    for base in bases:
+        model = load_policy(folder)
+        wide = sum(value.nbytes for value in model.parameters())
+        add_adapter(model, SftParams(lora_rank=RANK, lora_alpha=ALPHA, lora_base=base, precision="bf16"), noise())
+        moved(model)
+        loss = lm_loss(model.train(), ids, "bf16")
+        loss.backward()
+        found.append((loss.item(), {name: value.grad for name, value in adapters_of(model).items()}))
+    assert {value.dtype for value in adapters_of(model).values()} == {torch.float32}
+    assert sum(value.nbytes for name, value in model.named_parameters() if "lora_" not in name) < 0.6 * wide
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items())
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_stages_on_a_base_in_bfloat16_save_bfloat16_only_where_the_base_was(
+        policy_folder: Path, tokenizer: Any, texts: list[str], tmp_path: Path, published: bool) -> None:
+    base = rounded(policy_folder, tokenizer, tmp_path / "published") if published else policy_folder
+    changes: dict[str, Any] = {"lora_base": "bf16", "precision": "bf16"}
+    metrics = sft(sft_params(**changes), demonstration_rows(texts), base, 9, tmp_path / "sft")
+    assert metrics["sft/valid_loss"] < metrics["sft/valid_loss_base"] - 0.1
+    policy = tmp_path / "sft" / "model"
+    plain: Any = AutoModelForCausalLM.from_pretrained(policy)
+    assert plain.dtype == (torch.bfloat16 if published else torch.float32)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, policy))
+    assert before.keys() == after.keys()
+    layers = linear_layers(base)
+    for name, value in after.items():
+        held = before[name].to(torch.bfloat16).float() if value.dim() == 2 else before[name].float()
+        if published and value.dim() == 2:
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value.float(), held) == (name.removesuffix(".weight") not in layers)
+        else:
+            assert value.dtype == torch.float32
+            assert_low_rank({name: held}, {name: value}, layers)
+    model, _ = train_reward_model(rm_params(**changes), rankings(60), DEMONSTRATIONS, policy, 3, tmp_path / "rm")
+    saved = load_scorer(tmp_path / "rm" / "model")
+    codec = load_codec(policy)
+    answers = codec.completions([" ".join(["red"] * count + ["rice"] * (5 - count)) for count in range(6)])
+    ours, theirs = (torch.tensor(score_sequences(one, [codec.prompts(["what?"])[0] + answer for answer in answers],
+                                                 codec.pad_id, "bf16")) for one in (model, saved))
+    assert (ours - theirs).abs().max() < 0.2 * (ours.max() - ours.min())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"lora_rank": 0, "precision": "bf16"}, r"sft\.lora_base = bf16: must be fp32 where sft\.lora_rank = 0"),
+    ({"precision": "fp32"}, r"sft\.lora_base = bf16: must be fp32 where sft\.precision = fp32")])
+def test_a_base_in_bfloat16_that_does_not_fit_the_other_parameters_is_refused_at_the_start(
+        policy_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sft(sft_params(lora_base="bf16", **changes), [], policy_folder, 9, tmp_path)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.model.load import new_scorer, save_model
+from rlhf.model.load import load_policy, load_scorer, new_scorer, save_model
 from rlhf.params import PpoParams
 from rlhf.ppo.kl_controller import RULES, FixedBeta, ProportionalBeta, StepAheadBeta, StepBeta, beta_rule
 from rlhf.ppo.trainer import Trainer
@@ -189,6 +190,26 @@ def test_lora_trains_adapters_alone_and_the_reference_is_the_policy_without_them
         ours = untouched.models.log_probs(merged, prompts, rollouts.responses, rollouts.mask.shape[1])
     torch.testing.assert_close(ours * rollouts.mask, rollouts.log_probs, rtol=0, atol=1e-4)
     assert not list(tmp_path.glob("adapter*"))
+
+
+def test_lora_on_a_base_in_bfloat16_learns_as_on_the_same_base_in_float32(
+        model_folders: dict[str, tuple[Path, Path]], architecture: str, tokenizer: PreTrainedTokenizerFast,
+        ppo_params: Callable[..., PpoParams], prompt_texts: list[str], tmp_path: Path) -> None:
+    """Both were published in bfloat16, so that nothing is rounded: the same bits, the shared reference included."""
+    policy, scorer = model_folders[architecture]
+    save_model(load_policy(policy).to(torch.bfloat16), tokenizer, tmp_path / "policy")
+    save_model(load_scorer(scorer).to(torch.bfloat16), tokenizer, tmp_path / "rm")
+    journals = []
+    for base in ("fp32", "bf16"):
+        trainer = Trainer(ppo_params(lora_rank=4, lr=2e-2, lora_base=base, precision="bf16"), tmp_path / "policy",
+                          tmp_path / "rm", seed=5)
+        journals.append(run(trainer, prompt_texts, 2))
+        trainer.save(tmp_path / base)
+    assert journals[0] == journals[1]
+    assert journals[1][1]["ppo/kl"] != 0
+    saved = {base: load_file(tmp_path / base / "model.safetensors") for base in ("fp32", "bf16")}
+    assert all(torch.equal(saved["fp32"][name].to(value.dtype), value) for name, value in saved["bf16"].items())
+    assert torch.bfloat16 in {value.dtype for value in saved["bf16"].values()}
 
 
 def test_lora_goes_on_from_a_checkpoint(make_trainer: Make, prompt_texts: list[str]) -> None:

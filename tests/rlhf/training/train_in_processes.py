@@ -108,7 +108,8 @@ def main() -> None:
     except Interrupted:
         metrics = {}
     if task["params"].get("shard") and distributed.size() > 1:
-        assert len(counts) == {"ppo": 4}.get(task["stage"], 1)
+        adapted = bool(task["params"].get("lora_rank"))  # then the policy is the reference too
+        assert len(counts) == {"ppo": 3 if adapted else 4}.get(task["stage"], 1)
         assert all(here < 0.6 * total for total, here in counts)
     if distributed.is_main():
         (Path(task["folder"]) / "metrics.json").write_text(json.dumps(metrics))
