@@ -19,6 +19,7 @@ from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
+from rlhf.model.adapter_folder import ADAPTER, save_adapter
 from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
 from rlhf.model.load import (
@@ -130,7 +131,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"))
     check_length(model, params.max_tokens, "rm.max_tokens")
     distributed.check_divides(params.batch_size, "rm.batch_size")
-    prepare_training(model, params, generator(seed, "rm", "lora"))
+    adapter = prepare_training(model, params, generator(seed, "rm", "lora"))
     lengths = data.lengths()
     # All comparisons of a prompt in one step: apart from each other, a pass over them overfits [InstructGPT §3.5]. The
     # choices that best_of draws from one ranking are apart, as in [Ziegler].
@@ -161,6 +162,8 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
         samples = reference_samples(policy_folder, codec, prompts, params, seed)
     gain, bias = normalise(model, samples, codec.pad_id, params)
     save_model(model, tokenizer, folder / "model")
+    if adapter is not None:
+        save_adapter(model, adapter, policy_folder, folder / "model" / ADAPTER)
     return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/gain": gain, "rm/bias": bias,
                    "rm/steps_kept": last_step}
 

@@ -114,7 +114,7 @@ def load_scorer(folder: str | Path, new_head: bool = False) -> PreTrainedModel:
     model = _load(AutoModelForSequenceClassification, folder, frozenset({"score.weight"} if new_head else ()),
                   num_labels=1)
     if getattr(model.config, "score_shift", 0.0):
-        _add_bias(model, model.config.score_shift)
+        add_bias(model, model.config.score_shift)
     return prepare(model).to(device()).eval()
 
 
@@ -122,11 +122,16 @@ def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator) ->
     """A reward model on a policy's backbone; the head starts at N(0, 1/(d+1)), without bias [Ziegler]."""
     model = load_scorer(policy_folder, new_head=True)
     model.config.pad_token_id = pad_id
+    draw_head(model, seed)
+    return model
+
+
+def draw_head(model: PreTrainedModel, seed: torch.Generator) -> None:
+    """A scorer's head from N(0, 1/(d+1)) [Ziegler]."""
     width = model.score.weight.shape[1]
     fresh = torch.randn(model.score.weight.shape, generator=seed) / math.sqrt(width + 1)
     with torch.no_grad():
         model.score.weight.copy_(fresh)
-    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untie: bool = False) -> None:
@@ -179,18 +184,26 @@ def shift_scores(model: PreTrainedModel, shift: float) -> None:
     such place: there the constant is `score_shift` in the configuration, which `load_scorer` adds and plain
     transformers leaves out; differences between scores are the same in both.
     """
-    norms = [module for _, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
-    final = norms[-1] if norms else None
+    norm = final_norm(model)
     weight = distributed.full_tensor(model.score.weight)[0]
-    if final is None or final.bias.shape != weight.shape:
+    if norm is None:
         model.config.score_shift = getattr(model.config, "score_shift", 0.0) + shift
-        _add_bias(model, model.config.score_shift)
+        add_bias(model, model.config.score_shift)
         return
+    final: Any = model.get_submodule(norm)
     with torch.no_grad():
         final.bias += distributed.shard_like(shift * weight / weight.square().sum(), final.bias)
 
 
-def _add_bias(model: PreTrainedModel, value: float) -> None:
+def final_norm(model: PreTrainedModel) -> str | None:
+    """The name of the norm before a scorer's head; None where it has no bias (RMSNorm)."""
+    norms = [name for name, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
+    if not norms or getattr(model.base_model, norms[-1]).bias.shape != model.score.weight.shape[1:]:
+        return None
+    return f"{model.base_model_prefix}.{norms[-1]}"
+
+
+def add_bias(model: PreTrainedModel, value: float) -> None:
     """Gives the head a bias that stays as it is."""
     bias = torch.full((1,), value, dtype=model.score.weight.dtype, device=model.score.weight.device)
     model.score.bias = torch.nn.Parameter(bias, requires_grad=False)
@@ -222,18 +235,21 @@ def save_memory(model: PreTrainedModel, on: bool) -> None:
         enable({"use_reentrant": False})
 
 
-def prepare_training(model: PreTrainedModel, params: SftParams | RmParams, noise: torch.Generator) -> None:
+def prepare_training(model: PreTrainedModel, params: SftParams | RmParams, noise: torch.Generator) -> Any:
     """Training mode, with LoRA, gradient checkpointing, torch.compile and sharding as the parameters say.
 
-    With LoRA only the adapters are trained, and the scalar head of a scorer. `noise`: draws how they start.
+    With LoRA only the adapters are trained, and the scalar head of a scorer. `noise`: draws how they start. Returns
+    peft's wrapper, None without LoRA.
     """
+    adapter = None
     if params.lora_rank:
-        add_adapter(model, params, noise, train_head=isinstance(params, RmParams))
+        adapter = add_adapter(model, params, noise, train_head=isinstance(params, RmParams))
     save_memory(model, params.gradient_checkpointing)
     compile_model(model, params.compile)
     if params.shard:
         distributed.shard(model)
     model.train()
+    return adapter
 
 
 def no_dropout(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from rlhf.training import distributed
 from rlhf.training.hardware import in_bf16
 
 PUBLISHED = "_published_in_bfloat16"  # an attribute of a model that holds frozen weights in bfloat16
+WRAPPER = "_peft_wrapper"  # an attribute of a model with adapters; not a submodule: it contains the model
 Params = SftParams | RmParams | PpoParams
 
 
@@ -37,21 +38,38 @@ def add_adapter(model: PreTrainedModel, params: Params, noise: torch.Generator, 
     `noise`: draws A; B starts at 0. `train_head`: the scalar head of a scorer stays trainable. With `params.lora_base`
     bf16 the frozen weights are held in bfloat16 (`hold_in_bfloat16`), adapters and head in float32.
     """
-    from peft import LoraConfig, get_peft_model
-
-    wrapped = get_peft_model(model, LoraConfig(
-        r=params.lora_rank, lora_alpha=params.lora_alpha, lora_dropout=0.0, bias="none", target_modules="all-linear",
-        exclude_modules=["score"] if train_head else None,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules())))  # GPT-2's linear layers
+    wrapped = _wrapped(model, "default", params.lora_rank, params.lora_alpha)
     with torch.no_grad():
         for layer in adapted_layers(model).values():  # in the order of the blocks
-            for matrix in layer.lora_A.values():
-                bound = 1 / math.sqrt(matrix.weight.shape[1])
-                matrix.weight.copy_(torch.empty(matrix.weight.shape).uniform_(-bound, bound, generator=noise))
-    if train_head:
-        model.score.weight.requires_grad_(True)
+            matrix = layer.lora_A["default"].weight
+            bound = 1 / math.sqrt(matrix.shape[1])
+            matrix.copy_(torch.empty(matrix.shape).uniform_(-bound, bound, generator=noise))
+            layer._active_adapter = list(layer.lora_A)  # a frozen one too
+    for name, value in model.named_parameters():
+        value.requires_grad_(".default." in name or (train_head and name == "score.weight"))
     if params.lora_base == "bf16":
         hold_in_bfloat16(model)
+    return wrapped
+
+
+def add_frozen_adapter(model: PreTrainedModel, rank: int, alpha: int) -> None:
+    """Puts an adapter called `frozen` on the same layers, before any other, for values that somebody trained."""
+    _wrapped(model, "frozen", rank, alpha)
+    model.requires_grad_(False)
+
+
+def _wrapped(model: PreTrainedModel, name: str, rank: int, alpha: int) -> Any:
+    """peft's wrapper of the model with one more adapter on every linear layer but the output."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules="all-linear",
+        exclude_modules=["score"] if hasattr(model, "score") else None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()))  # GPT-2's linear layers
+    if wrapped := vars(model).get(WRAPPER):
+        wrapped.add_adapter(name, config)
+    else:
+        wrapped = vars(model)[WRAPPER] = get_peft_model(model, config, adapter_name=name)
     return wrapped
 
 
@@ -65,7 +83,7 @@ def hold_in_bfloat16(model: PreTrainedModel) -> None:
     saves it in bfloat16 again, any other in float32.
     """
     frozen = [value for name, value in model.named_parameters()
-              if value.dim() == 2 and not value.requires_grad and name != "score.weight"]
+              if value.dim() == 2 and not value.requires_grad and name != "score.weight" and ".lora_" not in name]
     vars(model)[PUBLISHED] = all(torch.equal(value, value.to(torch.bfloat16).to(value.dtype)) for value in frozen)
     for value in frozen:
         value.data = value.data.to(torch.bfloat16)

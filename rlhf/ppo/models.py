@@ -1,5 +1,6 @@
 """The models of a PPO run: policy, frozen reference, value model, reward model; with LoRA, adapters on two of them."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.model.adapter_folder import adapter_on, put_on, scorer_on
 from rlhf.model.chat_format import load_codec
 from rlhf.model.load import (
     check_length,
     compile_model,
+    draw_head,
     load_policy,
     load_scorer,
     new_scorer,
@@ -24,6 +27,8 @@ from rlhf.model.responses import Prompts, Responses, response_log_probs, respons
 from rlhf.params import PpoParams
 from rlhf.training import distributed
 from rlhf.training.seeding import generator
+
+log = logging.getLogger(__name__)
 
 
 class PpoModels:
@@ -41,10 +46,8 @@ class PpoModels:
         self.policy = load_policy(begin_with or sft_folder)
         check_length(self.policy, params.max_prompt_tokens + params.max_new_tokens,
                      "ppo.max_prompt_tokens + ppo.max_new_tokens")
-        self.reward_model = load_scorer(rm_folder).requires_grad_(False)
-        self.value = load_scorer(rm_folder) if params.value_init == "reward_model" else new_scorer(
-            sft_folder, self.codec.pad_id, generator(seed, "ppo", "value head"))
         self.adapter: Any = None
+        self.reward_model, self.value = self._scorers(sft_folder, rm_folder, begin_with or sft_folder, seed)
         if params.lora_rank:
             self.adapter = add_adapter(self.policy, params, generator(seed, "ppo", "policy adapter"))
             add_adapter(self.value, params, generator(seed, "ppo", "value adapter"), train_head=True)
@@ -59,6 +62,27 @@ class PpoModels:
         if params.shard:
             for model in filter(None, (self.policy, self.value, self.reference, self.reward_model)):
                 distributed.shard(model)
+
+    def _scorers(self, sft_folder: Path, rm_folder: Path, base_folder: Path, seed: int
+                 ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Reward model (frozen) and value model, without the adapter that PPO trains. With LoRA they have the policy's
+        own base weights where the reward model was trained with LoRA on just these."""
+        pad_id, head = self.codec.pad_id, generator(seed, "ppo", "value head")
+        from_policy = self.params.value_init == "policy"
+        adapter = adapter_on(base_folder, rm_folder) if self.params.lora_rank else ""
+        if isinstance(adapter, str):
+            if adapter:
+                log.info("policy, value model and reward model have a base each: %s", adapter)
+            reward_model = load_scorer(rm_folder).requires_grad_(False)
+            return reward_model, new_scorer(sft_folder, pad_id, head) if from_policy else load_scorer(rm_folder)
+        log.info("policy, value model and reward model share the weights of %s", base_folder)
+        reward_model, value = scorer_on(self.policy, pad_id), scorer_on(self.policy, pad_id)
+        put_on(reward_model, adapter)
+        if from_policy:
+            draw_head(value, head)
+        else:
+            put_on(value, adapter)
+        return reward_model.requires_grad_(False), value
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:

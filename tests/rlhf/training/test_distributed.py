@@ -133,6 +133,16 @@ def test_two_processes_train_the_same_adapters_as_one(train: Train, stage: str, 
     assert_same(one, train(stage, tmp_path / "sharded", processes=2, shard=True, **lora), train.policy)
 
 
+def test_models_on_one_base_are_sharded_each_and_learn_the_same(train: Train, tmp_path: Path) -> None:
+    train("rm", tmp_path / "rm", lora_rank=3, lr=1e-2)
+    scorer = tmp_path / "rm" / "model"
+    assert (scorer / "adapter" / "base.json").is_file()
+    own = Train({train.architecture: (train.policy, scorer)}, train.rows, train.corpus)
+    one, two = (own("ppo", tmp_path / str(count), processes=count, shard=count > 1, lora_rank=4, lr=1e-2)
+                for count in (1, 2))
+    assert_same(one, two, train.policy)
+
+
 def test_a_sharded_base_in_bfloat16_under_adapters_in_float32(train: Train, tmp_path: Path) -> None:
     """FSDP gathers both types in one group. Rounding to bfloat16 differs with the rows of a batch."""
     lora: dict[str, Any] = {"lora_rank": 4, "lr": 1e-2, "lora_base": "bf16", "precision": "bf16"}
