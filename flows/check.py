@@ -328,7 +328,8 @@ def _memory(profile: Profile, parameters: int) -> Iterator[Finding]:
     import torch
 
     arm = profile.arms[profile.promoted]
-    needed = parameters * (4 * WEIGHT_BYTES if arm.lora_rank else PPO_BYTES)
+    bases = 1 if profile.rm.lora_rank and not arm.shard else 4  # rlhf/model/adapter_folder.py: one base for all models
+    needed = parameters * (bases * WEIGHT_BYTES if arm.lora_rank else PPO_BYTES)
     if arm.shard:
         needed //= arm.processes
     if torch.cuda.is_available():

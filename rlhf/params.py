@@ -21,6 +21,7 @@ def param(default: Any, help: str, *, gt: float | None = None, ge: float | None 
 # --- parameters of several sections ----------------------------------------------------------------------------------
 
 Precision = Literal["auto", "fp32", "bf16"]
+LoraBase = Literal["fp32", "bf16"]
 
 
 def processes(help: str = "processes per machine that share each batch; one per GPU, or one thread each on CPU") -> Any:
@@ -71,6 +72,18 @@ def pretrain_row_tokens() -> Any:
 
 def peak_lr(default: float) -> Any:
     return param(default, "peak learning rate, cosine decay to 10 %", gt=0, le=1)
+
+
+def lora_rank(of: str) -> Any:
+    return param(0, f"rank of the LoRA adapters of {of}; 0: train all weights", ge=0)
+
+
+def lora_alpha() -> Any:
+    return param(32, "LoRA alpha: updates are scaled by alpha / rank", ge=1)
+
+
+def lora_base() -> Any:
+    return param("fp32", "precision of the frozen weights under LoRA adapters; bf16: half the memory, in bf16 passes")
 
 
 def max_new_tokens(help: str) -> Any:
@@ -151,6 +164,9 @@ class SftParams:
     checkpoint: Literal["last", "valid_loss", "rm_score"] = param(
         "last", "which epoch's weights are saved; rm_score needs reward_model [InstructGPT App. C.1]")
     reward_model: str = param("", "folder of the reward model that selects the epoch")
+    lora_rank: int = lora_rank("all linear layers but the output")
+    lora_alpha: int = lora_alpha()
+    lora_base: LoraBase = lora_base()
     gradient_checkpointing: bool = gradient_checkpointing()
     offload_activations: bool = offload_activations()
     compile: bool = compile_training()
@@ -184,6 +200,9 @@ class RmParams:
         "last", "which weights are saved; valid_accuracy: the best of `checks`")
     checks: int = param(4, "times that accuracy and loss on valid rankings are measured while training: of 500, for "
                         "checkpoint valid_accuracy of all", ge=1, le=100)
+    lora_rank: int = lora_rank("the backbone, whose head is trained whole")
+    lora_alpha: int = lora_alpha()
+    lora_base: LoraBase = lora_base()
     gradient_checkpointing: bool = gradient_checkpointing()
     offload_activations: bool = offload_activations()
     compile: bool = compile_training()
@@ -256,8 +275,9 @@ class PpoParams:
     ema_decay: float = param(0.0, "decay of the moving average that is saved as the policy; 0: off [InstructGPT 0.992]",
                              ge=0, lt=1)
     value_init: Literal["reward_model", "policy"] = param("reward_model", "initial weights of the value model")
-    lora_rank: int = param(0, "rank of the LoRA adapters of policy and value model; 0: train all weights", ge=0)
-    lora_alpha: int = param(32, "LoRA alpha: updates are scaled by alpha / rank", ge=1)
+    lora_rank: int = lora_rank("policy and value model")
+    lora_alpha: int = lora_alpha()
+    lora_base: LoraBase = lora_base()
     frozen_precision: Literal["fp32", "bf16"] = param(
         "fp32", "weights of reference and reward model; bf16 where the passes are in bf16: half the memory")
     frozen_on_cpu: bool = param(False, "keep reference and reward model on the CPU between their uses")

@@ -19,10 +19,11 @@ from rlhf.data.rows import Drawn, of_split
 from rlhf.data.token_store import Column, TokenStore, chunks, lengths_of, only
 from rlhf.errors import UserError
 from rlhf.losses import best_of_loss, ranking_accuracy, ranking_loss
+from rlhf.model.adapter_folder import ADAPTER, save_adapter
 from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import device
+from rlhf.model.layout import Layout
 from rlhf.model.load import (
-    Layout,
     check_length,
     load_policy,
     new_scorer,
@@ -31,6 +32,7 @@ from rlhf.model.load import (
     scale_scores,
     shift_scores,
 )
+from rlhf.model.lora import adapter_of
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_groups, score_together
 from rlhf.params import RmParams
@@ -116,6 +118,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     ones, prompt and completion) score mean 0 [InstructGPT], or samples of the policy score mean 0 and deviation 1
     [Ziegler]. Raises UserError where no row fits or nothing can be normalised by, before anything is trained.
     """
+    layout = Layout.of(params, "rm", generator(seed, "rm", "lora"))
     seed_everything(seed)
     codec = load_codec(policy_folder)
     tokenizer = codec.tokenizer
@@ -127,8 +130,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     if not data.ids:
         raise UserError(f"data/rm.jsonl: no train row of at most rm.max_tokens = {params.max_tokens} tokens")
     anchors = demonstration_ids(codec, demonstrations, params, folder)
-    model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"),
-                       Layout.of(params, "rm"))
+    model = new_scorer(policy_folder, codec.pad_id, generator(seed, "rm", "head"), layout)
     check_length(model, params.max_tokens, "rm.max_tokens")
     distributed.check_divides(params.batch_size, "rm.batch_size")
     prepare_training(model, params)
@@ -164,6 +166,8 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
         samples = reference_samples(policy_folder, codec, prompts, params, seed)
     gain, bias = normalise(model, samples, codec.pad_id, params)
     save_model(model, tokenizer, folder / "model")
+    if adapter := adapter_of(model):
+        save_adapter(model, adapter, policy_folder, folder / "model" / ADAPTER)
     return model, {"rm/train_prompts": len(data.ids), "rm/too_long": data.too_long, "rm/gain": gain, "rm/bias": bias,
                    "rm/steps_kept": last_step}
 

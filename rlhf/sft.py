@@ -21,8 +21,8 @@ from rlhf.errors import UserError
 from rlhf.model.chat_format import PromptCodec, load_codec
 from rlhf.model.device import autocast, device
 from rlhf.model.forward import log_probs_at, pack
+from rlhf.model.layout import Layout
 from rlhf.model.load import (
-    Layout,
     check_length,
     context_of,
     load_policy,
@@ -128,6 +128,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     `rows` have prompt, completion and split; they are passed over twice. `sft/valid_loss` and `sft/valid_loss_base`
     are nats per token of the loss on the valid split, after and before. Raises UserError where no row fits.
     """
+    layout = Layout.of(params, "sft", generator(seed, "sft", "lora"))
     seed_everything(seed)
     codec = load_codec(base_folder)
     tokenizer = codec.tokenizer
@@ -139,7 +140,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     if left_out := train.left_out + valid.left_out:
         log.warning("sft.train_on = all_answers: %d earlier answers are read only, since the chat template gives them "
                     "another form or end than an answer of its own", left_out)
-    model = load_policy(base_folder, Layout.of(params, "sft"))
+    model = load_policy(base_folder, layout)
     check_length(model, params.max_tokens, "sft.max_tokens")
     if params.packing:
         with autocast(params.precision):

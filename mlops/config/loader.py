@@ -8,10 +8,10 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from mlops.config.paths import PARAMETERS
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
-from rlhf.params import PpoParams, Profile
+from rlhf.params import PpoParams, Profile, RmParams, SftParams
 
 PARAMS_FILE = "params.yaml"
 PROFILES_DIR = "profiles"
@@ -409,9 +409,22 @@ def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
         (ppo.value_warmup_iterations < max(ppo.episodes // ppo.batch_size, 1),
          f"{named('value_warmup_iterations')}: must be < {ppo.episodes // ppo.batch_size}, the iterations of the run "
          f"({named('episodes')} / {named('batch_size')}), or the policy may never be trained"),
+        *_lora_rules(ppo, named),
     ):
         if not holds:
             raise UserError(f"{path}: {message}")
+
+
+def _lora_rules(params: SftParams | RmParams | PpoParams, named: Callable[[str], str]) -> list[tuple[bool, str]]:
+    """The rules for LoRA's parameters of a section: (whether it holds, the message)."""
+    return [(params.lora_base == "fp32" or params.lora_rank > 0,
+             f"{named('lora_base')}: must be fp32 where {named('lora_rank')}, which trains all weights"),
+            (params.lora_base == "fp32" or params.precision != "fp32",
+             f"{named('lora_base')}: must be fp32 where {named('precision')}")]
+
+
+def _named_in(params: Any, section: str, key: str) -> str:
+    return f"{section}.{key} = {getattr(params, key)}"
 
 
 def _is_date(text: str) -> bool:
@@ -431,6 +444,9 @@ def _check_together(profile: Profile, path: Path) -> None:
         (_is_date(pretrain.template_date),
          f"pretrain.template_date = {pretrain.template_date!r}: must be a date such as 2024-07-26"),
     ]
+    for section in ("sft", "rm"):
+        params = getattr(profile, section)
+        rules += _lora_rules(params, partial(_named_in, params, section))
     described = profile.ingest.source != "embedded"
     rules += [
         (not described or profile.validate.counts == "none",

@@ -233,8 +233,15 @@ def weight_of(module: Any) -> Tensor:
     inner = getattr(module, "base_layer", module)
     weight = distributed.full_tensor(inner.weight.detach())
     if inner is not module and not module.disable_adapters:
-        weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
+        weight = weight + sum(delta_of(module, name) for name in module.active_adapters)
     return weight.t() if type(inner).__name__ == "Conv1D" else weight
+
+
+def delta_of(module: Any, adapter: str) -> Tensor:
+    """What an adapter adds to a layer's weight, as that is stored: (alpha / rank)·B·A."""
+    down, up = (distributed.full_tensor(part[adapter].weight.detach()) for part in (module.lora_A, module.lora_B))
+    delta: Tensor = module.scaling[adapter] * (up @ down)
+    return delta.t() if module.fan_in_fan_out else delta
 
 
 def decoder_for(model: PreTrainedModel, precision: str, compiled: bool = False) -> Decoder | None:

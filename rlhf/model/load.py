@@ -5,11 +5,11 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,12 +24,13 @@ from rlhf.files import is_writer
 from rlhf.model.device import device
 from rlhf.model.folders import check_folder
 from rlhf.model.forward import prepare
+from rlhf.model.layout import WHOLE, Layout
 from rlhf.model.load_sharded import load_in_shards
+from rlhf.model.lora import adapter_of, plain_weights, saved_dtype
 from rlhf.model.save_sharded import save_in_shards
 from rlhf.model.vocabulary import is_mask, mask_untrained
-from rlhf.params import PpoParams, PretrainParams, RmParams, SftParams
+from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
-from rlhf.training.hardware import in_bf16
 
 log = logging.getLogger(__name__)
 
@@ -48,36 +49,6 @@ def small_gpt(params: PretrainParams, tokenizer: PreTrainedTokenizerBase) -> Pre
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))).to(device())
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a model lies in memory: `dtype` of its weights; with `shard` split over the processes, where its passes have
-    `precision`, and with `cpu_offload` on the CPU (rlhf/training/distributed.py:shard)."""
-
-    dtype: torch.dtype = torch.float32
-    shard: bool = False
-    precision: str = "fp32"
-    cpu_offload: bool = False
-
-    @classmethod
-    def of(cls, params: SftParams | RmParams | PpoParams, section: str) -> "Layout":
-        """Of the model that a stage trains. Raises UserError for options that need another one."""
-        for option, needed in (("cpu_offload", "shard"), ("offload_activations", "gradient_checkpointing")):
-            if getattr(params, option) and not getattr(params, needed):
-                raise UserError(f"{section}.{option} needs {section}.{needed}: true")
-        if params.cpu_offload and distributed.size() == 1:
-            log.warning("%s.cpu_offload: nothing is on the CPU with %s.processes = 1, as nothing is sharded", section,
-                        section)
-        return cls(shard=params.shard, precision=params.precision, cpu_offload=params.cpu_offload)
-
-    def frozen(self, params: PpoParams) -> "Layout":
-        """Of a model that PPO does not train."""
-        narrow = params.frozen_precision == "bf16" and in_bf16(params.precision)
-        return replace(self, dtype=torch.bfloat16 if narrow else torch.float32, cpu_offload=params.frozen_on_cpu)
-
-
-WHOLE = Layout()
-
-
 def _attention() -> dict[str, Any]:
     """On a CPU plain attention: at these lengths its backward pass is one and a half times as fast as the fused one."""
     return {} if device().type == "cuda" else {"attn_implementation": "eager"}
@@ -88,8 +59,7 @@ def _read(kind: Any, folder: str | Path, new: frozenset[str], layout: Layout, **
     """(a model, what was missing, surplus, of another shape or not finite). No remote code, no pickle files (loading
     one can run code)."""
     splits = layout.shard and distributed.size() > 1
-    if splits and (found := load_in_shards(kind, folder, new, layout.dtype, _attention(), layout.precision,
-                                           layout.cpu_offload, **more)):
+    if splits and (found := load_in_shards(kind, folder, new, layout, _attention(), **more)):
         return found
     model, report = kind.from_pretrained(
         str(folder), ignore_mismatched_sizes=True, dtype=layout.dtype, trust_remote_code=False, use_safetensors=True,
@@ -129,11 +99,15 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), layo
         raise UserError(f"{folder}: {_named(broken)} not finite (NaN or infinity)")
     if dropped and kind is AutoModelForCausalLM:
         log.warning("%s: %s not used by %s", folder, _named(dropped), type(model).__name__)
+    if layout.adapter and not adapter_of(model):
+        layout.adapter.put(model)
     if layout.shard and not distributed.sharded(model):
         if distributed.size() > 1 and is_writer():
             log.warning("%s: each process loads it whole before it is split: its tensors have other names than %s "
                         "gives them", folder, type(model).__name__)
         distributed.shard(model, layout.precision, layout.cpu_offload)
+    if layout.adapter:
+        layout.adapter.draw(model)
     if layout.dtype == torch.bfloat16 and not distributed.sharded(model):
         distributed.keep_residual_in_float32(model)
     return model
@@ -161,7 +135,7 @@ def load_scorer(folder: str | Path, new_head: bool = False, layout: Layout = WHO
     model = _load(AutoModelForSequenceClassification, folder, frozenset({"score.weight"} if new_head else ()),
                   layout, num_labels=1)
     if getattr(model.config, "score_shift", 0.0):
-        _add_bias(model, model.config.score_shift)
+        add_bias(model, model.config.score_shift)
     return prepare(model).to(device()).eval()
 
 
@@ -170,31 +144,45 @@ def new_scorer(policy_folder: str | Path, pad_id: int, seed: torch.Generator, la
     """A reward model on a policy's backbone; the head starts at N(0, 1/(d+1)), without bias [Ziegler]."""
     model = load_scorer(policy_folder, new_head=True, layout=layout)
     model.config.pad_token_id = pad_id
+    draw_head(model, seed)
+    return model
+
+
+def draw_head(model: PreTrainedModel, seed: torch.Generator) -> None:
+    """A scorer's head from N(0, 1/(d+1)) [Ziegler]."""
     width = model.score.weight.shape[1]
     fresh = torch.randn(model.score.weight.shape, generator=seed) / math.sqrt(width + 1)
     with torch.no_grad():
         model.score.weight.copy_(distributed.shard_like(fresh, model.score.weight))
-    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untie: bool = False) -> None:
     """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes.
 
-    `untie`: an output layer that shares its weights with the embeddings is written as one of its own.
+    Active LoRA adapters are merged in the folder, not in the model. `untie`: an output layer that shares its weights
+    with the embeddings is written as one of its own.
     """
-    masks = {f"{name}.bias" for name, module in model.named_modules() if is_mask(module)}
-    weights = {name: value for name, value in model.state_dict().items() if name not in {"score.bias", *masks}}
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    left_out = {"score.bias", *(f"{name}.bias" for name, module in model.named_modules() if is_mask(module))}
+    dtype = saved_dtype(model)
+
+    def typed(name: str, value: Tensor) -> Tensor:
+        return value.to(dtype) if dtype and value.dim() == 2 and name != "score.weight" else value
+
     if distributed.sharded(model):
-        save_in_shards(model, {name: value for name, value in weights.items() if untie or name not in tied}, folder)
+        save_in_shards(model, folder, left_out | (set() if untie else tied), typed)
     elif is_writer():
+        weights = {name: value for name, value in plain_weights(model).items() if name not in left_out}
         weights |= {name: weights[name].clone() for name in tied} if untie else {}
+        if dtype:
+            weights = {name: typed(name, value) for name, value in weights.items() if untie or name not in tied}
         model.save_pretrained(folder, state_dict=weights)
     if not is_writer():
         return
-    if untie:
+    if untie or dtype:
         config = copy.deepcopy(model.config)
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.tie_word_embeddings and not untie
+        config.dtype = dtype or config.dtype
         config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -222,18 +210,26 @@ def shift_scores(model: PreTrainedModel, shift: float) -> None:
     such place: there the constant is `score_shift` in the configuration, which `load_scorer` adds and plain
     transformers leaves out; differences between scores are the same in both.
     """
-    norms = [module for _, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
-    final = norms[-1] if norms else None
+    norm = final_norm(model)
     weight = distributed.full_tensor(model.score.weight)[0]
-    if final is None or final.bias.shape != weight.shape:
+    if norm is None:
         model.config.score_shift = getattr(model.config, "score_shift", 0.0) + shift
-        _add_bias(model, model.config.score_shift)
+        add_bias(model, model.config.score_shift)
         return
+    final: Any = model.get_submodule(norm)
     with torch.no_grad():
         final.bias += distributed.shard_like(shift * weight / weight.square().sum(), final.bias)
 
 
-def _add_bias(model: PreTrainedModel, value: float) -> None:
+def final_norm(model: PreTrainedModel) -> str | None:
+    """The name of the norm before a scorer's head; None where it has no bias (RMSNorm)."""
+    norms = [name for name, module in model.base_model.named_children() if getattr(module, "bias", None) is not None]
+    if not norms or getattr(model.base_model, norms[-1]).bias.shape != model.score.weight.shape[1:]:
+        return None
+    return f"{model.base_model_prefix}.{norms[-1]}"
+
+
+def add_bias(model: PreTrainedModel, value: float) -> None:
     """Gives the head a bias that stays as it is."""
     bias = torch.full((1,), value, dtype=model.score.weight.dtype, device=model.score.weight.device)
     model.score.bias = torch.nn.Parameter(bias, requires_grad=False)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from rlhf.model.device import device
+from rlhf.model.layout import Layout
+from rlhf.model.lora import PUBLISHED, exact_in_bfloat16, plain_name
 from rlhf.training import distributed
 
 log = logging.getLogger(__name__)
 
 
-def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], dtype: torch.dtype, attention: dict[str, Any],
-                   precision: str, cpu_offload: bool, **more: Any) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], layout: Layout, attention: dict[str, Any],
+                   **more: Any) -> tuple[PreTrainedModel, dict[str, Any]] | None:
     """(the model, in shards, what `from_pretrained` reports as its loading_info, and `not_finite`: names); the tensors
     in `new` are 0 where the folder lacks them.
 
@@ -35,7 +37,7 @@ def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], dtype: to
     if not where or getattr(config, "quantization_config", None):
         return None
     with init_empty_weights(include_buffers=False):  # buffers such as RoPE's frequencies are in no file
-        model = kind.from_config(config, dtype=dtype, trust_remote_code=False, **attention)
+        model = kind.from_config(config, dtype=layout.dtype, trust_remote_code=False, **attention)
     model.tie_weights()  # the context above has given each name a tensor of its own
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
@@ -43,8 +45,10 @@ def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], dtype: to
     if set(report["missing_keys"]) - new and report["unexpected_keys"]:
         return None
     if not (report["mismatched_keys"] or set(report["missing_keys"]) - new):
-        distributed.shard(model, precision, cpu_offload)
-        report["not_finite"] = fill(model, where, dtype, "cpu" if cpu_offload else device().type)
+        if layout.adapter:
+            layout.adapter.put(model)
+        distributed.shard(model, layout.precision, layout.cpu_offload)
+        report["not_finite"] = fill(model, where, "cpu" if layout.cpu_offload else device().type)
     return model, report
 
 
@@ -85,29 +89,36 @@ def shapes(where: dict[str, Path], names: Any) -> list[tuple[str, tuple[int, ...
     return found
 
 
-def fill(model: PreTrainedModel, where: dict[str, Path], dtype: torch.dtype, place: str) -> list[str]:
+def fill(model: PreTrainedModel, where: dict[str, Path], place: str) -> list[str]:
     """Gives a sharded model on the meta device its values, 0 where the folder has none, on the device `place`. Returns
     the names of tensors that are not finite, the same in every process.
     """
     made: dict[int, nn.Parameter] = {}
     state: dict[str, Any] = {}
     broken: list[str] = []
+    loses = False  # a number of the file that bfloat16 does not hold
     named = list(model.named_parameters(remove_duplicate=False))
-    in_file = {id(parameter): name for name, parameter in reversed(named) if name in where}  # the first name counts
+    in_file = {id(parameter): plain_name(name) for name, parameter in reversed(named)  # the first name counts
+               if plain_name(name) in where}
     for name, parameter in named:
         if id(parameter) not in made:
             source = in_file.get(id(parameter))
             local = read_local(parameter, where[source], source) if source else None
             if local is not None and not bool(local.isfinite().all()):
                 broken.append(name)
-            made[id(parameter)] = placed_as(parameter, local, dtype, place)
+            if local is not None and parameter.dtype == torch.bfloat16 and not exact_in_bfloat16(local):
+                loses = True
+            made[id(parameter)] = placed_as(parameter, local, place)
         state[name] = made[id(parameter)]
     buffers = [name for name, _ in model.named_buffers() if name in where]
     for name in buffers:
         with safe_open(where[name], framework="pt") as file:
             state[name] = file.get_tensor(name)
     model.load_state_dict(state, strict=False, assign=True)
-    return sorted({name for names in distributed.all_gather(broken) for name in names})
+    found = distributed.all_gather((broken, loses))
+    if PUBLISHED in vars(model):
+        vars(model)[PUBLISHED] = not any(lost for _, lost in found)
+    return sorted({name for names, _ in found for name in names})
 
 
 def read_local(parameter: Tensor, path: Path, name: str) -> Tensor | None:
@@ -120,10 +131,10 @@ def read_local(parameter: Tensor, path: Path, name: str) -> Tensor | None:
     return part
 
 
-def placed_as(parameter: Any, local: Tensor | None, dtype: torch.dtype, place: str) -> nn.Parameter:
+def placed_as(parameter: Any, local: Tensor | None, place: str) -> nn.Parameter:
     """A parameter with these values in this process (0 where there are none), split as another is, on a device."""
     mesh = parameter.device_mesh
-    values = torch.zeros(parameter.to_local().shape, dtype=dtype, device=place)
+    values = torch.zeros(parameter.to_local().shape, dtype=parameter.dtype, device=place)
     if local is not None:
         values.copy_(local)
     from torch.distributed.tensor import DTensor

@@ -5,7 +5,7 @@ The files are those of transformers' `save_pretrained`, byte by byte (tests/rlhf
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,20 +15,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.files import is_writer
+from rlhf.model.lora import merges, plain_name
 from rlhf.training import distributed
 
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as the format says
 LARGEST_FILE = "50GB"  # as save_pretrained
 
 
-def save_in_shards(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+def save_in_shards(model: PreTrainedModel, folder: Path, left_out: Collection[str],
+                   typed: Callable[[str, Tensor], Tensor]) -> None:
     """A folder of safetensors files and configuration; only the first process writes, all give their parts.
 
-    `weights`: name -> (sharded) tensor. Raises OSError where the disk does not take it.
+    Active adapters are merged, one layer after the other. `left_out`: plain names of weights that are not written;
+    `typed(name, value)`: in which type a weight is. Raises OSError where the disk does not take it.
     """
+    state = model.state_dict()
+    merge = merges(model, state)
+    own = {plain_name(name): value for name, value in state.items() if ".lora_" not in name}
+    weights = {name: typed(name, torch.empty(value.shape, dtype=torch.float32 if name in merge else value.dtype,
+                                             device="meta")) for name, value in own.items() if name not in left_out}
+
+    def whole(name: str) -> Tensor:
+        return typed(name, merge[name]() if name in merge else distributed.full_tensor(own[name]).detach())
+
     plan = split_state_dict_into_shards_factory(
         dict(weights), get_storage_size=lambda item: item.numel() * item.element_size(),
-        filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE)
+        get_storage_id=lambda item: None, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE)
     if is_writer():
         folder.mkdir(parents=True, exist_ok=True)
         config = model.config
@@ -43,13 +55,13 @@ def save_in_shards(model: PreTrainedModel, weights: Mapping[str, Tensor], folder
             (folder / "model.safetensors.index.json").write_text(
                 json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file, names in sorted(plan.filename_to_tensors.items()):
-        write_tensors({name: weights[name] for name in names}, folder / file)
+        write_tensors({name: weights[name] for name in names}, whole, folder / file)
 
 
-def write_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(weights: Mapping[str, Tensor], whole: Callable[[str], Tensor], path: Path) -> None:
     """A safetensors file: the length of its header (8 bytes), the header (JSON), the tensors' bytes.
 
-    Every process calls it; the first one writes.
+    `weights`: shapes and types; `whole(name)`: the values. Every process calls it; the first one writes.
     """
     # as safetensors orders them: wide types first, so that each tensor stands at a multiple of its own width
     names = sorted(weights, key=lambda name: (-weights[name].element_size(), name))
@@ -66,9 +78,9 @@ def write_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
         if file:
             file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
-            whole = distributed.full_tensor(weights[name]).detach()
+            value = whole(name)
             if file:
-                file.write(whole.cpu().contiguous().view(torch.uint8).numpy().data)
+                file.write(value.cpu().contiguous().view(torch.uint8).numpy().data)
         if file:
             file.flush()
             os.fsync(file.fileno())

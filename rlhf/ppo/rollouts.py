@@ -81,7 +81,7 @@ def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[in
     rows = [*first, *share_of_unsampled(prompts, order[params.minibatch_size:])]
     sampled: list[Sampled] = []
     if server is not None:
-        sampled = sample_on(server, models.policy, models.adapter, models.tokenizer, prompts, sampling, noise)
+        sampled = sample_on(server, models.policy, models.tokenizer, prompts, sampling, noise)
         mine = [sampled[row][0] for row in rows]
     else:
         mine = sample_responses(models.policy, prompts, sampling, noise, rows)

@@ -279,9 +279,10 @@ class Trainer:
     # --- what a checkpoint holds -----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        parts = {"policy": self.models.policy, "value": self.models.value, "optimizer": self.optimizer,
-                 "value_optimizer": self.value_optimizer}
-        return {name: distributed.full_state(part.state_dict()) for name, part in parts.items()} | {
+        models = {"policy": self.models.policy, "value": self.models.value}
+        optimizers = {"optimizer": self.optimizer, "value_optimizer": self.value_optimizer}
+        return {name: distributed.trained_weights(model) for name, model in models.items()} | {
+            name: distributed.full_state(optimizer.state_dict()) for name, optimizer in optimizers.items()} | {
             "beta": self.beta.state(), "average": distributed.full_state(self.average), "rng": rng_state()}
 
     def restore(self, state: dict[str, Any]) -> None:

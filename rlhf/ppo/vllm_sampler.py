@@ -4,7 +4,6 @@ The server runs in an environment of its own, started with VLLM_SERVER_DEV_MODE=
 only HTTP: POST /collective_rpc with reload_weights, /reset_prefix_cache and /v1/completions, as of vLLM 0.32.
 """
 
-import copy
 import http.client
 import json
 import tempfile
@@ -142,20 +141,17 @@ class VllmServer:
                               "start it on a folder of mlops.tools.vllm_copy, with --logprobs-mode processed_logprobs")
 
 
-def sample_on(server: VllmServer, policy: PreTrainedModel, adapter: Any, tokenizer: PreTrainedTokenizerBase,
+def sample_on(server: VllmServer, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
               prompts: Sequence[Sequence[int]], sampling: Sampling, noise: torch.Generator) -> list[Sampled]:
     """All prompts' responses from a server that gets the policy's current weights first. The main process asks it.
 
-    Raises UserError in every process where the server does not do it. With LoRA (`adapter`) a merged copy of the policy
-    is made for as long as it is written. Tied embeddings are written apart: of a tied model vLLM 0.32 takes new
-    embeddings and keeps the old output layer, without a word.
+    Raises UserError in every process where the server does not do it. With LoRA it gets merged weights. Tied embeddings
+    are written apart: of a tied model vLLM 0.32 takes new embeddings and keeps the old output layer, without a word.
     """
     answer: list[Sampled] | str = []
     with tempfile.TemporaryDirectory(prefix="instructflow-") as folder:
         if distributed.is_main() or distributed.sharded(policy):  # all have to give their parts of the weights
-            merged = None if adapter is None else copy.deepcopy(adapter).merge_and_unload()
-            save_model(policy if merged is None else merged, tokenizer, Path(folder), untie=True)
-            del merged
+            save_model(policy, tokenizer, Path(folder), untie=True)
         if distributed.is_main():
             try:
                 server.suppressed = tuple(policy.generation_config.suppress_tokens or ())

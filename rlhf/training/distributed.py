@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -303,12 +302,15 @@ def keep_residual_in_float32(model: Any) -> None:
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda _, inputs, output: output.float())
         elif isinstance(module, nn.LayerNorm):
-            vars(module)["forward"] = partial(_layer_norm, module)  # on a CPU torch's own wants its input's type
+            module.__class__ = _Float32LayerNorm
 
 
-def _layer_norm(norm: nn.LayerNorm, state: Tensor) -> Tensor:
-    weight, bias = (None if item is None else item.float() for item in (norm.weight, norm.bias))
-    return F.layer_norm(state.float(), norm.normalized_shape, weight, bias, norm.eps)
+class _Float32LayerNorm(nn.LayerNorm):
+    """A layer norm in float32, whatever its weights are in: on a CPU torch's own wants them in its input's type."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        weight, bias = (None if item is None else item.float() for item in (self.weight, self.bias))
+        return F.layer_norm(state.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 def sharded(model: nn.Module) -> bool:
@@ -378,11 +380,25 @@ def full_state(state: Any) -> Any:
     return full_tensor(state) if isinstance(state, Tensor) else state
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Loads whole tensors into a model, sharded or not."""
-    own = model.state_dict()
-    placed = {name: shard_like(value, own[name]) if name in own else value for name, value in state.items()}
-    model.load_state_dict(placed, strict=strict)
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name, whole: with LoRA adapters and head, without it all. What is frozen is
+    read from the model's folder again."""
+    state = model.state_dict()  # after a forward pass parameters may still be gathered; state_dict() has the parts
+    return {name: full_tensor(state[name]) for name in _trained_names(model)}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `trained_weights` returned into a model, sharded or not. Raises UserError where a trained weight is
+    missing; those that the model does not train are left out."""
+    own, names = model.state_dict(), _trained_names(model)
+    if missing := sorted(set(names) - state.keys()):
+        raise UserError(f"the checkpoint lacks {len(missing)} trained weights such as {missing[0]}: it is of other "
+                        "parameters; start over with --fresh")
+    model.load_state_dict({name: shard_like(state[name], own[name]) for name in names}, strict=False)
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, value in model.named_parameters() if value.requires_grad]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

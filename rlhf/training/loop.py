@@ -64,7 +64,7 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
 
     def state_now() -> dict[str, Any]:
         journal.sync()
-        return {"model": distributed.full_state(model.state_dict()),
+        return {"model": distributed.trained_weights(model),
                 "optimizers": [distributed.full_state(item.state_dict()) for item in optimizers],
                 "rng": rng_state(), "best": best}
 
@@ -121,4 +121,4 @@ def _backward(model: PreTrainedModel, parts: Iterable[Part]) -> dict[str, float]
 
 
 def _copy(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: distributed.full_tensor(value).detach().clone() for name, value in model.state_dict().items()}
+    return {name: value.clone() for name, value in distributed.trained_weights(model).items()}

@@ -306,6 +306,19 @@ def test_the_resolved_parameters_hold_the_description_of_the_data(write: Write) 
     assert not loader.is_resolved(stages, root)
 
 
+@pytest.mark.parametrize(("profile", "line"), [
+    ("sft: {lora_base: bf16}", "sft.lora_base = bf16: must be fp32 where sft.lora_rank = 0, which trains all weights"),
+    ("rm: {lora_base: bf16, lora_rank: 4, precision: fp32}",
+     "rm.lora_base = bf16: must be fp32 where rm.precision = fp32"),
+    ("arms: {ppo: {lora_base: bf16}}",
+     "arms.ppo.lora_base = bf16: must be fp32 where ppo.lora_rank = 0, which trains all weights")])
+def test_a_base_in_bfloat16_needs_adapters_and_passes_in_bfloat16(write: Write, profile: str, line: str) -> None:
+    root = write(profile + "\n")
+    assert message(root) == f"{root}/profiles/mine.yaml: {line}"
+    (root / "profiles" / "mine.yaml").write_text("sft: {lora_base: bf16, lora_rank: 4}\n")
+    assert load_params(root).stages.sft.lora_base == "bf16"
+
+
 def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> None:
     """A profile with LoRA and no rounds did not load: it had to say how a round's policy starts."""
     root = write("ppo: {lora_rank: 4, batch_size: 64}\nrounds: {episodes: 32}\n")

@@ -78,8 +78,7 @@ def test_groups_of_heads() -> None:
 
 @torch.no_grad()
 def test_adapters_are_part_of_the_weights(policy: Any) -> None:
-    torch.manual_seed(11)
-    adapter = add_adapter(policy, PpoParams(lora_rank=2))
+    adapter = add_adapter(policy, PpoParams(lora_rank=2), torch.Generator().manual_seed(11))
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))

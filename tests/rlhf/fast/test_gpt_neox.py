@@ -60,7 +60,7 @@ def test_the_first_block_has_its_adapters(make_policy: Callable[..., Any], ppo_p
     policy.set_attn_implementation("sdpa")
     ids = torch.randint(20, (8, 40), generator=head_seed(1))
     before = plainly(policy, ids)
-    add_adapter(policy, ppo_params(lora_rank=2))
+    add_adapter(policy, ppo_params(lora_rank=2), head_seed(3))
     for name, item in policy.named_parameters():
         if "lora_B" in name:  # they start at 0
             torch.nn.init.normal_(item, generator=head_seed(2))
@@ -250,7 +250,7 @@ def test_the_last_block_asks_everywhere_where_it_has_to(case: str, ppo_params: C
     everywhere = hidden_states(model, laid).flatten(0, 1)
     torch.testing.assert_close(everywhere[some_places(laid, texts, 1.0)], expected, rtol=0, atol=1e-4)
     if case == "adapters":
-        add_adapter(model, ppo_params(lora_rank=2))
+        add_adapter(model, ppo_params(lora_rank=2), head_seed(3))
     if case == "recomputed":
         no_dropout(model)
         save_memory(model.train(), True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
-from rlhf.model.load import new_scorer, save_model
+from rlhf.model.load import load_policy, load_scorer, new_scorer, save_model
 from rlhf.params import PpoParams
 from rlhf.ppo.kl_controller import RULES, FixedBeta, ProportionalBeta, StepAheadBeta, StepBeta, beta_rule
 from rlhf.ppo.trainer import Trainer
@@ -192,6 +193,26 @@ def test_lora_trains_adapters_alone_and_the_reference_is_the_policy_without_them
     assert not list(tmp_path.glob("adapter*"))
 
 
+def test_lora_on_a_base_in_bfloat16_learns_as_on_the_same_base_in_float32(
+        model_folders: dict[str, tuple[Path, Path]], architecture: str, tokenizer: PreTrainedTokenizerFast,
+        ppo_params: Callable[..., PpoParams], prompt_texts: list[str], tmp_path: Path) -> None:
+    """Both were published in bfloat16, so that nothing is rounded: the same bits, the shared reference included."""
+    policy, scorer = model_folders[architecture]
+    save_model(load_policy(policy).to(torch.bfloat16), tokenizer, tmp_path / "policy")
+    save_model(load_scorer(scorer).to(torch.bfloat16), tokenizer, tmp_path / "rm")
+    journals = []
+    for base in ("fp32", "bf16"):
+        trainer = Trainer(ppo_params(lora_rank=4, lr=2e-2, lora_base=base, precision="bf16"), tmp_path / "policy",
+                          tmp_path / "rm", seed=5)
+        journals.append(run(trainer, prompt_texts, 2))
+        trainer.save(tmp_path / base)
+    assert journals[0] == journals[1]
+    assert journals[1][1]["ppo/kl"] != 0
+    saved = {base: load_file(tmp_path / base / "model.safetensors") for base in ("fp32", "bf16")}
+    assert all(torch.equal(saved["fp32"][name].to(value.dtype), value) for name, value in saved["bf16"].items())
+    assert torch.bfloat16 in {value.dtype for value in saved["bf16"].values()}
+
+
 def test_lora_goes_on_from_a_checkpoint(make_trainer: Make, prompt_texts: list[str]) -> None:
     whole = make_trainer(lora_rank=2, ema_decay=0.5)
     run(whole, prompt_texts, 1)
@@ -267,3 +288,18 @@ def test_what_checkpointing_keeps_is_kept_on_the_cpu(make_trainer: Make, prompt_
 def test_an_option_without_what_it_needs_is_refused(make_trainer: Make, changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         make_trainer(**changes)
+
+
+def test_with_lora_the_reference_is_the_sft_policy_also_where_the_policy_is_another(
+        model_folders: dict[str, tuple[Path, Path]], make_policy: Callable[..., Any],
+        tokenizer: PreTrainedTokenizerFast, ppo_params: Callable[..., PpoParams], prompt_texts: list[str],
+        tmp_path: Path) -> None:
+    """A round that goes on from an earlier policy: the KL is to the SFT policy, as without LoRA."""
+    save_model(make_policy("gpt_neox", seed=9), tokenizer, tmp_path / "earlier")
+    sft, scorer = model_folders["gpt_neox"]
+    kls = []
+    for rank in (0, 4):
+        trainer = Trainer(ppo_params(lora_rank=rank), sft, scorer, 5, begin_with=tmp_path / "earlier")
+        kls.append(trainer.step(trainer.models.codec.prompts(prompt_texts), 0)[1]["ppo/kl"])
+    assert kls[0] == pytest.approx(kls[1], rel=1e-5)
+    assert abs(kls[0]) > 0.1

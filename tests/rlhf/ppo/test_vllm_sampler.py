@@ -167,7 +167,7 @@ def test_of_several_processes_the_first_asks(make_trainer: Make, prompt_texts: l
     prompts = trainer.models.codec.prompts(prompt_texts)
 
     def ask() -> list[Sampled]:
-        return sample_on(VllmServer(fake.url, 320), trainer.models.policy, None, trainer.models.tokenizer, prompts,
+        return sample_on(VllmServer(fake.url, 320), trainer.models.policy, trainer.models.tokenizer, prompts,
                          trainer.sampling, noise())
 
     expected = ask()

@@ -106,7 +106,8 @@ def assert_same(one: Result | None, other: Result | None, before: Path) -> None:
     assert one.weights.keys() == other.weights.keys()
     for name, value in one.weights.items():
         if name in start and "bias" not in name:
-            assert (other.weights[name] - value).norm() < 0.01 * (value - start[name]).norm(), name
+            change = (value - start[name]).norm()  # 0 of what LoRA leaves frozen
+            assert (other.weights[name] - value).norm() <= 0.01 * change, name
     assert len(one.journal) == len(other.journal) > 3
     for row, second in zip(one.journal, other.journal, strict=True):
         for key, text in row.items():
@@ -120,6 +121,41 @@ def assert_same(one: Result | None, other: Result | None, before: Path) -> None:
 def test_two_processes_train_the_same_model_as_one(train: Train, alone: dict[str, Result | None], stage: str,
                                                    shard: bool, tmp_path: Path) -> None:
     assert_same(alone[stage], train(stage, tmp_path / "two", processes=2, shard=shard), train.policy)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_train_the_same_adapters_as_one(train: Train, stage: str, tmp_path: Path) -> None:
+    """The adapters of a block are sharded with its frozen weights; merging gathers them."""
+    lora: dict[str, Any] = {"lora_rank": 4, "lr": 1e-2}
+    one = train(stage, tmp_path / "one", **lora)
+    assert_same(one, train(stage, tmp_path / "unsharded", processes=2, **lora), train.policy)
+    train(stage, tmp_path / "sharded", processes=2, stop_after=2, shard=True, **lora)
+    assert_same(one, train(stage, tmp_path / "sharded", processes=2, shard=True, **lora), train.policy)
+
+
+def test_models_on_one_base_are_sharded_each_and_learn_the_same(train: Train, tmp_path: Path) -> None:
+    train("rm", tmp_path / "rm", lora_rank=3, lr=1e-2)
+    scorer = tmp_path / "rm" / "model"
+    assert (scorer / "adapter" / "base.json").is_file()
+    own = Train({train.architecture: (train.policy, scorer)}, train.rows, train.corpus)
+    one, two = (own("ppo", tmp_path / str(count), processes=count, shard=count > 1, lora_rank=4, lr=1e-2)
+                for count in (1, 2))
+    assert_same(one, two, train.policy)
+
+
+def test_a_sharded_base_in_bfloat16_under_adapters_in_float32(train: Train, tmp_path: Path) -> None:
+    """FSDP gathers both types in one group. Rounding to bfloat16 differs with the rows of a batch."""
+    lora: dict[str, Any] = {"lora_rank": 4, "lr": 1e-2, "lora_base": "bf16", "precision": "bf16"}
+    one, two = (train("sft", tmp_path / str(count), processes=count, shard=count > 1, **lora) for count in (1, 2))
+    assert one is not None
+    assert two is not None
+    start = load_file(train.policy / "model.safetensors")
+    for name, value in one.weights.items():
+        if "bias" not in name:
+            change = (value - start[name]).norm()
+            assert (two.weights[name] - value).norm() <= 0.25 * change, name
+    assert two.metrics["sft/valid_loss"] == pytest.approx(one.metrics["sft/valid_loss"], rel=0.02)
+    assert one.metrics["sft/valid_loss"] < one.metrics["sft/valid_loss_base"] - 0.2
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["unsharded", "sharded"])

@@ -1,0 +1,53 @@
+"""How a model lies in memory: type of its weights, split over the processes or not, on the CPU, with an adapter."""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlhf.errors import UserError
+from rlhf.model.lora import NewAdapter, check_base
+from rlhf.params import PpoParams, RmParams, SftParams
+from rlhf.training import distributed
+from rlhf.training.hardware import in_bf16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies in memory: `dtype` of its weights; with `shard` split over the processes, where its passes have
+    `precision`, and with `cpu_offload` on the CPU (rlhf/training/distributed.py:shard). `adapter`: what is put on it
+    before it is split."""
+
+    dtype: torch.dtype = torch.float32
+    shard: bool = False
+    precision: str = "fp32"
+    cpu_offload: bool = False
+    adapter: NewAdapter | None = None
+
+    @classmethod
+    def of(cls, params: SftParams | RmParams | PpoParams, section: str, noise: torch.Generator | None = None
+           ) -> "Layout":
+        """Of the model that a stage trains; `noise` draws how an adapter starts. Raises UserError for options that need
+        another one."""
+        check_base(params, section)
+        for option, needed in (("cpu_offload", "shard"), ("offload_activations", "gradient_checkpointing")):
+            if getattr(params, option) and not getattr(params, needed):
+                raise UserError(f"{section}.{option} needs {section}.{needed}: true")
+        if params.cpu_offload and distributed.size() == 1:
+            log.warning("%s.cpu_offload: nothing is on the CPU with %s.processes = 1, as nothing is sharded", section,
+                        section)
+        adapter = None
+        if noise is not None and params.lora_rank:
+            adapter = NewAdapter.of(params, noise, train_head=isinstance(params, RmParams))
+        return cls(shard=params.shard, precision=params.precision, cpu_offload=params.cpu_offload, adapter=adapter)
+
+    def frozen(self, params: PpoParams) -> "Layout":
+        """Of a model that PPO does not train."""
+        narrow = "bf16" in (params.frozen_precision, params.lora_base) and in_bf16(params.precision)
+        return replace(self, dtype=torch.bfloat16 if narrow else torch.float32, cpu_offload=params.frozen_on_cpu,
+                       adapter=None)
+
+
+WHOLE = Layout()
