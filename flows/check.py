@@ -12,16 +12,13 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import flows.environment  # noqa: F401
 
 # isort: split
-from rich.console import Console
-from rich.table import Table
-
 from flows.execution import check_params
 from flows.parameters import assigned
 from flows.workspaces import Changes, changed_by, changed_profile, load_changed
@@ -40,6 +37,7 @@ from mlops.config.loader import (
 )
 from mlops.config.paths import MODELS
 from mlops.config.sources import load_source
+from mlops.printing import show_findings, terminal
 from mlops.tools.row_lengths import accepted, millions, tokens_of
 from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
@@ -182,7 +180,7 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
         yield Finding("base model", "stop", f"{name}: {said}{error}", "another pretrain.base_model")
         return
     except Exception as error:  # whatever a foreign configuration makes transformers raise
-        yield Finding("base model", "stop", f"{name}: cannot be loaded: {first_line(error)[:200]}",
+        yield Finding("base model", "stop", f"{name}: cannot be loaded: {first_line(error)}",
                       "pretrain.base_model: a folder with config.json, tokenizer and safetensors, or a hub name")
         return
     folder_path = Path(folder)
@@ -194,7 +192,7 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
             with safe_open(file, framework="pt") as weights:  # reads the header, and compares it with the length
                 weights.keys()
         except Exception as error:
-            yield Finding("base model", "stop", f"{file}: is damaged: {first_line(error)[:200]}", "get the file again")
+            yield Finding("base model", "stop", f"{file}: is damaged: {first_line(error)}", "get the file again")
             return
     own = "its own chat template" if codec.tokenizer.chat_template and _has_template(folder) else \
         "no chat template: the project's own is used"
@@ -381,13 +379,6 @@ def params_of(root: Path, profile: str | None, changes: Changes) -> Params:
     return Params(int(top.get("seed", 1)), name, stages)
 
 
-def show(found: Sequence[Finding], console: Console) -> None:
-    table = Table("check", "", "result", "what to change", show_edge=False)
-    for item in found:
-        table.add_row(item.what, MARKS[item.state], item.detail, "" if item.state == "ok" else item.change)
-    console.print(table)
-
-
 def stop_early(params: Params, root: Path, elsewhere: bool = False) -> None:
     """Raises UserError with what would stop the run; for a run's start, where data or model are the user's own and have
     not been read with these parameters yet. `elsewhere`: other machines train, so this one's size says nothing."""
@@ -419,7 +410,8 @@ def main() -> None:
         changes = Changes(stages=changed_by(assigned(options.set)))
         params = params_of(root, options.profile or None, changes)
         found = list(findings(params, root))
-        show(found, Console(highlight=False))
+        show_findings(((MARKS[item.state], item.what, item.detail, "" if item.state == "ok" else item.change)
+                       for item in found), terminal())
         stops = sum(item.state == "stop" for item in found)
     if stops:
         print(f"check: {stops} finding{'s' if stops > 1 else ''} would stop the run", file=sys.stderr)

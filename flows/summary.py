@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlops.config.paths import metrics_of
+from mlops.printing import show_table, terminal, whole
 from mlops.reporting.models import at_ceiling, model_table
 
 WIDTH = 100
@@ -54,9 +55,9 @@ class Summary:
         return [(item.stage, clock(item.seconds), item.how, self.numbers.get(item.stage, "")) for item in self.results]
 
     def show(self, console: Console | None = None) -> None:
-        """Prints to stdout, at most `WIDTH` columns."""
+        """Prints to stdout, in `WIDTH` columns where words, links and notes fit in."""
         if console is None:
-            console = Console(highlight=False)
+            console = terminal()
             console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
         table = Table("stage", "time", "how", "main numbers")
         table.columns[1].justify = "right"
@@ -64,14 +65,14 @@ class Summary:
             column.no_wrap = True
         for row in self.rows():
             table.add_row(*row)
-        console.print(table)
+        show_table(table, console)
         titles, models = self.models
         if models:
             compared = Table("model", *titles, caption=NOTE.replace("In brackets", "Below"), box=box.SIMPLE_HEAD,
                              padding=(0, 1, 0, 0))
             for cells in models:
-                compared.add_row(*map(on_two_lines, cells))
-            console.print(compared)
+                compared.add_row(*(whole(on_two_lines(cell)) for cell in cells))
+            show_table(compared, console)
         for what, where in self.links:
             console.print(f"{what:<12} {where}", soft_wrap=True, markup=False)
         for note in self.notes:
@@ -91,12 +92,10 @@ class Summary:
 
 
 def on_two_lines(cell: str) -> str:
-    """A number and below it its interval, which no table breaks: "62.4 % (61.3 % to 63.5 %)" as 62.4 % and 61.3…63.5 %.
-    """
+    """A number and below it its interval: "62.4 % (61.3 % to 63.5 %)" as 62.4 % and 61.3…63.5 %."""
     value, _, interval = cell.partition(" (")
     low, to, high = interval.removesuffix(")").partition(" to ")
-    shown = f"{value}\n{low.removesuffix('%').rstrip().lstrip('+')}…{high.lstrip('+')}"
-    return shown.replace(" ", "\N{NO-BREAK SPACE}") if to else cell
+    return f"{value}\n{low.removesuffix('%').rstrip().lstrip('+')}…{high.lstrip('+')}" if to else cell
 
 
 def main_numbers(root: Path, stages: Sequence[str]) -> dict[str, str]:

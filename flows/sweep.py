@@ -29,7 +29,7 @@ from prefect.artifacts import acreate_table_artifact
 from prefect.states import Failed
 from pydantic import Field
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from flows.artifacts import best_effort
 from flows.execution import check_params, run_to_end
@@ -40,6 +40,7 @@ from flows.workspaces import FOLDER
 from mlops import program
 from mlops.config.loader import load_params
 from mlops.config.paths import POLICIES, metrics_of
+from mlops.printing import show_table, terminal, whole
 from rlhf.errors import UserError
 
 SHOWN = {"KL": "eval/kl_{arm}", "KL in training": "ppo/kl", "beta": "ppo/beta",
@@ -161,12 +162,16 @@ async def run_sweep(parameters: Mapping[str, Any]) -> Any:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """The rows as a table, and what to do next."""
+    """The rows as a table, below it why runs failed, and what to do next."""
     names = list(dict.fromkeys(name for row in rows for name in row if name not in NOT_SHOWN))
-    table = Table(*names, Column("run", overflow="fold"), show_edge=False)
+    table = Table(*names, "run", show_edge=False)
     for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in names), row.get("error") or row["workspace"])
-    console.print(table)
+        table.add_row(*(whole(str(row.get(name, ""))) for name in names), whole(row.get("workspace", "failed")))
+    show_table(table, console)
+    for row in rows:
+        if "error" in row:
+            point = ", ".join(f"{name}={value}" for name, value in row.items() if name not in NOT_SHOWN)
+            console.print(f"{point}: {row['error']}", soft_wrap=True)
     done = [row["workspace"] for row in rows if "workspace" in row]
     if len(done) > 1:
         console.print(f"\nNext: instructflow compare {' '.join(done[:2])}", soft_wrap=True)
@@ -190,7 +195,7 @@ def main() -> None:
     result = run_to_end(partial(run_sweep, parameters))
     if not isinstance(result, list):
         raise result
-    console = Console(highlight=False)
+    console = terminal()
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     show(result, console)
     if errors := [row["error"] for row in result if "error" in row]:

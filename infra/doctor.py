@@ -26,14 +26,13 @@ import flows.environment  # noqa: F401
 
 # isort: split
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
 
 from flows.environment import local_prefect
 from infra.servers import Servers
 from mlops.config.loader import load_params
+from mlops.printing import show_findings, terminal
 from mlops.tracking.own_store import DATABASE, champion_lost, damage
-from rlhf.errors import UserError, without_secrets
+from rlhf.errors import UserError, first_line, without_secrets
 
 MARKS = {"ok": "[green]ok[/]", "unused": "[dim]–[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 FREE_GB = 5  # the cpu profile's data, cache and models
@@ -171,7 +170,7 @@ def worker(root: Path) -> Finding:
     try:
         online = asyncio.run(pools())
     except Exception as error:
-        return Finding("worker", "fail", " ".join(str(error).split())[:120], "check the server's credentials")
+        return Finding("worker", "fail", first_line(error), "check the server's credentials")
     if "cpu" not in online:
         return Finding("worker", "fail", "the server has no pool cpu", "python -m infra.setup")
     if not any(online.values()):
@@ -235,7 +234,7 @@ def remote(root: Path) -> Finding:
     done = ask("status", "--cloud", "--remote", name, "data.dvc")
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1]
-        return Finding("DVC remote", "fail", f"{name} {url}: {reason[:160]}",
+        return Finding("DVC remote", "fail", f"{name} {url}: {reason}",
                        "check its URL and credentials (dvc remote modify --local)")
     return Finding("DVC remote", "ok", f"{name} {url}")
 
@@ -322,10 +321,8 @@ def run_checks(root: Path, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
 
 def main() -> None:
     findings = run_checks(Path.cwd())
-    table = Table("check", "", "result", "how to fix", show_edge=False)
-    for item in findings:
-        table.add_row(item.what, MARKS[item.state], item.detail, "" if item.state in ("ok", "unused") else item.fix)
-    Console(highlight=False).print(table)
+    show_findings(((MARKS[item.state], item.what, item.detail, "" if item.state in ("ok", "unused") else item.fix)
+                   for item in findings), terminal())
     print("\n–: not used now, so not looked at. Your profile, data and model: instructflow check")
     if any(item.state == "fail" for item in findings):
         raise SystemExit(1)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -62,7 +63,7 @@ def label_on_terminal(store: LabelStore, items: Mapping[str, Item], assignments:
         console.print(f"\n{place + 1} of {len(assignments)}", style="bold")
         show_prompt(item.row["prompt"], console)
         for letter, index in zip("abcdefghi", assignment.order, strict=False):
-            console.print(Text(f"  {letter}  {indented(item.completions[index], 5)}"))
+            show_text(Text(f"  {letter}  {indented(item.completions[index], 5)}"), console)
         answer = ask("ranking (back: previous item, empty: stop): ").strip()
         if not answer:
             break
@@ -87,11 +88,16 @@ def label_on_terminal(store: LabelStore, items: Mapping[str, Item], assignments:
 def show_prompt(prompt: Prompt, console: Console) -> None:
     """Prints a prompt; of a conversation who speaks stands alone, so that no text can pass for a turn."""
     if isinstance(prompt, str):
-        console.print(Text(displayed(prompt), style="cyan"))
+        show_text(Text(displayed(prompt), style="cyan"), console)
         return
     for message in prompt:
         console.print(Text(NAMES[message["role"]], style="bold cyan"))
-        console.print(Text("    " + indented(message_text(message), 4), style="cyan"))
+        show_text(Text("    " + indented(message_text(message), 4), style="cyan"), console)
+
+
+def show_text(text: Text, console: Console) -> None:
+    """Breaks lines between words; where a word is longer than a line, such as a link, the terminal wraps the text."""
+    console.print(text, soft_wrap=max(map(cell_len, text.plain.split()), default=0) > console.width)
 
 
 def indented(text: str, columns: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -26,6 +27,7 @@ from mlops.tools.runs import newest_policy, policy_folder
 from rlhf.errors import UserError, displayed, one_line
 
 PROMOTED = Path("models/promoted")
+FRAME = 6  # columns of a box that its title cannot have
 
 
 def folders() -> dict[str, Path]:
@@ -113,9 +115,21 @@ def scores(prompts: list[Any], responses: list[str]) -> list[float]:
     return rm_scores(RM, prompts, responses, "fp32")
 
 
+def titles_of(speakers: list[Speaker], width: int, console: Console) -> list[str]:
+    """The models' names; where one is longer than its box, numbers, and first a line that says whose each is."""
+    names = [speaker.name for speaker in speakers]
+    if all(cell_len(name) <= width for name in names):
+        return names
+    for number, name in enumerate(names, start=1):
+        console.print(Text(f"{number}: {name}"), soft_wrap=True)
+    return [str(number) for number in range(1, len(names) + 1)]
+
+
 def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console) -> None:
     """Reads prompts until the end of input and shows the responses."""
     interactive = sys.stdin.isatty()
+    width = min(console.width, max(30, console.width // len(speakers) - 1))
+    titles = titles_of(speakers, width - FRAME, console)
     turn = 0
     said: list[list[dict[str, str]]] = [[] for _ in speakers]
     while True:
@@ -144,10 +158,9 @@ def talk(speakers: list[Speaker], options: argparse.Namespace, console: Console)
                 for messages, response in zip(prompts, responses, strict=True)]
         if not interactive:
             console.print(Text(displayed(prompt), style="bold"))
-        boxes = [Panel(Text(displayed(response) or "(empty)"), title=speaker.name,
-                       subtitle=f"rm {value:.2f}" if math.isfinite(value) else None,
-                       width=min(console.width, max(30, console.width // len(speakers) - 1)))
-                 for speaker, response, value in zip(speakers, responses, scores(prompts, responses), strict=True)]
+        boxes = [Panel(Text(displayed(response) or "(empty)"), title=Text(title), width=width,
+                       subtitle=f"rm {value:.2f}" if math.isfinite(value) else None)
+                 for title, response, value in zip(titles, responses, scores(prompts, responses), strict=True)]
         console.print(Columns(boxes))
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 import numpy as np
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from mlops import from_caller, program
 from mlops.config.paths import POLICY_METRICS
+from mlops.printing import show_table, terminal, whole
 from mlops.reporting import plots
 from mlops.reporting.headline import estimate, figure, length, number, percent, points, score, signed
 from mlops.reporting.journals import KlRule, Rows, column, read_rows, rules_of
@@ -151,15 +152,18 @@ def write_page(runs: Sequence[Run], policies: Sequence[Policy], target: Path) ->
 
 def show(runs: Sequence[Run], policies: Sequence[Policy], console: Console) -> None:
     """Both tables on the terminal."""
-    table = Table("what differs", *(Column(run.name, overflow="fold") for run in runs), show_edge=False)
+    table = Table("what differs", *(run.name for run in runs), show_edge=False)
     for name, values in differing(runs).items():
-        table.add_row(name, *(figure(value) for value in values))
-    console.print(table if table.row_count else "The runs have the same parameters and data.")
-    results = Table("what came out", *(Column(policy.name, overflow="fold") for policy in policies), show_edge=False)
+        table.add_row(name, *(whole(value) if isinstance(value, str) else figure(value) for value in values))
+    if table.row_count:
+        show_table(table, console)
+    else:
+        console.print("The runs have the same parameters and data.")
+    results = Table("what came out", *(policy.name for policy in policies), show_edge=False)
     for title, cells in result_rows(policies):
         results.add_row(title, *cells)
     console.print()
-    console.print(results)
+    show_table(results, console)
 
 
 def main() -> None:
@@ -180,7 +184,7 @@ def main() -> None:
         out = options.out if options.out == PAGE else from_caller(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_page(runs, policies, out)
-        show(runs, policies, Console(highlight=False))
+        show(runs, policies, terminal())
         for policy in policies:
             if note := goal_note(policy):
                 print(f"{policy.name}: {note}")

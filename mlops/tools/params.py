@@ -10,11 +10,11 @@ import difflib
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rich.console import Console
 from rich.table import Table
 
 from mlops import program
 from mlops.config.loader import PROFILES_DIR, allowed, load_params, load_profile
+from mlops.printing import show_table, terminal, whole
 from rlhf.curation.sources.spec import Entry, RulesParams
 from rlhf.errors import UserError, one_line
 from rlhf.files import write_atomic
@@ -44,8 +44,9 @@ def table_of(section: str, kind: type, values: Any, only: str = "") -> Table:
         if only and item.name != only:
             continue
         default, value = default_of(item), getattr(values, item.name)
-        table.add_row(item.name, "" if value == default else shown(value), shown(default), allowed(kind, item.name),
-                      item.metadata["help"])
+        text = "" if value == default else shown(value)
+        table.add_row(item.name, whole(text) if isinstance(value, str) else text, shown(default),
+                      allowed(kind, item.name), item.metadata["help"])
     return table
 
 
@@ -56,7 +57,7 @@ def show_arms(profile: Profile) -> None:
         own = [f"{item.name} = {shown(getattr(values, item.name))}" for item in dataclasses.fields(values)
                if getattr(values, item.name) != getattr(profile.ppo, item.name)]
         table.add_row(arm + (" (promoted)" if arm == profile.promoted else ""), ", ".join(own) or "nothing")
-    Console(highlight=False, markup=False).print(table)
+    show_table(table, terminal())
     print("\nAn arm may change any parameter of section ppo: in profiles/, or with --set arms.NAME.PARAMETER=VALUE; "
           "`instructflow params ppo` lists them.")
 
@@ -128,7 +129,7 @@ def main() -> None:
                 close = difflib.get_close_matches(name, names, n=1)
                 raise UserError(f"{section}.{name}: no such parameter; " + (
                     f"did you mean {close[0]}?" if close else f"parameters: {', '.join(names)}"))
-            Console(highlight=False, markup=False).print(table_of(each, kind, getattr(profile, each), name))
+            show_table(table_of(each, kind, getattr(profile, each), name), terminal())
             print()
         print("Change one: in profiles/, or for a run of its own `instructflow run --set SECTION.NAME=VALUE`.")
 

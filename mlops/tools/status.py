@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from mlops import program
 from mlops.config.loader import Params, load_params
 from mlops.config.paths import metrics_of
 from mlops.config.stage_graph import pipeline_stages
+from mlops.printing import show_table, terminal
 from mlops.reporting.headline import estimate, number, percent, points, score
 from mlops.tools.runs import Run, newest_policy, runs_of
 from rlhf.errors import UserError, one_line
@@ -74,7 +74,7 @@ def stage_states(root: Path) -> dict[str, str]:
 
 def run_table(runs: list[Run]) -> Table:
     """The runs with the main numbers of the arm that goes to the gates."""
-    table = Table(Column("run", overflow="fold", min_width=20), "arm", "KL to SFT", "win rate vs SFT", "gold gain",
+    table = Table(Column("run", no_wrap=True), "arm", "KL to SFT", "win rate vs SFT", "gold gain",
                   "tax, mean", "gates", show_edge=False)
     for run in runs:
         evaluation, promotion = run.metrics("evaluate"), run.metrics("promote")
@@ -107,7 +107,7 @@ def main() -> None:
         "The checkout's stages, its runs and their results, the champion."))
     parser.parse_args()
     root = Path.cwd()
-    console = Console(highlight=False)
+    console = terminal()
     with one_line("status"):
         params = load_params(root)
         print(f"profile {params.profile}, seed {params.seed}, arms {', '.join(params.stages.arms)}")
@@ -120,10 +120,10 @@ def main() -> None:
         if set(states.values()) == {NO_OUTPUT}:
             print("The checkout itself has run no stage; its metrics/ are git's, of the reference run.")
         else:
-            console.print(table)
+            show_table(table, console)
         runs = runs_of(root)
         console.print()
-        console.print(run_table(runs))
+        show_table(run_table(runs), console)
         for run in runs:
             if found := works_now(run.folder):
                 print(f"{run.name}: {found}")

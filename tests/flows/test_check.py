@@ -172,3 +172,19 @@ def test_the_command(arguments: tuple[str, ...], code: int, said: str) -> None:
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_paths_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+                                              ) -> None:
+    path, file = (f"/home/someone/{'a-long-folder/' * 6}{name}" for name in ("[a] model", "pairs.csv"))
+    found = [Finding("base model", "ok", f"{path}: 1.0M parameters"), Finding("data, rm", "stop", f"{file}: no rows",
+             f"python -m tasks.ingest --source {file} --preview 3")]
+    monkeypatch.setattr(check, "findings", lambda *_: found)
+    monkeypatch.setattr(sys, "argv", ["check"])
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit):
+        check.main()
+    printed = capsys.readouterr().out
+    for text in (found[0].detail, found[1].detail, found[1].change):
+        assert text in printed

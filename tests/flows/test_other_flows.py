@@ -1,6 +1,7 @@
 """The sweep, the checks on new data and the champion's evaluation, against checkouts of shell stages."""
 
 import asyncio
+import io
 import json
 import urllib.parse
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.flows import Flow
 from prefect.states import State
+from rich.console import Console
 
 import flows.champion
 from flows.champion import evaluate_champion
 from flows.check_data import check_data
-from flows.sweep import compare_link, sweep
+from flows.sweep import compare_link, show, sweep
 from flows.workspaces import FOLDER
 from rlhf.data.schema import KEYS, write_rows
 from tests.flows.checkout import Checkout
@@ -77,6 +79,16 @@ def test_a_sweep_trains_what_is_common_once(checkout: Checkout, monkeypatch: pyt
     assert rows[1]["error"] == "ppo@ppo: no message"
     assert sorted(path.name for path in (checkout.root / FOLDER).iterdir())[0] == (
         "small,kl_goal=0.5")
+
+
+def test_a_sweep_names_workspaces_and_errors_whole_in_a_narrow_terminal() -> None:
+    name, error = f"cpu,base_model=_home_{'long_' * 12}", f"/home/someone/{'long/' * 12}pairs.csv: no such file"
+    printed = io.StringIO()
+    show([{"kl_goal": 0.5, "workspace": name, "KL": "0.4"}, {"kl_goal": 1.5, "error": error}],
+         Console(file=printed, width=60))
+    lines = printed.getvalue().splitlines()
+    assert sum(name in line for line in lines) == 1
+    assert lines[-1] == f"kl_goal=1.5: {error}"
 
 
 def test_a_sweep_links_mlflows_page_that_compares_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,11 @@ def test_the_models_stand_in_one_table_with_the_promoted_arm_marked(root: Path) 
     summary.show(Console(file=shown, width=100))
     assert "PPO-ptx *" in shown.getvalue()
     assert max(map(len, shown.getvalue().splitlines())) <= 100
+    narrow = io.StringIO()
+    summary.show(Console(file=narrow, width=50))
+    for whole in (rows[3][2], "4.40…4.60", "PPO-ptx *"):
+        assert whole in shown.getvalue()
+        assert whole in narrow.getvalue()
 
 
 def test_without_an_evaluation_there_is_no_such_table(tmp_path: Path) -> None:

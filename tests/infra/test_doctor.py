@@ -179,10 +179,9 @@ def test_ports_in_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_exit_code(root: Path) -> None:
-    import sys
-
     done = subprocess.run([sys.executable, "-m", "infra.doctor"], cwd=root, capture_output=True, text=True,
-                          env={**doctor.os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"})
+                          env={**doctor.os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "60"})
     assert done.returncode == 1
     assert "not installed: no-such-package" in done.stdout
+    assert f"GB free at {root}\n" in done.stdout  # whole, in a narrow terminal
     assert "Traceback" not in done.stderr

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from mlops.labeling.batch import Assignment, Item, in_item_order, item_id, read_batch, write_batch
 from mlops.labeling.store import LABELS, Label, LabelStore
-from mlops.labeling.terminal import label_on_terminal, read_ranking
+from mlops.labeling.terminal import label_on_terminal, read_ranking, show_text
 from mlops.labeling.to_rows import checked_rows, consensus_rows
 from rlhf.data.schema import KEYS, read_rows
 from rlhf.errors import UserError
@@ -60,6 +61,16 @@ def on_terminal(batch: Path, *answers: str) -> tuple[int, str, LabelStore]:
     screen, store = io.StringIO(), LabelStore(batch / LABELS)
     ranked = label_on_terminal(store, items, assignments, Console(file=screen, width=100), lambda question: next(said))
     return ranked, screen.getvalue(), store
+
+
+def test_a_link_in_a_text_is_not_broken() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=30)
+    show_text(Text("some prose " * 6), console)
+    assert max(map(len, screen.getvalue().splitlines())) <= 30
+    link = f"https://example.org/{'x' * 80}"
+    show_text(Text(f"some prose, {link}, some prose"), console)
+    assert link in screen.getvalue()
 
 
 def test_labeling_stops_goes_on_and_corrects(batch: Path) -> None:

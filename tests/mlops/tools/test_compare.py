@@ -1,25 +1,31 @@
 """Runs by name, and side by side: what differs, what came out, a page; the newest policy."""
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mlops.config.loader import load_profile, write_resolved
-from mlops.tools.compare import goal_note, policies_of, result_rows, write_page
+from mlops.printing import show_table
+from mlops.tools.compare import goal_note, policies_of, result_rows, show, write_page
 from mlops.tools.runs import Run, differing, find_run, newest_policy, policy_folder, runs_of
+from mlops.tools.status import run_table
 from rlhf.errors import UserError
 
 COLUMNS = "step,ppo/kl,ppo/kl_smoothed,ppo/kl_goal,ppo/beta,ppo/rm_score"
 
 
-def make_run(folder: Path, goal: float, arms: str = "ppo: {}", trained: tuple[str, ...] = ("ppo",)) -> None:
+def make_run(folder: Path, goal: float, arms: str = "ppo: {}", trained: tuple[str, ...] = ("ppo",),
+             model: str = "") -> None:
     (folder / "profiles").mkdir(parents=True)
     (folder / "build").mkdir()
     (folder / "params.yaml").write_text("seed: 1\nprofile: p\n" + (
         "arms: [ppo, ptx]\npromoted: ptx\n" if "ptx" in arms else ""))
     (folder / "profiles" / "p.yaml").write_text(
+        f"pretrain: {{base_model: {model!r}}}\n"
         f"ppo: {{kl_goal: {goal}}}\narms: {{{arms}}}\n" + ("promote: {arm: ptx}\n" if "ptx" in arms else ""))
     write_resolved(load_profile(folder / "profiles" / "p.yaml"), folder)
     for arm in trained:
@@ -92,6 +98,20 @@ def test_what_differs_and_what_came_out(root: Path) -> None:
     assert "gold score" not in rows  # nobody measured it
     with pytest.raises(UserError, match=r"p,sft.epochs=3: has no trained policy yet"):
         policies_of([find_run(root, "epochs")])
+
+
+def test_names_and_paths_are_whole_in_a_narrow_terminal(root: Path) -> None:
+    model = f"/home/someone/{'long folder/' * 6}model"
+    name = f"p,base_model=_home_{'long_' * 12}"
+    make_run(root / "scratch" / "workspaces" / name, 1, model=model)
+    runs = [find_run(root, "kl_goal=0.3"), find_run(root, name)]
+    printed = io.StringIO()
+    console = Console(file=printed, width=60)
+    show(runs, policies_of(runs), console)
+    assert model in printed.getvalue()
+    assert printed.getvalue().count(name) == 2
+    show_table(run_table(runs), console)
+    assert printed.getvalue().count(name) == 3
 
 
 def test_the_page_has_every_curve_and_no_script(root: Path) -> None:
