@@ -303,6 +303,15 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         unit.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Leaves every process with its parts alone of a sharded model's weights: after a pass without gradients FSDP keeps
+    those outside the blocks gathered."""
+    modules: list[Any] = list(vars(model)["_root"].modules()) if sharded(model) else []
+    for module in modules:
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes if it is a DTensor."""
     dtensor: Any = tensor
@@ -322,31 +331,3 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
     dtensor: Any = other
     return distribute_tensor(tensor.to(other.device), dtensor.device_mesh, dtensor.placements)
-
-
-def full_state(state: Any) -> Any:
-    """The state_dict of a model or an optimizer with whole tensors: the same for any number of processes."""
-    if isinstance(state, Mapping):
-        return {key: full_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [full_state(value) for value in state]
-    return full_tensor(state) if isinstance(state, Tensor) else state
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Loads whole tensors into a model, sharded or not."""
-    own = model.state_dict()
-    placed = {name: shard_like(value, own[name]) if name in own else value for name, value in state.items()}
-    model.load_state_dict(placed, strict=strict)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads whole moments into the optimizer of a model, sharded or not."""
-    parameters = [item for group in optimizer.param_groups for item in group["params"]]
-
-    def placed(value: Any, parameter: Tensor) -> Any:
-        return shard_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
-
-    moments = {number: {name: placed(value, parameters[number]) for name, value in entry.items()}
-               for number, entry in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": moments})
