@@ -1,9 +1,10 @@
-"""Saves a small model and its optimizer in several processes, for test_checkpoint.py; prints JSON.
+"""Saves small models and their optimizers in several processes, for test_checkpoint.py; prints JSON.
 
     python -m tests.rlhf.training.save_in_processes '{...}'
 
-The JSON has folder, processes, shard, steps (how many are made and saved) and may have architecture, width, blocks,
-vocabulary, and kill (main or other: who kills itself) with moment (of the last save).
+The JSON has processes and runs, a list of what is done one after the other. A run has folder, shard, steps (how many
+are made and saved) and may have architecture, width, blocks, vocabulary, and kill (main or other: who kills itself)
+with moment (of the last save). The answer has what each run found.
 """
 
 import hashlib
@@ -93,11 +94,8 @@ def in_json(kill: Callable[..., Any], original: Callable[..., Any]) -> Callable[
     return replace
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    if task["processes"] > 1:
-        distributed.fork(task["processes"])
+def run(task: dict[str, Any]) -> dict[str, Any]:
+    """What one run found: resumed (step, 0: none), digest of its state at the end, and sizes in bytes."""
     model = new_model(task)
     if task["shard"]:
         distributed.shard(model)
@@ -126,10 +124,18 @@ def main() -> None:
             checkpoints.wait()
             used = max(used, peak() - before) if before else 0
     tensors = state().tensors
-    found = {"resumed": saved.step if saved else 0, "digest": digest_of(state()), "peaks": distributed.all_gather(used),
-             "files": len(list(Path(task["folder"]).glob("step-*/*.distcp"))),
-             "bytes": sum(value.nbytes for value in tensors.values()),
-             "largest": max(value.nbytes for value in tensors.values())}
+    return {"resumed": saved.step if saved else 0, "digest": digest_of(state()), "peaks": distributed.all_gather(used),
+            "files": len(list(Path(task["folder"]).glob("step-*/*.distcp"))),
+            "bytes": sum(value.nbytes for value in tensors.values()),
+            "largest": max(value.nbytes for value in tensors.values())}
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    if task["processes"] > 1:
+        distributed.fork(task["processes"])
+    found = [run(item) for item in task["runs"]]
     if distributed.is_main():
         print(json.dumps(found), flush=True)
     distributed.leave()

@@ -213,13 +213,14 @@ def test_a_save_is_due_after_what_the_last_one_cost(tmp_path: Path, monkeypatch:
     assert set(gaps) == {1.5 + (1.5 + 0.5) / SHARE}
 
 
-def in_processes(task: dict[str, Any], returncode: int = 0) -> dict[str, Any]:
-    """Runs save_in_processes.py; returns what its main process printed."""
+def in_processes(processes: int, runs: list[dict[str, Any]], returncode: int = 0) -> list[dict[str, Any]]:
+    """Runs save_in_processes.py; returns what each run found."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, "-m", "tests.rlhf.training.save_in_processes", json.dumps(task)], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=300)
+    task = json.dumps({"processes": processes, "runs": runs})
+    done = subprocess.run([sys.executable, "-m", "tests.rlhf.training.save_in_processes", task], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
     assert done.returncode == returncode, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1])) if returncode == 0 else {}
+    return list(json.loads(done.stdout.splitlines()[-1])) if returncode == 0 else []
 
 
 @pytest.mark.parametrize(("who", "moment"), [
@@ -227,39 +228,42 @@ def in_processes(task: dict[str, Any], returncode: int = 0) -> dict[str, Any]:
     *(("main", moment) for moment in ("between files", "before the rename", "before the JSON", "in the JSON"))])
 def test_a_kill_during_a_save_keeps_the_checkpoint_before(tmp_path: Path, who: str, moment: str) -> None:
     """Of two processes one is killed while step 2 is saved; the other one ends too, and step 1 is what is found."""
-    folder = str(tmp_path / "checkpoints")
-    in_processes({"folder": folder, "processes": 2, "shard": True, "steps": 2, "kill": who, "moment": moment},
-                 -signal.SIGKILL if who == "main" else 1)
+    run = {"folder": str(tmp_path / "checkpoints"), "shard": True}
+    in_processes(2, [{**run, "steps": 2, "kill": who, "moment": moment}], -signal.SIGKILL if who == "main" else 1)
     left = names(tmp_path / "checkpoints")
     assert {"step-00000001", "step-00000001.json"} <= set(left)  # a main process that lives on tidies up
     assert "step-00000002.json" not in left
-    found = in_processes({"folder": folder, "processes": 2, "shard": True, "steps": 0})
+    [found] = in_processes(1, [{**run, "shard": False, "steps": 0}])
     assert found["resumed"] == 1
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000001.json"]
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "qwen2"])
-def test_a_checkpoint_is_read_by_any_number_of_processes_sharded_or_not(tmp_path: Path, architecture: str) -> None:
+def test_a_checkpoint_is_read_by_any_number_of_processes_sharded_or_not(tmp_path: Path) -> None:
     """Weights and Adam's state are the same tensors, bit for bit; GPT-NeoX's and Qwen2's embeddings are tied."""
-    digests = set()
-    for count, shard in ((1, False), (2, True), (2, False), (4, True)):
-        saving = {"folder": str(tmp_path / f"{count}{shard}"), "processes": count, "shard": shard, "steps": 1,
-                  "architecture": architecture}
-        written = in_processes(saving)
-        assert written["files"] == count
-        for more, sharded in ((1, False), (2, not shard), (4, True)) if count == 2 else ((count, shard),):
-            again = in_processes({**saving, "processes": more, "shard": sharded, "steps": 0})
-            assert again["resumed"] == 1
-            assert again["digest"] == written["digest"], (count, shard, more, sharded)
-        digests.add(written["digest"])
-    assert len(digests) == 1  # the same starting point and gradients for all
+    runs: list[tuple[int, dict[str, Any]]] = [
+        (count, {"folder": str(tmp_path / f"{count}-{shard}-{architecture}"), "shard": shard, "steps": 1,
+                 "architecture": architecture})
+        for count, shard in ((1, False), (2, True), (2, False), (4, True))
+        for architecture in ("gpt_neox", "llama", "qwen2")]
+    digests: dict[str, set[str]] = {"gpt_neox": set(), "llama": set(), "qwen2": set()}
+    for count in (1, 2, 4):
+        mine = [run for number, run in runs if number == count]
+        for run, written in zip(mine, in_processes(count, mine), strict=True):
+            assert written["files"] == count
+            digests[run["architecture"]].add(written["digest"])
+    assert [len(item) for item in digests.values()] == [1, 1, 1]  # the same start and gradients for all
+    for count in (1, 2, 4):
+        mine = [{**run, "shard": shard, "steps": 0} for _, run in runs for shard in ((False, True) if count > 1 else
+                                                                                     (False,))]
+        for run, found in zip(mine, in_processes(count, mine), strict=True):
+            assert (found["resumed"], {found["digest"]}) == (1, digests[run["architecture"]]), (count, run)
 
 
 def test_a_process_holds_no_more_than_its_part_while_it_saves(tmp_path: Path) -> None:
     """Of a sharded model of 30M parameters in two processes: half of the state and one tensor, and 32 MB for the code
     that is imported and the allocator. The whole state is 350 MB."""
-    found = in_processes({"folder": str(tmp_path / "checkpoints"), "processes": 2, "shard": True, "steps": 1,
-                          "width": 512, "blocks": 8, "vocabulary": 8000})
+    [found] = in_processes(2, [{"folder": str(tmp_path / "checkpoints"), "shard": True, "steps": 1, "width": 512,
+                                "blocks": 8, "vocabulary": 8000}])
     if not found["peaks"][0]:
         pytest.skip("the system does not tell a process's peak of memory")
     for peak in found["peaks"]:
