@@ -33,10 +33,8 @@ def together(function: Callable[[], Result], group: Any) -> list[Result]:
     own: tuple[Result | None, Exception | None]
     try:
         own = function(), None
-    except OSError as error:
-        own = None, error
     except Exception as error:
-        own = None, RuntimeError(f"{type(error).__name__}: {error}")  # it may be one that cannot be sent
+        own = None, _to_send(error)
     every: list[Any] = [own] * distributed.size()
     if group is not None:
         dist.all_gather_object(every, own, group=group)
@@ -44,6 +42,16 @@ def together(function: Callable[[], Result], group: Any) -> list[Result]:
         if problem is not None:
             raise problem
     return [result for result, _ in every]
+
+
+def _to_send(error: Exception) -> Exception:
+    """The system's error that this one came from (torch makes "unexpected pos" of a full disk), else its text."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
+    return RuntimeError(f"{type(error).__name__}: {error}")  # not every exception can be sent
 
 
 def write(folder: Path, tensors: Tensors, values: bytes, group: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.training import checkpoint
+from rlhf.training import checkpoint, parts
 from rlhf.training.checkpoint import SHARE, Checkpoints, interval
 from rlhf.training.state import State, weights
 
@@ -181,6 +181,17 @@ def test_a_save_that_fails_is_raised_at_the_next_step_and_leaves_nothing(saved: 
     saved._writing._thread.join()  # type: ignore[union-attr]
     with pytest.raises(OSError, match="No space left"):
         saved.after_step(5, lambda: state(5))
+
+
+def test_a_full_disk_is_raised_whatever_torch_makes_of_it() -> None:
+    def fill() -> None:
+        try:
+            os.write(os.open("/dev/full", os.O_WRONLY), b"0")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")  # as torch's writer of archives does
+
+    with pytest.raises(OSError, match="No space left"):
+        parts.together(fill, None)
 
 
 def test_an_interval_keeps_the_cost_at_its_share_of_the_time() -> None:
