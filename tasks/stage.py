@@ -269,7 +269,7 @@ def status(name: str, scratch: Path) -> str:
     steps = Checkpoints(scratch / "checkpoints").steps()
     lines = [f"{name}: inputs {scratch.name}"]
     if steps:
-        age = time.time() - (scratch / "checkpoints" / f"step-{steps[-1]:08d}.pt").stat().st_mtime
+        age = time.time() - (scratch / "checkpoints" / f"step-{steps[-1]:08d}.json").stat().st_mtime
         lines.append(f"  resumes after step {steps[-1]:,} (saved {age / 60:.0f} min ago"
                      + (f"; before it: {', '.join(map(str, steps[:-1]))})" if steps[1:] else ")"))
     else:

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +24,7 @@ from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.journal import Journal, read_journal
 from rlhf.training.progress import StageProgress
 from rlhf.training.seeding import generator, seed_everything
+from rlhf.training.state import State
 
 log = logging.getLogger(__name__)
 
@@ -84,47 +84,56 @@ def train_ppo(params: PpoParams, prompts: Iterable[Prompt], sft_folder: Path, rm
     if params.ptx_coef > 0 and corpus is not None:
         trainer.corpus_rows = read_corpus(corpus, trainer.models.tokenizer, context_of(trainer.models.policy), folder,
                                           params.ptx_row_tokens)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoint = checkpoints.latest()
-    start = 0
-    if checkpoint is not None:
-        start, state = checkpoint
-        trainer.restore(state)
     iterations = params.episodes // params.batch_size
     if params.episodes % params.batch_size:
         log.warning("ppo.episodes = %d is no multiple of ppo.batch_size = %d: %d iterations with %d episodes are run",
                     params.episodes, params.batch_size, iterations, iterations * params.batch_size)
-    absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not source}
-    columns = [name for name in COLUMNS if name not in absent]
-    journal = Journal(folder / "journal.csv", columns, resume_after=start if checkpoint else None)
-    distributed.barrier()  # the main process has written what all read now
-    history = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "journal.csv")]
-
-    def state_now() -> dict[str, Any]:
-        journal.sync()
-        return trainer.state()
-
-    with StageProgress("ppo", iterations, "iterations", done=start) as progress:
-        for iteration in range(start, iterations):
-            rows = iteration_prompts(len(encoded), params, iteration, seed)
-            try:
-                rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration)
-                add_watched(values, history, trainer, rollouts, [encoded[row][0] for row in rows], gold)
-                check_bounds(values, history, params, iteration + 1)
-            except TrainingFailed as error:
-                trainer.save(folder / "failed")
-                raise TrainingFailed(f"{error}; the policy as it was is in {folder / 'failed'}") from None
-            history.append(values)
-            journal.append(iteration + 1, values)
-            progress.step({name: values[f"ppo/{name}"] for name in ("kl", "beta", "rm_score", "gold")
-                           if f"ppo/{name}" in values})
-            checkpoints.after_step(iteration + 1, state_now)
-    journal.close()
+    run_iterations(trainer, encoded, iterations, folder, gold)
     distributed.barrier()
     trainer.save(folder / "model")
     if distributed.is_main():
         write_json(folder / "model" / RULE_STATE, {"rule": params.beta_rule, **trainer.beta.state()})
     return {"ppo/episodes": iterations * params.batch_size, "ppo/too_long": count - len(encoded)}
+
+
+def run_iterations(trainer: Trainer, encoded: Sequence[tuple[Prompt, list[int]]], iterations: int, folder: Path,
+                   gold: GoldScorer | None) -> None:
+    """The iterations that the newest checkpoint in `folder` leaves to do; journal and checkpoints are in there.
+
+    Raises TrainingFailed as train_ppo does.
+    """
+    params = trainer.params
+    absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not source}
+    columns = [name for name in COLUMNS if name not in absent]
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        saved = checkpoints.latest()
+        start = saved.step if saved else 0
+        if saved is not None:
+            trainer.restore(saved)
+        journal = Journal(folder / "journal.csv", columns, resume_after=start if saved else None)
+        distributed.barrier()  # the main process has written what all read now
+        history = [{key: float(value) for key, value in row.items()} for row in read_journal(folder / "journal.csv")]
+
+        def state_now() -> State:
+            journal.sync()
+            return trainer.state()
+
+        with StageProgress("ppo", iterations, "iterations", done=start) as progress:
+            for iteration in range(start, iterations):
+                rows = iteration_prompts(len(encoded), params, iteration, trainer.seed)
+                try:
+                    rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration)
+                    add_watched(values, history, trainer, rollouts, [encoded[row][0] for row in rows], gold)
+                    check_bounds(values, history, params, iteration + 1)
+                except TrainingFailed as error:
+                    trainer.save(folder / "failed")
+                    raise TrainingFailed(f"{error}; the policy as it was is in {folder / 'failed'}") from None
+                history.append(values)
+                journal.append(iteration + 1, values)
+                progress.step({name: values[f"ppo/{name}"] for name in ("kl", "beta", "rm_score", "gold")
+                               if f"ppo/{name}" in values})
+                checkpoints.after_step(iteration + 1, state_now)
+        journal.close()
 
 
 def restore_rule(rule: Rule, path: Path) -> None:

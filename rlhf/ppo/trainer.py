@@ -30,7 +30,9 @@ from rlhf.pretrain import corpus_batch, corpus_losses
 from rlhf.training import distributed
 from rlhf.training.micro_batches import micro_batches
 from rlhf.training.optim import adamw, scale_lr
+from rlhf.training.parts import Saved
 from rlhf.training.seeding import generator, restore_rng, rng_state
+from rlhf.training.state import State, weights
 
 PTX_ROWS_PER_EPISODE = 8  # [InstructGPT App. C.4]
 
@@ -109,6 +111,8 @@ class Trainer:
         distributed.check_divides(params.batch_size % params.minibatch_size, "ppo.batch_size modulo ppo.minibatch_size")
         self.optimizer = adamw(self.models.policy, params.lr, betas=(0.9, 0.95), eps=params.adam_eps)
         self.value_optimizer = adamw(self.models.value, params.value_lr, betas=(0.9, 0.95), eps=params.adam_eps)
+        self.trained = (("policy", self.models.policy, self.optimizer),
+                        ("value", self.models.value, self.value_optimizer))
         self.average = {name: value.detach().clone() for name, value in self.models.policy.named_parameters()
                         if value.requires_grad} if params.ema_decay else {}
         self.beta = beta_rule(params)
@@ -276,25 +280,23 @@ class Trainer:
             if name in self.average:
                 self.average[name].lerp_(value, 1 - self.params.ema_decay)
 
-    # --- what a checkpoint holds -----------------------------------------------------------------------------
+    def state(self) -> State:
+        """What `restore` needs to go on from here. All processes call it."""
+        state = State({"beta": self.beta.state(), "rng": rng_state()})
+        for name, model, optimizer in self.trained:
+            state.add(name, weights(model))
+            state.add_optimizer(f"{name} optimizer", optimizer)
+        state.add("average", self.average)
+        return state
 
-    def state(self) -> dict[str, Any]:
-        models = {"policy": self.models.policy, "value": self.models.value}
-        optimizers = {"optimizer": self.optimizer, "value_optimizer": self.value_optimizer}
-        return {name: distributed.trained_weights(model) for name, model in models.items()} | {
-            name: distributed.full_state(optimizer.state_dict()) for name, optimizer in optimizers.items()} | {
-            "beta": self.beta.state(), "average": distributed.full_state(self.average), "rng": rng_state()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        distributed.load_weights(self.models.policy, state["policy"])
-        distributed.load_weights(self.models.value, state["value"])
-        distributed.load_optimizer(self.optimizer, state["optimizer"])
-        distributed.load_optimizer(self.value_optimizer, state["value_optimizer"])
-        self.beta.restore(state["beta"])
-        own = dict(self.models.policy.named_parameters())
-        self.average = {name: distributed.shard_like(value.to(device()), own[name])
-                        for name, value in state["average"].items()}
-        restore_rng(state["rng"])
+    def restore(self, saved: Saved) -> None:
+        """Goes on where `state` was taken. All processes call it."""
+        for name, model, optimizer in self.trained:
+            saved.read(name, weights(model))
+            saved.read_optimizer(f"{name} optimizer", optimizer)
+        saved.read("average", self.average)
+        self.beta.restore(saved.values["beta"])
+        restore_rng(saved.values["rng"])
 
     def save(self, folder: Path) -> None:
         """The policy as a plain Hugging Face folder: adapters merged, the moving average of the weights where kept."""

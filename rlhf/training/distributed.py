@@ -350,6 +350,15 @@ def local_box(tensor: Any) -> tuple[slice, ...]:
     return tuple(box)
 
 
+def reshard(model: nn.Module) -> None:
+    """Leaves every process with its parts alone of a sharded model's weights: after a pass without gradients FSDP keeps
+    those outside the blocks gathered."""
+    modules: list[Any] = list(vars(model)["_root"].modules()) if sharded(model) else []
+    for module in modules:
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes if it is a DTensor."""
     dtensor: Any = tensor
@@ -369,45 +378,3 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
     dtensor: Any = other
     return distribute_tensor(tensor.to(other.device), dtensor.device_mesh, dtensor.placements)
-
-
-def full_state(state: Any) -> Any:
-    """The state_dict of a model or an optimizer with whole tensors: the same for any number of processes."""
-    if isinstance(state, Mapping):
-        return {key: full_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [full_state(value) for value in state]
-    return full_tensor(state) if isinstance(state, Tensor) else state
-
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name, whole: with LoRA adapters and head, without it all. What is frozen is
-    read from the model's folder again."""
-    state = model.state_dict()  # after a forward pass parameters may still be gathered; state_dict() has the parts
-    return {name: full_tensor(state[name]) for name in _trained_names(model)}
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what `trained_weights` returned into a model, sharded or not. Raises UserError where a trained weight is
-    missing; those that the model does not train are left out."""
-    own, names = model.state_dict(), _trained_names(model)
-    if missing := sorted(set(names) - state.keys()):
-        raise UserError(f"the checkpoint lacks {len(missing)} trained weights such as {missing[0]}: it is of other "
-                        "parameters; start over with --fresh")
-    model.load_state_dict({name: shard_like(state[name], own[name]) for name in names}, strict=False)
-
-
-def _trained_names(model: nn.Module) -> list[str]:
-    return [name for name, value in model.named_parameters() if value.requires_grad]
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads whole moments into the optimizer of a model, sharded or not."""
-    parameters = [item for group in optimizer.param_groups for item in group["params"]]
-
-    def placed(value: Any, parameter: Tensor) -> Any:
-        return shard_like(value, parameter) if isinstance(value, Tensor) and value.dim() else value
-
-    moments = {number: {name: placed(value, parameters[number]) for name, value in entry.items()}
-               for number, entry in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": moments})

@@ -15,8 +15,10 @@ from rlhf.training import distributed
 from rlhf.training.checkpoint import Checkpoints
 from rlhf.training.journal import Journal
 from rlhf.training.optim import cosine_factor, scale_lr
+from rlhf.training.parts import Saved
 from rlhf.training.progress import StageProgress
 from rlhf.training.seeding import restore_rng, rng_state
+from rlhf.training.state import State, Tensors, weights
 
 Part = tuple[Tensor, Mapping[str, float | Tensor]]  # a part of a step's loss and of its journal values
 
@@ -35,6 +37,15 @@ class Validation:
     best: Callable[[Mapping[str, float]], float] | None = None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best weights so far: their value, their step, this process's parts of them."""
+
+    value: float
+    step: int
+    weights: Tensors
+
+
 def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], *,
                steps: int, loss_of_step: Callable[[int], Iterable[Part]], columns: list[str],
                warmup: int = 0, max_grad_norm: float = 1.0, validation: Validation | None = None) -> int:
@@ -48,59 +59,77 @@ def train_loop(name: str, folder: Path, model: PreTrainedModel, optimizers: Sequ
     only on the step and the weights, so that a resumed run repeats an uninterrupted one. The parts of all processes
     (rlhf/training/distributed.py) add up.
     """
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoint = checkpoints.latest()
-    start = 0
-    best: dict[str, Any] = {}
-    if checkpoint is not None:
-        start, state = checkpoint
-        best = state.get("best", {})
-        distributed.load_weights(model, state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            distributed.load_optimizer(optimizer, saved)
-        restore_rng(state["rng"])
-    else:
-        restore_rng(rng_state()[:1])  # the main process keeps its state, the others seed their own
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        saved = checkpoints.latest()
+        start = saved.step if saved else 0
+        best = _resume(saved, model, optimizers)
+        journal = Journal(folder / "journal.csv", [f"{name}/loss", f"{name}/lr", f"{name}/grad_norm", *columns],
+                          start if saved else None, validation.columns if validation else ())
 
-    def state_now() -> dict[str, Any]:
-        journal.sync()
-        return {"model": distributed.trained_weights(model),
-                "optimizers": [distributed.full_state(item.state_dict()) for item in optimizers],
-                "rng": rng_state(), "best": best}
+        def state_now() -> State:
+            journal.sync()
+            return _state(model, optimizers, best)
 
-    journal = Journal(folder / "journal.csv", [f"{name}/loss", f"{name}/lr", f"{name}/grad_norm", *columns],
-                      start if checkpoint else None, validation.columns if validation else ())
-    with StageProgress(name, steps, done=start) as progress:
-        for step in range(start, steps):
-            factor = cosine_factor(step, steps, warmup)
-            for optimizer in optimizers:
-                scale_lr(optimizer, factor)
-            values = distributed.all_reduce_gradients([model], _backward(model, loss_of_step(step)))
-            loss = values.pop("")
-            norm = distributed.clip_gradients(model, max_grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                checkpoints.save(step, state_now())
-                raise TrainingFailed(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; "
-                                     f"the state after step {step} is saved; lower {name}.lr or check the data")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            found: Mapping[str, float] = {}
-            if validation is not None and step + 1 in validation.steps:
-                model.eval()
-                found = validation.measure()
-                model.train()
-                if validation.best and (not best or validation.best(found) > best["value"]):
-                    best = {"value": validation.best(found), "step": step + 1, "model": _copy(model)}
-            journal.append(step + 1, {f"{name}/loss": loss, f"{name}/lr": factor * optimizers[-1].defaults["lr"],
-                                      f"{name}/grad_norm": norm, **values, **found})
-            progress.step({"loss": loss, **values, **found})
-            checkpoints.after_step(step + 1, state_now)
-    journal.close()
-    if not best:
+        with StageProgress(name, steps, done=start) as progress:
+            for step in range(start, steps):
+                factor = cosine_factor(step, steps, warmup)
+                for optimizer in optimizers:
+                    scale_lr(optimizer, factor)
+                values = distributed.all_reduce_gradients([model], _backward(model, loss_of_step(step)))
+                loss = values.pop("")
+                norm = distributed.clip_gradients(model, max_grad_norm)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    checkpoints.save(step, state_now())
+                    raise TrainingFailed(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; "
+                                         f"the state after step {step} is saved; lower {name}.lr or check the data")
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                found: Mapping[str, float] = {}
+                if validation is not None and step + 1 in validation.steps:
+                    model.eval()
+                    found = validation.measure()
+                    model.train()
+                    best = _better(best, validation.best(found), step + 1, model) if validation.best else None
+                journal.append(step + 1, {f"{name}/loss": loss, f"{name}/lr": factor * optimizers[-1].defaults["lr"],
+                                          f"{name}/grad_norm": norm, **values, **found})
+                progress.step({"loss": loss, **values, **found})
+                checkpoints.after_step(step + 1, state_now)
+        journal.close()
+    if best is None:
         return steps
-    distributed.load_weights(model, best["model"])
-    return int(best["step"])
+    with torch.no_grad():
+        for key, value in weights(model).items():
+            value.copy_(best.weights[key])
+    return best.step
+
+
+def _better(best: Best | None, value: float, step: int, model: PreTrainedModel) -> Best:
+    """The best weights after a step whose weights have this value."""
+    return best if best and value <= best.value else Best(value, step, _copy(weights(model)))
+
+
+def _state(model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], best: Best | None) -> State:
+    state = State({"rng": rng_state(), "best": {"value": best.value, "step": best.step} if best else None})
+    state.add("model", weights(model))
+    for number, optimizer in enumerate(optimizers):
+        state.add_optimizer(f"optimizer {number}", optimizer)
+    state.add("best", best.weights if best else {})
+    return state
+
+
+def _resume(saved: Saved | None, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer]) -> Best | None:
+    """Restores what `_state` took, and returns the best weights so far; the generators alone where nothing is saved."""
+    if saved is None:
+        restore_rng(rng_state()[:1])  # the main process keeps its state, the others seed their own
+        return None
+    saved.read("model", weights(model))
+    for number, optimizer in enumerate(optimizers):
+        saved.read_optimizer(f"optimizer {number}", optimizer)
+    best = saved.values["best"]
+    found = Best(best["value"], best["step"], saved.read("best", _copy(weights(model)))) if best else None
+    restore_rng(saved.values["rng"])
+    return found
 
 
 def evenly(steps: int, times: int) -> frozenset[int]:
@@ -120,5 +149,5 @@ def _backward(model: PreTrainedModel, parts: Iterable[Part]) -> dict[str, float]
     return {key: float(value) for key, value in sums.items()}
 
 
-def _copy(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in distributed.trained_weights(model).items()}
+def _copy(tensors: Tensors) -> Tensors:
+    return {name: value.clone() for name, value in tensors.items()}

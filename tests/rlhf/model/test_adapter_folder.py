@@ -1,6 +1,5 @@
 """A reward model's adapter as a folder, and PPO whose models share one base: equal to a base for each."""
 
-import copy
 import logging
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from rlhf.model.scoring import score_sequences
 from rlhf.params import PpoParams
 from rlhf.ppo.trainer import Trainer
 from rlhf.reward_model import train_reward_model
+from rlhf.training.checkpoint import Checkpoints
 from tests.rlhf.model.test_lora import rm_params
 from tests.rlhf.test_reward_model import DEMONSTRATIONS, rankings
 
@@ -99,9 +99,14 @@ def test_models_on_one_base_learn_as_models_with_a_base_each(
     for name, value in saved[0].items():
         assert (value - saved[1][name]).norm() <= 0.01 * (value - before[name]).norm(), name
     resumed = Trainer(params, policy_folder, trained[1], seed=5)
-    state = copy.deepcopy(shared.state())
-    assert all(".default." in name or name == "score.weight" for name in {*state["policy"], *state["value"]})
-    resumed.restore(state)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, shared.state())
+        checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    held = [name.partition("/")[2] for name in checkpoint.names() if name.startswith(("policy/", "value/"))]
+    assert held
+    assert all(".default." in name or name == "score.weight" for name in held)
+    resumed.restore(checkpoint)
     prompts = shared.models.codec.prompts(prompt_texts)
     assert shared.step(prompts, 3)[1] == resumed.step(prompts, 3)[1]
 

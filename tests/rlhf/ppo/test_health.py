@@ -116,7 +116,7 @@ def test_a_score_that_is_no_number_stops_the_run_with_the_last_sound_state_saved
     with pytest.raises(TrainingFailed, match=r"iteration 3: not finite: .*failed"):
         train_ppo(ppo_params(episodes=40), prompt_texts, *model_folders["gpt2"], 5, tmp_path)
     assert len(read_journal(tmp_path / "journal.csv")) == 2
-    assert (tmp_path / "checkpoints" / "step-00000002.pt").exists()
+    assert (tmp_path / "checkpoints" / "step-00000002.json").exists()
     assert not (tmp_path / "model").exists()
     for value in AutoModelForCausalLM.from_pretrained(tmp_path / "failed").parameters():
         assert value.isfinite().all()

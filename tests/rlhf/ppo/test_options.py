@@ -1,6 +1,5 @@
 """Every option of PPO: β rules, averaged weights, value from the policy, LoRA, gradient checkpointing, N rollouts."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -17,6 +16,7 @@ from rlhf.model.load import load_policy, load_scorer, new_scorer, save_model
 from rlhf.params import PpoParams
 from rlhf.ppo.kl_controller import RULES, FixedBeta, ProportionalBeta, StepAheadBeta, StepBeta, beta_rule
 from rlhf.ppo.trainer import Trainer
+from rlhf.training.checkpoint import Checkpoints
 
 Make = Callable[..., Trainer]
 
@@ -213,13 +213,16 @@ def test_lora_on_a_base_in_bfloat16_learns_as_on_the_same_base_in_float32(
     assert torch.bfloat16 in {value.dtype for value in saved["bf16"].values()}
 
 
-def test_lora_goes_on_from_a_checkpoint(make_trainer: Make, prompt_texts: list[str]) -> None:
+def test_lora_goes_on_from_a_checkpoint(make_trainer: Make, prompt_texts: list[str], tmp_path: Path) -> None:
     whole = make_trainer(lora_rank=2, ema_decay=0.5)
     run(whole, prompt_texts, 1)
-    state = copy.deepcopy(whole.state())
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, whole.state())
     expected = run(whole, prompt_texts, 2)
     resumed = make_trainer(lora_rank=2, ema_decay=0.5)
-    resumed.restore(state)
+    saved = checkpoints.latest()
+    assert saved is not None
+    resumed.restore(saved)
     assert run(resumed, prompt_texts, 2) == expected
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -189,6 +190,26 @@ def test_a_run_resumes_with_another_number_of_processes(train: Train, alone: dic
     train(stage, tmp_path / "many", processes=2, stop_after=1, shard=True)
     train(stage, tmp_path / "many", processes=3, stop_after=2)
     assert_same(alone[stage], train(stage, tmp_path / "many"), train.policy)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("shard", [False, True], ids=["unsharded", "sharded"])
+def test_a_run_of_two_processes_resumes_with_one_two_or_four(train: Train, stage: str, shard: bool, tmp_path: Path
+                                                             ) -> None:
+    """Sharded or not: with as many processes as before the same bytes, else the same up to rounding."""
+    sizes: dict[str, Any] = {"sft": {"batch_size": 4},
+                             "ppo": {"episodes": 32, "batch_size": 8, "minibatch_size": 4}}[stage]
+    whole = train(stage, tmp_path / "whole", processes=2, shard=shard, **sizes)
+    train(stage, tmp_path / "2", processes=2, shard=shard, stop_after=2, **sizes)
+    for processes, sharded in ((1, False), (4, not shard)):
+        again = tmp_path / str(processes)
+        shutil.copytree(tmp_path / "2", again)
+        assert_same(whole, train(stage, again, processes=processes, shard=sharded, **sizes), train.policy)
+    same = train(stage, tmp_path / "2", processes=2, shard=shard, **sizes)
+    assert whole is not None
+    assert same is not None
+    assert same.journal == whole.journal
+    assert all(torch.equal(value, same.weights[name]) for name, value in whole.weights.items())
 
 
 def test_a_sharded_policy_is_sampled_by_a_server(train: Train, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rlhf.reward_model import train_reward_model
 from rlhf.sft import sft
 from rlhf.training import distributed
 from rlhf.training.checkpoint import Checkpoints, StopSignal
+from rlhf.training.state import State
 
 SEED = 5
 
@@ -34,7 +35,7 @@ def stop_after(step: int) -> None:
     """Makes the last process behave as if it received SIGTERM during this step."""
     original = Checkpoints.after_step
 
-    def after_step(self: Checkpoints, number: int, state_of: Callable[[], dict[str, Any]]) -> None:
+    def after_step(self: Checkpoints, number: int, state_of: Callable[[], State]) -> None:
         StopSignal.requested = number == step and distributed.rank() == distributed.size() - 1
         original(self, number, state_of)
 
