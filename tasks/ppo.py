@@ -1,6 +1,7 @@
 """Trains the policy of an arm with PPO against the reward model: models/policies/<arm>.
 
     python -m tasks.ppo [--arm ppo_ptx]
+    python -m tasks.ppo --memory    # what each moment takes on the devices at hand; loads nothing
 """
 
 from functools import partial
@@ -11,6 +12,7 @@ from rlhf.data.schema import read_rows
 from rlhf.ppo.run import train_ppo
 from rlhf.training.journal import read_journal
 from rlhf.world.gold import gold_labeler
+from tasks.memory import print_memory
 from tasks.show import show_rows
 from tasks.stage import Stage, run_stage
 
@@ -47,4 +49,4 @@ def summarise(journal: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage("ppo", train, of_an_arm=True, show=partial(show_rows, "ppo", "models/sft"))
+    run_stage("ppo", train, of_an_arm=True, show=partial(show_rows, "ppo", "models/sft"), memory=print_memory)

@@ -24,6 +24,7 @@ from rlhf.reward_model import (
 )
 from rlhf.world.gold import gold_labeler
 from rlhf.world.labeler import GoldLabeler
+from tasks.memory import print_memory
 from tasks.show import show_rows
 from tasks.stage import Stage, run_stage
 
@@ -95,4 +96,4 @@ def gold_ranked(row: dict[str, Any], labeler: GoldLabeler) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_stage("rm", train, show=partial(show_rows, "rm", "models/sft"))
+    run_stage("rm", train, show=partial(show_rows, "rm", "models/sft"), memory=print_memory)

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlops.config.loader import load_params
 from rlhf.data.rows import Rows
 from rlhf.sft import sft
+from tasks.memory import print_memory
 from tasks.show import show_rows
 from tasks.stage import Stage, run_stage
 
@@ -27,4 +28,4 @@ def show(count: int) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("sft", fine_tune, show=show)
+    run_stage("sft", fine_tune, show=show, memory=print_memory)

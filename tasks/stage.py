@@ -110,13 +110,8 @@ def check_inputs(name: str, params: Params, root: Path) -> None:
                         "`dvc repro parameters` first")
 
 
-def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False, of_an_arm: bool = False,
-              show: Callable[[int], None] | None = None) -> None:
-    """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2.
-
-    `show(count)` is called for `--show`.
-    """
-    module = f"tasks.{name.replace('round_', 'rounds.')}"
+def arguments(module: str, of_a_round: bool, of_an_arm: bool, show: bool, memory: bool) -> argparse.Namespace:
+    """What the command line of a stage's module says."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     if of_a_round:
         parser.add_argument("--round", required=True, metavar="KEY", help="a key of params.yaml's rounds")
@@ -126,7 +121,20 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     parser.add_argument("--status", action="store_true", help="only say what a run would start from")
     if show:
         parser.add_argument("--show", type=int, metavar="N", help="only print what training makes of the first N rows")
-    args = parser.parse_args()
+    if memory:
+        parser.add_argument("--memory", action="store_true", help="only say what each moment takes on this machine's "
+                                                                  "devices")
+    return parser.parse_args()
+
+
+def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False, of_an_arm: bool = False,
+              show: Callable[[int], None] | None = None, memory: Callable[[str, Params], None] | None = None) -> None:
+    """The main function of a stage module: runs `body` and turns a user's mistake into one line and exit code 2.
+
+    `show(count)` is called for `--show`, `memory(name, parameters)` for `--memory`.
+    """
+    module = f"tasks.{name.replace('round_', 'rounds.')}"
+    args = arguments(module, of_a_round, of_an_arm, show is not None, memory is not None)
     if "torch" in sys.modules:  # garbage may hold tensors
         imports_done()
     die_with_parent()
@@ -146,6 +154,9 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
             name = f"{name}@{_round(args.round, params, root)}"
         if of_an_arm:
             name = f"{name}@{_arm(args.arm, params, root)}"
+        if memory and args.memory:
+            memory(name, params)
+            return
         if is_writer():
             link_inputs(name, params, root)
         if os.environ.get("DVC_STAGE"):  # set by DVC, which has just recorded or restored what this stage reads

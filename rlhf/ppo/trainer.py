@@ -197,8 +197,7 @@ class Trainer:
         """
         params, models = self.params, self.models
         tokens = rollouts.mask[rows].sum()
-        lengths = [len(prompt) + len(response) for prompt, response in zip(rollouts.prompts, rollouts.responses,
-                                                                           strict=True)]
+        lengths = [len(one) + len(other) for one, other in zip(rollouts.prompts, rollouts.responses, strict=True)]
         # The first update's rows are shared out as they were for sampling, so that each process finds the forward
         # passes that it may reuse; later ones by length, so that all processes have about as many tokens.
         mine = (share_of_unsampled(rollouts.prompts, rows) if place[1:] == (0, 0) else
@@ -210,9 +209,7 @@ class Trainer:
             batch = [mine[index] for index in picked]
             prompts, responses = [rollouts.prompts[row] for row in batch], [rollouts.responses[row] for row in batch]
             width = max(map(len, responses))
-            mask, old = rollouts.mask[batch, :width], rollouts.log_probs[batch, :width]
-            if not counts:
-                mask = torch.zeros_like(mask)
+            mask, old = rollouts.mask[batch, :width] * counts, rollouts.log_probs[batch, :width]
             reusable = rollouts.reusable.take(batch, width)  # log-probs and values, or None
             loss, ratio = torch.zeros_like(tokens), torch.ones_like(mask)
             if train_policy:
