@@ -186,7 +186,8 @@ def test_a_save_that_fails_is_raised_at_the_next_step_and_leaves_nothing(saved: 
 def test_a_full_disk_is_raised_whatever_torch_makes_of_it() -> None:
     def fill() -> None:
         try:
-            os.write(os.open("/dev/full", os.O_WRONLY), b"0")
+            with Path("/dev/full").open("wb", buffering=0) as full:
+                full.write(b"0")
         finally:
             raise RuntimeError("unexpected pos 704 vs 598")  # as torch's writer of archives does
 
