@@ -43,6 +43,7 @@ from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
 from rlhf.errors import UserError, first_line, one_line
 from rlhf.params import Profile
+from tasks import launch
 
 State = Literal["ok", "warn", "stop"]
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "stop": "[red]STOP[/]"}
@@ -128,9 +129,9 @@ def _machine(params: Params) -> Iterator[Finding]:
 
     profile = params.stages
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    asked = {name: getattr(profile, name).processes for name in ("pretrain", "sft", "rm", "evaluate")
+    asked = {name: launch.count(getattr(profile, name).processes) for name in ("pretrain", "sft", "rm", "evaluate")
              if hasattr(getattr(profile, name), "processes")} | {
-        f"arm {name}": arm.processes for name, arm in profile.arms.items()}
+        f"arm {name}": launch.count(arm.processes) for name, arm in profile.arms.items()}
     most = gpus or cores
     over = {name: count for name, count in asked.items() if count > most}
     kind = f"{gpus} GPUs" if gpus else f"no GPU, {cores} cores"
@@ -328,13 +329,14 @@ def _memory(profile: Profile, parameters: int) -> Iterator[Finding]:
     arm = profile.arms[profile.promoted]
     bases = 1 if profile.rm.lora_rank and not arm.shard else 4  # rlhf/model/adapter_folder.py: one base for all models
     needed = parameters * (bases * WEIGHT_BYTES if arm.lora_rank else PPO_BYTES)
+    processes = launch.count(arm.processes)
     if arm.shard:
-        needed //= arm.processes
+        needed //= processes
     if torch.cuda.is_available():
         there, where = torch.cuda.get_device_properties(0).total_memory, "GPU 0"
     else:
         there, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-        needed *= 1 if arm.shard else arm.processes
+        needed *= 1 if arm.shard else processes
     detail = f"PPO's weights and optimizer take {needed / GB:.1f} GB, {where} has {there / GB:.0f} GB"
     if needed > there:
         yield Finding("memory", "stop", detail, "ppo.lora_rank: 16, ppo.shard over more processes, or a smaller model")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PREFILL_TOKENS = 16_384  # rlhf/model/sampling.py: prompt tokens of one forward pass
+PREFILL_TOKENS = 16_384  # rlhf/model/sampling.py
 SCORE_ROWS = 512  # rlhf/model/scoring.py:SCORE_BATCH
 VALID_ROWS = 256  # rlhf/sft.py:valid_loss
 PASS_TOKENS = 65_536  # rlhf/data/batching.py: tokens of a forward pass without gradients
@@ -87,6 +87,7 @@ class Job:
     frozen_on_cpu: bool = False
     lora_rank: int = 0
     lora_bf16: bool = False  # the frozen base under the adapters
+    one_base: bool = False  # PPO with LoRA: of all models
     cache_bytes: int = 2  # of a number in the KV cache: 4 on a CPU
 
     @property
@@ -271,6 +272,9 @@ def _ppo(job: Job) -> dict[str, Parts]:
     own = {name: sum(parts[name] for parts in both) for name in ("weights", "moments")}
     reference = 0.0 if job.lora_rank else frozen(job, policy, True)
     reward = frozen(job, scorer, False)
+    if job.one_base:  # adapters and heads are all that value and reward model have of their own
+        own["weights"] -= trained(job, scorer, False)[1]
+        reward = 4.0 * trained(job, scorer, False)[0]
     average = {"average": 4 * trained(job, policy, True)[0] * job.average}
     own |= average | ({} if job.frozen_on_cpu else {"reference": reference, "reward model": reward})
     asked = {"reference": reference} if job.frozen_on_cpu and job.shards == 1 else {}

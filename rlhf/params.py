@@ -24,8 +24,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 LoraBase = Literal["fp32", "bf16"]
 
 
-def processes(help: str = "processes per machine that share each batch; one per GPU, or one thread each on CPU") -> Any:
-    return param(1, help, ge=1, le=1024)
+def processes(what: str = "each batch") -> Any:
+    return param(1, f"processes per machine that share {what}; one per GPU, or one thread each on CPU; 0: as many as "
+                    "there are GPUs", ge=0, le=1024)
 
 
 def precision(default: Precision) -> Any:
@@ -324,8 +325,7 @@ class EvaluateParams:
     best_of: int = param(16, "samples per prompt for the best-of-n curve; 0: no curve", ge=0, le=1024)
     best_of_prompts: int = param(150, "prompts of the best-of-n curve", ge=2)
     batch_size: int = param(256, "prompts per forward pass", ge=1)
-    processes: int = processes("processes per machine that share the prompts and task items; one per GPU, or one "
-                               "thread each on CPU")
+    processes: int = processes("the prompts and task items")
     precision: Precision = precision("fp32")
 
 

@@ -34,6 +34,15 @@ def needs_torchrun() -> bool:
     return VARIABLE in os.environ or shutil.which("nvidia-smi") is not None
 
 
+def count(processes: int) -> int:
+    """How many processes a parameter `processes` means here: 0 is one for each GPU, or one."""
+    if processes:
+        return processes
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
 def torchrun(module: str, arguments: Sequence[str], processes: int, name: str) -> None:
     """Runs `python -m module arguments` in `processes` processes on each machine.
 

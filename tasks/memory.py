@@ -6,6 +6,7 @@ from typing import Any
 from mlops.config.loader import Params
 from rlhf.errors import UserError
 from rlhf.memory import Job, Parts, Shape, moments
+from tasks import launch
 
 USABLE = 0.9  # of a device's memory: the rest is fragmentation, buffers of kernels and of communication
 LARGEST_K = 9  # completions of a ranked prompt
@@ -25,7 +26,7 @@ def print_memory(name: str, params: Params) -> None:
     where the model's shape is not known."""
     stage, _, arm = name.partition("@")
     section = params.stages.arms[arm] if arm else getattr(params.stages, stage)
-    job = job_of(stage, section, *shapes(stage, params))
+    job = job_of(stage, section, *shapes(stage, params), one_base=params.stages.rm.lora_rank > 0)
     place, available, devices = device(job.processes)
     print(f"{name}: {job.policy.name}, {job.processes} process{'es' if job.processes > 1 else ''}, {place}")
     found = moments(job)
@@ -57,12 +58,12 @@ def advice(section: str, moment: str, parts: Parts, available: float) -> str:
             f"change {'; '.join(dict.fromkeys(hints))}")
 
 
-def job_of(stage: str, section: Any, policy: Shape, scorer: Shape) -> Job:
-    """The stage's parameters as rlhf/memory.py takes them."""
+def job_of(stage: str, section: Any, policy: Shape, scorer: Shape, one_base: bool = False) -> Job:
+    """The stage's parameters as rlhf/memory.py takes them. `one_base`: PPO's models may share one, under LoRA."""
     from rlhf.model.device import device as where
     from rlhf.training.hardware import in_bf16
 
-    ppo = stage == "ppo"
+    ppo, processes = stage == "ppo", launch.count(section.processes)
     on_gpu = where().type == "cuda"
     response = section.max_new_tokens if ppo else section.max_tokens // 2
     return Job(
@@ -72,10 +73,11 @@ def job_of(stage: str, section: Any, policy: Shape, scorer: Shape) -> Job:
         micro=section.micro_batch_size, micro_tokens=section.micro_batch_tokens,
         sampled=section.rollout_batch_size if ppo else 0, average=ppo and section.ema_decay > 0,
         bf16=in_bf16(section.precision), eager=not on_gpu, checkpointing=section.gradient_checkpointing,
-        offload_activations=section.offload_activations, processes=section.processes,
-        shard=section.shard and section.processes > 1, cpu_offload=section.cpu_offload,
+        offload_activations=section.offload_activations, processes=processes,
+        shard=section.shard and processes > 1, cpu_offload=section.cpu_offload,
         frozen_bf16=ppo and section.frozen_precision == "bf16", frozen_on_cpu=ppo and section.frozen_on_cpu,
-        lora_rank=section.lora_rank, lora_bf16=section.lora_base == "bf16", cache_bytes=2 if on_gpu else 4)
+        lora_rank=section.lora_rank,
+        one_base=ppo and one_base and section.lora_rank > 0 and not section.shard, lora_bf16=section.lora_base == "bf16", cache_bytes=2 if on_gpu else 4)
 
 
 def shapes(stage: str, params: Params) -> tuple[Shape, Shape]:

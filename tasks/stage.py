@@ -257,9 +257,10 @@ def together(stage: Stage, module: str) -> bool:
     """
     section, stages = stage.name.removeprefix(OF_A_ROUND).partition("@")[0], stage.params.stages
     arm = stages.promoted if stage.name.startswith(OF_A_ROUND) else stage.key  # rounds train with the promoted arm's
-    processes = getattr(stages.arms[arm] if section == "ppo" else getattr(stages, section, None), "processes", 0)
-    if not processes or launch.started_by_torchrun():
+    processes = getattr(stages.arms[arm] if section == "ppo" else getattr(stages, section, None), "processes", None)
+    if processes is None or launch.started_by_torchrun():
         return True
+    processes = launch.count(processes)
     if launch.needs_torchrun() and (processes > 1 or launch.VARIABLE in os.environ):
         launch.torchrun(module, sys.argv[1:], processes, stage.name)
         return False
