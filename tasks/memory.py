@@ -77,7 +77,8 @@ def job_of(stage: str, section: Any, policy: Shape, scorer: Shape, one_base: boo
         shard=section.shard and processes > 1, cpu_offload=section.cpu_offload,
         frozen_bf16=ppo and section.frozen_precision == "bf16", frozen_on_cpu=ppo and section.frozen_on_cpu,
         lora_rank=section.lora_rank,
-        one_base=ppo and one_base and section.lora_rank > 0 and not section.shard, lora_bf16=section.lora_base == "bf16", cache_bytes=2 if on_gpu else 4)
+        one_base=ppo and one_base and section.lora_rank > 0 and not section.shard,
+        lora_bf16=section.lora_base == "bf16", cache_bytes=2 if on_gpu else 4)
 
 
 def shapes(stage: str, params: Params) -> tuple[Shape, Shape]:
