@@ -8,9 +8,10 @@ model in bench/capacity_model.py. The second is bench/capacity_check.py. 1 GB is
 """
 
 import argparse
-import dataclasses
 
-from capacity_model import Job, Machine, Shape, needed, peak, phases, stage_seconds
+from capacity_model import Job, Machine, needed, peak, phases, stage_seconds
+
+from rlhf.memory import Shape
 
 # Brown et al. 2020, Table 2.1; heads are width / 128.
 GPT3 = {name: Shape(name, layers, width, width // 128, 50257, 4 * width)
@@ -23,30 +24,23 @@ def paper_job(stage: str, shape: Shape, prompt: float = 250, response: float = 1
     sizes = {"sft": (8 if shape.name == "175B" else 32, 11_295 + 1_430, 16), "rm": (64, 33_207, 1),
              "ppo": (512, 256_000, 1)}[stage]
     return Job(stage, shape if stage != "rm" else scorer, scorer, *sizes, prompt=prompt, response=response,
-               micro=4 if shape.name == "1.3B" else 1, sampled=32)
+               micro=4 if shape.name == "1.3B" else 1, sampled=32, frozen_bf16=True)
 
 
-HEAD = ("| model | stage | state | peak of one process | GPUs | GB each, peak | hours | leaner: GPUs "
-        "| GB each, peak | hours |")
-STATE = ("weights", "reference", "reward and value model", "moments", "average")
+HEAD = "| model | stage | state | peak of one process, and when | cards | GB each, and when | hours |"
+STATE = ("weights", "reference", "reward model", "moments", "average")
 
 
 def stage_row(name: str, job: Job, machine: Machine) -> str:
-    """A table row: state and peak of one process, then GPUs needed (at 9/10 of their memory), peak and hours.
-
-    The last three twice: for the code as it is, and leaner, with optimisations that it lacks (`Job.lean`).
-    """
+    """A table row: state and peak of one process, then GPUs needed (at 9/10 of their memory), peak and hours."""
     moment, whole = peak(job)
-    state = sum(value for part, value in next(iter(phases(job).values())).items() if part in STATE)
+    state = sum(value for part, value in phases(job)["update"].items() if part in STATE)
     row = f"| {name} | {job.stage} | {state / 1e9:,.0f} GB | {whole / 1e9:,.0f} GB, {moment} |"
-    for variant in (job, dataclasses.replace(job, lean=True)):
-        sharded = needed(variant, 0.9 * machine.memory)
-        if sharded is None:
-            row += " none | | |"
-            continue
-        moment, size = peak(sharded)
-        row += f" {sharded.processes} | {size / 1e9:.0f}, {moment} | {stage_seconds(sharded, machine) / 3600:,.1f} |"
-    return row
+    sharded = needed(job, 0.9 * machine.memory)
+    if sharded is None:
+        return row + " none | | |"
+    moment, size = peak(sharded)
+    return row + f" {sharded.processes} | {size / 1e9:.0f}, {moment} | {stage_seconds(sharded, machine) / 3600:,.1f} |"
 
 
 def tables(machine: Machine, prompt: float, response: float) -> str:

@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capacity_model import SCORE_ROWS, VALID_ROWS, Job, Machine, Shape, peak, seconds, stage_work
+from capacity_model import Job, Machine, peak, seconds, stage_work
+
+from rlhf.memory import SCORE_ROWS, VALID_ROWS, Shape
 
 TINY = "tiny"  # runs before the baseline of the memory is taken
 SHAPES = {TINY: Shape(TINY, 1, 32, 2, 1024, 64, 256, "gpt_neox"),

@@ -1,42 +1,20 @@
-"""The model behind bench/capacity.py: parameters, FLOPs, bytes and seconds of SFT, reward model and PPO at any size.
+"""The model behind bench/capacity.py: FLOPs and seconds of SFT, reward model and PPO at any size; bytes as
+rlhf/memory.py counts them.
 
-It counts what the stages' code does. tests/bench/test_capacity.py compares parameters, FLOPs, state and saved
-activations with torch and transformers; bench/capacity_check.py compares whole steps with measurements.
+It counts what the stages' code does. tests/bench/test_capacity.py compares FLOPs with torch; bench/capacity_check.py
+compares whole steps with measurements.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
 
-PREFILL_TOKENS = 16_384  # rlhf/model/sampling.py: prompt tokens of one forward pass
-SCORE_ROWS = 512  # rlhf/model/scoring.py:SCORE_BATCH
-VALID_ROWS = 256  # rlhf/sft.py:valid_loss
-PASS_TOKENS = 65_536  # rlhf/data/batching.py: tokens of a forward pass without gradients
-LOGITS_AT_ONCE = 2**26  # rlhf/model/forward.py
+from rlhf import memory
+from rlhf.memory import Parts, Shape, activation_bytes, block_matrices, parameters
+
 MOVED = 3.5  # element-wise traffic of a forward pass / saved bytes; counted with a torch dispatch mode
 DECODE_OPERATIONS = 30  # rlhf/fast/decoder.py: small operations per block and token
 OF_A_MACHINE = 8  # accelerators with fast links
-GATHERED_BLOCKS = 2  # FSDP: the current block and the prefetched one
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder: `family` gpt2 (learned positions, biases), gpt_neox (rotary, biases) or llama (gated, no biases)."""
-
-    name: str
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
-    inner: int
-    context: int = 2048
-    family: str = "gpt2"
-    kv_heads: int = 0
-    tied: bool = True
-
-    @property
-    def kv_width(self) -> int:
-        return self.width * (self.kv_heads or self.heads) // self.heads
 
 
 @dataclass(frozen=True)
@@ -64,7 +42,7 @@ class Job:
     checkpointing: bool = True
     processes: int = 1
     sharding: str = "none"  # every process has all weights; or fsdp
-    lean: bool = False  # with optimisations that the code lacks: casts by block, sampling from shards, idle processes
+    frozen_bf16: bool = False  # PPO: weights of reference and reward model
     cache_bytes: int = 2  # of a number in the KV cache: 4 on a CPU
 
     @property
@@ -76,9 +54,16 @@ class Job:
         """Rows per step, divided evenly among the processes."""
         return self.minibatch if self.stage == "ppo" else self.batch
 
-    @property
-    def longest(self) -> int:
-        return self.longest_prompt + self.longest_response
+    def memory(self) -> memory.Job:
+        """What decides its bytes."""
+        return memory.Job(
+            stage=self.stage, policy=self.policy, scorer=self.scorer, rows=self.rows, batch=self.batch,
+            prompt=self.longest_prompt, response=self.longest_response, k=self.longest_k, micro=self.micro,
+            sampled=self.sampled, average=self.average, bf16=self.precision == "bf16", eager=self.attention == "eager",
+            checkpointing=self.checkpointing, processes=self.processes, shard=self.sharding == "fsdp",
+            frozen_bf16=self.frozen_bf16, cache_bytes=self.cache_bytes)
+
+
 
 
 @dataclass(frozen=True)
@@ -96,23 +81,6 @@ class Machine:
 
 # --- counts ------------------------------------------------------------------------------------------------------
 
-def block_matrices(shape: Shape) -> int:
-    """Weights of a block's matrix products: query, key, value, output, MLP (three matrices if gated)."""
-    mlp = (3 if shape.family == "llama" else 2) * shape.width * shape.inner
-    return 2 * shape.width * (shape.width + shape.kv_width) + mlp
-
-
-def parameters(shape: Shape, head: bool = True) -> int:
-    """Parameters of a causal model as `num_parameters()` counts them; without `head`: backbone and one row."""
-    biased = 7 * shape.width + 2 * shape.kv_width + shape.inner  # two norms and four biases
-    vectors = 2 * shape.width if shape.family == "llama" else biased
-    final = shape.width if shape.family == "llama" else 2 * shape.width
-    positions = shape.context * shape.width if shape.family == "gpt2" else 0
-    table = shape.vocabulary * shape.width
-    last = (0 if shape.tied else table) if head else shape.width
-    return table + positions + shape.layers * (block_matrices(shape) + vectors) + final + last
-
-
 def forward_flops(shape: Shape, tokens: float, seen: float, places: float, attention: str = "fused") -> float:
     """FLOPs of a forward pass over `tokens` in rows of `seen` tokens, with logits at `places`; a multiply-add is 2.
 
@@ -122,129 +90,21 @@ def forward_flops(shape: Shape, tokens: float, seen: float, places: float, atten
     return tokens * shape.layers * (2 * block_matrices(shape) + mixed) + 2 * places * shape.width * shape.vocabulary
 
 
-def activation_bytes(shape: Shape, seen: float, attention: str, precision: str) -> float:
-    """Bytes that one block saves for the backward pass, per token, in a row of `seen` tokens.
-
-    Counted with saved-tensor hooks on transformers 5.23 models under autocast; residual stream and norms are float32.
-    """
-    bf16 = precision == "bf16"
-    wide, inner = {"gpt_neox": ((16 if attention == "eager" else 22) if bf16 else (28 if attention == "eager" else 40),
-                                4 if bf16 else 8),
-                   "gpt2": (20 if bf16 else 32, 10 if bf16 else 20),
-                   "llama": (34 if bf16 else 40, 8 if bf16 else 16)}[shape.family]
-    scores = (6 if bf16 else 4) * seen if attention == "eager" else 7
-    return wide * shape.width + inner * shape.inner + scores * shape.heads
-
-
-def passing_bytes(shape: Shape, seen: float, attention: str) -> float:
-    """Peak bytes per token of a block in a pass without gradients."""
-    scores = 12 * seen * shape.heads if attention == "eager" else 0
-    return max(26 * shape.width + scores, 10 * shape.width + 6 * shape.inner)
-
-
 # --- memory ------------------------------------------------------------------------------------------------------
 
-def weight_copies(job: Job, shape: Shape, head: bool, frozen: bool = False) -> dict[str, float]:
-    """Bytes beyond the weights themselves: bf16 casts, and float32 weights that FSDP gathers.
-
-    Autocast keeps the casts of all trained weights until the end of a pass, also with FSDP and gradient checkpointing.
-    """
-    table = shape.width * (shape.vocabulary + (shape.context if shape.family == "gpt2" else 0))
-    by_block = frozen or job.lean
-    blocks = GATHERED_BLOCKS if by_block else shape.layers
-    cast = blocks * block_matrices(shape) + shape.width * shape.vocabulary * head
-    gathered = GATHERED_BLOCKS * block_matrices(shape) + table if job.shards > 1 else 0
-    return {"bf16 casts": 2 * cast if job.precision == "bf16" else 0, "gathered": 4 * gathered}
+def phases(job: Job) -> dict[str, Parts]:
+    """Bytes of one process at the moments of a stage: {moment: {part: bytes}}."""
+    return memory.moments(job.memory())
 
 
-def training_bytes(job: Job, shape: Shape, tokens: float, seen: float, places: float, logits: float
-                   ) -> dict[str, float]:
-    """Bytes of a forward and backward pass beyond weights, gradients and moments; `logits`: number held at once."""
-    each = activation_bytes(shape, seen, job.attention, job.precision)
-    saved = shape.layers * 4 * shape.width + each if job.checkpointing else shape.layers * each
-    return {"activations": tokens * (saved + 8 * shape.width) + 4 * places * shape.width, "logits": 12 * logits,
-            **weight_copies(job, shape, places > 0)}
-
-
-def passing(job: Job, shape: Shape, tokens: float, seen: float, logit_bytes: float, frozen: bool = False
-            ) -> dict[str, float]:
-    """Bytes of a pass without gradients: of a block, or of the logits after all blocks."""
-    blocks, after = tokens * passing_bytes(shape, seen, job.attention), tokens * 4 * shape.width + logit_bytes
-    return {"passing": max(blocks, after), **weight_copies(job, shape, logit_bytes > 0, frozen)}
-
-
-def bounded(rows: float, tokens: int) -> float:
-    """Rows of `tokens` tokens in one pass without gradients."""
-    return min(rows, max(1, PASS_TOKENS // tokens))
+def peak(job: Job) -> tuple[str, float]:
+    """(moment of the memory peak, its bytes) of a process."""
+    return memory.peak(job.memory())
 
 
 def rows_of(job: Job, rows: float) -> float:
     """Rows of a batch per process."""
     return max(1, math.ceil(rows / job.processes))
-
-
-def at_once(job: Job, rows: float) -> float:
-    """Rows per forward pass of a process."""
-    return min(rows_of(job, rows), job.micro) if job.micro else rows_of(job, rows)
-
-
-def phases(job: Job) -> dict[str, dict[str, float]]:
-    """Bytes of one process at the memory peaks of a stage: {moment: {part: bytes}}."""
-    if job.stage == "ppo":
-        return _ppo_phases(job)
-    shape = job.policy
-    count = parameters(shape, head=job.stage == "sft")
-    state = {"weights": 4 * count / job.shards, "moments": 8 * count / job.shards}
-    gradients = {"gradients": 4 * count / job.shards}
-    if job.stage == "sft":
-        rows, valid = at_once(job, job.batch), bounded(VALID_ROWS, job.longest)
-        places = rows * job.longest_response
-        update = training_bytes(job, shape, rows * job.longest, job.longest, places,
-                                min(LOGITS_AT_ONCE, places * shape.vocabulary))
-        logits = min(LOGITS_AT_ONCE, valid * job.longest_response * shape.vocabulary)
-        look = passing(job, shape, valid * job.longest, job.longest, 10 * logits)
-        head = {"gradients": 6 * shape.width * shape.vocabulary / job.shards}
-        return {"forward": state | update | head, "step": state | gradients, "valid loss": state | look}
-    rows = at_once(job, job.batch)
-    tokens = rows * (job.longest_prompt + job.longest_k * job.longest_response)  # a prompt is computed once
-    update = training_bytes(job, shape, tokens, job.longest, 0, 0)
-    look = passing(job, shape, bounded(SCORE_ROWS, job.longest) * job.longest, job.longest, 0)
-    return {"forward": state | update, "step": state | gradients, "scores": state | look}
-
-
-def _ppo_phases(job: Job) -> dict[str, dict[str, float]]:
-    policy, scorer = parameters(job.policy), parameters(job.scorer, head=False)
-    state = {"weights": 4 * policy / job.shards, "reference": 4 * policy / job.shards,
-             "reward and value model": 8 * scorer / job.shards, "moments": 8 * (policy + scorer) / job.shards,
-             "average": 4 * policy / job.shards * job.average}
-    mine = rows_of(job, job.batch)
-    rows, read = min(job.sampled, mine), min(4 * at_once(job, job.minibatch), mine)
-    scored = bounded(min(SCORE_ROWS, mine), job.longest)
-    copy: float = (2 if job.precision == "bf16" else 0) * policy
-    if job.shards > 1:
-        copy = copy / job.shards if job.lean else copy + 4 * policy  # gathered, then copied
-    cache = rows * job.longest * 2 * job.policy.layers * job.policy.kv_width * job.cache_bytes
-    prefill_tokens = min(PREFILL_TOKENS, rows * job.longest_prompt)
-    prefill = prefill_tokens * passing_bytes(job.policy, job.longest_prompt, job.attention)
-    sample = {"sampling copy": copy, "KV cache": cache, "passing": prefill,
-              "logits": 24 * rows * job.policy.vocabulary}
-    tokens, places = (at_once(job, job.minibatch) * length for length in (job.longest, job.longest_response))
-    look = passing(job, job.policy, read * job.longest, job.longest,
-                   18 * min(LOGITS_AT_ONCE, read * job.longest_response * job.policy.vocabulary))
-    score = passing(job, job.scorer, scored * job.longest, job.longest, 0, frozen=True)
-    gradients = {"gradients": 4 * (policy + scorer) / job.shards}
-    update = training_bytes(job, job.policy, tokens, job.longest, places,
-                            min(LOGITS_AT_ONCE, places * job.policy.vocabulary))
-    value = training_bytes(job, job.scorer, tokens, job.longest, 0, 0)
-    return {"sample": state | sample, "log-probs": state | look, "scores": state | score,
-            "update": state | gradients | max((update, value), key=lambda parts: sum(parts.values()))}
-
-
-def peak(job: Job) -> tuple[str, float]:
-    """(moment of the memory peak, its bytes) of a process."""
-    sums = {name: sum(parts.values()) for name, parts in phases(job).items()}
-    widest = max(sums, key=lambda name: sums[name])
-    return widest, sums[widest]
 
 
 # --- time --------------------------------------------------------------------------------------------------------
@@ -270,7 +130,8 @@ def pass_work(job: Job, shape: Shape, tokens: float, seen: float, places: float,
     """A forward pass, and a backward pass if `trained` (2 times the forward's work, 3 with checkpointing)."""
     factor = (4 if job.checkpointing else 3) if trained else 1
     flops = forward_flops(shape, tokens, seen, places, job.attention)
-    moved = MOVED * tokens * shape.layers * activation_bytes(shape, seen, job.attention, job.precision)
+    each = activation_bytes(shape, seen, job.attention == "eager", job.precision == "bf16")
+    moved = MOVED * tokens * shape.layers * each
     return Work(factor * flops, factor * (moved + 8 * places * shape.vocabulary))
 
 
@@ -286,9 +147,8 @@ def decode_work(job: Job, rows: float, episodes: float) -> Work:
     flops = forward_flops(shape, episodes * job.response, 2 * seen, episodes * job.response)
     weights = (2 if job.precision == "bf16" else 4) * parameters(shape)
     cached = rows * seen * 2 * shape.layers * shape.kv_width * job.cache_bytes
-    drawn = rows * (24 * shape.vocabulary + shape.layers * activation_bytes(shape, 1, "fused", job.precision))
-    sent = steps * weights if job.lean and job.shards > 1 else 0
-    return Work(flops, steps * (weights + cached + drawn), steps * shape.layers * DECODE_OPERATIONS, sent)
+    drawn = rows * (24 * shape.vocabulary + shape.layers * activation_bytes(shape, 1, False, job.precision == "bf16"))
+    return Work(flops, steps * (weights + cached + drawn), steps * shape.layers * DECODE_OPERATIONS)
 
 
 def stage_work(job: Job) -> tuple[Work, float]:
@@ -343,9 +203,9 @@ def stage_seconds(job: Job, machine: Machine) -> float:
 def needed(job: Job, memory: float) -> Job | None:
     """The job on the smallest power of two of processes with `memory` bytes each; None if no number suffices.
 
-    The rows of a batch are divided evenly, so there can be no more processes than rows, except for a lean job.
+    The rows of a batch are divided evenly, so there can be no more processes than rows.
     """
-    for processes in (2**power for power in range(13) if job.lean or job.rows % 2**power == 0):
+    for processes in (2**power for power in range(13) if job.rows % 2**power == 0):
         sharded = dataclasses.replace(job, processes=processes, sharding="fsdp" if processes > 1 else "none")
         if peak(sharded)[1] <= memory:
             return sharded

@@ -136,8 +136,9 @@ def _machine(params: Params) -> Iterator[Finding]:
     over = {name: count for name, count in asked.items() if count > most}
     kind = f"{gpus} GPUs" if gpus else f"no GPU, {cores} cores"
     for_gpu = bool(profile.pretrain.base_model) and max(arm.episodes for arm in profile.arms.values()) >= FOR_GPU
-    if not gpus and params.profile == "gpu":
-        yield Finding("machine", "stop", f"{kind}, and profile gpu is for one", "a GPU, or another profile")
+    if not gpus and params.profile.startswith("gpu"):
+        yield Finding("machine", "stop", f"{kind}, and profile {params.profile} is for GPUs",
+                      "a GPU, or another profile")
     elif not gpus and for_gpu:
         yield Finding("machine", "warn", f"{kind}, and {max(arm.episodes for arm in profile.arms.values()):,} episodes "
                       "are meant for a GPU", "ppo.episodes, or instructflow init ... --device cpu")

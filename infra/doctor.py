@@ -135,7 +135,7 @@ def gpu(root: Path) -> Finding:
         return Finding("GPU", "fail", f"there is one, and torch {torch.__version__} does not see it",
                        'make setup TORCH="torch==2.13.0 --index-url ..." with the build for your CUDA')
     try:
-        wanted = load_params(root).profile == "gpu"
+        wanted = load_params(root).profile.startswith("gpu")
     except UserError:
         wanted = False
     if wanted:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlops.config.loader import load_params
+from mlops.config.loader import load_params, load_profile
 from rlhf.memory import Job, Shape, moments, peak
 from tasks import launch
 from tasks.memory import advice, job_of, print_memory, shape_in
@@ -92,3 +92,32 @@ def test_0_processes_are_as_many_as_there_are_gpus(asked: int, gpus: int, meant:
                                                    ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert launch.count(asked) == meant
+
+
+QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 152_064, "max_position_embeddings": 32_768}
+BASES = {  # config.json of the profiles' bases, as published
+    "Qwen/Qwen2.5-1.5B-Instruct": QWEN | {
+        "num_hidden_layers": 28, "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 8960, "tie_word_embeddings": True, "vocab_size": 151_936},
+    "Qwen/Qwen2.5-7B-Instruct": QWEN | {
+        "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18_944, "tie_word_embeddings": False},
+    "Qwen/Qwen2.5-14B-Instruct": QWEN | {
+        "num_hidden_layers": 48, "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "intermediate_size": 13_824, "tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize("name", ["gpu-1x80", "gpu-1x80-lora", "gpu-8x80", "gpu-32x80"])
+@pytest.mark.parametrize("base", [None, LLAMA_8B], ids=["its base", "8B"])
+def test_a_profile_fits_the_cards_that_it_is_named_after(name: str, base: dict[str, Any] | None,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.model.device.device", lambda: torch.device("cuda"))
+    if base and name == "gpu-1x80":
+        pytest.skip("1.5B are meant")
+    stages = load_profile(ROOT / "profiles" / f"{name}.yaml")
+    shape = Shape.of(base or BASES[stages.pretrain.base_model])
+    machines = 4 if "32" in name else 1
+    for stage, section in [("sft", stages.sft), ("rm", stages.rm), *(("ppo", arm) for arm in stages.arms.values())]:
+        job = job_of(stage, section, shape, shape, one_base=stages.rm.lora_rank > 0)
+        moment, size = peak(dataclasses.replace(job, processes=job.processes * machines))
+        assert size < 72e9, (stage, moment, size / 1e9)
