@@ -45,6 +45,11 @@ def shard() -> Any:
     return param(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
 
 
+def tensor_parallel() -> Any:
+    return param(1, "with shard: neighbouring processes of one machine that compute each pass together, each with its "
+                    "share of the heads and of the MLPs' inner width; Llama and Qwen2; must divide processes", ge=1, le=64)
+
+
 def micro_batch_size(of: str) -> Any:
     return param(0, f"{of} per forward pass, 0: the whole step; changes memory and speed, not the update", ge=0)
 
@@ -175,6 +180,7 @@ class SftParams:
     micro_batch_tokens: int = micro_batch_tokens()
     processes: int = processes()
     shard: bool = shard()
+    tensor_parallel: int = tensor_parallel()
     cpu_offload: bool = cpu_offload()
     precision: Precision = precision("auto")
 
@@ -211,6 +217,7 @@ class RmParams:
     micro_batch_tokens: int = micro_batch_tokens()
     processes: int = processes()
     shard: bool = shard()
+    tensor_parallel: int = tensor_parallel()
     cpu_offload: bool = cpu_offload()
     precision: Precision = precision("auto")
 
@@ -297,6 +304,7 @@ class PpoParams:
     ptx_row_tokens: int = pretrain_row_tokens()
     processes: int = processes()
     shard: bool = shard()
+    tensor_parallel: int = tensor_parallel()
     cpu_offload: bool = cpu_offload()
     precision: Precision = precision("auto")
 

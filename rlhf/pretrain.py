@@ -137,7 +137,7 @@ def corpus_losses(model: PreTrainedModel, ids: Tensor, precision: str, at_once: 
     if tokens:
         at_once = min(at_once or len(ids), max(1, tokens // ids.shape[1]))
     mine = list(distributed.share(range(len(ids))))
-    most = -(-len(ids) // distributed.size())  # rows of the process that has most: all make as many passes
+    most = -(-len(ids) // distributed.shares())  # rows of the process that has most: all make as many passes
     for start in range(0, most, at_once or most):
         rows = mine[start:start + (at_once or most)]
         yield lm_loss(model, ids[rows or [0]], precision) * (len(rows) / len(ids))

@@ -141,7 +141,7 @@ def train_reward_model(params: RmParams, rows: Iterable[dict[str, Any]], demonst
     # choices that best_of draws from one ranking are apart, as in [Ziegler].
     together = data.prompts if params.loss == "ranking" else None
     epochs = ShuffledEpochs(lambda epoch: length_batches(lengths, params.batch_size, generator(seed, "rm", epoch),
-                                                         together, distributed.size()))
+                                                         together, distributed.shares()))
     loss_of = {"ranking": ranking_loss, "best_of": best_of_loss}[params.loss]
 
     def loss_of_step(step: int) -> Iterator[Part]:

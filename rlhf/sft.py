@@ -156,7 +156,7 @@ def sft(params: SftParams, rows: Iterable[dict[str, Any]], base_folder: Path, se
     lengths = lengths_of(train.ids)
     batches = shuffled_batches if params.packing else length_batches
     epochs = ShuffledEpochs(lambda epoch: batches(lengths, params.batch_size, generator(seed, "sft", epoch),
-                                                  multiple=distributed.size()))
+                                                  multiple=distributed.shares()))
 
     def loss_of_step(step: int) -> Iterator[Part]:
         batch = epochs[step]

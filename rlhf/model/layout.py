@@ -8,7 +8,7 @@ import torch
 from rlhf.errors import UserError
 from rlhf.model.lora import NewAdapter, check_base
 from rlhf.params import PpoParams, RmParams, SftParams
-from rlhf.training import distributed
+from rlhf.training import distributed, tensor_parallel
 from rlhf.training.hardware import in_bf16
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,11 @@ class Layout:
     @classmethod
     def of(cls, params: SftParams | RmParams | PpoParams, section: str, noise: torch.Generator | None = None
            ) -> "Layout":
-        """Of the model that a stage trains; `noise` draws how an adapter starts. Raises UserError for options that need
-        another one."""
+        """Of the model that a stage trains; `noise` draws how an adapter starts. Arranges the processes as
+        `tensor_parallel` says. Raises UserError for options that need another one."""
         check_base(params, section)
+        check_groups(params, section)
+        tensor_parallel.arrange(params.tensor_parallel, section)
         for option, needed in (("cpu_offload", "shard"), ("offload_activations", "gradient_checkpointing")):
             if getattr(params, option) and not getattr(params, needed):
                 raise UserError(f"{section}.{option} needs {section}.{needed}: true")
@@ -48,6 +50,18 @@ class Layout:
         narrow = "bf16" in (params.frozen_precision, params.lora_base) and in_bf16(params.precision)
         return replace(self, dtype=torch.bfloat16 if narrow else torch.float32, cpu_offload=params.frozen_on_cpu,
                        adapter=None)
+
+
+def check_groups(params: SftParams | RmParams | PpoParams, section: str) -> None:
+    """Raises UserError where `tensor_parallel` does not fit the section's other parameters."""
+    if params.tensor_parallel == 1:
+        return
+    name = f"{section}.tensor_parallel = {params.tensor_parallel}"
+    if not params.shard:
+        raise UserError(f"{name}: needs {section}.shard: true")
+    for other, value in (("lora_rank", 0), ("compile", False)):
+        if getattr(params, other) != value:
+            raise UserError(f"{name}: cannot be combined with {section}.{other}")
 
 
 WHOLE = Layout()

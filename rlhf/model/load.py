@@ -79,6 +79,8 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), layo
     check_folder(folder)
     try:
         model, report = _read(kind, folder, new, layout, **more)
+    except UserError:
+        raise
     except Exception as error:  # whatever a foreign configuration makes transformers raise
         if disk_problem(error, Path(folder)):
             raise

@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from rlhf.model.device import device
 from rlhf.model.layout import Layout
 from rlhf.model.lora import PUBLISHED, exact_in_bfloat16, plain_name
-from rlhf.training import distributed
+from rlhf.training import distributed, tensor_parallel
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def load_in_shards(kind: Any, folder: str | Path, new: frozenset[str], layout: L
     path = Path(folder)
     where = tensor_files(path)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **more)
+    tensor_parallel.check(config)
     if not where or getattr(config, "quantization_config", None):
         return None
     with init_empty_weights(include_buffers=False):  # buffers such as RoPE's frequencies are in no file

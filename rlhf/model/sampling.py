@@ -52,8 +52,12 @@ def sample_responses(model: PreTrainedModel, prompts: Sequence[Sequence[int]], s
     if rows is not None:
         prompts, uniforms = [prompts[row] for row in rows], uniforms[list(rows)]
     decoder = decoder_for(model, sampling.precision, sampling.compile) if fast_enabled() else None
-    if decoder is not None and prompts:
-        return _ContinuousBatch(decoder, prompts, sampling, uniforms.to(device())).run()
+    if decoder is not None:
+        def sampled_by(own: list[int]) -> list[list[int]]:
+            return _ContinuousBatch(decoder, [prompts[index] for index in own], sampling,
+                                    uniforms[own].to(device())).run() if own else []
+
+        return distributed.within_group(sampled_by, len(prompts))
     responses: list[list[int]] = [[] for _ in prompts]
     with distributed.unsharded(model):
         for indices in length_batches([len(item) for item in prompts], sampling.batch_size, None):

@@ -63,10 +63,10 @@ def score_store(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_
 def score_together(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int,
                    precision: str) -> "array[float]":
     """As score_store, for sequences that every process holds: each process scores its share, all return all scores."""
-    if distributed.size() == 1 or distributed.sharded(model):
+    if distributed.shares() == 1 or distributed.sharded(model):
         return score_store(model, sequences, pad_id, precision)
     scores = array("d", bytes(8 * len(sequences)))
     mine = score_store(model, distributed.share(sequences), pad_id, precision)
-    for rank, part in enumerate(distributed.all_gather(mine)):
-        scores[rank::distributed.size()] = part
+    for place, part in enumerate(distributed.all_shares(mine)):
+        scores[place::distributed.shares()] = part
     return scores

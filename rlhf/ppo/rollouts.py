@@ -86,7 +86,7 @@ def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[in
     else:
         mine = sample_responses(models.policy, prompts, sampling, noise, rows)
     evaluated, reusable = evaluate_rollouts(models, params, prompts, rows, mine, len(first))
-    parts = distributed.all_gather((rows, mine, evaluated))
+    parts = distributed.all_shares((rows, mine, evaluated))
     responses: list[list[int]] = [[]] * len(prompts)
     for part_rows, part_responses, _ in parts:
         for row, response in zip(part_rows, part_responses, strict=True):

@@ -159,8 +159,8 @@ class Checkpoints:
         cost = self._waited + (0.0 if torch.cuda.is_available() else self._writing.cpu_seconds)
         past = time.monotonic() - self._saved_at
         due = past >= interval(self.seconds, cost) and not (self.seconds and self._writing.busy())
-        requests = distributed.all_reduce({"stop": float(StopSignal.requested), "failed": self._writing.failed(),
-                                           "save": float(due and distributed.is_main())})
+        requests = distributed.any_of({"stop": StopSignal.requested, "failed": self._writing.failed(),
+                                       "save": due and distributed.is_main()})
         if requests["failed"]:
             self.wait()
         if requests["stop"] or requests["save"]:

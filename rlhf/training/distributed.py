@@ -5,7 +5,8 @@ the main process, writes files. Sums over a batch's rows (loss, gradients, journ
 processes and divided by counts of the whole batch, so the update is the same for any number of processes, up to
 rounding.
 
-`shard` splits weights, gradients and optimizer state over the processes (FSDP2); without it each has all of them.
+`shard` splits weights, gradients and optimizer state over the processes (FSDP2); without it each has all of them. With
+tensor parallelism (rlhf/training/tensor_parallel.py) a group of processes takes the share of one.
 """
 
 import os
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.files import leave_writing_to_main
+from rlhf.training import tensor_parallel
 from rlhf.training.hardware import in_bf16
 from rlhf.training.settings import number
 
@@ -145,13 +147,21 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        tensor_parallel.forget()
 
 
 # --- sharing of work, collectives ------------------------------------------------------------------------------------
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's share of `items`: every `size()`-th one. Of rows sorted by length all get similar lengths."""
-    return items if size() == 1 else items[rank()::size()]
+    """This process's share of `items`: every n-th one, n being the number of processes, or with tensor parallelism of
+    their groups. Of rows sorted by length all get similar lengths."""
+    count = tensor_parallel.replicas()
+    return items if count == 1 else items[tensor_parallel.replica()::count]
+
+
+def shares() -> int:
+    """Into how many shares `share` divides."""
+    return tensor_parallel.replicas()
 
 
 def share_passes(model: nn.Module, batches: Sequence[Item]) -> Sequence[Item]:
@@ -174,12 +184,22 @@ def equal_passes(model: nn.Module, batches: Sequence[Item]) -> Iterator[tuple[It
 
 
 def all_reduce(values: Mapping[str, float]) -> dict[str, float]:
-    """The sum of each value over the processes, in float64."""
+    """The sum of each value over the shares of all processes, in float64."""
     if size() == 1 or not values:
         return dict(values)
     total = torch.tensor(list(values.values()), dtype=torch.float64)
+    if tensor_parallel.place():
+        total.zero_()  # a group's share is counted once
     dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))
+
+
+def any_of(flags: Mapping[str, bool]) -> dict[str, bool]:
+    """Of each flag whether it is set in any process."""
+    found = torch.tensor([float(flag) for flag in flags.values()])
+    if size() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return dict(zip(flags, map(bool, found.tolist()), strict=True))
 
 
 def broadcast(value: Item) -> Item:
@@ -202,8 +222,25 @@ def all_gather(value: Item) -> list[Item]:
 
 def by_rows(function: Callable[..., Sequence[Result]], *columns: Sequence[Any]) -> list[Result]:
     """function(*columns), which gives one value per row; processes share the rows, and each gets all values."""
-    parts = all_gather(list(function(*(share(column) for column in columns))))
+    parts = all_shares(list(function(*(share(column) for column in columns))))
     return [parts[row % len(parts)][row // len(parts)] for row in range(len(columns[0]))]
+
+
+def all_shares(value: Item) -> list[Item]:
+    """The values of all shares, in their order: of each group's processes, which have the same, once."""
+    return all_gather(value)[::tensor_parallel.degree()]
+
+
+def within_group(function: Callable[[list[int]], Sequence[Result]], count: int) -> list[Result]:
+    """function(indices), which gives one value for each of the indices 0 .. count-1, in this process for each of them; of
+    a tensor-parallel group each process computes a part. All processes call it equally often."""
+    degree = tensor_parallel.degree()
+    if degree == 1:
+        return list(function(list(range(count))))
+    mine = list(function(list(range(tensor_parallel.place(), count, degree))))
+    first = rank() - tensor_parallel.place()
+    parts = all_gather(mine)[first:first + degree]
+    return [parts[index % degree][index // degree] for index in range(count)]
 
 
 def barrier() -> None:
@@ -214,8 +251,9 @@ def barrier() -> None:
 
 def check_divides(count: int, name: str) -> None:
     """Raises UserError if a batch of `count` rows cannot be divided evenly among the processes."""
-    if count % size():
-        raise UserError(f"{name} = {count}: must be a multiple of {size()}, the number of processes")
+    if count % shares():
+        what = "processes" if tensor_parallel.degree() == 1 else "tensor-parallel groups of processes"
+        raise UserError(f"{name} = {count}: must be a multiple of {shares()}, the number of {what}")
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -223,9 +261,9 @@ def check_divides(count: int, name: str) -> None:
 def backward(model: nn.Module, loss: Tensor) -> None:
     """loss.backward() for this process's share of the batch.
 
-    FSDP averages gradients over the processes; multiplied by their number, the loss gives the sum.
+    FSDP averages gradients over the processes; multiplied by the number of shares, the loss gives the sum.
     """
-    (loss * size() if sharded(model) else loss).backward()
+    (loss * shares() if sharded(model) else loss).backward()
 
 
 def all_reduce_gradients(models: Sequence[nn.Module], values: Mapping[str, float]) -> dict[str, float]:
@@ -255,7 +293,17 @@ def _all_reduce_flat(gradients: list[Tensor]) -> None:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scales the gradients to a norm of at most `max_norm`; returns the norm before."""
-    return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    if tensor_parallel.degree() == 1:
+        return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    by_mesh: dict[Any, list[nn.Parameter]] = {}  # torch's function wants all on one mesh
+    parameters: list[Any] = [item for item in model.parameters() if item.grad is not None]
+    for parameter in parameters:
+        by_mesh.setdefault(parameter.device_mesh, []).append(parameter)
+    norms = [full_tensor(torch.nn.utils.get_total_norm([item.grad for item in some])) for some in by_mesh.values()]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for some in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(some, max_norm, total)
+    return float(total)
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------
@@ -274,7 +322,8 @@ class _Root(nn.Module):
 def shard(model: Any, precision: str = "fp32", cpu_offload: bool = False) -> None:
     """Shards a transformer over the processes, block by block, in place (FSDP2); no effect with one process.
 
-    Where passes are `in_bf16(precision)`, a block's weights are gathered in bfloat16 and its gradients summed in
+    With tensor parallelism blocks are split over the processes of a group first; what stands outside them is sharded
+    over all processes. Where passes are `in_bf16(precision)`, a block's weights are gathered in bfloat16 and its gradients summed in
     float32; the shards themselves keep their type. What runs between the blocks stays in float32, as with autocast.
     `cpu_offload`: shards, their gradients and so the optimizer's state are on the CPU.
     """
@@ -288,8 +337,10 @@ def shard(model: Any, precision: str = "fp32", cpu_offload: bool = False) -> Non
         keep_residual_in_float32(model)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     blocks = next(module for module in model.base_model.children() if isinstance(module, nn.ModuleList))
+    tensor_parallel.check(model.config)
+    tensor_parallel.split(blocks)
     for block in blocks:
-        fully_shard(block, mp_policy=policy, offload_policy=offload)
+        fully_shard(block, mesh=tensor_parallel.data_mesh(), mp_policy=policy, offload_policy=offload)
     # Resharded after each pass, as the blocks are: between passes `model.parameters()` are the shards.
     root = fully_shard(_Root(model), mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     vars(model)["_root"] = root  # not registered as a submodule: it contains the model
@@ -325,24 +376,31 @@ def compute(function: Callable[..., Result], model: nn.Module, *arguments: Any) 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within this context every process has all weights of a sharded model, to read and not to change."""
-    modules: list[Any] = list(vars(model)["_root"].modules()) if sharded(model) else []
-    units = [module for module in modules if hasattr(module, "unshard")]
+    """Within this context every process has all weights of a sharded model (of a tensor-parallel group: its part of
+    each), to compute passes with and not to change; processes may make different numbers of passes. All enter it."""
+    if not sharded(model):
+        yield
+        return
+    compute(lambda model: None, model)  # FSDP wants a first pass to begin at the root
+    units = [module for module in vars(model)["_root"].modules() if hasattr(module, "unshard")]
     for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     yield
     for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()
 
 
 def local_box(tensor: Any) -> tuple[slice, ...]:
     """Which part of a DTensor this process has: a slice of each dimension, which may be empty.
 
-    FSDP2 splits the first dimension into equal chunks, of which the last ones may be shorter or empty.
+    FSDP2 splits the first dimension into equal chunks, of which the last ones may be shorter or empty; where a
+    tensor-parallel group has split it already, the last dimension of the mesh, it splits each process's part.
     """
     box = [slice(0, length) for length in tensor.shape]
-    for dimension, placement in enumerate(tensor.placements):
-        if placement.is_shard():
+    for dimension, placement in reversed(list(enumerate(tensor.placements))):
+        if hasattr(placement, "dim"):  # Shard, and _StridedShard, which is no subclass of it
             part, place = box[placement.dim], tensor.device_mesh.get_local_rank(dimension)
             chunk = -(-(part.stop - part.start) // tensor.device_mesh.size(dimension))
             start = min(part.start + place * chunk, part.stop)

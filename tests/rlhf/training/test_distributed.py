@@ -167,6 +167,13 @@ def test_reused_forward_passes_in_two_processes_change_nothing(train: Train, alo
     assert_same(alone["ppo"], two, train.policy)
 
 
+def test_a_sharded_policy_is_sampled_by_its_own_passes(train: Train, alone: dict[str, Result | None], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every architecture without a decoder of ours is: the processes take different numbers of steps."""
+    monkeypatch.setenv("INSTRUCTFLOW_FAST", "off")
+    assert_same(alone["ppo"], train("ppo", tmp_path / "two", processes=2, shard=True), train.policy)
+
+
 def test_processes_that_need_different_numbers_of_passes_make_as_many(train: Train, tmp_path: Path) -> None:
     """A sharded reward model needs all processes in each of its passes: one with shorter responses, which fit into
     fewer passes, left the other waiting for ever."""
@@ -233,7 +240,7 @@ def test_the_same_number_of_processes_gives_the_same_bytes(train: Train, tmp_pat
 
 
 def test_a_batch_that_cannot_be_divided_among_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "shares", lambda: 3)
     distributed.check_divides(6, "sft.batch_size")
     with pytest.raises(UserError, match=r"sft\.batch_size = 8: must be a multiple of 3, the number of processes"):
         distributed.check_divides(8, "sft.batch_size")
