@@ -23,8 +23,8 @@ from typing import Any
 from rlhf.memory import Job, Shape, moments
 
 SHAPES = {
-    "tiny": Shape("tiny", 1, 64, 2, 1024, 128, 512, "llama", 1, False),
-    "llama": Shape("llama", 16, 640, 10, 16_384, 1792, 512, "llama", 5, False),
+    "tiny": Shape("tiny", 1, 64, 2, 1024, 128, 512, "llama", 2, False),
+    "llama": Shape("llama", 16, 640, 10, 16_384, 1792, 512, "llama", 2, False),
     "qwen2": Shape("qwen2", 14, 768, 12, 32_768, 2048, 512, "llama", 2, True, True)}
 PROMPT, RESPONSE, K, LOOKED_AT = 64, 64, 4, 64
 ROWS = {"sft": 8, "rm": 4, "ppo": 8}
@@ -37,6 +37,7 @@ def job_of(stage: str, shape: Shape, processes: int, options: dict[str, Any]) ->
     return Job(stage=stage, policy=shape, scorer=shape, rows=ROWS[stage], batch=ROWS[stage], prompt=PROMPT,
                response=RESPONSE, k=K, looked_at=LOOKED_AT, micro=MICRO[stage], sampled=ROWS[stage], bf16=True,
                eager=True, checkpointing=True, processes=processes, shard=processes > 1 and options.get("shard", False),
+               tensor_parallel=options.get("tensor_parallel", 1),
                frozen_bf16=options.get("frozen_precision") == "bf16", lora_rank=options.get("lora_rank", 0),
                lora_bf16=options.get("lora_base") == "bf16", cache_bytes=4)
 
@@ -97,7 +98,7 @@ def stage(kind: str, folder: Path, shape: Shape, options: dict[str, Any]) -> dic
     from rlhf.training.optim import adamw
 
     draw = torch.Generator().manual_seed(1)
-    rows = ROWS[kind] // distributed.size()
+    rows = ROWS[kind] // distributed.shares()
 
     def texts(count: int, length: int) -> list[list[int]]:
         return torch.randint(300, shape.vocabulary, (count, length), generator=draw).tolist()

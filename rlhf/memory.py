@@ -82,6 +82,7 @@ class Job:
     offload_activations: bool = False
     processes: int = 1
     shard: bool = False
+    tensor_parallel: int = 1  # processes of a group, which takes the rows of one
     cpu_offload: bool = False
     frozen_bf16: bool = False  # PPO: weights of reference and reward model
     frozen_on_cpu: bool = False
@@ -93,6 +94,11 @@ class Job:
     @property
     def shards(self) -> int:
         return self.processes if self.shard else 1
+
+    @property
+    def replicas(self) -> int:
+        """How many processes, or tensor-parallel groups of them, share the rows."""
+        return self.processes // self.tensor_parallel
 
     @property
     def longest(self) -> int:
@@ -135,22 +141,25 @@ def adapter_parameters(shape: Shape, rank: int) -> int:
     return shape.layers * rank * (projections + mlp)
 
 
-def activation_bytes(shape: Shape, seen: float, eager: bool, bf16: bool) -> float:
-    """Bytes that one block saves for the backward pass, per token, in a row of `seen` tokens.
+def activation_bytes(shape: Shape, seen: float, eager: bool, bf16: bool, group: int = 1) -> float:
+    """Bytes that one block saves for the backward pass, per token, in a row of `seen` tokens; in each process of a
+    tensor-parallel `group`.
 
-    Counted with saved-tensor hooks on transformers 5.23 models under autocast; residual stream and norms are float32.
+    Counted with saved-tensor hooks on transformers 5.23 models under autocast; residual stream and norms are float32,
+    and whole in every process.
     """
     wide, inner = {"gpt_neox": ((16 if eager else 22) if bf16 else (28 if eager else 40), 4 if bf16 else 8),
                    "gpt2": (20 if bf16 else 32, 10 if bf16 else 20),
                    "llama": (34 if bf16 else 40, 8 if bf16 else 16)}[shape.family]
     scores = (6 if bf16 else 4) * seen if eager else 7
-    return wide * shape.width + inner * shape.inner + scores * shape.heads
+    of_heads = 8 if bf16 else 16  # of `wide`: queries, keys, values and what attention mixes of them
+    return (wide - of_heads * (1 - 1 / group)) * shape.width + (inner * shape.inner + scores * shape.heads) / group
 
 
-def passing_bytes(shape: Shape, seen: float, eager: bool) -> float:
-    """Peak bytes per token of a block in a pass without gradients."""
-    scores = 12 * seen * shape.heads if eager else 0
-    return max(26 * shape.width + scores, 10 * shape.width + 6 * shape.inner)
+def passing_bytes(shape: Shape, seen: float, eager: bool, group: int = 1) -> float:
+    """Peak bytes per token of a block in a pass without gradients, in each process of a tensor-parallel `group`."""
+    scores = 12 * seen * shape.heads / group if eager else 0
+    return max(26 * shape.width + scores, 10 * shape.width + 6 * shape.inner / group)
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def copies(job: Job, shape: Shape, head: bool, gradients: bool) -> Parts:
     of all trained weights, of frozen ones of one layer."""
     width = 2 if job.bf16 else 4
     if job.shards > 1:
-        unit, outside = block_parameters(shape), outside_blocks(shape, head)
+        unit, outside = block_parameters(shape) / job.tensor_parallel, outside_blocks(shape, head)
         sums = {"gradients of a block": (width + 4.0) * max(unit, outside)} if gradients and not job.lora_rank else {}
         return {"gathered": width * (GATHERED_BLOCKS * unit + outside)} | sums
     if not job.bf16:
@@ -193,7 +202,7 @@ def copies(job: Job, shape: Shape, head: bool, gradients: bool) -> Parts:
 
 def training(job: Job, shape: Shape, tokens: float, places: float, head: bool) -> Parts:
     """Bytes of a forward and backward pass beyond weights and moments; logits are of `places` tokens."""
-    each = activation_bytes(shape, job.longest, job.eager, job.bf16)
+    each = activation_bytes(shape, job.longest, job.eager, job.bf16, job.tensor_parallel)
     inputs = shape.layers * 4 * shape.width * (not job.offload_activations)
     saved = inputs + each if job.checkpointing else shape.layers * each
     count, _ = trained(job, shape, head)
@@ -204,7 +213,7 @@ def training(job: Job, shape: Shape, tokens: float, places: float, head: bool) -
 
 def passing(job: Job, shape: Shape, tokens: float, logit_bytes: float) -> Parts:
     """Bytes of a pass without gradients: of a block, or of the logits after all blocks."""
-    blocks = tokens * passing_bytes(shape, job.longest, job.eager)
+    blocks = tokens * passing_bytes(shape, job.longest, job.eager, job.tensor_parallel)
     after = tokens * 4 * shape.width + logit_bytes
     return {"passing": max(blocks, after), **copies(job, shape, logit_bytes > 0, False)}
 
@@ -216,7 +225,7 @@ def bounded(rows: float, tokens: int) -> float:
 
 def at_once(job: Job, length: int) -> float:
     """Rows of `length` tokens in a forward pass with gradients."""
-    rows = max(1, math.ceil(job.rows / job.processes))
+    rows = max(1, math.ceil(job.rows / job.replicas))
     rows = min(rows, job.micro) if job.micro else rows
     return min(rows, max(1, job.micro_tokens // length)) if job.micro_tokens else rows
 
@@ -279,8 +288,8 @@ def _ppo(job: Job) -> dict[str, Parts]:
     own |= average | ({} if job.frozen_on_cpu else {"reference": reference, "reward model": reward})
     asked = {"reference": reference} if job.frozen_on_cpu and job.shards == 1 else {}
     judged = {"reward model": reward} if job.frozen_on_cpu and job.shards == 1 else {}
-    mine = max(1, math.ceil((job.batch or job.rows) / job.processes))
-    rows = min(job.sampled, mine)
+    mine = max(1, math.ceil((job.batch or job.rows) / job.replicas))
+    rows = min(job.sampled, math.ceil(mine / job.tensor_parallel))
     cache = rows * job.longest * 2 * policy.layers * policy.kv_width * job.cache_bytes
     prefill = min(PREFILL_TOKENS, rows * job.prompt) * passing_bytes(policy, job.prompt, job.eager)
     copied = parameters(policy) * (2 if job.bf16 else 0 if job.shards == 1 else 4)

@@ -47,7 +47,8 @@ def shard() -> Any:
 
 def tensor_parallel() -> Any:
     return param(1, "with shard: neighbouring processes of one machine that compute each pass together, each with its "
-                    "share of the heads and of the MLPs' inner width; Llama and Qwen2; must divide processes", ge=1, le=64)
+                    "share of the heads and of the MLPs' inner width; Llama and Qwen2; must divide processes",
+                 ge=1, le=64)
 
 
 def micro_batch_size(of: str) -> Any:

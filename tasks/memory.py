@@ -11,7 +11,8 @@ from tasks import launch
 USABLE = 0.9  # of a device's memory: the rest is fragmentation, buffers of kernels and of communication
 LARGEST_K = 9  # completions of a ranked prompt
 HINTS = {  # part -> what makes it smaller
-    "activations": "{section}.micro_batch_tokens or micro_batch_size, gradient_checkpointing, offload_activations",
+    "activations": "{section}.micro_batch_tokens or micro_batch_size, gradient_checkpointing, offload_activations, "
+                   "tensor_parallel",
     "logits": "{section}.micro_batch_tokens or micro_batch_size", "passing": "{section}.micro_batch_tokens",
     "weights": "{section}.shard with more processes, lora_rank with lora_base: bf16",
     "moments": "{section}.shard with more processes, lora_rank, cpu_offload",
@@ -74,7 +75,8 @@ def job_of(stage: str, section: Any, policy: Shape, scorer: Shape, one_base: boo
         sampled=section.rollout_batch_size if ppo else 0, average=ppo and section.ema_decay > 0,
         bf16=in_bf16(section.precision), eager=not on_gpu, checkpointing=section.gradient_checkpointing,
         offload_activations=section.offload_activations, processes=processes,
-        shard=section.shard and processes > 1, cpu_offload=section.cpu_offload,
+        shard=section.shard and processes > 1, tensor_parallel=min(section.tensor_parallel, processes),
+        cpu_offload=section.cpu_offload,
         frozen_bf16=ppo and section.frozen_precision == "bf16", frozen_on_cpu=ppo and section.frozen_on_cpu,
         lora_rank=section.lora_rank,
         one_base=ppo and one_base and section.lora_rank > 0 and not section.shard,

@@ -232,8 +232,8 @@ def all_shares(value: Item) -> list[Item]:
 
 
 def within_group(function: Callable[[list[int]], Sequence[Result]], count: int) -> list[Result]:
-    """function(indices), which gives one value for each of the indices 0 .. count-1, in this process for each of them; of
-    a tensor-parallel group each process computes a part. All processes call it equally often."""
+    """function([0, .., count-1]), which gives one value for each; of a tensor-parallel group, whose processes all need
+    the values, each process computes some of them. All processes call it equally often."""
     degree = tensor_parallel.degree()
     if degree == 1:
         return list(function(list(range(count))))
@@ -299,7 +299,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     parameters: list[Any] = [item for item in model.parameters() if item.grad is not None]
     for parameter in parameters:
         by_mesh.setdefault(parameter.device_mesh, []).append(parameter)
-    norms = [full_tensor(torch.nn.utils.get_total_norm([item.grad for item in some])) for some in by_mesh.values()]
+    norms = [full_tensor(torch.nn.utils.get_total_norm([item.grad for item in some if item.grad is not None]))
+             for some in by_mesh.values()]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for some in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(some, max_norm, total)
@@ -323,9 +324,9 @@ def shard(model: Any, precision: str = "fp32", cpu_offload: bool = False) -> Non
     """Shards a transformer over the processes, block by block, in place (FSDP2); no effect with one process.
 
     With tensor parallelism blocks are split over the processes of a group first; what stands outside them is sharded
-    over all processes. Where passes are `in_bf16(precision)`, a block's weights are gathered in bfloat16 and its gradients summed in
-    float32; the shards themselves keep their type. What runs between the blocks stays in float32, as with autocast.
-    `cpu_offload`: shards, their gradients and so the optimizer's state are on the CPU.
+    over all processes. Where passes are `in_bf16(precision)`, a block's weights are gathered in bfloat16 and its
+    gradients summed in float32; the shards themselves keep their type. What runs between the blocks stays in float32,
+    as with autocast. `cpu_offload`: shards, their gradients and so the optimizer's state are on the CPU.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 

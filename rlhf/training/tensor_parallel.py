@@ -48,7 +48,8 @@ def arrange(degree: int, section: str) -> None:
         # says of every weight that is gathered whole that it takes two collective operations
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        _groups.meshes[degree] = init_device_mesh(kind, (processes() // degree, degree), mesh_dim_names=("data", "tensor"))
+        shape = (processes() // degree, degree)
+        _groups.meshes[degree] = init_device_mesh(kind, shape, mesh_dim_names=("data", "tensor"))
 
 
 def processes() -> int:
@@ -106,6 +107,6 @@ def split(blocks: nn.ModuleList) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = _groups.meshes[_groups.degree]["tensor"]
-    plan = {name: ColwiseParallel() for name in BY_COLUMNS} | {name: RowwiseParallel() for name in BY_ROWS}
+    plan: Any = {name: ColwiseParallel() for name in BY_COLUMNS} | {name: RowwiseParallel() for name in BY_ROWS}
     for block in blocks:
         parallelize_module(block, mesh, plan, src_data_rank=None)  # every process has, or will read, the same values

@@ -46,7 +46,8 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert advice("rm", "update", {"weights": 10e9}, 80e9) == "fits: update takes 10.00 of 72.00 GB that can be used"
     line = advice("rm", "update", {"activations": 70e9, "weights": 9e9, "logits": 1.0}, 80e9)
     assert line.endswith("change rm.micro_batch_tokens or micro_batch_size, gradient_checkpointing, "
-                         "offload_activations; rm.shard with more processes, lora_rank with lora_base: bf16")
+                         "offload_activations, tensor_parallel; rm.shard with more processes, "
+                         "lora_rank with lora_base: bf16")
 
 
 def test_the_options_of_a_profile_reach_the_arithmetic(checkout: Path) -> None:
@@ -61,7 +62,8 @@ def test_the_options_of_a_profile_reach_the_arithmetic(checkout: Path) -> None:
 
     for moment, changes in (
             ("update", {"micro_batch_tokens": 2000}), ("update", {"offload_activations": True}),
-            ("update", {"cpu_offload": True}), ("update", {"processes": 16}), ("update", {"ema_decay": 0.0}),
+            ("update", {"cpu_offload": True}), ("update", {"processes": 16}), ("update", {"tensor_parallel": 4}),
+            ("update", {"ema_decay": 0.0}),
             ("update", {"lora_rank": 16}), ("scores", {"frozen_precision": "bf16"}),
             ("sample", {"rollout_batch_size": 8}), ("sample", {"frozen_on_cpu": True})):
         assert bytes_of(moment, **changes) < bytes_of(moment), changes

@@ -1,50 +1,32 @@
-"""Groups of processes that compute a model together train what one process does, with FSDP2 between the groups or not."""
+"""Groups of processes that compute a model together train what one process does, alone or several by FSDP2."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from rlhf.errors import UserError
 from rlhf.model.layout import Layout
-from rlhf.model.load import new_scorer, save_model
 from rlhf.params import PpoParams, SftParams
 from rlhf.training import tensor_parallel
 from tests.rlhf.test_reward_model import rankings
-from tests.rlhf.training.test_distributed import STAGES, Result, Train, assert_same
+from tests.rlhf.training.test_distributed import Result, Train, assert_same
 
-GROUPS = ((2, 2), (4, 2), (4, 4))  # processes, tensor_parallel
+GROUPS = [("llama", 2, 2, "rm"), ("llama", 2, 2, "sft"), ("qwen2", 2, 2, "ppo"),  # and processes, tensor_parallel
+          ("qwen2", 4, 2, "rm"), ("qwen2", 4, 2, "sft"), ("llama", 4, 2, "ppo"), ("llama", 4, 4, "ppo")]
 
 
 @pytest.fixture(scope="module")
-def train(tokenizer: PreTrainedTokenizerFast, make_policy: Callable[..., Any], texts: list[str],
-          tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Models of 2 blocks with four heads; the Llama has four of keys and values, the Qwen2 two, and biases."""
-    folders: dict[str, tuple[Path, Path]] = {}
-    for kind, config, kv_heads in (("llama", LlamaConfig, 4), ("qwen2", Qwen2Config, 2)):
-        policy, scorer = (tmp_path_factory.mktemp(f"{kind}-{what}") for what in ("policy", "rm"))
-        narrow = make_policy(kind)
-        torch.manual_seed(0)
-        shape = narrow.config.to_dict() | {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 8}
-        model = type(narrow)(config(**shape, attn_implementation="eager")).eval()
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if "bias" in name:
-                    value.normal_(std=0.2)
-            model.lm_head.weight[tokenizer.eos_token_id] = torch.eye(32)[0] * 5
-        save_model(model, tokenizer, policy)
-        save_model(new_scorer(policy, tokenizer.pad_token_id, torch.Generator().manual_seed(3)), tokenizer, scorer)
-        folders[kind] = (policy, scorer)
+def train(four_heads: dict[str, tuple[Path, Path]], texts: list[str], tmp_path_factory: pytest.TempPathFactory
+          ) -> Train:
     demonstrations = [{"prompt": texts[number], "completion": texts[-number - 1], "split": "valid" if number % 4 == 0
                        else "train"} for number in range(32)]
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 3))
-    return Train(folders, {"sft": demonstrations, "rm": rankings(40), "ppo": texts[:8]}, corpus, "llama")
+    return Train(four_heads, {"sft": demonstrations, "rm": rankings(40), "ppo": texts[:8]}, corpus, "llama")
 
 
 def of(train: Train, architecture: str) -> Train:
@@ -52,23 +34,17 @@ def of(train: Train, architecture: str) -> Train:
 
 
 @pytest.fixture(scope="module")
-def alone(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Result | None]:
-    """The result of one process for each architecture and stage."""
-    return {(kind, stage): of(train, kind)(stage, tmp_path_factory.mktemp(f"{kind}-{stage}"))
-            for kind in train.folders for stage in STAGES}
+def alone(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Result | None:
+    """What one process makes of the Llama by PPO."""
+    return train("ppo", tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("processes", "degree"), GROUPS)
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_groups_of_processes_train_the_same_model_as_one(
-        train: Train, alone: dict[tuple[str, str], Result | None], stage: str, processes: int, degree: int, kind: str,
-        tmp_path: Path) -> None:
-    if kind == "qwen2" and degree == 4:
-        pytest.skip("two heads of keys and values cannot be split over four")
+@pytest.mark.parametrize(("kind", "processes", "degree", "stage"), GROUPS)
+def test_groups_of_processes_train_the_same_model_as_one(train: Train, kind: str, processes: int, degree: int,
+                                                         stage: str, tmp_path: Path) -> None:
     some = of(train, kind)
     found = some(stage, tmp_path / "groups", processes=processes, shard=True, tensor_parallel=degree)
-    assert_same(alone[kind, stage], found, some.policy)
+    assert_same(some(stage, tmp_path / "one"), found, some.policy)
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
@@ -79,10 +55,11 @@ def test_a_run_in_groups_resumes_with_the_same_bytes_and_without_groups(train: T
     groups: dict[str, Any] = {"processes": 4, "shard": True, "tensor_parallel": 2}
     whole = train(stage, tmp_path / "whole", **groups, **sizes)
     train(stage, tmp_path / "same", stop_after=2, **groups, **sizes)
-    for name, others in (("one", {}), ("two", {"processes": 2, "shard": True, "tensor_parallel": 2}),
-                         ("sharded", {"processes": 2, "shard": True})):
-        shutil.copytree(tmp_path / "same", tmp_path / name)
-        assert_same(whole, train(stage, tmp_path / name, **others, **sizes), train.policy)
+    sharded: dict[str, Any] = {"processes": 2, "shard": True}
+    ways: list[dict[str, Any]] = [{}, sharded, sharded | {"tensor_parallel": 2}]
+    for number, way in enumerate(ways):
+        shutil.copytree(tmp_path / "same", tmp_path / str(number))
+        assert_same(whole, train(stage, tmp_path / str(number), **way, **sizes), train.policy)
     same = train(stage, tmp_path / "same", **groups, **sizes)
     assert whole is not None
     assert same is not None
@@ -90,19 +67,18 @@ def test_a_run_in_groups_resumes_with_the_same_bytes_and_without_groups(train: T
     assert all(torch.equal(value, same.weights[name]) for name, value in whole.weights.items())
 
 
-def test_a_run_without_groups_goes_on_in_groups(train: Train, alone: dict[tuple[str, str], Result | None],
-                                                tmp_path: Path) -> None:
+def test_a_run_without_groups_goes_on_in_groups(train: Train, alone: Result | None, tmp_path: Path) -> None:
     train("ppo", tmp_path / "run", stop_after=1)
-    assert_same(alone["llama", "ppo"], train("ppo", tmp_path / "run", processes=4, shard=True, tensor_parallel=2),
+    assert_same(alone, train("ppo", tmp_path / "run", processes=4, shard=True, tensor_parallel=2),
                 train.policy)
 
 
-def test_the_model_s_own_passes_in_groups(train: Train, alone: dict[tuple[str, str], Result | None], tmp_path: Path,
+def test_the_model_s_own_passes_in_groups(train: Train, alone: Result | None, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the fast passes a group samples its rows together."""
     monkeypatch.setenv("INSTRUCTFLOW_FAST", "off")
     found = train("ppo", tmp_path / "plain", processes=4, shard=True, tensor_parallel=2)
-    assert_same(alone["llama", "ppo"], found, train.policy)
+    assert_same(alone, found, train.policy)
 
 
 @pytest.mark.parametrize(("processes", "params", "line"), [
@@ -127,7 +103,7 @@ def test_a_group_stays_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("config", "line"), [
     ({"num_key_value_heads": 1}, r"must divide the model's num_key_value_heads, 1"),
     ({"intermediate_size": 63}, r"must divide the model's intermediate_size, 63"),
-    ({"model_type": "gpt_neox"}, r"sft\.tensor_parallel = 2: must be 1 for a model of type gpt_neox; .*llama and qwen2")])
+    ({"model_type": "gpt_neox"}, r"tensor_parallel = 2: must be 1 for a model of type gpt_neox; .*llama and qwen2")])
 def test_a_model_that_cannot_be_split_is_refused(config: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
                                                  ) -> None:
     monkeypatch.setattr(tensor_parallel, "_groups", tensor_parallel.Groups(2, "sft.tensor_parallel = 2"))
