@@ -85,7 +85,7 @@ def lora_alpha() -> Any:
 
 def lora_base() -> Any:
     return param("fp32", "precision of the frozen weights under LoRA adapters; bf16: half the memory, in bf16 passes; "
-                         "nf4: 4 bits (QLoRA), needs bitsandbytes, not with shard")
+                         "nf4: 4 bits (QLoRA), needs bitsandbytes, not with shard, compile")
 
 
 def max_new_tokens(help: str) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError
-from rlhf.model.nf4 import Nf4Layer, installed, nf4_layers, quantise
+from rlhf.model.nf4 import Nf4Layer, installed, nf4_layers, quantise, unmap
 from rlhf.params import PpoParams, RmParams, SftParams
 from rlhf.training import distributed
 from rlhf.training.hardware import in_bf16
@@ -33,8 +33,9 @@ def check_base(params: Params, section: str) -> None:
     if params.lora_base == "bf16" and not in_bf16(params.precision):
         raise UserError(f"{section}.lora_base = bf16: must be fp32 where {section}.precision = {params.precision}, "
                         "which computes in float32 here")
-    if params.lora_base == "nf4" and params.shard:
-        raise UserError(f"{section}.lora_base = nf4: cannot be combined with {section}.shard = true")
+    for option in ("shard", "compile"):
+        if params.lora_base == "nf4" and getattr(params, option):
+            raise UserError(f"{section}.lora_base = nf4: cannot be combined with {section}.{option} = true")
     if params.lora_base == "nf4" and not installed():
         raise UserError(f"{section}.lora_base = nf4: needs bitsandbytes: pip install 'instructflow[nf4]'")
 
@@ -137,6 +138,7 @@ def hold_in_bfloat16(model: PreTrainedModel) -> None:
                               and all(layer.exact_in_bfloat16 for layer in nf4_layers(model)))
     for value in frozen:
         value.data = value.data.to(torch.bfloat16)
+    unmap(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(lambda _, inputs, output: output.float())

@@ -104,7 +104,7 @@ def dequantised(dtype: torch.dtype, outputs: int, inputs: int, codes: Tensor, sc
     functional = _functional()
     into = dtype if dtype == torch.bfloat16 else torch.float32
     second = functional.QuantState(absmax=scales_of_scales, code=levels, blocksize=256, dtype=torch.float32)
-    state = functional.QuantState(absmax=scales, shape=torch.Size((outputs * inputs,)), blocksize=BLOCK, dtype=into,
+    state = functional.QuantState(absmax=scales, shape=torch.Size((1, outputs * inputs)), blocksize=BLOCK, dtype=into,
                                   quant_type="nf4", offset=mean_scale, state2=second)
     weight: Tensor = functional.dequantize_4bit(codes, state)
     return weight.view(outputs, inputs).to(dtype)
@@ -137,6 +137,15 @@ def quantise(model: PreTrainedModel) -> None:
             parent, _, leaf = name.rpartition(".")
             kind = Nf4Conv1D if isinstance(module, Conv1D) else Nf4Linear
             setattr(model.get_submodule(parent), leaf, kind(module))
+    unmap(model)
+
+
+@torch.no_grad()
+def unmap(model: nn.Module) -> None:
+    """Copies the weights, so that nothing is left of the file that they are mapped from: all of it stays in memory as
+    long as one of its tensors is in use."""
+    for value in model.parameters():
+        value.data = value.data.clone()
 
 
 def nf4_layers(model: nn.Module) -> list[Nf4Layer]:

@@ -314,7 +314,9 @@ def test_the_resolved_parameters_hold_the_description_of_the_data(write: Write) 
      "arms.ppo.lora_base = bf16: must be fp32 where ppo.lora_rank = 0, which trains all weights"),
     ("rm: {lora_base: nf4}", "rm.lora_base = nf4: must be fp32 where rm.lora_rank = 0, which trains all weights"),
     ("ppo: {lora_base: nf4, lora_rank: 4, shard: true}",
-     "ppo.lora_base = nf4: cannot be combined with ppo.shard = True")])
+     "ppo.lora_base = nf4: cannot be combined with ppo.shard = True"),
+    ("rm: {lora_base: nf4, lora_rank: 4, compile: true}",
+     "rm.lora_base = nf4: cannot be combined with rm.compile = True")])
 def test_a_narrow_base_needs_adapters_and_what_it_is_combined_with(write: Write, profile: str, line: str) -> None:
     root = write(profile + "\n")
     assert message(root) == f"{root}/profiles/mine.yaml: {line}"

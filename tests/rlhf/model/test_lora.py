@@ -324,6 +324,7 @@ def test_a_base_in_bfloat16_that_does_not_fit_the_other_parameters_is_refused_at
 @pytest.mark.parametrize(("changes", "there", "line"), [
     ({"lora_rank": 0}, True, "lora_base = nf4: must be fp32 where {}.lora_rank = 0, which trains all weights"),
     ({"shard": True}, True, "lora_base = nf4: cannot be combined with {}.shard = true"),
+    ({"compile": True}, True, "lora_base = nf4: cannot be combined with {}.compile = true"),
     ({}, False, "lora_base = nf4: needs bitsandbytes: pip install 'instructflow[nf4]'")])
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_base_in_nf4_that_cannot_be_is_refused_at_the_start(

@@ -24,7 +24,7 @@ from rlhf.memory import Job, Shape, moments, trained
 from rlhf.model.adapter_folder import weights_sha256
 from rlhf.model.chat_format import load_codec
 from rlhf.model.layout import Layout
-from rlhf.model.load import compile_model, load_policy, load_scorer, save_model
+from rlhf.model.load import load_policy, load_scorer, save_model
 from rlhf.model.lora import adapted_layers, add_adapter
 from rlhf.model.nf4 import Nf4Conv1D, Nf4Layer, Nf4Linear, nf4_layers, quantise
 from rlhf.model.scoring import score_sequences
@@ -302,19 +302,19 @@ def test_the_arithmetic_counts_a_dequantised_layer() -> None:
         assert moments(job)[moment]["dequantised layer"] == 256 * 688 * (2 + 4 / 64)
 
 
-@pytest.mark.slow
-def test_compiled_passes_are_the_same(policy_folder: Path) -> None:
-    ids = torch.randint(5, 300, (4, 16), generator=noise())
-    found: list[tuple[float, dict[str, Any]]] = []
-    for on in (False, True):
-        model = load_policy(policy_folder)
-        add_adapter(model, SftParams(lora_rank=RANK, lora_base="nf4"), noise())
-        compile_model(moved(model).train(), on)
-        loss = lm_loss(model, ids, "fp32")
-        loss.backward()
-        found.append((loss.item(), {name: value.grad for name, value in adapters_of(model).items()}))
-    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
-    assert all(torch.allclose(found[0][1][name], gradient, atol=1e-5) for name, gradient in found[1][1].items())
+@pytest.mark.parametrize("base", ["nf4", "bf16"])
+def test_a_narrow_base_leaves_nothing_of_its_file_in_memory(model_folders: dict[str, tuple[Path, Path]],
+                                                            copy_folder: Callable[[Path], Path], base: str) -> None:
+    """The whole file stays mapped while one tensor of it is in use."""
+    def mapped(folder: Path) -> bool:
+        return str(folder / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    folder = copy_folder(model_folders["llama"][0])
+    model = load_policy(folder)
+    before = mapped(folder)
+    params: Any = {"lora_rank": RANK, "lora_base": base, "precision": "bf16"}
+    add_adapter(model, SftParams(**params), noise())
+    assert (before, mapped(folder)) == (True, False)
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
