@@ -95,7 +95,7 @@ setup: .venv/.installed  ## the environment in .venv; TORCH="torch==2.13.0 --ind
 	@touch $@
 
 lock:  ## requirements.lock from pyproject.toml; needs uv
-	uv export -q --all-extras --no-emit-project --prune torch --no-hashes --no-header --no-annotate -o requirements.lock
+	uv export -q --all-extras --no-extra nf4 --no-emit-project --prune torch --no-hashes --no-header --no-annotate -o requirements.lock
 	rm -f uv.lock
 
 clean:  ## removes what the pipeline made; keeps .venv, DVC's cache and MLflow's history

@@ -39,7 +39,7 @@ def job_of(stage: str, shape: Shape, processes: int, options: dict[str, Any]) ->
                eager=True, checkpointing=True, processes=processes, shard=processes > 1 and options.get("shard", False),
                tensor_parallel=options.get("tensor_parallel", 1),
                frozen_bf16=options.get("frozen_precision") == "bf16", lora_rank=options.get("lora_rank", 0),
-               lora_bf16=options.get("lora_base") == "bf16", cache_bytes=4)
+               lora_bf16=options.get("lora_base") == "bf16", lora_nf4=options.get("lora_base") == "nf4", cache_bytes=4)
 
 
 # --- one measurement, in processes of its own ------------------------------------------------------------------------
@@ -111,8 +111,9 @@ def stage(kind: str, folder: Path, shape: Shape, options: dict[str, Any]) -> dic
             gradient_checkpointing=True, precision="bf16", **options))
     params: Any = (SftParams if kind == "sft" else RmParams)(gradient_checkpointing=True, precision="bf16", **options)
     with watch.during("load"):
-        model = (load_policy(folder / "policy", Layout.of(params, kind)) if kind == "sft" else
-                 load_scorer(folder / "rm", layout=Layout.of(params, kind)))
+        layout = Layout.of(params, kind, draw)
+        model = (load_policy(folder / "policy", layout) if kind == "sft" else
+                 load_scorer(folder / "rm", layout=layout))
     no_dropout(model)
     prepare_training(model, params)
     optimizer = adamw(model, 1e-5)

@@ -88,6 +88,7 @@ class Job:
     frozen_on_cpu: bool = False
     lora_rank: int = 0
     lora_bf16: bool = False  # the frozen base under the adapters
+    lora_nf4: bool = False  # its linear layers; the rest is in the precision of the passes
     one_base: bool = False  # PPO with LoRA: of all models
     cache_bytes: int = 2  # of a number in the KV cache: 4 on a CPU
 
@@ -170,7 +171,23 @@ def trained(job: Job, shape: Shape, head: bool) -> tuple[float, float]:
     if not job.lora_rank:
         return count / job.shards, 0.0
     small = adapter_parameters(shape, job.lora_rank) + (0 if head else shape.width)
+    if job.lora_nf4:
+        return small, nf4_bytes(job, shape, head)
     return small / job.shards, count * (2 if job.lora_bf16 else 4) / job.shards
+
+
+def nf4_bytes(job: Job, shape: Shape, head: bool) -> float:
+    """Of a base in NF4: 4 bits a number, a byte for each 64, 4 for each 256 of those, a layer's table of scales; the
+    rest is not in NF4."""
+    held, tables = shape.layers * block_matrices(shape), shape.layers * (7 if shape.family == "llama" else 4)
+    rest = (parameters(shape, head) - held) * (2 if job.bf16 else 4)
+    return held * (0.5 + 1 / 64 + 4 / (64 * 256)) + 1028 * tables + rest
+
+
+def dequantised_bytes(job: Job, shape: Shape) -> float:
+    """Of the largest layer of a base in NF4, while a pass computes it: in the pass's precision, and its scales."""
+    largest = shape.width * max(shape.inner, 3 * shape.width if shape.family != "llama" else shape.width)
+    return largest * ((2 if job.bf16 else 4) + 4 / 64)
 
 
 def state(job: Job, shape: Shape, head: bool) -> Parts:
@@ -181,7 +198,7 @@ def state(job: Job, shape: Shape, head: bool) -> Parts:
 
 def frozen(job: Job, shape: Shape, head: bool) -> float:
     """Bytes of a model that PPO only asks."""
-    narrow = job.frozen_bf16 or (job.lora_rank > 0 and job.lora_bf16)
+    narrow = job.frozen_bf16 or (job.lora_rank > 0 and (job.lora_bf16 or (job.lora_nf4 and job.bf16)))
     return parameters(shape, head) * (2 if narrow else 4) / job.shards
 
 
@@ -194,6 +211,8 @@ def copies(job: Job, shape: Shape, head: bool, gradients: bool) -> Parts:
         unit, outside = block_parameters(shape) / job.tensor_parallel, outside_blocks(shape, head)
         sums = {"gradients of a block": (width + 4.0) * max(unit, outside)} if gradients and not job.lora_rank else {}
         return {"gathered": width * (GATHERED_BLOCKS * unit + outside)} | sums
+    if job.lora_nf4:
+        return {"dequantised layer": dequantised_bytes(job, shape)}
     if not job.bf16:
         return {}
     kept = shape.layers * block_matrices(shape) if gradients and not job.lora_rank else 2 * block_matrices(shape)

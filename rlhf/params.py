@@ -21,7 +21,7 @@ def param(default: Any, help: str, *, gt: float | None = None, ge: float | None 
 # --- parameters of several sections ----------------------------------------------------------------------------------
 
 Precision = Literal["auto", "fp32", "bf16"]
-LoraBase = Literal["fp32", "bf16"]
+LoraBase = Literal["fp32", "bf16", "nf4"]
 
 
 def processes(what: str = "each batch") -> Any:
@@ -90,7 +90,8 @@ def lora_alpha() -> Any:
 
 
 def lora_base() -> Any:
-    return param("fp32", "precision of the frozen weights under LoRA adapters; bf16: half the memory, in bf16 passes")
+    return param("fp32", "precision of the frozen weights under LoRA adapters; bf16: half the memory, in bf16 passes; "
+                         "nf4: 4 bits (QLoRA), needs bitsandbytes, not with shard, compile")
 
 
 def max_new_tokens(help: str) -> Any:

@@ -14,7 +14,7 @@ HINTS = {  # part -> what makes it smaller
     "activations": "{section}.micro_batch_tokens or micro_batch_size, gradient_checkpointing, offload_activations, "
                    "tensor_parallel",
     "logits": "{section}.micro_batch_tokens or micro_batch_size", "passing": "{section}.micro_batch_tokens",
-    "weights": "{section}.shard with more processes, lora_rank with lora_base: bf16",
+    "weights": "{section}.shard with more processes, lora_rank with lora_base: bf16 or nf4",
     "moments": "{section}.shard with more processes, lora_rank, cpu_offload",
     "gradients": "{section}.shard with more processes, lora_rank", "average": "ppo.ema_decay: 0",
     "bf16 casts": "{section}.shard with several processes", "KV cache": "ppo.rollout_batch_size",
@@ -80,7 +80,7 @@ def job_of(stage: str, section: Any, policy: Shape, scorer: Shape, one_base: boo
         frozen_bf16=ppo and section.frozen_precision == "bf16", frozen_on_cpu=ppo and section.frozen_on_cpu,
         lora_rank=section.lora_rank,
         one_base=ppo and one_base and section.lora_rank > 0 and not section.shard,
-        lora_bf16=section.lora_base == "bf16", cache_bytes=2 if on_gpu else 4)
+        lora_bf16=section.lora_base == "bf16", lora_nf4=section.lora_base == "nf4", cache_bytes=2 if on_gpu else 4)
 
 
 def shapes(stage: str, params: Params) -> tuple[Shape, Shape]:

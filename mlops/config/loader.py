@@ -419,8 +419,10 @@ def _lora_rules(params: SftParams | RmParams | PpoParams, named: Callable[[str],
     """The rules for LoRA's parameters of a section: (whether it holds, the message)."""
     return [(params.lora_base == "fp32" or params.lora_rank > 0,
              f"{named('lora_base')}: must be fp32 where {named('lora_rank')}, which trains all weights"),
-            (params.lora_base == "fp32" or params.precision != "fp32",
-             f"{named('lora_base')}: must be fp32 where {named('precision')}")]
+            (params.lora_base != "bf16" or params.precision != "fp32",
+             f"{named('lora_base')}: must be fp32 where {named('precision')}"),
+            *((params.lora_base != "nf4" or not getattr(params, option),
+               f"{named('lora_base')}: cannot be combined with {named(option)}") for option in ("shard", "compile"))]
 
 
 def _named_in(params: Any, section: str, key: str) -> str:

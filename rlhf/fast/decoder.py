@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.training import distributed
 from rlhf.training.hardware import in_bf16
@@ -229,12 +230,13 @@ def whole(module: Any) -> Any:
 
 
 def weight_of(module: Any) -> Tensor:
-    """The weight [out, in] that a linear layer applies: active LoRA adapters added, GPT-2's layers transposed."""
+    """The weight [out, in] that a linear layer applies: active LoRA adapters added, GPT-2's layers transposed, NF4
+    dequantised."""
     inner = getattr(module, "base_layer", module)
     weight = distributed.full_tensor(inner.weight.detach())
     if inner is not module and not module.disable_adapters:
         weight = weight + sum(delta_of(module, name) for name in module.active_adapters)
-    return weight.t() if type(inner).__name__ == "Conv1D" else weight
+    return weight.t() if isinstance(inner, Conv1D) else weight
 
 
 def delta_of(module: Any, adapter: str) -> Tensor:

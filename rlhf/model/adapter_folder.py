@@ -1,7 +1,8 @@
 """A reward model's LoRA adapter as a folder of its own, and models that share one base's weights.
 
 The folder is peft's: `PeftModel.from_pretrained(base, folder)` gives the same scores as the merged model. Beside peft's
-files, base.json says which base the adapter was trained on: the SHA-256 of its weights.
+files, base.json says which base the adapter was trained on: the SHA-256 of its weights, and whether they were in NF4,
+whose rounding the adapter has learned with.
 """
 
 import copy
@@ -20,6 +21,7 @@ from rlhf.errors import UserError
 from rlhf.files import is_writer, write_json
 from rlhf.model.load import add_bias, final_norm
 from rlhf.model.lora import add_frozen_adapter
+from rlhf.model.nf4 import nf4_layers
 from rlhf.training import distributed
 
 ADAPTER = "adapter"  # in a reward model's folder
@@ -54,7 +56,7 @@ def save_adapter(model: PreTrainedModel, adapter: Any, base_folder: Path, folder
     written = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     write_json(folder / "adapter_config.json", written)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "base.json", {"weights_sha256": weights_sha256(base_folder),
+    write_json(folder / "base.json", {"weights_sha256": weights_sha256(base_folder), "nf4": bool(nf4_layers(model)),
                                       "score_shift": getattr(model.config, "score_shift", 0.0)})
 
 
@@ -69,8 +71,9 @@ class Adapter:
     score_shift: float
 
 
-def adapter_on(base_folder: str | Path, rm_folder: Path) -> Adapter | str:
-    """The adapter of a reward model that was trained on exactly these weights; else a line that says why there is none.
+def adapter_on(base_folder: str | Path, rm_folder: Path, nf4: bool = False) -> Adapter | str:
+    """The adapter of a reward model that was trained on exactly these weights, in NF4 or not; else a line that says why
+    there is none.
 
     Raises UserError for a damaged folder.
     """
@@ -81,6 +84,8 @@ def adapter_on(base_folder: str | Path, rm_folder: Path) -> Adapter | str:
         base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
         if base["weights_sha256"] != weights_sha256(base_folder):
             return f"{folder} was trained on other weights than {base_folder} has"
+        if base.get("nf4", False) != nf4:
+            return f"{folder} was trained on a base that was {'not ' if nf4 else ''}in NF4"
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
         return Adapter({name.removeprefix(PREFIX): value for name, value in tensors.items()}, int(config["r"]),
@@ -90,11 +95,12 @@ def adapter_on(base_folder: str | Path, rm_folder: Path) -> Adapter | str:
 
 
 def scorer_on(policy: PreTrainedModel, pad_id: int) -> PreTrainedModel:
-    """A scorer whose backbone has the very parameters of a policy that has no adapters yet, and a head of zeros.
+    """A scorer whose backbone has the very weights of a policy that has no adapters yet, and a head of zeros.
 
     The modules are its own: each model has its adapters, its mode and its gradient checkpointing for itself.
     """
-    shared = {id(value): value for value in policy.base_model.parameters()}
+    codes = [value for layer in nf4_layers(policy.base_model) for value in layer.held()]
+    shared = {id(value): value for value in [*policy.base_model.parameters(), *codes]}
     backbone = copy.deepcopy(policy.base_model, shared)
     config = backbone.config
     config.num_labels, config.pad_token_id = 1, pad_id

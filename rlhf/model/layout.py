@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rlhf.errors import UserError
-from rlhf.model.lora import NewAdapter, check_base
+from rlhf.model.lora import NewAdapter, base_in_bf16, check_base
 from rlhf.params import PpoParams, RmParams, SftParams
 from rlhf.training import distributed, tensor_parallel
 from rlhf.training.hardware import in_bf16
@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 class Layout:
     """How a model lies in memory: `dtype` of its weights; with `shard` split over the processes, where its passes have
     `precision`, and with `cpu_offload` on the CPU (rlhf/training/distributed.py:shard). `adapter`: what is put on it
-    before it is split."""
+    before it is split. `nf4`: its linear layers but the output are held in NF4 (rlhf/model/nf4.py)."""
 
     dtype: torch.dtype = torch.float32
     shard: bool = False
     precision: str = "fp32"
     cpu_offload: bool = False
     adapter: NewAdapter | None = None
+    nf4: bool = False
 
     @classmethod
     def of(cls, params: SftParams | RmParams | PpoParams, section: str, noise: torch.Generator | None = None
@@ -43,13 +44,14 @@ class Layout:
         adapter = None
         if noise is not None and params.lora_rank:
             adapter = NewAdapter.of(params, noise, train_head=isinstance(params, RmParams))
-        return cls(shard=params.shard, precision=params.precision, cpu_offload=params.cpu_offload, adapter=adapter)
+        return cls(shard=params.shard, precision=params.precision, cpu_offload=params.cpu_offload, adapter=adapter,
+                   nf4=params.lora_base == "nf4")
 
     def frozen(self, params: PpoParams) -> "Layout":
         """Of a model that PPO does not train."""
-        narrow = "bf16" in (params.frozen_precision, params.lora_base) and in_bf16(params.precision)
+        narrow = base_in_bf16(params) or (params.frozen_precision == "bf16" and in_bf16(params.precision))
         return replace(self, dtype=torch.bfloat16 if narrow else torch.float32, cpu_offload=params.frozen_on_cpu,
-                       adapter=None)
+                       adapter=None, nf4=False)
 
 
 def check_groups(params: SftParams | RmParams | PpoParams, section: str) -> None:

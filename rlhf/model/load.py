@@ -27,6 +27,7 @@ from rlhf.model.forward import prepare
 from rlhf.model.layout import WHOLE, Layout
 from rlhf.model.load_sharded import load_in_shards
 from rlhf.model.lora import adapter_of, plain_weights, saved_dtype
+from rlhf.model.nf4 import quantise
 from rlhf.model.save_sharded import save_in_shards
 from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
@@ -101,6 +102,8 @@ def _load(kind: Any, folder: str | Path, new: frozenset[str] = frozenset(), layo
         raise UserError(f"{folder}: {_named(broken)} not finite (NaN or infinity)")
     if dropped and kind is AutoModelForCausalLM:
         log.warning("%s: %s not used by %s", folder, _named(dropped), type(model).__name__)
+    if layout.nf4:
+        quantise(model)
     if layout.adapter and not adapter_of(model):
         layout.adapter.put(model)
     if layout.shard and not distributed.sharded(model):

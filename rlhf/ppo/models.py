@@ -26,7 +26,7 @@ from rlhf.model.load import (
     save_memory,
     save_model,
 )
-from rlhf.model.lora import NewAdapter, adapter_of, add_adapter, hold_in_bfloat16
+from rlhf.model.lora import NewAdapter, adapter_of, add_adapter, base_in_bf16, hold_in_bfloat16
 from rlhf.model.responses import Prompts, Responses, response_log_probs, response_values
 from rlhf.params import PpoParams
 from rlhf.training import distributed
@@ -50,7 +50,7 @@ class PpoModels:
         self.params, self.seed = params, seed
         self.codec = load_codec(sft_folder)
         self.tokenizer = self.codec.tokenizer
-        shared = adapter_on(begin_with or sft_folder, rm_folder) if params.lora_rank else ""
+        shared = adapter_on(begin_with or sft_folder, rm_folder, self.layout.nf4) if params.lora_rank else ""
         if isinstance(shared, Adapter):
             log.info("policy, value model and reward model share the weights of %s", begin_with or sft_folder)
             self.policy, self.value, self.reward_model = self._on_one_base(begin_with or sft_folder, shared)
@@ -92,7 +92,7 @@ class PpoModels:
                      ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel]:
         """The same with LoRA, on the policy's base weights: the reward model was trained with LoRA on just these."""
         params = self.params
-        policy = load_policy(base_folder)
+        policy = load_policy(base_folder, Layout(nf4=self.layout.nf4))
         reward_model, value = scorer_on(policy, self.codec.pad_id), scorer_on(policy, self.codec.pad_id)
         put_on(reward_model, adapter)
         if params.value_init == "policy":
@@ -101,7 +101,7 @@ class PpoModels:
             put_on(value, adapter)
         add_adapter(policy, params, self._noise("policy"))
         add_adapter(value, params, self._noise("value"), train_head=True)
-        if params.lora_base == "bf16":
+        if base_in_bf16(params):
             hold_in_bfloat16(reward_model)
         if params.shard:
             for model in (policy, value, reward_model):

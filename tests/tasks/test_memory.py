@@ -47,7 +47,7 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     line = advice("rm", "update", {"activations": 70e9, "weights": 9e9, "logits": 1.0}, 80e9)
     assert line.endswith("change rm.micro_batch_tokens or micro_batch_size, gradient_checkpointing, "
                          "offload_activations, tensor_parallel; rm.shard with more processes, "
-                         "lora_rank with lora_base: bf16")
+                         "lora_rank with lora_base: bf16 or nf4")
 
 
 def test_the_options_of_a_profile_reach_the_arithmetic(checkout: Path) -> None:
@@ -69,6 +69,24 @@ def test_the_options_of_a_profile_reach_the_arithmetic(checkout: Path) -> None:
         assert bytes_of(moment, **changes) < bytes_of(moment), changes
     assert bytes_of("update", gradient_checkpointing=False) > bytes_of("update")
     assert bytes_of("update", lora_rank=16, lora_base="bf16") < bytes_of("update", lora_rank=16)
+
+
+def test_a_base_in_nf4_of_8b_takes_6_gb_of_weights_and_memory_shows_it(
+        checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.memory.device", lambda processes: ("a card, 24 GB", 24e9, 1))
+    monkeypatch.setattr("rlhf.model.device.device", lambda: torch.device("cuda"))
+    params = load_params(checkout)
+    sft = dataclasses.replace(params.stages.sft, lora_rank=16, precision="bf16", gradient_checkpointing=True,
+                              micro_batch_size=1, max_tokens=2000, processes=1)
+    printed = {}
+    for base in ("bf16", "nf4"):
+        section: Any = dataclasses.replace(sft, lora_base=base)
+        print_memory("sft", dataclasses.replace(params, stages=dataclasses.replace(params.stages, sft=section)))
+        printed[base] = capsys.readouterr().out
+    # 6.98e9 numbers of the blocks at 4.127 bits, 1.05e9 of embeddings and output in bfloat16, 42e6 of adapters
+    assert "weights 5.87" in printed["nf4"]
+    assert "does not fit" in printed["bf16"]
+    assert "\nfits: " in printed["nf4"]
 
 
 def test_8b_fits_eight_cards_in_full_and_one_with_lora() -> None:

@@ -311,12 +311,19 @@ def test_the_resolved_parameters_hold_the_description_of_the_data(write: Write) 
     ("rm: {lora_base: bf16, lora_rank: 4, precision: fp32}",
      "rm.lora_base = bf16: must be fp32 where rm.precision = fp32"),
     ("arms: {ppo: {lora_base: bf16}}",
-     "arms.ppo.lora_base = bf16: must be fp32 where ppo.lora_rank = 0, which trains all weights")])
-def test_a_base_in_bfloat16_needs_adapters_and_passes_in_bfloat16(write: Write, profile: str, line: str) -> None:
+     "arms.ppo.lora_base = bf16: must be fp32 where ppo.lora_rank = 0, which trains all weights"),
+    ("rm: {lora_base: nf4}", "rm.lora_base = nf4: must be fp32 where rm.lora_rank = 0, which trains all weights"),
+    ("ppo: {lora_base: nf4, lora_rank: 4, shard: true}",
+     "ppo.lora_base = nf4: cannot be combined with ppo.shard = True"),
+    ("rm: {lora_base: nf4, lora_rank: 4, compile: true}",
+     "rm.lora_base = nf4: cannot be combined with rm.compile = True")])
+def test_a_narrow_base_needs_adapters_and_what_it_is_combined_with(write: Write, profile: str, line: str) -> None:
     root = write(profile + "\n")
     assert message(root) == f"{root}/profiles/mine.yaml: {line}"
     (root / "profiles" / "mine.yaml").write_text("sft: {lora_base: bf16, lora_rank: 4}\n")
     assert load_params(root).stages.sft.lora_base == "bf16"
+    (root / "profiles" / "mine.yaml").write_text("sft: {lora_base: nf4, lora_rank: 4, precision: fp32}\n")
+    assert load_params(root).stages.sft.lora_base == "nf4"
 
 
 def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> None:

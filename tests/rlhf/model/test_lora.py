@@ -15,7 +15,8 @@ from rlhf.model.chat_format import load_codec
 from rlhf.model.load import load_policy, load_scorer, new_scorer, save_model
 from rlhf.model.lora import add_adapter
 from rlhf.model.scoring import score_sequences
-from rlhf.params import LoraBase, RmParams, SftParams
+from rlhf.params import LoraBase, PpoParams, RmParams, SftParams
+from rlhf.ppo.trainer import Trainer
 from rlhf.pretrain import lm_loss
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import Demonstrations, sft, valid_loss
@@ -205,23 +206,27 @@ def test_the_reward_model_trains_adapters_and_head_and_saves_normalised_merged_s
         assert first == pytest.approx(saved[0], abs=1e-4)
 
 
-def stages(stage: str, policy: Path, texts: list[str], folder: Path) -> None:
+def stages(stage: str, policy: Path, texts: list[str], folder: Path, base: LoraBase) -> None:
     """A run of one stage with LoRA, whose weights are chosen."""
     if stage == "sft":
         dropout = 0.2 if "gpt_neox" in str(policy) else 0.0
-        sft(sft_params(checkpoint="valid_loss", dropout=dropout), demonstration_rows(texts), policy, 9, folder)
+        sft(sft_params(checkpoint="valid_loss", dropout=dropout, lora_base=base), demonstration_rows(texts), policy, 9,
+            folder)
     else:
-        train_reward_model(rm_params(checkpoint="valid_accuracy", checks=3), rankings(60), DEMONSTRATIONS, policy, 3,
-                           folder)
+        train_reward_model(rm_params(checkpoint="valid_accuracy", checks=3, lora_base=base), rankings(60),
+                           DEMONSTRATIONS, policy, 3, folder)
 
 
 @pytest.mark.usefixtures("save_every_step")
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_a_killed_run_resumes_with_the_same_bytes_from_checkpoints_of_what_is_trained(
-        model_folders: dict[str, tuple[Path, Path]], texts: list[str], tmp_path: Path, stage: str,
+        model_folders: dict[str, tuple[Path, Path]], texts: list[str], tmp_path: Path, stage: str, base: LoraBase,
         monkeypatch: pytest.MonkeyPatch) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
     policy = model_folders["gpt_neox"][0]
-    stages(stage, policy, texts, tmp_path / "whole")
+    stages(stage, policy, texts, tmp_path / "whole", base)
     after_step = Checkpoints.after_step
     hook = once(4, kill)
 
@@ -232,7 +237,7 @@ def test_a_killed_run_resumes_with_the_same_bytes_from_checkpoints_of_what_is_tr
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "after_step", killed)
         with pytest.raises(Killed):
-            stages(stage, policy, texts, tmp_path / "stopped")
+            stages(stage, policy, texts, tmp_path / "stopped", base)
     checkpoint = Checkpoints(tmp_path / "stopped" / "checkpoints").latest()
     assert checkpoint is not None
     assert checkpoint.step == 4
@@ -244,7 +249,7 @@ def test_a_killed_run_resumes_with_the_same_bytes_from_checkpoints_of_what_is_tr
         assert ("score.weight" in held) == (stage == "rm")
     moments = [name for name in names if name.startswith("optimizer") and not name.endswith("/step")]
     assert len(moments) == 2 * sum(name.startswith("model/") for name in names)
-    stages(stage, policy, texts, tmp_path / "stopped")
+    stages(stage, policy, texts, tmp_path / "stopped", base)
     for name in ("model/model.safetensors", "journal.csv"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -314,3 +319,24 @@ def test_a_base_in_bfloat16_that_does_not_fit_the_other_parameters_is_refused_at
         policy_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         sft(sft_params(lora_base="bf16", **changes), [], policy_folder, 9, tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "there", "line"), [
+    ({"lora_rank": 0}, True, "lora_base = nf4: must be fp32 where {}.lora_rank = 0, which trains all weights"),
+    ({"shard": True}, True, "lora_base = nf4: cannot be combined with {}.shard = true"),
+    ({"compile": True}, True, "lora_base = nf4: cannot be combined with {}.compile = true"),
+    ({}, False, "lora_base = nf4: needs bitsandbytes: pip install 'instructflow[nf4]'")])
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_base_in_nf4_that_cannot_be_is_refused_at_the_start(
+        model_folders: dict[str, tuple[Path, Path]], ppo_params: Callable[..., PpoParams], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, stage: str, changes: dict[str, Any], there: bool, line: str) -> None:
+    monkeypatch.setattr("rlhf.model.lora.installed", lambda: there)
+    policy, scorer = model_folders["llama"]
+    params: dict[str, Any] = {"lora_base": "nf4", "lora_rank": RANK} | changes
+    run: dict[str, Callable[[], Any]] = {
+        "sft": lambda: sft(sft_params(**params), [], policy, 9, tmp_path),
+        "rm": lambda: train_reward_model(rm_params(**params), [], [], policy, 3, tmp_path),
+        "ppo": lambda: Trainer(ppo_params(**params), policy, scorer, seed=5)}
+    with pytest.raises(UserError) as raised:
+        run[stage]()
+    assert str(raised.value) == f"{stage}.{line.format(stage)}"
