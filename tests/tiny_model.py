@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 ANIMALS = ("cat", "dog", "fox", "owl", "bee", "cow", "hen", "pig", "bat", "elk", "frog", "goat", "hawk", "lion")
 PLACES = ("forest", "river", "garden", "house", "field", "city", "lake", "barn", "meadow", "mountain")
@@ -36,8 +45,8 @@ def write_pairs(path: Path, count: int, columns: tuple[str, str, str] = ("questi
 
 
 def write_model(folder: Path, kind: str) -> Path:
-    """A model folder without PAD and without chat template, its kind "gpt2" or "llama"."""
-    special = ["<|endoftext|>"] if kind == "gpt2" else ["<s>", "</s>"]
+    """A model folder without PAD and without chat template, its kind "gpt2", "llama" or "qwen2"."""
+    special = ["<s>", "</s>"] if kind == "llama" else ["<|endoftext|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,9 +57,13 @@ def write_model(folder: Path, kind: str) -> Path:
         folder)
     torch.manual_seed(0)
     size, last = tokenizer.get_vocab_size(), len(special) - 1
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
-                                       eos_token_id=last)) if kind == "gpt2" else LlamaForCausalLM(LlamaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, bos_token_id=0, eos_token_id=last))
+    if kind == "gpt2":
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(
+            vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=last))
+    else:
+        config, cls = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+        model = cls(config(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0,
+                           eos_token_id=last))
     model.save_pretrained(folder)
     return folder

@@ -73,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_models_on_one_base_learn_as_models_with_a_base_each(
         policy_folder: Path, trained: tuple[Any, Path], ppo_params: Callable[..., PpoParams], prompt_texts: list[str],
         tmp_path: Path, variant: str) -> None:
-    params = ppo_params(lora_rank=4, lr=2e-2, value_lr=1e-2, **VARIANTS[variant])
+    params = ppo_params(lora_rank=4, lr=3e-3, value_lr=3e-3, **VARIANTS[variant])
     separate_rm = shutil.copytree(trained[1], tmp_path / "merged alone", ignore=shutil.ignore_patterns("adapter"))
     shared, separate = (Trainer(params, policy_folder, folder, seed=5) for folder in (trained[1], separate_rm))
     models = shared.models
