@@ -1,4 +1,4 @@
-"""The profiles for GPUs on a CPU: the whole flow with promote, a tiny model of their base's kind, comparisons of a file.
+"""Profiles for GPUs on a CPU: the whole flow with promote, a tiny model of their base's kind, comparisons of a file.
 
     pytest -m slow tests/flows/test_gpu_profiles.py      some four minutes a profile
 """
@@ -51,5 +51,5 @@ def test_a_profile_for_gpus_runs_from_rows_to_promote(name: str, tmp_path: Path)
                                                    for part in ("--set", f"{key}={value}")))
     workspace, = (root / "scratch" / "workspaces").iterdir()
     promoted = json.loads((workspace / "metrics" / "promote.json").read_text())
-    assert promoted["promote/promoted"] == 1
+    assert promoted["promote/passed"] == 1
     assert (workspace / "models" / "promoted" / "model.safetensors").is_file()
