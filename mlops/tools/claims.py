@@ -175,7 +175,7 @@ def page(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], prof
         lines.append(f"| {number} | {claim['claim']} | {claim['paper']} | {claim['ours']:.3f} [{claim['low']:.3f}, "
                      f"{claim['high']:.3f}] | [{claim['lowest']:.3f}, {claim['highest']:.3f}] | {claim['bar']} | "
                      f"{'yes' if claim['holds'] else '**no**'} |")
-    lines += ["", "How each claim is measured:", ""]
+    lines += ["", *missing(claims), "How each claim is measured:", ""]
     for number, claim in enumerate(claims, start=1):
         measured = claim["measured"]
         lines.append(f"{number}. {measured[0].upper()}{measured[1:]}.")
@@ -184,6 +184,25 @@ def page(claims: Sequence[Mapping[str, Any]], seeds: Mapping[int, Numbers], prof
     for title, value in ROWS:
         lines.append(f"| {title} | " + " | ".join(value(numbers) for numbers in seeds.values()) + " |")
     return "\n".join(lines) + "\n"
+
+
+def missing(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why claims do not hold, a line each, and an empty one after them."""
+    lines = []
+    for number, (claim, record) in enumerate(zip(CLAIMS, claims, strict=True), start=1):
+        if record["holds"]:
+            continue
+        seeds = f"{len(record['seeds'])} seeds ({', '.join(f'{value:.3f}' for value in record['seeds'])})"
+        if not claim.holds(record["lowest"], record["highest"]):
+            why = f"the interval of at least one of the {seeds} does not meet the bar"
+        elif not claim.holds(record["low"], record["high"]):
+            why = (f"each of the {seeds} meets the bar by its own interval, but they differ too much for that of their "
+                   "mean")
+        else:
+            why = f"the further condition fails in at least one of the {seeds}"
+        lines.append(f"* Claim {number} does not hold: {why}.")
+    return [*lines, *(["", "[notebook.md](notebook.md#the-claims-that-do-not-hold) says what is behind it.", ""]
+                      if lines else [])]
 
 
 def _shown(key: str) -> Callable[[Numbers], str]:

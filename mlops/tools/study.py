@@ -218,12 +218,19 @@ def _is_of(kept: Path, digest: str) -> bool:
 
 
 def _digest(params: Params) -> str:
-    """The folder name for these parameters, so that results of different parameters never mix."""
-    read = {name: values for name, values in dataclasses.asdict(params.stages).items()
-            if name not in ("arms", "judge", "promote", "rounds")}
-    read["arms"] = [[start, dataclasses.asdict(run)] for start, run in ppo_runs(params.stages.arms).values()]
-    text = json.dumps([read, SMALL_WIDTH], sort_keys=True)
+    """The folder name for these parameters, so that results of different parameters never mix. Values that are the
+    default do not enter: a parameter that is new does not change what was measured before it."""
+    read = {name: _changed(getattr(params.stages, name)) for name in sorted(vars(params.stages))
+            if name not in ("arms", "ppo", "judge", "promote", "rounds")}
+    arms = [[start, _changed(run)] for start, run in ppo_runs(params.stages.arms).values()]
+    text = json.dumps([read, arms, SMALL_WIDTH], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    """A section's values that are not the default."""
+    plain = type(section)()
+    return {name: value for name, value in dataclasses.asdict(section).items() if value != getattr(plain, name)}
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import pytest
 
 import mlops.tools.study
 from mlops.config.loader import Params, load_profile
-from mlops.tools.claims import CLAIMS, judge_claims, page
-from mlops.tools.study import study
+from mlops.tools.claims import CLAIMS, judge_claims, missing, page
+from mlops.tools.study import _changed, study
 from rlhf.errors import UserError
+from rlhf.params import SftParams
 from tests.tasks.small_pipeline import PROFILE, REPO
 
 MODELS = ("base_prompted", "sft", "ppo", "ppo_ptx", "ppo_high_beta", "ppo_free", "small_ppo")
@@ -63,7 +64,9 @@ def test_all_claims_hold_on_numbers_like_the_paper_s() -> None:
 def test_one_seed_that_disagrees_is_enough(failing: int, change: dict[str, Any]) -> None:
     claims = judge_claims([numbers(), numbers(**change), numbers()])
     assert [number for number, claim in enumerate(claims) if not claim["holds"]] == [failing]
-    assert "7 of 8 hold" in " ".join(page(claims, {1: numbers(), 2: numbers(**change)}, "cpu").split())
+    text = page(claims, {1: numbers(), 2: numbers(**change)}, "cpu")
+    assert "7 of 8 hold" in " ".join(text.split())
+    assert [line.split()[2] for line in text.splitlines() if "does not hold: " in line] == [str(failing + 1)]
 
 
 def test_what_sft_has_lost_is_no_tax_of_ppo() -> None:
@@ -83,6 +86,14 @@ def test_seeds_that_scatter_are_not_enough() -> None:
     mean, half = 0.024, 4.302653 * 0.0314325 / 3**0.5  # Student's t for two degrees of freedom; the deviation by hand
     assert [claim["ours"], claim["low"], claim["high"]] == pytest.approx([mean, mean - half, mean + half], abs=1e-4)
     assert not claim["holds"]
+    assert "each of the 3 seeds (0.002, 0.010, 0.060) meets the bar by its own interval" in missing(
+        judge_claims(seeds))[0]
+
+
+def test_only_values_that_differ_from_the_default_name_a_study() -> None:
+    """So a parameter that is new does not change what was measured before it."""
+    assert _changed(SftParams()) == {}
+    assert _changed(SftParams(epochs=7, lr=1e-4)) == {"epochs": 7, "lr": 1e-4}
 
 
 def test_a_win_rate_is_read_either_way_round() -> None:
