@@ -40,7 +40,7 @@ from flows.server import server_lasts, wait_for_server
 from flows.stages import ON_GPU, StageFailed, stage_task, training_slot
 from flows.summary import StageResult
 from flows.terminal import show_bars
-from flows.workspaces import Changes
+from flows.workspaces import Changes, end_runs_cut_short
 from mlops import imports_done
 from mlops.config.arms import write_arms
 from mlops.config.inputs import link_all
@@ -148,6 +148,7 @@ async def run_stages(root: Path, run_name: str, stage_hours: float | None = None
     results = []
     link_all(load_params(root), root)  # a missing file is better said now than after hours
     stages = pipeline_stages(root)
+    end_runs_cut_short(root)
     with flow_of(root, run_name):
         for stage in stages[: stages.index(last) + 1 if last else None]:
             before = findings_of(root)

@@ -33,6 +33,7 @@ from mlops.config.loader import (
 )
 from mlops.config.stage_graph import unrolled
 from mlops.tracking.own_store import own_store
+from mlops.tracking.uploader import end_run_cut_short
 from rlhf.errors import UserError
 from rlhf.files import write_atomic
 from rlhf.params import Profile
@@ -102,6 +103,15 @@ def tracking_of(root: Path) -> dict[str, str]:
     if checkout == root or os.environ.get("MLFLOW_TRACKING_URI"):
         return {}
     return {"MLFLOW_TRACKING_URI": own_store(checkout)}
+
+
+def end_runs_cut_short(root: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Lets MLflow say KILLED of the runs of this checkout that were killed with all their processes, in whichever
+    workspace; `environment`: of the uploaders, beside this process's own."""
+    checkout = checkout_of(root)
+    for folder in (checkout, *sorted((checkout / FOLDER).glob("*/"))):
+        if folder != root:
+            end_run_cut_short(folder, {**tracking_of(folder), **(environment or {})})
 
 
 def fill_workspace(root: Path, workspace: Path, changes: Changes) -> None:

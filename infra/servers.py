@@ -36,6 +36,7 @@ import flows.environment  # noqa: F401
 # isort: split
 from flows.environment import LOGIN, SERVERS
 from flows.preflight import check_checkout
+from flows.workspaces import end_runs_cut_short
 from infra import orphans
 from infra.serve_local import HOST, link
 from infra.setup import HEARTBEAT_SECONDS, LEASES
@@ -161,6 +162,7 @@ class Servers:
                 raise UserError((setup.stderr or setup.stdout).strip().splitlines()[-1])
             print(setup.stdout.strip(), flush=True)
             self._control("start", "workers:*")
+            end_runs_cut_short(self.root, links.environment(self.login()))
         except BaseException:
             self.down()
             raise

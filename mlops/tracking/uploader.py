@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +36,7 @@ from mlops.tracking.upload_record import (
     forget_lost_store,
     read_run,
     scratch_folders,
+    unfinished,
 )
 from rlhf.errors import UserError, without_secrets
 
@@ -86,8 +87,9 @@ def ensure_uploader(root: Path) -> None:
               file=sys.stderr, flush=True)
 
 
-def start_uploader(root: Path) -> None:
-    """Starts a detached uploader unless one is alive. It outlives this process and its session."""
+def start_uploader(root: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Starts a detached uploader unless one is alive, with `environment` beside this process's own. It outlives this
+    process and its session."""
     lock = take_lock(root)
     if lock is None:
         return
@@ -98,11 +100,23 @@ def start_uploader(root: Path) -> None:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mlops.tracking.uploader", "--lock", str(lock)], cwd=root, pass_fds=[lock],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **(environment or {}), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
     finally:
         os.close(lock)  # the child's copy keeps the lock
     process.returncode = 0  # it is nobody's child from now on: no warning that it still runs when we end
+
+
+def end_run_cut_short(root: Path, environment: Mapping[str, str]) -> bool:
+    """Starts an uploader in a folder whose run was killed together with its uploader, so that MLflow says so. False:
+    there is no such run there, or somebody works there. Never raises OSError."""
+    try:
+        if _off() or not unfinished(root) or run_alive(root):
+            return False
+        start_uploader(root.resolve(), environment)
+    except OSError:
+        return False
+    return True
 
 
 def wait_until_uploaded(root: Path, run_name: str, timeout_s: float) -> dict[str, Any]:

@@ -198,11 +198,13 @@ class Site(Checkout):
 
 
 def engine_of(run: UUID | str) -> int:
-    """The process that executes a flow run: the first of those that have the run's id in their environment."""
+    """The process that executes a flow run: the first of those that have the run's id in their environment, but for
+    the uploader, which outlives the run."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if str(run).encode() in (path / "environ").read_bytes():
+            if (str(run).encode() in (path / "environ").read_bytes()
+                    and b"mlops.tracking.uploader" not in (path / "cmdline").read_bytes()):
                 parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue  # ended meanwhile, or not ours to read

@@ -4,18 +4,22 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
 
+from flows.workspaces import FOLDER, WORKSPACE_OF, end_runs_cut_short
 from mlops.reporting.journals import RUN_MARK
 from mlops.tracking import uploader
 from mlops.tracking.locks import OLD_UPLOADER, take_lock
 from mlops.tracking.mlflow_client import EXPERIMENT, MlflowTracker
+from mlops.tracking.own_store import own_store
 from mlops.tracking.parent_run import child_name
 from mlops.tracking.upload_record import OLD_RECORD, RECORD, flow_of, unfinished
 from mlops.tracking.uploader import Follower, ensure_uploader, wait_until_uploaded
@@ -238,6 +242,34 @@ def test_a_killed_stage_is_killed_also_after_the_fact(root: Path) -> None:
     (status, why), parent = ends(root, "ppo", "brave-otter")
     assert (status, why) == ("KILLED", "its process was stopped or killed; the same command resumes it")
     assert parent == ("KILLED", "stage ppo: killed")
+
+
+def test_a_run_killed_with_its_uploader_is_ended_when_another_run_of_the_checkout_begins(
+        root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody comes by in its own folder any more: it counted as running for ever."""
+    for name, value in (("INSTRUCTFLOW_UPLOADER", ""), ("INSTRUCTFLOW_UPLOADER_IDLE_S", "0.5"),
+                        ("INSTRUCTFLOW_UPLOADER_POLL_S", "0.1")):
+        monkeypatch.setenv(name, value)
+    workspace = root / FOLDER / "cpu,seed=2"
+    shutil.copytree(root, workspace, ignore=shutil.ignore_patterns("scratch"))
+    write_json(workspace / WORKSPACE_OF, {"checkout": str(root), "files": []})
+    with suppress(KeyboardInterrupt), flow_of(workspace, "brave-otter"):
+        write_rows(start(workspace), range(3))
+        with monkeypatch.context() as inside:
+            inside.setenv("MLFLOW_TRACKING_URI", own_store(root))
+            sweep(workspace)
+        raise KeyboardInterrupt
+    assert ends(root, "ppo", "brave-otter") == [("RUNNING", ""), ("RUNNING", "")]
+    with (workspace / "scratch" / "run.lock").open("w") as held:  # somebody works there: not ours to end
+        fcntl.flock(held, fcntl.LOCK_SH)
+        end_runs_cut_short(root)
+        assert not (workspace / "scratch" / uploader.LOG).exists()
+    end_runs_cut_short(root)
+    log = workspace / "scratch" / uploader.LOG
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text().rstrip().endswith("ends")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [status for status, _ in ends(root, "ppo", "brave-otter")] == ["KILLED", "KILLED"], log.read_text()
 
 
 def test_what_a_living_flow_or_stage_may_continue_is_not_ended(root: Path) -> None:
