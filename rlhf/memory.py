@@ -213,7 +213,7 @@ def copies(job: Job, shape: Shape, head: bool, gradients: bool) -> Parts:
         return {"gathered": width * (GATHERED_BLOCKS * unit + outside)} | sums
     if job.lora_nf4:
         return {"dequantised layer": dequantised_bytes(job, shape)}
-    if not job.bf16:
+    if not job.bf16 or (job.lora_rank and job.lora_bf16):  # nothing to cast
         return {}
     kept = shape.layers * block_matrices(shape) if gradients and not job.lora_rank else 2 * block_matrices(shape)
     return {"bf16 casts": 2.0 * (kept + shape.width * shape.vocabulary * head)}
