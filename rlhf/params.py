@@ -56,8 +56,8 @@ def micro_batch_size(of: str) -> Any:
 
 
 def micro_batch_tokens() -> Any:
-    return param(0, "tokens per forward pass, PADs included; 0: as many as the rows have; changes memory and speed, "
-                    "not the update", ge=0)
+    return param(0, "tokens per forward pass, PADs included; a longer row goes alone; 0: as many as the rows have; "
+                    "changes memory and speed, not the update", ge=0)
 
 
 def offload_activations() -> Any:

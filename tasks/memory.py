@@ -29,19 +29,33 @@ def print_memory(name: str, params: Params) -> None:
     section = params.stages.arms[arm] if arm else getattr(params.stages, stage)
     job = job_of(stage, section, *shapes(stage, params), one_base=params.stages.rm.lora_rank > 0)
     place, available, devices = device(job.processes)
-    print(f"{name}: {job.policy.name}, {job.processes} process{'es' if job.processes > 1 else ''}, {place}")
+    print(f"{name}, profile {params.profile}: {job.policy.name}, {described(job)}, {place}")
     found = moments(job)
     width = max(map(len, found))
     for moment, parts in found.items():
         total = sum(parts.values())
         largest = [part for part in sorted(parts, key=lambda part: -parts[part]) if parts[part] > 0.02 * total]
-        print(f"  {moment:{width}}  {total / 1e9:8,.2f} GB   "
-              + ", ".join(f"{part} {parts[part] / 1e9:,.2f}" for part in largest))
+        print(f"  {moment:{width}}  {size(total):>9}   "
+              + ", ".join(f"{part} {size(parts[part])}" for part in largest))
     moment = max(found, key=lambda item: sum(found[item].values()))
     print(advice(section_of(stage), moment, found[moment], available))
     if job.processes > devices:
         print(f"{section_of(stage)}.processes = {job.processes}: this machine has {devices} "
               f"{'GPUs' if 'GPU' in place else 'cores'}")
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def described(job: Job) -> str:
+    """The processes, and the options that say how models are held."""
+    options = {"shard": job.shards > 1, f"tensor_parallel {job.tensor_parallel}": job.tensor_parallel > 1,
+               "cpu_offload": job.cpu_offload and job.shards > 1, f"LoRA of rank {job.lora_rank}": job.lora_rank > 0,
+               "base in bf16": job.lora_bf16, "base in nf4": job.lora_nf4, "bf16 passes": job.bf16}
+    count = f"{job.processes} process{'es' if job.processes > 1 else ''}"
+    return ", ".join([count, *(name for name, on in options.items() if on)])
 
 
 def section_of(stage: str) -> str:
@@ -52,11 +66,11 @@ def advice(section: str, moment: str, parts: Parts, available: float) -> str:
     """Whether the largest moment fits, and which parameters change its largest parts."""
     total = sum(parts.values())
     if total <= USABLE * available:
-        return f"fits: {moment} takes {total / 1e9:,.2f} of {USABLE * available / 1e9:,.2f} GB that can be used"
+        return f"fits: the largest moment, {moment}, takes {size(total)} of {size(USABLE * available)} that can be used"
     hints = [HINTS[part].format(section=section) for part in sorted(parts, key=lambda part: -parts[part])
              if part in HINTS and parts[part] > 0.1 * total]
-    return (f"does not fit: {moment} takes {total / 1e9:,.2f} GB, and {USABLE * available / 1e9:,.2f} can be used; "
-            f"change {'; '.join(dict.fromkeys(hints))}")
+    return (f"does not fit: {moment} takes {size(total)}, and {size(USABLE * available)} can be used; change "
+            f"{'; '.join(dict.fromkeys(hints))}")
 
 
 def job_of(stage: str, section: Any, policy: Shape, scorer: Shape, one_base: bool = False) -> Job:
@@ -130,5 +144,5 @@ def device(processes: int) -> tuple[str, float, int]:
         total = torch.cuda.get_device_properties(0).total_memory
         return f"{torch.cuda.get_device_name(0)}, {total / 1e9:.0f} GB", total, torch.cuda.device_count()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    share = "" if processes == 1 else f", {total / processes / 1e9:.1f} GB a process"
-    return f"CPU, {total / 1e9:.1f} GB{share}", total / processes, os.cpu_count() or 1
+    share = "" if processes == 1 else f", {total / processes / 1e9:.1f} GB for each process"
+    return f"CPU with {total / 1e9:.1f} GB{share}", total / processes, os.cpu_count() or 1

@@ -34,6 +34,7 @@ from rlhf.files import hash_paths, is_writer, publish, write_json
 from rlhf.training.settings import fast_enabled
 from tasks import launch
 
+KILLED = 128 + signal.SIGKILL  # exit code
 DISK = 3  # exit code where the disk is full or cannot be written
 FAILED = "failed.json"  # in the scratch folder of a stage that ended with an error
 
@@ -318,8 +319,9 @@ def fail_with_peer(name: str) -> None:
     from rlhf.training import distributed
 
     code, line = distributed.end_of_fork()
-    print(line or f"{name}: another process of this training ended (exit code {code}); what it said is above",
-          file=sys.stderr, flush=True)
+    why = ("was killed (SIGKILL; by the system where memory runs out); run the same command to resume" if code == KILLED
+           else f"ended (exit code {code}); what it said is above")
+    print(line or f"{name}: another process of this training {why}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -8,7 +8,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
 from functools import cache, partial
@@ -409,7 +409,7 @@ def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
         (ppo.value_warmup_iterations < max(ppo.episodes // ppo.batch_size, 1),
          f"{named('value_warmup_iterations')}: must be < {ppo.episodes // ppo.batch_size}, the iterations of the run "
          f"({named('episodes')} / {named('batch_size')}), or the policy may never be trained"),
-        *_lora_rules(ppo, named),
+        *_lora_rules(ppo, named), *_layout_rules(ppo, named, ("batch_size", "minibatch_size")),
     ):
         if not holds:
             raise UserError(f"{path}: {message}")
@@ -423,6 +423,24 @@ def _lora_rules(params: SftParams | RmParams | PpoParams, named: Callable[[str],
              f"{named('lora_base')}: must be fp32 where {named('precision')}"),
             *((params.lora_base != "nf4" or not getattr(params, option),
                f"{named('lora_base')}: cannot be combined with {named(option)}") for option in ("shard", "compile"))]
+
+
+def _layout_rules(params: SftParams | RmParams | PpoParams, named: Callable[[str], str], batches: Sequence[str]
+                  ) -> list[tuple[bool, str]]:
+    """The rules for how a section's models lie in memory, and for its processes: (whether it holds, the message)."""
+    degree = params.tensor_parallel
+    rules = [(not getattr(params, option) or getattr(params, needed), f"{named(option)}: needs {needed}: true")
+             for option, needed in (("cpu_offload", "shard"), ("offload_activations", "gradient_checkpointing"))]
+    if degree > 1:
+        split = named("tensor_parallel")
+        rules += [(params.shard, f"{split}: needs shard: true"),
+                  *((not getattr(params, option), f"{split}: cannot be combined with {named(option)}")
+                    for option in ("lora_rank", "compile")),
+                  (params.processes % degree == 0, f"{split}: must divide {named('processes')}")]  # 0: not known yet
+    groups = max(1, params.processes // degree)
+    what = named("processes") if degree == 1 else f"{groups}, {named('processes')} by {named('tensor_parallel')}"
+    return rules + [(getattr(params, name) % groups == 0, f"{named(name)}: must be a multiple of {what}")
+                    for name in batches]
 
 
 def _named_in(params: Any, section: str, key: str) -> str:
@@ -448,7 +466,8 @@ def _check_together(profile: Profile, path: Path) -> None:
     ]
     for section in ("sft", "rm"):
         params = getattr(profile, section)
-        rules += _lora_rules(params, partial(_named_in, params, section))
+        named = partial(_named_in, params, section)
+        rules += [*_lora_rules(params, named), *_layout_rules(params, named, ["batch_size"])]
     described = profile.ingest.source != "embedded"
     rules += [
         (not described or profile.validate.counts == "none",
@@ -474,6 +493,11 @@ def _check_together(profile: Profile, path: Path) -> None:
                       f"evaluate.judge is {evaluate.judge}, which judges" if described else
                       "ingest.source is embedded: its gold labeler judges")))
     if not pretrain.base_model:
+        degrees = {name: getattr(profile, name).tensor_parallel for name in ("sft", "rm", "ppo")}
+        degrees |= {f"arms.{arm}": params.tensor_parallel for arm, params in profile.arms.items()}
+        rules += [(degree == 1,
+                   f"{name}.tensor_parallel = {degree}: must be 1 where pretrain.base_model is empty: what is trained "
+                   "from scratch is a GPT-NeoX; Llama and Qwen2 can be split") for name, degree in degrees.items()]
         longest = max(profile.sft.max_tokens, profile.rm.max_tokens, *(
             arm.max_prompt_tokens + arm.max_new_tokens for arm in (profile.ppo, *profile.arms.values())))
         rules.append((longest <= pretrain.context,

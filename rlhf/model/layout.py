@@ -38,9 +38,9 @@ class Layout:
         for option, needed in (("cpu_offload", "shard"), ("offload_activations", "gradient_checkpointing")):
             if getattr(params, option) and not getattr(params, needed):
                 raise UserError(f"{section}.{option} needs {section}.{needed}: true")
-        if params.cpu_offload and distributed.size() == 1:
-            log.warning("%s.cpu_offload: nothing is on the CPU with %s.processes = 1, as nothing is sharded", section,
-                        section)
+        if params.shard and distributed.size() == 1:
+            log.warning("%s.shard: nothing is split%s in one process", section,
+                        ", and with cpu_offload nothing is on the CPU," if params.cpu_offload else "")
         adapter = None
         if noise is not None and params.lora_rank:
             adapter = NewAdapter.of(params, noise, train_head=isinstance(params, RmParams))

@@ -14,6 +14,7 @@ import re
 import select
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -343,6 +344,8 @@ def shard(model: Any, precision: str = "fp32", cpu_offload: bool = False) -> Non
     for block in blocks:
         fully_shard(block, mesh=tensor_parallel.data_mesh(), mp_policy=policy, offload_policy=offload)
     # Resharded after each pass, as the blocks are: between passes `model.parameters()` are the shards.
+    # of a view: "an in-place op on it may produce wrong gradients"; what `compute` gives is never changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     root = fully_shard(_Root(model), mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     vars(model)["_root"] = root  # not registered as a submodule: it contains the model
 

@@ -87,16 +87,22 @@ def forget() -> None:
     _groups.degree, _groups.meshes = 1, {}
 
 
+def problem(config: Any, degree: int) -> str:
+    """Why a model with this configuration cannot be split over a group of `degree` processes; empty where it can."""
+    if degree == 1:
+        return ""
+    if config.model_type not in MODELS:
+        return (f"must be 1 for a model of type {config.model_type}; models of the types {' and '.join(MODELS)} can be "
+                "split")
+    uneven = [what for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+              if getattr(config, what) % degree]
+    return f"must divide the model's {uneven[0]}, {getattr(config, uneven[0])}" if uneven else ""
+
+
 def check(config: Any) -> None:
     """Raises UserError for a model that cannot be split over a group."""
-    if _groups.degree == 1:
-        return
-    if config.model_type not in MODELS:
-        raise UserError(f"{_groups.parameter}: must be 1 for a model of type {config.model_type}; models of the types "
-                        f"{' and '.join(MODELS)} can be split")
-    for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, what) % _groups.degree:
-            raise UserError(f"{_groups.parameter}: must divide the model's {what}, {getattr(config, what)}")
+    if found := problem(config, _groups.degree):
+        raise UserError(f"{_groups.parameter}: {found}")
 
 
 def split(blocks: nn.ModuleList) -> None:

@@ -68,9 +68,18 @@ def test_a_good_profile_is_looked_at_from_end_to_end(make: Make, tmp_path: Path)
     assert not list(tmp_path.glob("inputs/*"))  # it writes nothing
 
 
+def test_a_base_in_4_bits_needs_its_library(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.model.nf4.find_spec", lambda name: None)
+    found = stops(make({"rm": {"lora_rank": 4, "lora_base": "nf4"}}), tmp_path)
+    assert [item.detail for item in found] == ["rm.lora_base = nf4: needs bitsandbytes"]
+    assert found[0].change == "pip install 'instructflow[nf4]'"
+
+
 @pytest.mark.parametrize(("sections", "description", "said", "change"), [
     ({"validate": {"min_k": 4}}, {}, "have 2 completions, and validate.min_k = 4", "validate.min_k: 2"),
     ({"pretrain": {"base_model": "/nothing/here"}}, {}, "no such file or folder", ""),
+    ({"ppo": {"processes": 2, "shard": True, "tensor_parallel": 2}}, {},
+     "arms.ppo.tensor_parallel = 2: must be 1 for a model of type gpt2", ""),
     ({"sft": {"max_tokens": 200}}, {}, "has 128 positions, and sft.max_tokens makes 200", "sft.max_tokens smaller"),
     ({"rm": {"max_tokens": 8}}, {}, "of the rows are longer and would be dropped", "rm.max_tokens = "),
     ({}, {"ppo": []}, "nothing for ppo", "the pipeline needs"),

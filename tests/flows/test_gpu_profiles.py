@@ -16,7 +16,7 @@ from tests.flows.checkout import REPOSITORY, copy_to
 from tests.tiny_model import write_model, write_pairs
 
 PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("gpu*.yaml"))
-SIZES = {  # what makes a profile tiny; its options stay as they are
+SIZES: dict[str, dict[str, object]] = {  # what makes a profile tiny; its options stay as they are
     "sft": {"max_tokens": 96, "batch_size": 16}, "rm": {"max_tokens": 96, "batch_size": 16},
     "ppo": {"episodes": 256, "batch_size": 64, "minibatch_size": 32, "rollout_batch_size": 32, "warmup_iterations": 1,
             "value_warmup_iterations": 1, "max_prompt_tokens": 48, "max_new_tokens": 16, "lr": 1e-3},

@@ -37,13 +37,14 @@ def test_a_model_that_is_too_large_is_said_with_what_to_change(checkout: Path, c
     text = capsys.readouterr().out
     for moment in ("load", "valid loss", "update", "save"):
         assert f"\n  {moment}" in text
-    assert "sft: models/pretrain" in text
+    assert "sft, profile cpu: models/pretrain" in text
     assert "does not fit: update takes" in text
     assert "sft.shard with more processes, lora_rank" in text
 
 
 def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert advice("rm", "update", {"weights": 10e9}, 80e9) == "fits: update takes 10.00 of 72.00 GB that can be used"
+    assert advice("rm", "update", {"weights": 10e9}, 80e9) == (
+        "fits: the largest moment, update, takes 10.00 GB of 72.00 GB that can be used")
     line = advice("rm", "update", {"activations": 70e9, "weights": 9e9, "logits": 1.0}, 80e9)
     assert line.endswith("change rm.micro_batch_tokens or micro_batch_size, gradient_checkpointing, "
                          "offload_activations, tensor_parallel; rm.shard with more processes, "

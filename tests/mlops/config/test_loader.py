@@ -326,6 +326,39 @@ def test_a_narrow_base_needs_adapters_and_what_it_is_combined_with(write: Write,
     assert load_params(root).stages.sft.lora_base == "nf4"
 
 
+BASE = "pretrain: {base_model: some/model}\n"
+
+
+@pytest.mark.parametrize(("profile", "line"), [
+    ("sft: {processes: 2, tensor_parallel: 2}", "sft.tensor_parallel = 2: needs shard: true"),
+    ("rm: {processes: 3, batch_size: 6, shard: true, tensor_parallel: 2}",
+     "rm.tensor_parallel = 2: must divide rm.processes = 3"),
+    ("ppo: {processes: 2, shard: true, tensor_parallel: 2, lora_rank: 4}",
+     "ppo.tensor_parallel = 2: cannot be combined with ppo.lora_rank = 4"),
+    ("arms: {ppo: {processes: 2, shard: true, tensor_parallel: 2, compile: true}}",
+     "arms.ppo.tensor_parallel = 2: cannot be combined with arms.ppo.compile = True"),
+    ("sft: {cpu_offload: true}", "sft.cpu_offload = True: needs shard: true"),
+    ("ppo: {offload_activations: true}", "ppo.offload_activations = True: needs gradient_checkpointing: true"),
+    ("sft: {processes: 2, batch_size: 15}", "sft.batch_size = 15: must be a multiple of sft.processes = 2"),
+    ("ppo: {processes: 4, batch_size: 66, minibatch_size: 33, tensor_parallel: 2, shard: true}",
+     "ppo.minibatch_size = 33: must be a multiple of 2, ppo.processes = 4 by ppo.tensor_parallel = 2")])
+def test_what_a_stage_would_refuse_of_its_processes_is_refused_with_the_profile(write: Write, profile: str, line: str
+                                                                                ) -> None:
+    """Hours later, after SFT and the reward model were trained, it was said by PPO."""
+    root = write(f"{BASE}{profile}\n")
+    assert message(root) == f"{root}/profiles/mine.yaml: {line}"
+    groups = "{processes: 4, shard: true, tensor_parallel: 2, batch_size: 66, minibatch_size: 66}"
+    (root / "profiles" / "mine.yaml").write_text(f"{BASE}ppo: {groups}\nsft: {{processes: 0, tensor_parallel: 2, "
+                                                 "shard: true}\n")
+    assert load_params(root).stages.ppo.tensor_parallel == 2
+
+
+def test_a_model_from_scratch_cannot_be_split(write: Write) -> None:
+    root = write("rm: {processes: 2, shard: true, tensor_parallel: 2}\n")
+    assert message(root) == (f"{root}/profiles/mine.yaml: rm.tensor_parallel = 2: must be 1 where pretrain.base_model "
+                             "is empty: what is trained from scratch is a GPT-NeoX; Llama and Qwen2 can be split")
+
+
 def test_what_only_rounds_need_is_asked_where_there_are_rounds(write: Write) -> None:
     """A profile with LoRA and no rounds did not load: it had to say how a round's policy starts."""
     root = write("ppo: {lora_rank: 4, batch_size: 64}\nrounds: {episodes: 32}\n")
