@@ -11,7 +11,7 @@ from mlops.config import versions
 from mlops.config.inputs import link_inputs
 from mlops.config.loader import load_params
 from rlhf.errors import UserError
-from tasks.stage import Stage, code_hash, config_hash, warn_of_other_versions
+from tasks.stage import Stage, code_hash, config_hash, fail_with_peer, warn_of_other_versions
 from tests.tasks.small_pipeline import SmallPipeline, Undisturbed
 
 
@@ -106,3 +106,17 @@ def test_show_prints_what_training_makes_of_the_first_rows(small_pipeline: Small
         assert all(row["ids"][-1] in row["stop_ids"] for row in rows) == (stage != "ppo")
     assert shown("rm", end="| head -1").stderr == ""
     assert sorted((small_pipeline.root / "scratch").rglob("*")) == before
+
+
+@pytest.mark.parametrize(("code", "said", "line"), [
+    (137, "", "rm: another process of this training was killed (SIGKILL; by the system where memory runs out); run the "
+              "same command to resume"),
+    (3, "rm: no space left", "rm: no space left"),
+    (1, "", "rm: another process of this training ended (exit code 1); what it said is above")])
+def test_what_a_stage_says_when_one_of_its_processes_ends(code: int, said: str, line: str,
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("rlhf.training.distributed.end_of_fork", lambda: (code, said))
+    with pytest.raises(SystemExit) as ended:
+        fail_with_peer("rm")
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"{line}\n")
