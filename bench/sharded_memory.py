@@ -57,8 +57,8 @@ class Moments:
             threading.Event().wait(0.001)
 
     def look(self) -> None:
-        if self.now:
-            self.peaks[self.now] = max(self.peaks.get(self.now, 0), resident() - self.start)
+        if now := self.now:  # read once: the other thread changes it
+            self.peaks[now] = max(self.peaks.get(now, 0), resident() - self.start)
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
