@@ -97,11 +97,13 @@ def shows(browser: Any, text: str) -> bool:
 
 
 def button(browser: Any, label: str) -> Any:
-    def find() -> Any:
-        items = browser.find_elements("css selector", "button, a, li")
-        return next((item for item in items if item.text.strip() == label and item.is_displayed()), None)
+    return wait(lambda: shown(browser, label), f"a button {label}")
 
-    return wait(find, f"a button {label}")
+
+def shown(browser: Any, label: str) -> Any:
+    """The button, link or menu entry with this text; None where none is to be seen."""
+    items = browser.find_elements("css selector", "button, a, li")
+    return next((item for item in items if item.text.strip() == label and item.is_displayed()), None)
 
 
 def keep(browser: Any, name: str) -> None:

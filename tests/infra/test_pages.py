@@ -21,7 +21,18 @@ import pytest
 from infra.serve_local import link
 from infra.servers import Servers
 from infra.setup import RESTARTS
-from tests.infra.browsing import button, control, copy_checkout, keep, open_browser, post, servers_of, shows, wait
+from tests.infra.browsing import (
+    button,
+    control,
+    copy_checkout,
+    keep,
+    open_browser,
+    post,
+    servers_of,
+    shown,
+    shows,
+    wait,
+)
 from tests.infra.site import engine_of
 
 pytestmark = [pytest.mark.drill, pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromedriver")]
@@ -98,15 +109,22 @@ def schedule_is_on(browser: Any) -> bool:
     return bool(switch.get_attribute("aria-checked") == "true")
 
 
+def edit_in_menu(browser: Any) -> Any:
+    """The menu's entry, once it is open; the page draws itself anew now and then, which closes it."""
+    if found := shown(browser, "Edit"):
+        return found
+    menu = browser.find_element("css selector", ".deployment-schedule-card .p-icon-button-menu button")
+    browser.execute_script("arguments[0].click()", menu)
+    return None
+
+
 def test_a_schedule_switched_on_and_changed_is_still_there_after_a_restart(pages: Pages) -> None:
     browser, nightly = pages.browser, pages.deployment("nightly")
     page = f"{pages.links.prefect}/deployments/deployment/{nightly}"
     browser.get(page)
     wait(lambda: shows(browser, "At 02:00 AM every day"), "the schedule")
     assert not schedule_is_on(browser)
-    menu = browser.find_element("css selector", ".deployment-schedule-card .p-icon-button-menu button")
-    browser.execute_script("arguments[0].click()", menu)
-    browser.execute_script("arguments[0].click()", button(browser, "Edit"))
+    browser.execute_script("arguments[0].click()", wait(partial(edit_in_menu, browser), "Edit in the schedule's menu"))
     when = wait(lambda: next((item for item in browser.find_elements("css selector", ".p-modal input[type=text]")
                               if item.get_property("value") == "0 2 * * *"), None), "the cron field")
     when.clear()
