@@ -42,17 +42,27 @@ def stop_after(step: int) -> None:
     setattr(Checkpoints, "after_step", after_step)  # noqa: B010
 
 
-def record_shard_sizes(counts: list[tuple[int, int]]) -> None:
-    """Records (number of weights, number of them in this process) of every model that is sharded."""
+def record_shard_sizes(counts: list[tuple[int, int]], degree: int) -> None:
+    """Records (number of weights, number of them in this process) of every model that is sharded, and checks that
+    groups of `degree` processes compute it together."""
     original = distributed.shard
 
     def shard(model: Any, *options: Any) -> None:
         original(model, *options)
+        assert degree == 1 or in_groups(model, degree)
         weights: list[Any] = list(model.parameters())
         counts.append((sum(item.numel() for item in weights),
                        sum((item.to_local() if distributed.is_dtensor(item) else item).numel() for item in weights)))
 
     setattr(distributed, "shard", shard)  # noqa: B010
+
+
+def in_groups(model: Any, degree: int) -> bool:
+    """Whether the processes of a group each compute with their own part of each block's products."""
+    split = [item for name, item in model.named_parameters() if "_proj.weight" in name]
+    return bool(split) and all(
+        item.device_mesh.mesh_dim_names == ("data", "tensor") and item.device_mesh.size(1) == degree
+        and item.placements[1].is_shard() for item in split)
 
 
 def train(task: dict[str, Any]) -> dict[str, float]:
@@ -103,7 +113,7 @@ def main() -> None:
     if "stop_after" in task:
         stop_after(task["stop_after"])
     counts: list[tuple[int, int]] = []
-    record_shard_sizes(counts)
+    record_shard_sizes(counts, task["params"].get("tensor_parallel", 1))
     try:
         metrics = train(task)
     except Interrupted:
