@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 5.0
@@ -83,19 +84,34 @@ def stop_server() -> None:
             process.wait()
 
 
+def prefect_app(ephemeral: bool = False) -> Any:
+    """Prefect's server, whose transactions over SQLite take the write lock when they begin, and wait for it.
+
+    Prefect begins them deferred: SQLite refuses the first write of one at once ("database is locked"), however long it
+    might wait, where another was committed after its first read. An automation lost its event that way, and a killed
+    run was taken up again after 15 minutes instead of one.
+    """
+    from prefect.server.api.server import create_app
+    from prefect.server.database.configurations import AioSqliteConfiguration
+
+    begin = AioSqliteConfiguration.begin_transaction
+    AioSqliteConfiguration.begin_transaction = (  # type: ignore[method-assign]
+        lambda self, session, with_for_update=False: begin(self, session, with_for_update=True))
+    return create_app(ephemeral=ephemeral, final=True)
+
+
 def main() -> None:
     """Serves on the socket that the flow has opened, until the flow ends."""
     from mlops.processes import die_with_parent
 
     die_with_parent(int(sys.argv[2]))
     import uvicorn
-    from prefect.server.api.server import create_app
 
     from flows.gate import Gate, names_of
     from mlops import imports_done
 
     listener = socket.socket(fileno=int(sys.argv[1]))
-    app = Gate(create_app(ephemeral=True, final=True), names_of(listener.getsockname()[1]))
+    app = Gate(prefect_app(ephemeral=True), names_of(listener.getsockname()[1]))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     imports_done()
     server.run([listener])

@@ -20,6 +20,7 @@ import flows.environment  # noqa: F401
 
 # isort: split
 from flows.gate import ENTER, Gate, names_of
+from flows.server import prefect_app
 from infra.forms import Forms
 
 HOST = "127.0.0.1"
@@ -54,14 +55,6 @@ def link(server: str, login: str) -> str:
     return f"{server}{ENTER}#{login}"
 
 
-def prefect_app(login: str) -> Any:
-    """Prefect's server, which asks for the login itself, sockets included; its health and its UI's files are open."""
-    os.environ["PREFECT_SERVER_API_AUTH_STRING"] = login
-    from prefect.server.api.server import create_app
-
-    return create_app(final=True)
-
-
 def mlflow_app(store: str, artifacts: str) -> Any:
     """MLflow's server as `mlflow server` starts it, in this process."""
     import uvicorn  # noqa: F401  # by this MLflow sees that it is a server
@@ -80,10 +73,12 @@ def mlflow_app(store: str, artifacts: str) -> Any:
 
 
 def gated(kind: str, port: int) -> Gate:
-    """The server behind its gate."""
+    """The server behind its gate. Prefect's asks for the login itself, sockets included; its health and its UI's files
+    are open."""
     login = os.environ["INSTRUCTFLOW_LOGIN"]
     if kind == "prefect":
-        return Gate(Forms(prefect_app(login), Path.cwd(), login), names_of(port), enter=page(kind))
+        os.environ["PREFECT_SERVER_API_AUTH_STRING"] = login
+        return Gate(Forms(prefect_app(), Path.cwd(), login), names_of(port), enter=page(kind))
     app = mlflow_app(os.environ["INSTRUCTFLOW_STORE"], os.environ["INSTRUCTFLOW_ARTIFACTS"])
     return Gate(app, names_of(port), login, open_paths={"/health"}, enter=page(kind))
 

@@ -18,6 +18,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.server.services.scheduler import schedule_deployments
 
 from flows.gate import basic
+from flows.server import prefect_app
 from tests.flows.checkout import Checkout, alive
 
 
@@ -133,3 +134,33 @@ def test_a_schedule_makes_runs() -> None:
     states = asyncio.run(scheduled())
     assert len(states) >= 3
     assert set(states) == {"Scheduled"}
+
+
+def test_a_transaction_of_the_server_waits_for_another_to_end(tmp_path: Path) -> None:
+    """Of two that read first and then write, SQLite refuses one where both began without the write lock."""
+    from prefect.server.database import provide_database_interface
+    from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
+    from sqlalchemy import text
+
+    prefect_app(ephemeral=True)
+
+    async def count_up(both_began: asyncio.Barrier) -> None:
+        database = provide_database_interface()
+        await both_began.wait()
+        async with database.session_context(begin_transaction=True) as session:
+            count = (await session.execute(text("select n from counts"))).scalar_one()
+            await asyncio.sleep(0.2)  # the other reads meanwhile, where it may
+            await session.execute(text(f"update counts set n = {count + 1}"))
+
+    async def both() -> int:
+        database = provide_database_interface()
+        async with database.session_context(begin_transaction=True) as session:
+            await session.execute(text("create table counts (n integer)"))
+            await session.execute(text("insert into counts values (0)"))
+        barrier = asyncio.Barrier(2)
+        await asyncio.gather(count_up(barrier), count_up(barrier))
+        async with database.session_context() as session:
+            return int((await session.execute(text("select n from counts"))).scalar_one())
+
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{tmp_path}/prefect.db"}):
+        assert asyncio.run(both()) == 2
