@@ -174,8 +174,8 @@ def worker(root: Path) -> Finding:
     if "cpu" not in online:
         return Finding("worker", "fail", "the server has no pool cpu", "python -m infra.setup")
     if not any(online.values()):
-        return Finding("worker", "warn", "no worker is online: scheduled runs wait", "make ui, or prefect worker start "
-                       "--pool cpu")
+        return Finding("worker", "warn", "no worker is online: scheduled runs wait", "make ui, or python -m "
+                       "infra.worker cpu")
     return Finding("worker", "ok", ", ".join(name for names in online.values() for name in names))
 
 

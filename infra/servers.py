@@ -249,9 +249,7 @@ serverurl=unix://{_socket(self.folder)}
                            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})]
         if links.labels:
             parts.append(self._labels(links))
-        prefect = shlex.quote(str(BIN / "prefect"))
-        parts += [self._program(f"worker-{pool}", f"{prefect} worker start --pool {pool} --type process "
-                                f"--name {pool}@{socket.gethostname()}", 9,
+        parts += [self._program(f"worker-{pool}", f"{PYTHON} -m infra.worker {pool}", 9,
                                 {**links.environment(login), **labels_environment,
                                  "INSTRUCTFLOW_CHECKOUT": str(self.root),
                                  "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},

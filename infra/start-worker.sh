@@ -18,4 +18,4 @@ fi
 export INSTRUCTFLOW_CHECKOUT="$PWD"
 python -m infra.healthy server
 python -m infra.setup
-exec prefect worker start --pool "$pool" --type process --name "$pool@$(hostname)"
+exec python -m infra.worker "$pool"

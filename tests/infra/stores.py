@@ -106,8 +106,7 @@ class Stores:
 
     def worker(self, pool: str, checkout: Path, repositories: str = "") -> "subprocess.Popen[bytes]":
         """`repositories`: those that it runs besides its checkout's origin."""
-        command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--type", "process",
-                   "--name", f"{pool}@drill"]
+        command = [sys.executable, "-m", "infra.worker", pool, f"{pool}@drill"]
         return self._run(f"worker-{pool}", command, {"INSTRUCTFLOW_CHECKOUT": str(checkout), **(
             {"INSTRUCTFLOW_REPOSITORIES": repositories} if repositories else {})}, checkout)
 
