@@ -2,6 +2,7 @@
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -10,7 +11,7 @@ from infra.worker import of_an_earlier_start, report_crashes_once
 
 
 def run(count: int, kind: StateType, name: str = "") -> FlowRun:
-    return FlowRun(flow_id="00000000-0000-0000-0000-000000000001", run_count=count,
+    return FlowRun(flow_id=UUID(int=1), run_count=count,
                    state=State(type=kind, name=name or kind.value.title()))
 
 
