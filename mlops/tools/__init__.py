@@ -1,1 +1,1 @@
-"""Commands for people: chat, data comparison, pull, the study of the paper's claims, a copy for vLLM."""
+"""Commands for people: chat, data comparison, pull, the study of the paper's claims, an engine of vLLM."""

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rlhf.model.layout import WHOLE, Layout
 from rlhf.model.load_sharded import load_in_shards
 from rlhf.model.lora import adapter_of, plain_weights, saved_dtype
 from rlhf.model.nf4 import quantise
-from rlhf.model.save_sharded import save_in_shards
+from rlhf.model.save_sharded import published, save_in_shards
 from rlhf.model.vocabulary import is_mask, mask_untrained
 from rlhf.params import PretrainParams, RmParams, SftParams
 from rlhf.training import distributed
@@ -161,6 +161,19 @@ def draw_head(model: PreTrainedModel, seed: torch.Generator) -> None:
         model.score.weight.copy_(distributed.shard_like(fresh, model.score.weight))
 
 
+def not_saved(model: PreTrainedModel) -> set[str]:
+    """Names in the state_dict that no folder has: what the scorer's shift and the mask of untrained rows need here."""
+    return {"score.bias", *(f"{name}.bias" for name, module in model.named_modules() if is_mask(module))}
+
+
+def weights_to_send(model: PreTrainedModel, dtype: torch.dtype | None = None
+                    ) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+    """What another program needs to compute as this model does, as `published` of rlhf/model/save_sharded.py: adapters
+    merged, an output layer of its own where it is tied to the embeddings. `dtype`: of all tensors."""
+    weights, whole = published(model, not_saved(model), lambda _, value: value if dtype is None else value.to(dtype))
+    return weights, whole
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, untie: bool = False) -> None:
     """A Hugging Face folder: safetensors, configuration, tokenizer. Only the first process writes.
 
@@ -168,16 +181,16 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     with the embeddings is written as one of its own.
     """
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    left_out = {"score.bias", *(f"{name}.bias" for name, module in model.named_modules() if is_mask(module))}
+    absent = not_saved(model)
     dtype = saved_dtype(model)
 
     def typed(name: str, value: Tensor) -> Tensor:
         return value.to(dtype) if dtype and value.dim() == 2 and name != "score.weight" else value
 
     if distributed.sharded(model):
-        save_in_shards(model, folder, left_out | (set() if untie else tied), typed)
+        save_in_shards(model, folder, absent | (set() if untie else tied), typed)
     elif is_writer():
-        weights = {name: value for name, value in plain_weights(model).items() if name not in left_out}
+        weights = {name: value for name, value in plain_weights(model).items() if name not in absent}
         weights |= {name: weights[name].clone() for name in tied} if untie else {}
         if dtype:
             weights = {name: typed(name, value) for name, value in weights.items() if untie or name not in tied}

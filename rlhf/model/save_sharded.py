@@ -22,12 +22,13 @@ TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
 LARGEST_FILE = "50GB"  # as save_pretrained
 
 
-def save_in_shards(model: PreTrainedModel, folder: Path, left_out: Collection[str],
-                   typed: Callable[[str, Tensor], Tensor]) -> None:
-    """A folder of safetensors files and configuration; only the first process writes, all give their parts.
+def published(model: PreTrainedModel, left_out: Collection[str], typed: Callable[[str, Tensor], Tensor]
+              ) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+    """(plain name -> shape and type, on the meta device; a function that gives the tensor of a name whole) of what a
+    model's folder has. Of a sharded model every process must ask for the same names in the same order.
 
-    Active adapters are merged, one layer after the other. `left_out`: plain names of weights that are not written;
-    `typed(name, value)`: in which type a weight is. Raises OSError where the disk does not take it.
+    Active adapters are merged, one layer after the other. `left_out`: plain names of weights that are not in it;
+    `typed(name, value)`: in which type a weight is.
     """
     state = model.state_dict()
     merge = merges(model, state)
@@ -38,6 +39,16 @@ def save_in_shards(model: PreTrainedModel, folder: Path, left_out: Collection[st
     def whole(name: str) -> Tensor:
         return typed(name, merge[name]() if name in merge else distributed.full_tensor(own[name]).detach())
 
+    return weights, whole
+
+
+def save_in_shards(model: PreTrainedModel, folder: Path, left_out: Collection[str],
+                   typed: Callable[[str, Tensor], Tensor]) -> None:
+    """A folder of safetensors files and configuration; only the first process writes, all give their parts.
+
+    `left_out`, `typed`: as of `published`. Raises OSError where the disk does not take it.
+    """
+    weights, whole = published(model, left_out, typed)
     plan = split_state_dict_into_shards_factory(
         dict(weights), get_storage_size=lambda item: item.numel() * item.element_size(),
         get_storage_id=lambda item: None, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE)

@@ -1,4 +1,4 @@
-"""An iteration's rollouts: responses sampled here or on a vLLM server, evaluated by the four models.
+"""An iteration's rollouts: responses sampled here or by a pool of engines, evaluated by the four models.
 
 Of several processes each samples and evaluates its share of the prompts; all hold all rollouts afterwards.
 """
@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches
+from rlhf.engines.pool import Pool
+from rlhf.engines.server import Sampled
 from rlhf.model.device import device
 from rlhf.model.responses import masked_mean, on_grid, response_mask
 from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.model.scoring import score_sequences
 from rlhf.params import PpoParams
 from rlhf.ppo.models import PpoModels
-from rlhf.ppo.vllm_sampler import Sampled, VllmServer, sample_on
 from rlhf.training import distributed
 from rlhf.training.micro_batches import micro_batches
 
@@ -59,7 +60,7 @@ class Rollouts:
     values: Tensor
     scores: Tensor
     entropy: float
-    sampler_gap: float | None = None  # mean |difference| of a server's log-probs and ours, nats
+    sampler_gap: float | None = None  # mean |difference| of the engines' log-probs and ours, nats
     reusable: ReusableForwards = field(default_factory=ReusableForwards)
 
 
@@ -70,18 +71,18 @@ def share_of_unsampled(prompts: Sequence[Sequence[int]], rows: Sequence[int]) ->
 
 
 def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[int]], order: Sequence[int],
-                     sampling: Sampling, noise: torch.Generator, server: VllmServer | None = None) -> Rollouts:
+                     sampling: Sampling, noise: torch.Generator, engines: Pool | None = None) -> Rollouts:
     """Samples one response per prompt and evaluates all of them.
 
-    `order`: the rows as the first epoch's minibatches take them. `noise` decides every draw. Raises UserError where a
-    server does not answer or does not sample from the policy.
+    `order`: the rows as the first epoch's minibatches take them. `noise` decides every draw. Raises Unavailable where
+    no engine answers, UserError where one refuses, or does not sample from the policy.
     """
     models.train_mode(False)
     first = share_of_unsampled(prompts, order[:params.minibatch_size])
     rows = [*first, *share_of_unsampled(prompts, order[params.minibatch_size:])]
     sampled: list[Sampled] = []
-    if server is not None:
-        sampled = sample_on(server, models.policy, models.tokenizer, prompts, sampling, noise)
+    if engines is not None:
+        sampled = engines.sample(models.policy, prompts, sampling, noise)
         mine = [sampled[row][0] for row in rows]
     else:
         mine = sample_responses(models.policy, prompts, sampling, noise, rows)
@@ -98,10 +99,10 @@ def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[in
             grid[name][part_rows, :values.shape[1]] = values.to(device())
     rollouts = Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref_log_probs"], grid["values"],
                         grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item(), reusable=reusable)
-    if server is not None:
+    if engines is not None:
         theirs = torch.tensor([value for _, values in sampled for value in values], device=device())
         rollouts.sampler_gap = masked_mean((rollouts.log_probs - on_grid(theirs, mask)).abs(), mask).item()
-        server.check(rollouts.sampler_gap)
+        engines.check(rollouts.sampler_gap)
     return rollouts
 
 

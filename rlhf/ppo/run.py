@@ -9,7 +9,7 @@ import torch
 
 from rlhf.data.prompts import Prompt
 from rlhf.data.token_store import Column, TokenStore, chunks
-from rlhf.errors import TrainingFailed, UserError
+from rlhf.errors import TrainingFailed, Unavailable, UserError
 from rlhf.files import write_json
 from rlhf.model.chat_format import PromptCodec
 from rlhf.model.load import context_of
@@ -71,8 +71,8 @@ def train_ppo(params: PpoParams, prompts: Iterable[Prompt], sft_folder: Path, rm
     `gold(prompts, responses)`: a score that is only watched, never trained on. `corpus`: pretraining
     text (JSON Lines with "text"), read where params.ptx_coef > 0. `begin_with`: a policy where it is not the
     SFT policy, which stays the reference [Ziegler §2.2]; the rule for β goes on where that policy's run has left it.
-    Raises UserError where no prompt fits, TrainingFailed where the run goes wrong: the state before that iteration is
-    saved then, and the policy as it is in `folder`/failed.
+    Raises UserError where no prompt fits, TrainingFailed where the run goes wrong, Unavailable where no engine answers:
+    the state before that iteration is saved then, for TrainingFailed also the policy as it is in `folder`/failed.
     """
     seed_everything(seed)
     trainer = Trainer(params, sft_folder, rm_folder, seed, begin_with)
@@ -100,7 +100,7 @@ def run_iterations(trainer: Trainer, encoded: Sequence[tuple[Prompt, list[int]]]
                    gold: GoldScorer | None) -> None:
     """The iterations that the newest checkpoint in `folder` leaves to do; journal and checkpoints are in there.
 
-    Raises TrainingFailed as train_ppo does.
+    Raises TrainingFailed and Unavailable as train_ppo does.
     """
     params = trainer.params
     absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not source}
@@ -125,6 +125,9 @@ def run_iterations(trainer: Trainer, encoded: Sequence[tuple[Prompt, list[int]]]
                     rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration)
                     add_watched(values, history, trainer, rollouts, [encoded[row][0] for row in rows], gold)
                     check_bounds(values, history, params, iteration + 1)
+                except Unavailable:
+                    checkpoints.save(iteration, state_now())
+                    raise
                 except TrainingFailed as error:
                     trainer.save(folder / "failed")
                     raise TrainingFailed(f"{error}; the policy as it was is in {folder / 'failed'}") from None

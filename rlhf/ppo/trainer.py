@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.engines.pool import Pool
 from rlhf.errors import TrainingFailed
 from rlhf.model.device import device
 from rlhf.model.responses import masked_mean, response_kl, response_kl_k3
@@ -25,7 +26,6 @@ from rlhf.params import PpoParams
 from rlhf.ppo.kl_controller import beta_rule
 from rlhf.ppo.models import PpoModels
 from rlhf.ppo.rollouts import Rollouts, collect_rollouts, share_of_unsampled
-from rlhf.ppo.vllm_sampler import VllmServer
 from rlhf.pretrain import corpus_batch, corpus_losses
 from rlhf.training import distributed
 from rlhf.training.micro_batches import micro_batches
@@ -119,9 +119,8 @@ class Trainer:
         codec = self.models.codec
         self.sampling = Sampling(params.max_new_tokens, codec.stop_ids, codec.pad_id, params.temperature,
                                  params.precision, params.rollout_batch_size, params.compile_rollouts)
-        self.server = VllmServer(params.vllm_url, self.models.policy.config.vocab_size) if params.vllm_url else None
-        if self.server is not None and distributed.is_main():
-            self.server.wait()
+        self.engines = Pool(params.vllm_url, self.models.policy.config.vocab_size,
+                            params.weight_transport) if params.vllm_url else None
         self.corpus_rows: Sequence[list[int]] | None = None  # pretraining text for ptx
 
     def step(self, prompts: list[list[int]], iteration: int) -> tuple[Rollouts, dict[str, float]]:
@@ -133,7 +132,7 @@ class Trainer:
     def respond(self, prompts: list[list[int]], iteration: int) -> Rollouts:
         """One response per prompt, evaluated by policy, reference, value and reward model."""
         return collect_rollouts(self.models, self.params, prompts, self.order(iteration, 0, len(prompts)),
-                                self.sampling, generator(self.seed, "ppo", iteration), self.server)
+                                self.sampling, generator(self.seed, "ppo", iteration), self.engines)
 
     def learn(self, rollouts: Rollouts, iteration: int) -> dict[str, float]:
         """β from the KL, rewards, advantages, updates. Returns the journal's values."""

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from flows.stages import NO_RETRY
 from mlops.config import versions
 from mlops.config.inputs import link_inputs
 from mlops.config.loader import load_params
-from rlhf.errors import UserError
-from tasks.stage import Stage, code_hash, config_hash, fail_with_peer, warn_of_other_versions
+from rlhf.errors import TrainingFailed, Unavailable, UserError
+from tasks.stage import AWAY, Stage, code_hash, config_hash, fail_with_peer, run_stage, warn_of_other_versions
 from tests.tasks.small_pipeline import SmallPipeline, Undisturbed
 
 
@@ -120,3 +121,21 @@ def test_what_a_stage_says_when_one_of_its_processes_ends(code: int, said: str, 
     with pytest.raises(SystemExit) as ended:
         fail_with_peer("rm")
     assert (ended.value.code, capsys.readouterr().err) == (code, f"{line}\n")
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a"), 2), (TrainingFailed("b"), 4), (Unavailable("c"), AWAY)])
+def test_how_a_stage_ends(root: Path, error: Exception, code: int, monkeypatch: pytest.MonkeyPatch,
+                          capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what a later try may mend is tried again by a flow."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("sys.argv", ["tasks.sft"])
+    monkeypatch.setattr("tasks.stage.die_with_parent", lambda: None)
+    monkeypatch.setattr("tasks.stage._start_uploader", lambda stage: None)
+
+    def body(stage: Stage) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_stage("sft", body)
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"sft: {error}\n")
+    assert (code in NO_RETRY) == (code != AWAY)

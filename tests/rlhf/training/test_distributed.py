@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlhf.errors import UserError
 from rlhf.training import distributed
 from rlhf.training.journal import read_journal
-from tests.rlhf.ppo.fake_vllm import serving
+from tests.rlhf.engines.fake_engine import serving
 from tests.rlhf.test_reward_model import rankings
 
 STAGES: dict[str, dict[str, Any]] = {
