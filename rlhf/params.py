@@ -249,6 +249,10 @@ class PpoParams:
                           "http://127.0.0.1:8000,http://127.0.0.1:8001; empty: none")
     weight_transport: Literal["gloo", "nccl"] = param("gloo", "how vLLM servers get the policy's weights: over the "
                                                       "network, or between GPUs")
+    staleness: int = param(0, "1: an iteration's responses are drawn while the one before is trained on, from the "
+                           "policy as it was before that", ge=0, le=1)
+    rollout_correction: float = param(0.0, "with staleness or vLLM: a token's policy loss is multiplied by the "
+                                      "policy's probability over that of its sampler, at most by this; 0: never", ge=0)
     inner_epochs: int = param(2, "passes over an iteration's rollouts [InstructGPT 1, Ziegler 4]", ge=1, le=100)
     samples_per_prompt: int = param(1, "rollouts per prompt", ge=1)
     max_prompt_tokens: int = param(64, "longest prompt, tokens; longer ones are dropped and counted", ge=1)

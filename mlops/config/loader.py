@@ -409,6 +409,11 @@ def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
         (ppo.value_warmup_iterations < max(ppo.episodes // ppo.batch_size, 1),
          f"{named('value_warmup_iterations')}: must be < {ppo.episodes // ppo.batch_size}, the iterations of the run "
          f"({named('episodes')} / {named('batch_size')}), or the policy may never be trained"),
+        (not ppo.vllm_url or all(re.fullmatch(r"https?://[^\s/?#]+/?", url.strip()) for url in ppo.vllm_url.split(",")),
+         f"{named('vllm_url')}: must be addresses like http://127.0.0.1:8000, separated by commas"),
+        (not ppo.rollout_correction or ppo.staleness > 0 or ppo.vllm_url != "",
+         f"{named('rollout_correction')}: needs staleness: 1 or vllm_url; without them every token is drawn by the "
+         "policy that is trained on it"),
         *_lora_rules(ppo, named), *_layout_rules(ppo, named, ("batch_size", "minibatch_size")),
     ):
         if not holds:

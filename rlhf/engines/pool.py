@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.engines.server import LARGEST_GAP, Away, Sampled, Server
+from rlhf.engines.server import LARGEST_GAP, STALE_GAP, Away, Sampled, Server
 from rlhf.errors import Unavailable, UserError
 from rlhf.model.load import weights_to_send
 from rlhf.model.sampling import Sampling
@@ -50,29 +50,47 @@ class Pool:
 
         `noise` draws each prompt's seed. Raises Unavailable where no engine answers, UserError where one refuses.
         """
+        return self.finish(policy, self.begin(policy, prompts, sampling, noise))
+
+    def begin(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling,
+              noise: torch.Generator) -> "Job":
+        """As `sample`, which does not wait for the responses: `finish` gives them. One job at a time."""
         seeds = torch.randint(2**31, (len(prompts),), generator=noise).tolist()
-        found: dict[int, Sampled] = {}
-        self.sent += 1
-        version = f"{self.name}-{self.sent}"
+        job = Job(prompts, sampling, seeds)
         for server in self.servers:
             server.suppressed = tuple(policy.generation_config.suppress_tokens or ())
+        self._go_on(policy, job)
+        return job
+
+    def finish(self, policy: PreTrainedModel, job: "Job") -> list[Sampled]:
+        """The responses of a job. Where engines have failed, the rest is drawn from the policy as it is now."""
         for _ in range(TRIES):
-            lacking = self._in_main(lambda: self._ready(version), [])
-            if distributed.broadcast(bool(lacking)):
-                self._send(policy, lacking, version)
-            self._in_main(lambda: self._fill(found, prompts, sampling, seeds, version), None)
-            if distributed.broadcast(len(found) == len(prompts)):
-                return distributed.broadcast([found[index] for index in range(len(found))] if found else [])
+            self._in_main(job.wait, None)
+            if distributed.broadcast(len(job.found) == len(job.prompts)):
+                return distributed.broadcast([job.found[index] for index in sorted(job.found)])
+            self._go_on(policy, job)
         raise UserError(f"ppo.vllm_url: {TRIES} times an engine lost the weights while it sampled: is another run "
                         "using it, or does something restart it?")
 
-    def check(self, gap: float) -> None:
-        """`gap`: mean difference, either way, of the engines' log-probs and the policy's own, nats a token. Raises
-        UserError beyond LARGEST_GAP: then it is not the policy that they sample from."""
-        if not gap <= LARGEST_GAP:
+    def check(self, gap: float, stale: bool = False) -> None:
+        """`gap`: mean difference, either way, of the engines' log-probs and the policy's own, nats a token; where they
+        are `stale` an iteration's training lies between. Raises UserError where that is more than rounding: then it is
+        not the policy that they sample from."""
+        largest = STALE_GAP if stale else LARGEST_GAP
+        if not gap <= largest:
             raise UserError(f"ppo.vllm_url: the engines' log-probs are {gap:.2g} nats a token from the policy's (at "
-                            f"most {LARGEST_GAP:g}): start them with --logprobs-mode processed_logprobs, and in the "
+                            f"most {largest:g}): start them with --logprobs-mode processed_logprobs, and in the "
                             "type of ppo.precision")
+
+    def _go_on(self, policy: PreTrainedModel, job: "Job") -> None:
+        """Gives the weights to the engines that lack them, and has them draw what the job lacks."""
+        self.sent += 1
+        version = f"{self.name}-{self.sent}"
+        lacking = self._in_main(lambda: self._ready(version), [])
+        if distributed.broadcast(bool(lacking)):
+            self._send(policy, lacking, version)
+        if distributed.is_main():
+            job.start(lambda: self._fill(job.found, job.prompts, job.sampling, job.seeds, version))
 
     def _in_main(self, function: Callable[[], Any], otherwise: Any) -> Any:
         """What the function gives in the main process; what it raises there is raised in all."""
@@ -184,6 +202,33 @@ class Pool:
                     self._lost(server, error)
                 for index in indices:
                     del found[index]
+
+
+class Job:
+    """Prompts whose responses are being drawn, beside the process's other work."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
+        self.prompts, self.sampling, self.seeds = prompts, sampling, seeds
+        self.found: dict[int, Sampled] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Raises what the work has raised."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class _Work:

@@ -27,6 +27,7 @@ HEALTH_SECONDS = 10.0
 ANSWER_SECONDS = 1800.0  # for one answer: new weights, or a response among all the others
 LEAST_BIAS = -100.0  # of vLLM's logit_bias
 LARGEST_GAP = 0.1  # between a server's log-probs and ours; bfloat16 on either side makes a tenth of that
+STALE_GAP = 0.5  # the same with an iteration's training between them
 
 Sampled = tuple[list[int], list[float]]  # a response's tokens and their log-probs
 

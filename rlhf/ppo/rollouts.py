@@ -11,14 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import length_batches
-from rlhf.engines.pool import Pool
-from rlhf.engines.server import Sampled
 from rlhf.model.device import device
-from rlhf.model.responses import masked_mean, on_grid, response_mask
-from rlhf.model.sampling import Sampling, sample_responses
+from rlhf.model.responses import masked_mean, response_mask
 from rlhf.model.scoring import score_sequences
 from rlhf.params import PpoParams
 from rlhf.ppo.models import PpoModels
+from rlhf.ppo.sampler import Drawn, Sampler, correction
 from rlhf.training import distributed
 from rlhf.training.micro_batches import micro_batches
 
@@ -60,7 +58,8 @@ class Rollouts:
     values: Tensor
     scores: Tensor
     entropy: float
-    sampler_gap: float | None = None  # mean |difference| of the engines' log-probs and ours, nats
+    token_weights: Tensor  # by which each token's policy loss is multiplied; 1 but for responses of another policy
+    sampler_gap: float | None = None  # mean |difference| of the log-probs they were drawn with and ours, nats
     reusable: ReusableForwards = field(default_factory=ReusableForwards)
 
 
@@ -71,21 +70,18 @@ def share_of_unsampled(prompts: Sequence[Sequence[int]], rows: Sequence[int]) ->
 
 
 def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[int]], order: Sequence[int],
-                     sampling: Sampling, noise: torch.Generator, engines: Pool | None = None) -> Rollouts:
-    """Samples one response per prompt and evaluates all of them.
+                     sampler: Sampler, iteration: int, drawn: Drawn | None = None) -> Rollouts:
+    """Samples one response per prompt, unless they are `drawn` already, and evaluates all of them.
 
-    `order`: the rows as the first epoch's minibatches take them. `noise` decides every draw. Raises Unavailable where
-    no engine answers, UserError where one refuses, or does not sample from the policy.
+    `order`: the rows as the first epoch's minibatches take them. Raises Unavailable where no engine answers, UserError
+    where one refuses, or does not sample from the policy.
     """
     models.train_mode(False)
     first = share_of_unsampled(prompts, order[:params.minibatch_size])
     rows = [*first, *share_of_unsampled(prompts, order[params.minibatch_size:])]
-    sampled: list[Sampled] = []
-    if engines is not None:
-        sampled = engines.sample(models.policy, prompts, sampling, noise)
-        mine = [sampled[row][0] for row in rows]
-    else:
-        mine = sample_responses(models.policy, prompts, sampling, noise, rows)
+    if drawn is None and sampler.engines is not None:
+        drawn = sampler.begin(prompts, iteration)()
+    mine = [drawn.responses[row] for row in rows] if drawn else sampler.here(prompts, iteration, rows)
     evaluated, reusable = evaluate_rollouts(models, params, prompts, rows, mine, len(first))
     parts = distributed.all_shares((rows, mine, evaluated))
     responses: list[list[int]] = [[]] * len(prompts)
@@ -98,11 +94,14 @@ def collect_rollouts(models: PpoModels, params: PpoParams, prompts: list[list[in
         for name, values in evaluated.items():
             grid[name][part_rows, :values.shape[1]] = values.to(device())
     rollouts = Rollouts(prompts, responses, mask, grid["log_probs"], grid["ref_log_probs"], grid["values"],
-                        grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item(), reusable=reusable)
-    if engines is not None:
-        theirs = torch.tensor([value for _, values in sampled for value in values], device=device())
-        rollouts.sampler_gap = masked_mean((rollouts.log_probs - on_grid(theirs, mask)).abs(), mask).item()
-        engines.check(rollouts.sampler_gap)
+                        grid["scores"][:, 0], masked_mean(grid["entropy"], mask).item(), torch.ones_like(mask),
+                        reusable=reusable)
+    if drawn is not None:
+        drawn_with = drawn.grid(mask)
+        rollouts.token_weights = correction(rollouts.log_probs, drawn_with, params.rollout_correction)
+        rollouts.sampler_gap = masked_mean((rollouts.log_probs - drawn_with).abs(), mask).item()
+        if sampler.engines is not None:
+            sampler.engines.check(rollouts.sampler_gap, drawn.stale)
     return rollouts
 
 

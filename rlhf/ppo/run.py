@@ -103,7 +103,8 @@ def run_iterations(trainer: Trainer, encoded: Sequence[tuple[Prompt, list[int]]]
     Raises TrainingFailed and Unavailable as train_ppo does.
     """
     params = trainer.params
-    absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url)) if not source}
+    absent = {name for name, source in (("ppo/gold", gold), ("ppo/sampler_gap", params.vllm_url or params.staleness))
+              if not source}
     columns = [name for name in COLUMNS if name not in absent]
     with Checkpoints(folder / "checkpoints") as checkpoints:
         saved = checkpoints.latest()
@@ -121,8 +122,11 @@ def run_iterations(trainer: Trainer, encoded: Sequence[tuple[Prompt, list[int]]]
         with StageProgress("ppo", iterations, "iterations", done=start) as progress:
             for iteration in range(start, iterations):
                 rows = iteration_prompts(len(encoded), params, iteration, trainer.seed)
+                following = iteration_prompts(len(encoded), params, iteration + 1, trainer.seed) if (
+                    params.staleness and iteration + 1 < iterations) else []
                 try:
-                    rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration)
+                    rollouts, values = trainer.step([encoded[row][1] for row in rows], iteration,
+                                                    [encoded[row][1] for row in following])
                     add_watched(values, history, trainer, rollouts, [encoded[row][0] for row in rows], gold)
                     check_bounds(values, history, params, iteration + 1)
                 except Unavailable:

@@ -4,8 +4,8 @@ Schulman et al. 2017 (PPO), Ziegler et al. 2019, InstructGPT §3.5 and App. C.4.
 responses, score them, read the KL, adapt β, turn score and KL into per-token rewards, estimate advantages, then a few
 epochs of minibatch updates of the policy and of a separate value model. Dropout is off throughout.
 
-Beside it: models.py loads the four models, rollouts.py samples and evaluates, kl_controller.py has the β rules, run.py
-is the loop around `step`. Several processes: rlhf/training/distributed.py.
+Beside it: models.py loads the four models, sampler.py samples, rollouts.py evaluates, kl_controller.py has the β rules,
+run.py is the loop around `step`. Several processes: rlhf/training/distributed.py.
 """
 
 import math
@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.engines.pool import Pool
 from rlhf.errors import TrainingFailed
 from rlhf.model.device import device
 from rlhf.model.responses import masked_mean, response_kl, response_kl_k3
-from rlhf.model.sampling import Sampling
 from rlhf.params import PpoParams
 from rlhf.ppo.kl_controller import beta_rule
 from rlhf.ppo.models import PpoModels
 from rlhf.ppo.rollouts import Rollouts, collect_rollouts, share_of_unsampled
+from rlhf.ppo.sampler import Drawn, Sampler
 from rlhf.pretrain import corpus_batch, corpus_losses
 from rlhf.training import distributed
 from rlhf.training.micro_batches import micro_batches
@@ -116,23 +115,22 @@ class Trainer:
         self.average = {name: value.detach().clone() for name, value in self.models.policy.named_parameters()
                         if value.requires_grad} if params.ema_decay else {}
         self.beta = beta_rule(params)
-        codec = self.models.codec
-        self.sampling = Sampling(params.max_new_tokens, codec.stop_ids, codec.pad_id, params.temperature,
-                                 params.precision, params.rollout_batch_size, params.compile_rollouts)
-        self.engines = Pool(params.vllm_url, self.models.policy.config.vocab_size,
-                            params.weight_transport) if params.vllm_url else None
+        self.sampler = Sampler(self.models, params, seed)
         self.corpus_rows: Sequence[list[int]] | None = None  # pretraining text for ptx
 
-    def step(self, prompts: list[list[int]], iteration: int) -> tuple[Rollouts, dict[str, float]]:
+    def step(self, prompts: list[list[int]], iteration: int, following: list[list[int]] | None = None
+             ) -> tuple[Rollouts, dict[str, float]]:
         """One iteration: rollouts of the prompts, then what is learned from them. Returns both, the latter as the
-        journal's values."""
-        rollouts = self.respond(prompts, iteration)
-        return rollouts, self.learn(rollouts, iteration)
+        journal's values. `following`: the next iteration's prompts, where their responses are drawn meanwhile."""
+        rollouts = self.respond(prompts, iteration, self.sampler.turn(prompts, iteration, following))
+        values = self.learn(rollouts, iteration)
+        self.sampler.end_turn()
+        return rollouts, values
 
-    def respond(self, prompts: list[list[int]], iteration: int) -> Rollouts:
+    def respond(self, prompts: list[list[int]], iteration: int, drawn: Drawn | None = None) -> Rollouts:
         """One response per prompt, evaluated by policy, reference, value and reward model."""
         return collect_rollouts(self.models, self.params, prompts, self.order(iteration, 0, len(prompts)),
-                                self.sampling, generator(self.seed, "ppo", iteration), self.engines)
+                                self.sampler, iteration, drawn)
 
     def learn(self, rollouts: Rollouts, iteration: int) -> dict[str, float]:
         """β from the KL, rewards, advantages, updates. Returns the journal's values."""
@@ -214,7 +212,7 @@ class Trainer:
             if train_policy:
                 log_probs = reusable[0] if reusable else models.log_probs(models.policy, prompts, responses, width)
                 losses, ratio = policy_loss(log_probs, old, advantages[batch, :width], params.clip)
-                loss = (losses * mask).sum() / tokens
+                loss = (losses * rollouts.token_weights[batch, :width] * mask).sum() / tokens
                 distributed.backward(models.policy, loss)
             values = reusable[1] if reusable else models.values(prompts, responses, width)
             errors = value_loss(values, rollouts.values[batch, :width], returns[batch, :width], params.value_clip)
@@ -278,7 +276,7 @@ class Trainer:
 
     def state(self) -> State:
         """What `restore` needs to go on from here. All processes call it."""
-        state = State({"beta": self.beta.state(), "rng": rng_state()})
+        state = State({"beta": self.beta.state(), "rng": rng_state()} | self.sampler.state())
         for name, model, optimizer in self.trained:
             state.add(name, weights(model))
             state.add_optimizer(f"{name} optimizer", optimizer)
@@ -292,6 +290,7 @@ class Trainer:
             saved.read_optimizer(f"{name} optimizer", optimizer)
         saved.read("average", self.average)
         self.beta.restore(saved.values["beta"])
+        self.sampler.restore(saved.values)
         restore_rng(saved.values["rng"])
 
     def save(self, folder: Path) -> None:

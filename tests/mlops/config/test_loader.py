@@ -241,6 +241,9 @@ RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
       "arms": {"mixed": {"ptx_coef": 0.5}}}, ["ptx_coef = 0.5 of arm mixed", "pairs.yaml has no corpus"]),
     ({"ingest": {"source": "hub"}, "validate": {"counts": "none"}}, ["ingest.spec = ''", "profiles/sources/"]),
     ({"ingest": {"spec": "mine"}}, ["ingest.spec = 'mine'", "be empty where it is embedded"]),
+    ({"ppo": {"vllm_url": "localhost:8000"}}, ["ppo.vllm_url = localhost:8000", "http://127.0.0.1:8000, separated"]),
+    ({"ppo": {"vllm_url": "http://a:1,,http://b:1"}}, ["ppo.vllm_url = http://a:1,,http://b:1"]),
+    ({"ppo": {"rollout_correction": 2.0}}, ["ppo.rollout_correction = 2.0: needs staleness: 1 or vllm_url"]),
     ({"ppo": {"max_prompt_tokens": 100, "max_new_tokens": 29}}, ["pretrain.context = 128", ">= 129"]),
 ]
 
@@ -256,6 +259,8 @@ def test_rules_between_parameters(write: Write, profile: dict[str, dict[str, Any
 @pytest.mark.parametrize("profile", [
     {"ppo": {"beta": 0.4, "beta_max": 0.4}}, {"ppo": {"batch_size": 128, "minibatch_size": 64}},
     {"ingest": {"source": "hub", "spec": "with_text"}, "validate": {"counts": "none"}},
+    {"ppo": {"vllm_url": "http://a:1, https://b/", "rollout_correction": 2.0}},
+    {"ppo": {"staleness": 1, "rollout_correction": 2.0}},
     {"ppo": {"episodes": 256}}, {"sft": {"max_tokens": 128}},
     {"sft": {"max_tokens": 900}, "pretrain": {"base_model": "gpt2"}},  # its context is its own
 ])

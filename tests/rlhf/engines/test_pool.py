@@ -330,11 +330,11 @@ def test_a_pool_that_stays_away_ends_the_run_for_another_try(make_trainer: Make,
             prompt_texts, trainer.models.codec.prompts(prompt_texts), strict=True)]
         respond = trainer.respond
 
-        def responding(prompts: list[list[int]], iteration: int) -> Any:
+        def responding(prompts: list[list[int]], iteration: int, drawn: Any) -> Any:
             engine.dead = engine.dead or iteration == dies_in
-            return respond(prompts, iteration)
+            return respond(prompts, iteration, drawn)
 
-        trainer.respond = responding  # type: ignore[method-assign]
+        trainer.respond = responding  # type: ignore[assignment, method-assign]
         run_iterations(trainer, encoded, 4, folder, None)
 
     run(tmp_path / "whole")

@@ -207,7 +207,7 @@ def test_every_prompt_gets_its_own_numbers(policy: Any, tokenizer: PreTrainedTok
 def test_log_probs_of_samples_are_those_of_a_plain_pass(make_trainer: Callable[..., Trainer], architecture: str,
                                                         prompts: list[list[int]]) -> None:
     trainer = make_trainer(architecture, temperature=0.6)
-    responses = sample_responses(trainer.models.policy, prompts, trainer.sampling, noise())
+    responses = sample_responses(trainer.models.policy, prompts, trainer.sampler.sampling, noise())
     with torch.no_grad():
         found = trainer.models.log_probs(trainer.models.policy, prompts, responses, 8)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

@@ -120,7 +120,8 @@ def test_a_value_model_from_the_policy_has_its_backbone(make_trainer: Make, prom
 
 def test_the_sampler_is_told_how_to_sample(make_trainer: Make) -> None:
     """How many rows at once, and whether compiled: what that does is tested with the sampler."""
-    usual, other = make_trainer().sampling, make_trainer(compile_rollouts=True, rollout_batch_size=7).sampling
+    usual = make_trainer().sampler.sampling
+    other = make_trainer(compile_rollouts=True, rollout_batch_size=7).sampler.sampling
     assert (usual.compile, usual.batch_size) == (False, 256)
     assert (other.compile, other.batch_size) == (True, 7)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import rlhf.ppo.rollouts
+import rlhf.ppo.sampler
 from rlhf.ppo.rollouts import Rollouts
 from rlhf.ppo.trainer import Trainer
 
@@ -79,7 +79,7 @@ def test_a_response_without_eos_never_scores_above_the_fixed_penalty(
     trainer = make_trainer(no_eos_score=-1.0)
     answers = [[5, 6, trainer.models.codec.eos_id], [5, 6, 7], [5, trainer.models.codec.eos_id], [8]]
     good = answers[:2]
-    monkeypatch.setattr(rlhf.ppo.rollouts, "sample_responses", lambda *given: [answers[row] for row in given[-1]])
+    monkeypatch.setattr(rlhf.ppo.sampler, "sample_responses", lambda *given: [answers[row] for row in given[-1]])
     monkeypatch.setattr(rlhf.ppo.rollouts, "score_sequences", lambda model, sequences, *_: [
         3.0 if sequence[-3:] in good else -4.0 for sequence in sequences])
     assert rolled_out(trainer, prompt_texts[:4]).scores.tolist() == [3.0, -1.0, -4.0, -4.0]

@@ -229,6 +229,15 @@ def test_a_sharded_policy_is_sampled_by_a_server(train: Train, tmp_path: Path) -
     assert all(0 < float(row["ppo/sampler_gap"]) < 1e-4 for row in one.journal)
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_responses_drawn_ahead_are_the_same_in_two_processes(train: Train, tmp_path: Path, shard: bool) -> None:
+    changes: dict[str, Any] = {"staleness": 1, "rollout_correction": 2.0}
+    one = train("ppo", tmp_path / "one", **changes)
+    assert_same(one, train("ppo", tmp_path / "two", processes=2, shard=shard, **changes), train.policy)
+    assert one is not None
+    assert float(one.journal[-1]["ppo/sampler_gap"]) > 1e-6
+
+
 def test_the_same_number_of_processes_gives_the_same_bytes(train: Train, tmp_path: Path) -> None:
     one = train("sft", tmp_path / "one", processes=2, dropout=0.2)
     train("sft", tmp_path / "other", TORCHRUN, dropout=0.2, stop_after=3)
