@@ -73,7 +73,7 @@ def steps_of(folder: Path, stage: str) -> tuple[Callable[[], Any], Callable[[], 
         params = PpoParams(batch_size=rows, minibatch_size=rows, micro_batch_size=MICRO, inner_epochs=1,
                            max_prompt_tokens=PROMPT, max_new_tokens=RESPONSE, lr=1e-5, value_lr=1e-5, no_eos_score=1e9)
         trainer = Trainer(params, folder / "policy", folder / "rm", 1)
-        trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=(-1,))
+        trainer.sampler.sampling = dataclasses.replace(trainer.sampler.sampling, stop_ids=(-1,))
         prompts = texts(rows, PROMPT)
         return lambda: trainer.step(prompts, 0)[1], lambda: None
     model = load_policy(folder / "policy") if stage == "sft" else load_scorer(folder / "rm")

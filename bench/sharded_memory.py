@@ -156,7 +156,7 @@ def ppo(watch: Moments, folder: Path, texts: Callable[[int, int], list[list[int]
 
     with watch.during("load"):
         trainer = Trainer(params, folder / "policy", folder / "rm", 1)
-    trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=(-1,))
+    trainer.sampler.sampling = dataclasses.replace(trainer.sampler.sampling, stop_ids=(-1,))
     watch.wrap(rollouts, "sample_responses", "sample")
     watch.wrap(rollouts, "score_sequences", "scores")
     watch.wrap(rollouts, "evaluate_rollouts", "log-probs")

@@ -95,7 +95,7 @@ def ppo(folder: str, precision: str, mixed: bool, iterations: int, responses: li
     trainer = Trainer(params, root / "policy", root / "rm", 1)
     trainer.models.value.load_state_dict(load_scorer(root / "value").state_dict())
     if not mixed:
-        trainer.sampling = replace(trainer.sampling, stop_ids=(-1,))
+        trainer.sampler.sampling = replace(trainer.sampler.sampling, stop_ids=(-1,))
     prompts = (work.mixed if mixed else work.prompts)[:batch * iterations]
     prompts = order or prompts
     sample_responses = ppo_rollouts.sample_responses
