@@ -185,6 +185,8 @@ def run_stage(name: str, body: Callable[[Stage], None], of_a_round: bool = False
     except Unavailable as error:
         note_failure(scratch, str(error))
         fail(name, str(error), AWAY)
+    except KeyboardInterrupt:
+        fail(name, "stopped; run the same command to resume", 128 + signal.SIGINT)
     except Interrupted as stop:
         fail(name, str(stop), 128 + signal.SIGTERM)
     except Exception as error:

@@ -30,6 +30,7 @@ SOURCES_DIR = "sources"  # in the profiles' folder
 OF_DESCRIBED_SOURCES: dict[str, dict[str, Any]] = {"validate": {
     "counts": "none", "min_k": 2, "max_prompt_chars": 100_000, "max_completion_chars": 100_000}}
 LIMIT_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+VLLM_HOTTEST = 2.0  # its highest temperature
 RENAMED = {("ppo", "kept_passes"): "reuse_forward_passes"}  # (section or "", former name): name
 LONGEST_YAML, MOST_VALUES = 2**19, 100_000  # bytes, values
 PROFILE_NAME = re.compile(r"\w[\w.-]*")
@@ -411,6 +412,8 @@ def _check_ppo(ppo: PpoParams, path: Path, sections: Mapping[str, str]) -> None:
          f"({named('episodes')} / {named('batch_size')}), or the policy may never be trained"),
         (not ppo.vllm_url or all(re.fullmatch(r"https?://[^\s/?#]+/?", url.strip()) for url in ppo.vllm_url.split(",")),
          f"{named('vllm_url')}: must be addresses like http://127.0.0.1:8000, separated by commas"),
+        (not ppo.vllm_url or ppo.temperature <= VLLM_HOTTEST,
+         f"{named('temperature')}: must be <= {VLLM_HOTTEST:g} where {named('vllm_url')}, for vLLM takes no more"),
         (not ppo.rollout_correction or ppo.staleness > 0 or ppo.vllm_url != "",
          f"{named('rollout_correction')}: needs staleness: 1 or vllm_url; without them every token is drawn by the "
          "policy that is trained on it"),

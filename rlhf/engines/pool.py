@@ -36,11 +36,11 @@ TRIES = 5  # of one list of prompts, where engines answer and then lose the weig
 class Pool:
     """The engines at some addresses. Only the main process speaks to them; all call the same methods."""
 
-    def __init__(self, urls: str, vocabulary: int, transport: str = "gloo") -> None:
+    def __init__(self, urls: str, vocabulary: int, transport: str = "gloo", dtype: torch.dtype = torch.float32) -> None:
         self.servers = [Server(url.strip(), vocabulary) for url in urls.split(",") if url.strip()]
         if len({server.url for server in self.servers}) < len(self.servers):
             raise UserError(f"ppo.vllm_url: {urls}: names a server twice")
-        self.transport = transport
+        self.transport, self.dtype = transport, dtype  # in which the policy computes
         self.name = secrets.token_hex(4)  # of this trainer; part of its weights' versions
         self.sent = 0
 
@@ -111,9 +111,9 @@ class Pool:
         """The engines that answer and lack these weights, connected. Waits until one has them or may get them."""
         seconds = number("INSTRUCTFLOW_ENGINE_SECONDS", READY_SECONDS, 0)
         limit, told = time.monotonic() + seconds, False
-        problem = "none is named"
         while True:
-            lacking = []
+            lacking: list[Server] = []
+            problems: dict[Server, Away] = {}
             for server in self.servers:
                 if server.version == version:
                     continue
@@ -122,17 +122,20 @@ class Pool:
                         if not server.healthy():
                             raise server.away("does not answer")
                         server.connect(self.transport)
+                        self._greet(server)
                     lacking.append(server)
                 except Away as error:
-                    problem = str(error)
-                    server.disconnect()
+                    problems[server] = error
             if lacking or any(server.version == version for server in self.servers):
+                for server, problem in problems.items():
+                    self._lost(server, problem)
                 return lacking
+            said = "; ".join(map(str, problems.values()))
             if time.monotonic() > limit:
-                raise Unavailable(f"ppo.vllm_url: no engine is ready after {seconds:.0f} s ({problem}); start it and "
+                raise Unavailable(f"ppo.vllm_url: no engine is ready after {seconds:.0f} s ({said}); start it and "
                                   "run the same command to resume")
             if not told:
-                log.warning("ppo: no engine answers (%s); waiting for one, %.0f s at most", problem, seconds)
+                log.warning("ppo: no engine answers (%s); waiting for one, %.0f s at most", said, seconds)
                 told = True
             time.sleep(min(POLL_SECONDS, seconds / 10))
 
@@ -149,8 +152,11 @@ class Pool:
             for server in list(live):
                 try:
                     given.append((server, do(server)))
-                except (Away, RuntimeError) as error:  # gloo: RuntimeError
+                except Away as error:
                     self._lost(server, error)
+                    live.remove(server)
+                except RuntimeError:  # gloo, which names its own source files
+                    self._lost(server, server.away("its connection broke while it got the weights"))
                     live.remove(server)
             return given
 
@@ -163,8 +169,21 @@ class Pool:
                 tried(lambda server, moving=moving: moving[server].wait())  # type: ignore[misc]
         self._in_main(lambda: tried(lambda server: server.end_update(version)), None)
 
+    def _greet(self, server: Server) -> None:
+        """Says of an engine that has just connected what should be known."""
+        if server.left_out:
+            log.warning("ppo: engine %s is back", server.url)
+        elif server.dtype != self.dtype:
+            ours, theirs = (str(item).removeprefix("torch.") for item in (self.dtype, server.dtype))
+            log.warning("ppo: engine %s computes in %s and the policy in %s: start it with --dtype %s", server.url,
+                        theirs, ours, ours)
+        server.left_out = False
+
     def _lost(self, server: Server, error: Exception) -> None:
-        log.warning("ppo: engine %s is left out: %s", server.url, error)
+        """Leaves an engine out, and says so once."""
+        if not server.left_out:
+            log.warning("ppo: engine %s is left out: %s", server.url, str(error).removeprefix(f"{server.url}: "))
+        server.left_out = True
         server.disconnect()
 
     # --- responses ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import torch
 from torch import Tensor
 
-from rlhf.engines.transfer import Sender, TransferRefused
+from rlhf.engines.transfer import BACKEND, Sender, TransferRefused
 from rlhf.errors import UserError
 from rlhf.model.sampling import Sampling
 
@@ -28,6 +28,9 @@ ANSWER_SECONDS = 1800.0  # for one answer: new weights, or a response among all 
 LEAST_BIAS = -100.0  # of vLLM's logit_bias
 LARGEST_GAP = 0.1  # between a server's log-probs and ours; bfloat16 on either side makes a tenth of that
 STALE_GAP = 0.5  # the same with an iteration's training between them
+
+MISSING = {"/health": "this is no vLLM server; its address ends with the port, without /v1",
+           "/v1/completions": "it serves no language model; is it started on a reward model?"}
 
 Sampled = tuple[list[int], list[float]]  # a response's tokens and their log-probs
 
@@ -55,6 +58,7 @@ class Server:
         self.suppressed: tuple[int, ...] = ()  # rows of the policy that nobody trained
         self.sender: Sender | None = None
         self.version = ""  # of the weights that it has
+        self.left_out = False  # and told so
         self._opener = build_opener(ProxyHandler({}))
         self._requests = ThreadPoolExecutor(1)
         self._request: Future[Any] | None = None
@@ -78,8 +82,10 @@ class Server:
             said = error.read().decode(errors="replace") or error.reason
             if error.code >= 500:
                 raise self.away(f"{path} failed with {error.code}: {said}") from None
-            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.code == 404 and path != "/v1/completions" else ""
-            raise self.refusal(f"{path} refused with {error.code}{hint}: {said}") from None
+            if error.code == 404:
+                raise self.refusal(f"{path} is not there: {MISSING.get(path, 'start it with VLLM_SERVER_DEV_MODE=1')}"
+                                   ) from None
+            raise self.refusal(f"{path} refused with {error.code}: {said}") from None
         except (OSError, http.client.HTTPException) as error:
             raise self.away(f"{path} got no answer: {error or type(error).__name__}") from None
         try:
@@ -128,7 +134,14 @@ class Server:
             raise self.away(error) from None
         sender = Sender(here, workers, transport)
         self._begin("/init_weight_transfer_engine", {"init_info": sender.joining()})
-        self._together(partial(sender.join, self._failed))
+        try:
+            self._together(partial(sender.join, self._failed))
+        except Away as error:
+            if "failed with 500" in str(error) and self.healthy():  # it lives, and cannot
+                option = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
+                raise self.refusal(f"cannot connect; start it with {option}, with this package beside vLLM: {error}"
+                                   ) from None
+            raise
         if sender.facts.get("tied"):  # vLLM 0.32 would take new embeddings and keep the old output layer
             raise self.refusal("its output layer is its embeddings: start it with "
                                "--hf-overrides '{\"tie_word_embeddings\": false}'")
@@ -173,7 +186,9 @@ class Server:
                 self._end()
         except TransferRefused as error:
             raise self.refusal(f"refuses the weights: {error}") from None
-        except (RuntimeError, TimeoutError, OSError) as error:  # gloo, the store
+        except RuntimeError:  # gloo, the store: what they say names their own source files
+            raise self.away("its connection broke") from None
+        except (TimeoutError, OSError) as error:
             raise self.away(error) from None
 
     @property

@@ -22,6 +22,7 @@ from rlhf.model.sampling import Sampling, sample_responses
 from rlhf.params import PpoParams
 from rlhf.ppo.models import PpoModels
 from rlhf.training import distributed
+from rlhf.training.hardware import in_bf16
 from rlhf.training.micro_batches import micro_batches
 from rlhf.training.seeding import generator
 
@@ -56,8 +57,9 @@ class Sampler:
         codec = models.codec
         self.sampling = Sampling(params.max_new_tokens, codec.stop_ids, codec.pad_id, params.temperature,
                                  params.precision, params.rollout_batch_size, params.compile_rollouts)
-        self.engines = Pool(params.vllm_url, models.policy.config.vocab_size,
-                            params.weight_transport) if params.vllm_url else None
+        dtype = torch.bfloat16 if in_bf16(params.precision) else torch.float32
+        self.engines = Pool(params.vllm_url, models.policy.config.vocab_size, params.weight_transport,
+                            dtype) if params.vllm_url else None
         self.ahead: Drawn | None = None  # the next iteration's
         self._waiting: Callable[[], Drawn] | None = None
 

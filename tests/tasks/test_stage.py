@@ -123,8 +123,9 @@ def test_what_a_stage_says_when_one_of_its_processes_ends(code: int, said: str, 
     assert (ended.value.code, capsys.readouterr().err) == (code, f"{line}\n")
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("a"), 2), (TrainingFailed("b"), 4), (Unavailable("c"), AWAY)])
-def test_how_a_stage_ends(root: Path, error: Exception, code: int, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("error", "code"), [(UserError("a"), 2), (TrainingFailed("b"), 4), (Unavailable("c"), AWAY),
+                                             (KeyboardInterrupt("stopped; run the same command to resume"), 130)])
+def test_how_a_stage_ends(root: Path, error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch,
                           capsys: pytest.CaptureFixture[str]) -> None:
     """Only what a later try may mend is tried again by a flow."""
     monkeypatch.chdir(root)
@@ -138,4 +139,4 @@ def test_how_a_stage_ends(root: Path, error: Exception, code: int, monkeypatch: 
     with pytest.raises(SystemExit) as ended:
         run_stage("sft", body)
     assert (ended.value.code, capsys.readouterr().err) == (code, f"sft: {error}\n")
-    assert (code in NO_RETRY) == (code != AWAY)
+    assert (code in NO_RETRY) == (code not in (AWAY, 130))

@@ -243,6 +243,7 @@ RULES: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"ingest": {"spec": "mine"}}, ["ingest.spec = 'mine'", "be empty where it is embedded"]),
     ({"ppo": {"vllm_url": "localhost:8000"}}, ["ppo.vllm_url = localhost:8000", "http://127.0.0.1:8000, separated"]),
     ({"ppo": {"vllm_url": "http://a:1,,http://b:1"}}, ["ppo.vllm_url = http://a:1,,http://b:1"]),
+    ({"ppo": {"vllm_url": "http://a:1", "temperature": 2.5}}, ["ppo.temperature = 2.5: must be <= 2 where"]),
     ({"ppo": {"rollout_correction": 2.0}}, ["ppo.rollout_correction = 2.0: needs staleness: 1 or vllm_url"]),
     ({"ppo": {"max_prompt_tokens": 100, "max_new_tokens": 29}}, ["pretrain.context = 128", ">= 129"]),
 ]

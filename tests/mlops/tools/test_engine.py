@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,9 @@ def engine(*arguments: str, path: str = "/usr/bin:/bin", cwd: Path = ROOT) -> "s
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    return tmp_path / "model"
+    (tmp_path / "a model").mkdir()
+    (tmp_path / "a model" / "config.json").write_text("{}")
+    return tmp_path / "a model"
 
 
 @pytest.fixture
@@ -40,7 +42,9 @@ def test_it_starts_vllm_with_what_the_connection_needs(model: Path, checkout: Pa
     done = engine(str(model), "--port", "8123", "--", "--tensor-parallel-size", "2", cwd=checkout)
     assert done.returncode == 0, done.stderr
     said, *arguments = done.stdout.splitlines()
-    assert said.startswith(f"engine: vllm serve {model} --host 127.0.0.1 --port 8123 ")
+    assert f" vllm serve '{model}' --host 127.0.0.1 --port 8123 " in said
+    assert shlex.split(said.removeprefix("engine: "))[-len(arguments) + 1:] == arguments[:-1]  # it can be pasted
+    assert "VLLM_SERVER_DEV_MODE=1" in said
     options = dict(itertools.pairwise(arguments))
     assert arguments[:2] == ["serve", str(model)]
     assert json.loads(options["--weight-transfer-config"]) == {"backend": "instructflow"}
@@ -54,6 +58,13 @@ def test_it_starts_vllm_with_what_the_connection_needs(model: Path, checkout: Pa
 def test_what_is_missing_is_said_in_one_line(model: Path, tmp_path: Path, checkout: Path) -> None:
     assert engine(str(tmp_path / "none"), cwd=checkout).stderr == (
         f"engine: {tmp_path / 'none'}: no model folder (no config.json)\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert engine(str(model), "--port", port, cwd=checkout).stderr == (
+            f"engine: --host 127.0.0.1 --port {port}: Address already in use\n")
+    (model / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    assert "a reward model (LlamaForSequenceClassification)" in engine(str(model), cwd=checkout).stderr
+    (model / "config.json").write_text("{}")
     (checkout / ".venv-engines" / "bin" / "vllm").unlink()
     done = engine(str(model), cwd=checkout)
     assert (done.returncode, done.stderr) == (2, "engine: no vllm here: make engines\n")

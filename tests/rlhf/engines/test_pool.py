@@ -100,7 +100,11 @@ def test_every_prompt_has_a_seed_of_its_own(start: Start, model_folders: Folders
 
 
 @pytest.mark.parametrize(("path", "code", "said", "parts"), [
-    ("/init_weight_transfer_engine", 404, {"detail": "Not Found"}, ["refused with 404", "VLLM_SERVER_DEV_MODE=1"]),
+    ("/init_weight_transfer_engine", 404, {"detail": "Not Found"}, ["is not there", "VLLM_SERVER_DEV_MODE=1"]),
+    ("/init_weight_transfer_engine", 500, {"error": {"message": "Weight transfer not configured."}},
+     ["cannot connect", """--weight-transfer-config '{"backend": "instructflow"}'""", "not configured"]),
+    ("/health", 404, {"detail": "Not Found"}, ["this is no vLLM server", "without /v1"]),
+    ("/v1/completions", 404, {"detail": "Not Found"}, ["it serves no language model"]),
     ("/reset_prefix_cache", 200, {"success": False}, ["somebody else"]),
     ("/v1/completions", 400, {"error": {"message": "longer than\nthe maximum"}}, ["refused with 400", "maximum"]),
     ("/v1/completions", 200, {"choices": [{"text": "red"}]}, ["lack token_ids"]),
@@ -252,7 +256,25 @@ def test_the_prompts_of_a_dead_engine_are_asked_of_the_others(make_trainer: Make
     assert responses(trainer, prompt_texts * 4) == expected
     assert len(one.completions()) == (5 if deaths == "in the middle" else 0)
     assert len(other.completions()) == len(expected) - len(one.completions())
-    assert f"engine {one.url} is left out" in caplog.text
+    assert f"engine {one.url} is left out: " in caplog.text
+    assert "pair.cc" not in caplog.text  # gloo names its own source files
+
+
+def test_an_engine_that_is_away_from_the_start_is_said_once_and_welcomed(make_trainer: Make, prompt_texts: list[str],
+                                                                         start: Start,
+                                                                         caplog: pytest.LogCaptureFixture) -> None:
+    one, other = start(), start()
+    other.dead = True
+    trainer = make_trainer("llama", vllm_url=f"{one.url},{other.url}", precision="bf16", lr=1e-4)
+    prompts = trainer.models.codec.prompts(prompt_texts)
+    for iteration in range(3):
+        trainer.step(prompts, iteration)
+    told = [record.message for record in caplog.records]
+    assert told == [f"ppo: engine {one.url} computes in float32 and the policy in bfloat16: start it with --dtype "
+                    "bfloat16", f"ppo: engine {other.url} is left out: does not answer"]
+    other.restart()
+    trainer.step(prompts, 3)
+    assert caplog.records[-1].message == f"ppo: engine {other.url} is back"
 
 
 def test_two_engines_share_the_prompts(make_trainer: Make, prompt_texts: list[str], start: Start) -> None:
