@@ -25,6 +25,7 @@ from prefect.concurrency.asyncio import concurrency
 from prefect.states import Failed
 from prefect.tasks import Task
 
+from flows import dvc_files
 from flows.artifacts import progress_of
 from flows.process import run_lines
 from flows.server import server_lasts
@@ -96,6 +97,7 @@ async def repro(stage: str, root: Path, run_name: str) -> StageResult | State[An
     if stage == "promote" and champion_lost(root, load_params(root).stages.promote.registry):
         logger.warning("MLflow's registry lacks the champion that metrics/promote.json names: promote runs again")
         again = ["--force"]
+    await asyncio.to_thread(dvc_files.keep, root)
     async with progress_of(stage) as show:
         code = await run_lines([dvc, "--wait-for-lock", "repro", "--single-item", *again, stage],
                                cwd=root, env=child_env(run_name, root) | tracking_of(root), on_line=on_line)
@@ -147,10 +149,11 @@ def disk_full(stage: str, root: Path, output: Sequence[str] = ()) -> StageFailed
 
 
 def mend_dvc_lock(root: Path) -> None:
-    """Makes DVC's list of locks one that it can work with.
+    """Makes DVC's files such as it can work with: dvc.lock and data.dvc (flows/dvc_files.py), and its list of locks.
 
     DVC refuses a list that a full disk cut off, and waits for whatever process has the number of one that was killed.
     """
+    dvc_files.mend(root)
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,59 @@
+"""dvc.lock and data.dvc over a kill: DVC writes them in place, and leaves them empty or cut where it is killed then.
+
+Before each stage they are kept as they are; a run that finds one that is not whole goes on with what was kept. That
+lacks at most the stage that was just recorded, which then runs again from its checkpoint, or comes from DVC's cache. A
+cut between two stages, or two outputs of one, is not seen: DVC runs again what is no longer recorded.
+"""
+
+import logging
+from pathlib import Path
+
+import yaml
+
+from rlhf.errors import UserError
+from rlhf.files import write_atomic
+
+FILES = ("dvc.lock", "data.dvc")
+KEPT = Path(".dvc") / "tmp" / "kept"
+
+log = logging.getLogger(__name__)
+
+
+def whole(name: str, text: str, filled: bool = True) -> bool:
+    """Whether DVC takes this as one of the two files, and where it is `filled` each stage in it has outputs with their
+    hashes; a new data.dvc has none."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA, COMPILED_SINGLE_STAGE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        (COMPILED_LOCKFILE_SCHEMA if name == "dvc.lock" else COMPILED_SINGLE_STAGE_SCHEMA)(content)
+        stages = content["stages"].values() if name == "dvc.lock" else [content]
+        complete = text.endswith("\n") and all("md5" in out and "size" in out for stage in stages
+                                               for out in stage["outs"])
+        return complete or not filled
+    except (yaml.YAMLError, Invalid, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def keep(root: Path) -> None:
+    """Keeps the two files as they are now, unless they are no longer whole."""
+    for name in FILES:
+        path = root / name
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        kept = root / KEPT / name
+        if text and (not kept.is_file() or kept.read_text(encoding="utf-8") != text) and whole(name, text):
+            write_atomic(kept, text.encode())
+
+
+def mend(root: Path) -> None:
+    """Puts back what was kept of a file that is not whole, and says so. Raises UserError where nothing was."""
+    for name in FILES:
+        path, kept = root / name, root / KEPT / name
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        if text is None or whole(name, text, filled=kept.is_file()):
+            continue
+        if not kept.is_file():
+            raise UserError(f"{path}: is cut off or damaged; get it back with `git checkout {name}`")
+        write_atomic(path, kept.read_bytes())
+        log.warning("%s was cut off by a kill; it is again as it was before the last stage, which may run again", path)
