@@ -2,7 +2,7 @@
 
 Before each stage they are kept as they are; a run that finds one that is not whole goes on with what was kept. That
 lacks at most the stage that was just recorded, which then runs again from its checkpoint, or comes from DVC's cache. A
-cut between two stages, or two outputs of one, is not seen: DVC runs again what is no longer recorded.
+cut of dvc.lock that DVC takes, between two of its entries, stays: DVC runs again what is no longer recorded whole.
 """
 
 import logging
@@ -20,18 +20,19 @@ log = logging.getLogger(__name__)
 
 
 def whole(name: str, text: str, filled: bool = True) -> bool:
-    """Whether DVC takes this as one of the two files, and where it is `filled` each stage in it has outputs with their
-    hashes; a new data.dvc has none."""
+    """Whether DVC takes this as one of the two files; where it is `filled` dvc.lock has stages, and data.dvc the hash
+    of its output, which new ones have not."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA, COMPILED_SINGLE_STAGE_SCHEMA
     from voluptuous import Invalid
 
     try:
         content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         (COMPILED_LOCKFILE_SCHEMA if name == "dvc.lock" else COMPILED_SINGLE_STAGE_SCHEMA)(content)
-        stages = content["stages"].values() if name == "dvc.lock" else [content]
-        complete = text.endswith("\n") and all("md5" in out and "size" in out for stage in stages
-                                               for out in stage["outs"])
-        return complete or not filled
+        if not filled:
+            return True
+        has_all = (bool(content["stages"]) if name == "dvc.lock" else
+                   all("md5" in out and "size" in out for out in content["outs"]))
+        return has_all and text.endswith("\n")
     except (yaml.YAMLError, Invalid, ValueError, TypeError, KeyError, AttributeError):
         return False
 

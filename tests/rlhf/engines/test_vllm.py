@@ -4,17 +4,17 @@ INSTRUCTFLOW_ENGINE_MODEL names another model's folder for the comparison of gre
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -68,7 +68,9 @@ class Engine:
         """Everything of it at once, as its machine's end."""
         process, self.process = self.process, None
         if process and process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for part in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+                with suppress(psutil.NoSuchProcess):
+                    part.kill()  # its worker leaves the process group
             process.wait()
 
 
