@@ -37,7 +37,11 @@ def report_crashes_once() -> None:
     report = ProcessWorker._propose_crashed_state
 
     async def once(self: Any, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
-        if not await of_an_earlier_start(flow_run, client or self.client):
+        try:
+            earlier = await of_an_earlier_start(flow_run, client or self.client)
+        except Exception:  # a run that was deleted, a server that is away: Prefect's own report copes with either
+            earlier = False
+        if not earlier:
             await report(self, flow_run, message, client)
 
     ProcessWorker._propose_crashed_state = once  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rlhf.engines.server import LARGEST_GAP, STALE_GAP, Away, Sampled, Server
 from rlhf.errors import Unavailable, UserError
+from rlhf.model.device import device
 from rlhf.model.load import weights_to_send
 from rlhf.model.sampling import Sampling
 from rlhf.training import distributed
@@ -164,7 +165,7 @@ class Pool:
         for name in weights:
             value = whole(name)
             if distributed.is_main():
-                value = value.contiguous() if self.transport == "nccl" else value.cpu().contiguous()
+                value = value.to(device() if self.transport == "nccl" else "cpu").contiguous()
                 moving = dict(tried(lambda server, value=value: server.sender.send(value)))  # type: ignore[misc]
                 tried(lambda server, moving=moving: moving[server].wait())  # type: ignore[misc]
         self._in_main(lambda: tried(lambda server: server.end_update(version)), None)

@@ -7,8 +7,9 @@ project's plugin. The requests are those of vLLM 0.32.
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -60,7 +61,6 @@ class Server:
         self.version = ""  # of the weights that it has
         self.left_out = False  # and told so
         self._opener = build_opener(ProxyHandler({}))
-        self._requests = ThreadPoolExecutor(1)
         self._request: Future[Any] | None = None
 
     def refusal(self, message: object) -> UserError:
@@ -109,7 +109,16 @@ class Server:
 
     def _begin(self, path: str, body: dict[str, Any]) -> None:
         """A request that is answered when the workers have done what the trainer must take part in."""
-        self._request = self._requests.submit(self.ask, path, body)
+        request: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                request.set_result(self.ask(path, body))
+            except Exception as error:
+                request.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()  # an engine that hangs holds up neither the next nor the end
+        self._request = request
 
     def _failed(self) -> Exception | None:
         request = self._request

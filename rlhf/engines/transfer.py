@@ -90,6 +90,8 @@ def group_of(store: Any, rank: int, size: int, transport: str, address: str) -> 
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout, options._threads = timeout, 2
         return dist.ProcessGroupGloo(dist.PrefixStore("group", store), rank, size, options)
+    if transport == "nccl" and not torch.cuda.is_available():
+        raise TransferRefused("transport nccl: needs a GPU at both ends; gloo needs none")
     if transport == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout

@@ -49,9 +49,13 @@ def test_a_worker_keeps_such_a_report_to_itself(monkeypatch: pytest.MonkeyPatch)
     report_crashes_once()
 
     async def both() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Client, "read_flow_run", None)  # it was deleted
+            await ProcessWorker._propose_crashed_state(
+                None, run(1, StateType.SCHEDULED), "deleted", Client(run(1, StateType.PENDING)))  # type: ignore[arg-type]
         for now in (run(2, StateType.RUNNING), run(2, StateType.PENDING)):
             await ProcessWorker._propose_crashed_state(
                 None, run(1, StateType.SCHEDULED), str(now.state and now.state.type), Client(now))  # type: ignore[arg-type]
 
     asyncio.run(both())
-    assert reported == [str(StateType.RUNNING)]
+    assert reported == ["deleted", str(StateType.RUNNING)]

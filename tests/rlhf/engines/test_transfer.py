@@ -129,6 +129,9 @@ def test_another_version_of_the_connection_is_told_to_both() -> None:
             refused.result()
     with pytest.raises(TransferRefused, match="no connection of an instructflow trainer"):
         worker.join({"address": "127.0.0.1"}, 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(TransferRefused, match="nccl: needs a GPU at both ends"):
+            raise_for(Joining("127.0.0.1", 1, 1, 2, "a", "nccl"))
     with pytest.raises(TransferRefused, match="must be gloo or nccl"):
         raise_for(Joining("127.0.0.1", 1, 1, 2, "a", "carrier pigeon"))
 
